@@ -1,0 +1,42 @@
+# Every target makes .venv when it is missing or out of date, with the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+.PHONY: demo test test-slow lint types bench wheel clean
+
+demo: $(STAMP)
+	$(BIN)/python -m gradclip demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.clip
+
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+# Written last, so that an interrupted install is begun again.
+$(STAMP): pyproject.toml constraints.txt
+	rm -rf .venv
+	$(PYTHON) -m venv .venv 2>/dev/null || { \
+	    rm -rf .venv && $(PYTHON) -m venv --without-pip .venv && \
+	    $(PYTHON) -m pip --python .venv/bin/python install pip; \
+	} || { echo "No pip for .venv: install your system's python3-venv or python3-pip." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

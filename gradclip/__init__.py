@@ -1,0 +1,68 @@
+"""gradclip: gradient clipping that is right, nearly free, and seen.
+
+To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py``,
+``attachment.py``, ``gradients.py``, ``norms.py``, ``coefficients.py``, ``thresholds/base.py``,
+``thresholds/fixed.py``, ``engines/base.py``, ``engines/reference.py``, ``engines/operators.py``,
+``records.py``, ``recorder.py``, ``sinks/tensorboard.py``.
+"""
+
+from __future__ import annotations
+
+from . import thresholds
+from ._version import __version__
+from .clipper import GradientClipper
+from .errors import (
+    ArgumentError,
+    AttachError,
+    EngineUnavailableError,
+    GradClipError,
+    GradientError,
+    NonFiniteGradientError,
+    NotAvailableError,
+    StateError,
+)
+from .functional import (
+    clip_backward,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_gradients_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
+from .records import ClipRecord, LoggedStep
+from .settings import not_available
+from .sinks import Sink, TensorBoardSink
+from .thresholds import Threshold
+
+__all__ = [
+    "ArgumentError",
+    "AttachError",
+    "ClipRecord",
+    "EngineUnavailableError",
+    "GradClipError",
+    "GradientClipper",
+    "GradientError",
+    "LoggedStep",
+    "NonFiniteGradientError",
+    "NotAvailableError",
+    "Sink",
+    "StateError",
+    "TensorBoardSink",
+    "Threshold",
+    "__version__",
+    "clip_backward",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_gradients_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "thresholds",
+]
+
+_PLANNED = ("JsonlSink", "MemorySink", "Ranks", "Scope")
+
+
+def __getattr__(name: str) -> object:
+    if name in _PLANNED:
+        raise not_available(f"gradclip.{name}", "leave it out")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

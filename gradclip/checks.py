@@ -1,0 +1,55 @@
+"""Checks of numbers that users give, in the same words everywhere."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+from .errors import ArgumentError
+
+
+def checked_bound(name: str, value: object, *, infinite: bool = False) -> float:
+    """Return ``value`` as a float if it can bound a magnitude: a number >= 0.
+
+    Raises:
+        ArgumentError: It is negative, NaN, infinite (unless allowed) or no real number.
+    """
+    number = _real(name, value, "a number >= 0")
+    if number >= 0 and (infinite or number < math.inf):
+        return number
+    mend = "a finite number >= 0" + ("" if infinite else ", or None to measure without clipping")
+    raise ArgumentError(f"{name} is {value!r}: give {mend}.")
+
+
+def checked_order(value: object) -> float:
+    """Return the p of a p-norm as a float: positive, infinity (also as ``"inf"``) included.
+
+    Raises:
+        ArgumentError: It is 0, negative, NaN or no real number.
+    """
+    number = math.inf if value == "inf" else _real("norm_type", value, "a number > 0 or inf")
+    if number > 0:
+        return number
+    raise ArgumentError(
+        f"norm_type is {value!r}: give a number > 0, or inf for the largest element."
+    )
+
+
+def checked_count(name: str, value: object, least: int = 0) -> int:
+    """Return ``value`` if it is a whole number that is large enough.
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    raise ArgumentError(f"{name} is {value!r}: give a whole number >= {least}.")
+
+
+def _real(name: str, value: object, needed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentError(
+            f"{name} is {value!r} of type {type(value).__name__}: give {needed} "
+            "(of a tensor its float())."
+        )
+    return float(value)

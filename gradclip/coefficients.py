@@ -1,0 +1,29 @@
+"""The formula, and the rule for norms that are not finite; nowhere else."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
+    """Return ``min(1, threshold / norm)`` for every norm.
+
+    The formula of Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
+    networks" (2013), without an epsilon: a clipped norm is the threshold itself.
+
+    Args:
+        norms: Shape (k,), not negative; NaN and infinity are not finite.
+        thresholds: Shape (k,), not negative, infinity for none, same device and dtype.
+        erase: Whether the coefficient of a norm that is not finite is 0, which erases its
+            gradients, or 1, which leaves them as they are.
+
+    Returns:
+        Shape (k,) in [0, 1]; exactly 1 where the norm is at most its threshold. No host sync.
+    """
+    if norms.is_cpu and bool((norms <= thresholds).all()) and bool(norms.amax() < math.inf):
+        return torch.ones_like(norms)
+    exceeded = torch.where(norms > thresholds, thresholds / norms, 1.0)
+    return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)

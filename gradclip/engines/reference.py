@@ -1,0 +1,56 @@
+"""The float64 oracle: every verb in its plainest form, for tests and for doubt.
+
+Slow on purpose: one tensor after the other, everything converted to float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import INFINITY, Engine, norm_dtype
+from .memory import exclusive
+
+
+class ReferenceEngine(Engine):
+    """Computes in float64 what the other engines are held against."""
+
+    name = "reference"
+
+    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+        """See `Engine.power_sums`."""
+        return torch.stack([self._power_sum(tensor, order) for tensor in tensors])
+
+    def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+        """See `Engine.scale_`."""
+        each = coefficients.to("cpu", torch.float64).expand(len(tensors)).tolist()
+        for tensor, coefficient in zip(tensors, each, strict=True):
+            if coefficient == 1 or not tensor.numel():
+                continue
+            with exclusive(tensor) as memory:
+                if coefficient == 0:
+                    memory.zero_()
+                else:
+                    memory.copy_(memory.to(_widest(memory)) * coefficient)
+
+    def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor) -> None:
+        """See `Engine.clamp_`."""
+        for tensor, bound in zip(tensors, bounds.expand(len(tensors)).tolist(), strict=True):
+            if bool((tensor.abs() > bound).any()):
+                with exclusive(tensor) as memory:
+                    memory.clamp_(-bound, bound)
+
+    @staticmethod
+    def _power_sum(tensor: Tensor, order: float) -> Tensor:
+        magnitudes = tensor.detach().to(norm_dtype(tensor.device)).abs().flatten()
+        if not magnitudes.numel():
+            return magnitudes.sum()
+        return magnitudes.amax() if order == INFINITY else magnitudes.pow(order).sum()
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    if tensor.is_complex():
+        return torch.complex128
+    return norm_dtype(tensor.device)

@@ -1,0 +1,48 @@
+"""Every exception that gradclip raises on purpose.
+
+    GradClipError
+    ├── ArgumentError            (also ValueError)           an option or argument that cannot be meant
+    ├── AttachError              (also RuntimeError)         an optimizer that cannot be clipped through a hook
+    ├── GradientError            (also TypeError)            a gradient that cannot be clipped rightly
+    ├── EngineUnavailableError   (also RuntimeError)         an engine asked for by name that cannot serve
+    ├── NotAvailableError        (also NotImplementedError)  a part of the interface that this version lacks
+    ├── StateError               (also ValueError)           a state dict that does not fit
+    └── NonFiniteGradientError   (also RuntimeError)         a norm that is NaN or infinite
+
+Each message says what was found, what is needed and how to mend it. Whenever one is
+raised, the gradients are as they were before the call.
+"""
+
+from __future__ import annotations
+
+
+class GradClipError(Exception):
+    """Base of every exception that gradclip raises on purpose."""
+
+
+class ArgumentError(GradClipError, ValueError):
+    """An option or argument has a type or value that cannot be meant."""
+
+
+class AttachError(GradClipError, RuntimeError):
+    """The optimizer cannot be clipped through its step hook."""
+
+
+class GradientError(GradClipError, TypeError):
+    """A gradient has a dtype or layout that cannot be clipped rightly."""
+
+
+class EngineUnavailableError(GradClipError, RuntimeError):
+    """An engine was asked for by name and cannot serve here."""
+
+
+class NotAvailableError(GradClipError, NotImplementedError):
+    """The interface has this, but the installed version of gradclip does not."""
+
+
+class StateError(GradClipError, ValueError):
+    """A state dict does not belong to this clipper; nothing was loaded."""
+
+
+class NonFiniteGradientError(GradClipError, RuntimeError):
+    """The norm of the gradients is NaN or infinite, and the policy is to raise."""

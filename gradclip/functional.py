@@ -1,0 +1,287 @@
+"""Clipping without a hook: the names of ``torch.nn.utils``, plain tensors, the backward pass.
+
+All norms are measured with float64 accumulation, whatever the gradients' dtype, and returned as
+plain 0-d float64 tensors (float32 where the device has no float64) on the first gradient's
+device. Gradients below the threshold are not written. On a CUDA device nothing waits for it,
+unless ``error_if_nonfinite`` is true or the gradients lie on several devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import checked_bound, checked_order
+from .coefficients import clip_coefficients
+from .engines import engine_for
+from .errors import ArgumentError, GradientError, NonFiniteGradientError
+from .gradients import Bucket, buckets_of, distinct, gradients_of, prepare_for_bound_
+from .norms import norms_of
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+
+TensorOrTensors = Tensor | Iterable[Tensor]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: TensorOrTensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the norm of the gradients of parameters, in place.
+
+    The same name and signature as ``torch.nn.utils.clip_grad_norm_``. Where the norm is not
+    finite the gradients stay as they are.
+
+    >>> import torch, gradclip
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> gradclip.clip_grad_norm_([weight], max_norm=1.0)
+    tensor(5., dtype=torch.float64)
+    >>> weight.grad
+    tensor([0.6000, 0.8000])
+
+    Args:
+        parameters: A tensor or an iterable of tensors, read once; those without a gradient are
+            passed over, those given twice count once.
+        max_norm: Largest norm allowed, 0 or more; inf measures and writes nothing.
+        norm_type: p of the p-norm, positive or inf.
+        error_if_nonfinite: Raise where the norm is NaN or infinite. Host sync.
+        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+
+    Returns:
+        The norm before clipping, 0-d.
+
+    Raises:
+        ArgumentError: ``max_norm`` or ``norm_type`` is no such number.
+        GradientError: A gradient whose dtype or layout cannot be clipped.
+        NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
+    """
+    return _clip_norm_(_gradients_of(parameters), max_norm, norm_type, error_if_nonfinite)
+
+
+@torch.no_grad()
+def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Clip the norm of gradients that are given as tensors, in place.
+
+    For gradients of ``torch.func``, ``torch.autograd.grad`` or one's own formulas. As
+    `clip_grad_norm_`, but what is given is what is scaled.
+
+    Args:
+        tensors: A tensor or an iterable of tensors, read once.
+        max_norm: Largest norm allowed, 0 or more; inf measures and writes nothing.
+        norm_type: p of the p-norm, positive or inf.
+
+    Returns:
+        The norm before clipping, 0-d.
+
+    Raises:
+        ArgumentError: ``max_norm`` or ``norm_type`` is no such number.
+        GradientError: A gradient whose dtype or layout cannot be clipped.
+    """
+    return _clip_norm_(distinct(_listed(tensors)), max_norm, norm_type, error_if_nonfinite=False)
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None
+) -> None:
+    """Limit every element of the gradients of parameters to [-clip_value, clip_value], in place.
+
+    The same name and signature as ``torch.nn.utils.clip_grad_value_``. Gradients without a larger
+    element are not written; NaN stays NaN.
+
+    Args:
+        parameters: A tensor or an iterable of tensors, read once.
+        clip_value: Largest magnitude allowed, 0 or more.
+        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+
+    Raises:
+        ArgumentError: ``clip_value`` is no such number.
+        GradientError: A gradient that is complex, or whose dtype or layout cannot be clipped.
+    """
+    bound = checked_bound("clip_value", clip_value, infinite=True)
+    gradients = _gradients_of(parameters)
+    buckets_of(gradients, math.inf)  # refuses what cannot be clipped before anything is written
+    prepare_for_bound_(gradients, write=True)
+    for bucket in buckets_of(gradients, math.inf):
+        bounds = torch.full((1,), bound, dtype=torch.float64, device=bucket.device)
+        engine_for("auto", bucket.device).clamp_(bucket.written, bounds)
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: TensorOrTensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Return the norm of all tensors together.
+
+    The same name and signature as ``torch.nn.utils.get_total_norm``.
+
+    Args:
+        tensors: A tensor or an iterable of tensors, read once. Not written.
+        norm_type: p of the p-norm, positive or inf.
+        error_if_nonfinite: Raise where the norm is NaN or infinite. Host sync.
+        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+
+    Returns:
+        The norm, 0-d.
+
+    Raises:
+        ArgumentError: ``norm_type`` is no such number.
+        GradientError: A tensor whose dtype or layout has no norm here.
+        NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
+    """
+    order = checked_order(norm_type)
+    buckets = buckets_of(distinct(_listed(tensors)), order)
+    return _norms(buckets, order, error_if_nonfinite).squeeze(0)
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: TensorOrTensors,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Scale the gradients of parameters by ``min(1, max_norm / total_norm)``, in place.
+
+    The same name and signature as ``torch.nn.utils.clip_grads_with_norm_``. Where the norm is not
+    finite the gradients stay as they are.
+
+    Args:
+        parameters: A tensor or an iterable of tensors, read once.
+        max_norm: Largest norm allowed, 0 or more.
+        total_norm: The norm as `get_total_norm` measured it, a tensor of one element.
+        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+
+    Raises:
+        ArgumentError: ``max_norm`` or ``total_norm`` is no such number.
+        GradientError: A gradient whose dtype or layout cannot be clipped.
+    """
+    limit = checked_bound("max_norm", max_norm, infinite=True)
+    if not isinstance(total_norm, Tensor) or total_norm.numel() != 1:
+        raise ArgumentError(
+            f"total_norm is {total_norm!r}: give the tensor of one element that "
+            "get_total_norm() returned."
+        )
+    _scale_(buckets_of(_gradients_of(parameters), 2.0), total_norm.reshape(1), limit)
+
+
+def clip_backward(
+    x: Tensor,
+    max_norm: float | None = None,
+    max_value: float | None = None,
+    grad_scaler: GradScaler | None = None,
+) -> Tensor:
+    """Pass ``x`` on unchanged, and clip the gradient that flows back through it.
+
+    Applied to the hidden state at every time step it clips through time, where gradients of
+    recurrent networks explode: Graves, "Generating sequences with recurrent neural networks"
+    (2013). Gradients that are not finite pass through as they are.
+
+    Args:
+        x: Any tensor.
+        max_norm: Largest 2-norm of the gradient of the whole tensor; None for no limit.
+        max_value: Largest magnitude of its elements, applied first; None for no limit.
+        grad_scaler: The ``GradScaler`` that scaled the loss, since gradients that flow back
+            under it are scaled: its scale is taken into account, without a host sync.
+
+    Returns:
+        A view of ``x``.
+
+    Raises:
+        ArgumentError: A limit is no number >= 0, or none is given.
+        GradientError: ``x`` is complex and ``max_value`` is given.
+    """
+    if max_norm is None and max_value is None:
+        raise ArgumentError("Neither max_norm nor max_value is given: give at least one of them.")
+    limit = math.inf if max_norm is None else checked_bound("max_norm", max_norm)
+    bound = math.inf if max_value is None else checked_bound("max_value", max_value)
+    if max_value is not None:
+        prepare_for_bound_([x], write=False)
+    return _ClipBackward.apply(x, limit, bound, grad_scaler)  # type: ignore[no-any-return]
+
+
+class _ClipBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, max_norm: float, max_value: float, grad_scaler: GradScaler | None
+    ) -> Tensor:
+        ctx.options = max_norm, max_value, grad_scaler
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        max_norm, max_value, grad_scaler = ctx.options
+        # Others may hold this gradient too: what is written is a copy.
+        copy = gradient.clone(memory_format=torch.contiguous_format)
+        [bucket] = buckets_of([copy], 2.0)
+        norms = norms_of([bucket], 2.0)
+        limit, bound = torch.full_like(norms, max_norm), torch.full_like(norms, max_value)
+        if grad_scaler is not None:
+            limit, bound = grad_scaler.scale([limit, bound])
+        if max_value < math.inf:
+            bounds = torch.where(norms < math.inf, bound, math.inf)
+            engine_for("auto", copy.device).clamp_(bucket.written, bounds)
+            norms = norms_of([bucket], 2.0)
+        coefficients = clip_coefficients(norms, limit, erase=False)
+        engine_for("auto", copy.device).scale_(bucket.written, coefficients)
+        return copy, None, None, None
+
+
+def _clip_norm_(
+    gradients: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    limit = checked_bound("max_norm", max_norm, infinite=True)
+    order = checked_order(norm_type)
+    buckets = buckets_of(gradients, order)
+    norms = _norms(buckets, order, error_if_nonfinite)
+    _scale_(buckets, norms, limit)
+    return norms.squeeze(0)
+
+
+def _norms(buckets: list[Bucket], order: float, error_if_nonfinite: bool) -> Tensor:
+    norms = norms_of(buckets, order)
+    if error_if_nonfinite and not bool(norms.isfinite().all()):
+        raise NonFiniteGradientError(
+            f"The norm of the gradients is {norms.item()}: it must be finite with "
+            "error_if_nonfinite=True. The gradients are as they were; error_if_nonfinite=False "
+            "returns such a norm instead."
+        )
+    return norms
+
+
+def _scale_(buckets: list[Bucket], norms: Tensor, limit: float) -> None:
+    if limit == math.inf:
+        return
+    coefficients = clip_coefficients(norms, torch.full_like(norms, limit), erase=False)
+    for bucket in buckets:
+        engine_for("auto", bucket.device).scale_(bucket.written, bucket.spread(coefficients))
+
+
+def _listed(tensors: TensorOrTensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _gradients_of(parameters: TensorOrTensors) -> list[Tensor]:
+    listed = _listed(parameters)
+    for parameter in listed:
+        if not isinstance(parameter, Tensor):
+            raise GradientError(
+                f"Found a {type(parameter).__name__} among the parameters: give tensors only, as "
+                "model.parameters() does."
+            )
+    return gradients_of(listed)

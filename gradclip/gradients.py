@@ -1,0 +1,168 @@
+"""From what optimizers hold to buckets of gradients that one engine call can take, each once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import GradientError, NotAvailableError
+
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Gradients of one device and dtype, in the order in which they were met.
+
+    ``measured`` and ``written`` differ only where a gradient has duplicates (an uncoalesced
+    sparse one is measured coalesced) or is complex (measured as real numbers): scaling what
+    is written scales what was measured.
+    """
+
+    device: torch.device
+    measured: list[Tensor] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    """For each gradient the index of the norm that it belongs to."""
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each gradient its entry of a vector over all norms; one value serves all as it is.
+
+        Args:
+            values: Shape (k,), on any device.
+
+        Returns:
+            Shape (1,) or (n,), on the bucket's device.
+        """
+        values = values.to(self.device)
+        return values if values.numel() == 1 else values[self.labels]
+
+
+def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+    """Yield every parameter of an optimizer's parameter groups, in order."""
+    for group in groups:
+        yield from group["params"]
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradients that are there, each object once however many parameters share it."""
+    return distinct(grad for p in parameters if (grad := p.grad) is not None)
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors, each object once, in the order in which they come first."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def buckets_of(
+    gradients: Iterable[Tensor], order: float, labels: Iterable[int] | None = None
+) -> list[Bucket]:
+    """Sort gradients into buckets.
+
+    Args:
+        gradients: Distinct gradients of any mixture of devices, dtypes and layouts. Not written.
+        order: p of the norm to be measured.
+        labels: For each gradient the index of the norm that it belongs to; by default 0.
+
+    Raises:
+        GradientError: A dtype or layout that cannot be clipped rightly.
+        NotAvailableError: Gradients that are sharded over several processes.
+    """
+    buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
+    for gradient, label in zip(gradients, repeat(0) if labels is None else labels, strict=False):
+        if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is torch.strided:
+            measured = written = gradient
+        else:
+            measured, written = _forms_of(gradient, order)
+        key = (gradient.device, gradient.dtype)
+        bucket = buckets.get(key)
+        if bucket is None:
+            bucket = buckets[key] = Bucket(gradient.device)
+        bucket.measured.append(measured)
+        bucket.written.append(written)
+        bucket.labels.append(label)
+    return list(buckets.values())
+
+
+def prepare_for_bound_(gradients: Iterable[Tensor], *, write: bool) -> None:
+    """Make sure that an element-wise bound means something for every gradient.
+
+    Duplicates of uncoalesced sparse gradients are summed, in place, where ``write`` is true:
+    what an element is must be known before it can be bounded.
+
+    Raises:
+        GradientError: A complex gradient, whose elements have no order.
+    """
+    gradients = list(gradients)
+    for gradient in gradients:
+        if gradient.is_complex():
+            raise GradientError(
+                f"Found a gradient of dtype {gradient.dtype} and max_value: complex elements "
+                "cannot be bounded one by one. Leave max_value at None."
+            )
+    for gradient in gradients:
+        if write and gradient.is_sparse and not gradient.is_coalesced():
+            gradient.copy_(gradient.coalesce())
+
+
+def bounded_copies(buckets: Iterable[Bucket], bound: float) -> list[Bucket]:
+    """Return buckets of what the gradients would be with every element in [-bound, bound]."""
+    return [
+        Bucket(bucket.device, copies, copies, bucket.labels)
+        for bucket in buckets
+        for copies in [[tensor.clamp(-bound, bound) for tensor in bucket.measured]]
+    ]
+
+
+def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    """Return the real strided tensor to measure and the strided tensor to write."""
+    _refuse_unfit(gradient)
+    measured = written = gradient
+    if gradient.layout is torch.sparse_coo:
+        measured, written = gradient.coalesce()._values(), gradient._values()
+    if measured.is_complex():
+        # The modulus in float64: in the gradient's own precision it could overflow.
+        measured = (
+            torch.view_as_real(measured.resolve_conj())
+            if order == 2
+            else measured.to(torch.complex128).abs()
+        )
+    return measured, written
+
+
+def _refuse_unfit(gradient: Tensor) -> None:
+    if not isinstance(gradient, Tensor):
+        raise GradientError(
+            f"Found a {type(gradient).__name__} among the gradients: give tensors only."
+        )
+    if _is_sharded(gradient):
+        raise NotAvailableError(
+            "Found a gradient that is a DTensor, sharded over several processes: clipping across "
+            "processes is not available in this version of gradclip. Use "
+            "torch.nn.utils.clip_grad_norm_ for this model."
+        )
+    what = f"a gradient of dtype {gradient.dtype} and shape {tuple(gradient.shape)}"
+    if gradient.dtype not in REAL + COMPLEX:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in REAL + COMPLEX)
+        raise GradientError(
+            f"Found {what}: gradients must have one of the dtypes {names}. "
+            "Convert it, or leave its parameter out."
+        )
+    if gradient.layout not in (torch.strided, torch.sparse_coo):
+        raise GradientError(
+            f"Found {what} in layout {gradient.layout}: the layouts that can be clipped in place "
+            "are torch.strided and torch.sparse_coo. Convert it with to_dense() or to_sparse()."
+        )
+
+
+def _is_sharded(gradient: Tensor) -> bool:
+    # Importing torch.distributed.tensor takes half a second; who has a DTensor has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(gradient, module.DTensor)

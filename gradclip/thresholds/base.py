@@ -1,0 +1,79 @@
+"""The protocol of a threshold: how large each norm may be at this step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What a threshold may know of a step besides the norms."""
+
+    step: int
+    """Index of the step, from 0."""
+    present: Tensor
+    """Shape (k,), bool: which labels had a gradient at all."""
+
+
+class Threshold(ABC):
+    """A rule for the largest norm allowed, called by the clipper once or twice a step.
+
+    Its state belongs in tensors, so that it stays on the device and loads with
+    ``weights_only=True``. No method may wait for a CUDA device.
+    """
+
+    def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        """Prepare for k norms. Called when the clipper is attached, and when its device changes.
+
+        Args:
+            labels: The k names, in the order of the norms.
+            device: Where norms will be.
+            dtype: Their dtype, float64 where the device has it.
+        """
+
+    @abstractmethod
+    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
+        """Return the largest allowed norms, called before the gradients are scaled.
+
+        Args:
+            norms: Shape (k,), as measured; may hold NaN and infinity.
+            context: The step.
+
+        Returns:
+            Shape (k,), not negative, infinity for no limit, of the norms' device and dtype.
+        """
+
+    def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:
+        """Learn from a step, called after the gradients were scaled.
+
+        Only entries that are finite and whose label is in ``context.present`` may enter a state.
+
+        Args:
+            norms: Shape (k,), as measured.
+            clipped_norms: Shape (k,), after scaling.
+            context: The step.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a dict of tensors and plain numbers; empty for a rule without any."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that `state_dict` returned.
+
+        Raises:
+            StateError: It does not belong to this rule; nothing was changed.
+        """
+        if state:
+            raise StateError(
+                f"{type(self).__name__} keeps no state, found the keys {sorted(state)}: "
+                "load the state into a clipper with the threshold it was saved from."
+            )

@@ -1,0 +1,39 @@
+"""A threshold that is a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..checks import checked_bound
+from .base import StepContext, Threshold
+
+
+class Schedule(Threshold):
+    """A threshold given by a function of the step, for a warm-up or a decay of the threshold.
+
+    Args:
+        function: Called once a step with its index, from 0; returns the largest norm allowed,
+            0 or more, or None for no limit at this step. What it returns is checked at every
+            step, before any gradient is touched.
+    """
+
+    def __init__(self, function: Callable[[int], float | None]) -> None:
+        self.function = function
+
+    def __repr__(self) -> str:
+        return f"Schedule({self.function!r})"
+
+    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Threshold.thresholds`.
+
+        Raises:
+            ArgumentError: The function returned something else than a number >= 0 or None.
+        """
+        limit = self.function(context.step)
+        if limit is not None:
+            limit = checked_bound(f"max_norm({context.step})", limit)
+        return torch.full_like(norms, math.inf if limit is None else limit)

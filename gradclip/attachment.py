@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .errors import AttachError
 from .gradients import parameters_of
+from .records import ClipRecord
 from .settings import not_available
 
 _attached: WeakSet[Optimizer] = WeakSet()
@@ -22,16 +23,20 @@ class Attachment:
     Args:
         optimizer: The optimizer, checked by `check_optimizer`.
         clip: Called when the gradients are complete: before the step, or after each evaluation
-            of a closure. It returns whether the step is to be skipped.
-        finish: Called when the step has been taken or skipped.
+            of a closure. Its record says whether the step is to be skipped.
+        finish: Called with the last record when the step has been taken or skipped.
     """
 
     def __init__(
-        self, optimizer: Optimizer, clip: Callable[[], bool], finish: Callable[[], None]
+        self,
+        optimizer: Optimizer,
+        clip: Callable[[], ClipRecord],
+        finish: Callable[[ClipRecord], None],
     ) -> None:
         self._optimizer = optimizer
         self._clip = clip
         self._finish = finish
+        self._record: ClipRecord | None = None
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -58,6 +63,7 @@ class Attachment:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()
+        self._record = None
         _refuse_scaled(optimizer)
         if len(args) > 1 and args[1] is not None:
             return (args[0], self._clipped_after(args[1]), *args[2:]), kwargs
@@ -78,7 +84,8 @@ class Attachment:
         return clipped_closure
 
     def _clip_or_hide(self) -> None:
-        if self._clip():
+        self._record = self._clip()
+        if self._record.skipped:
             # An optimizer leaves parameters without a gradient, and their state, as they are.
             for parameter in parameters_of(self._optimizer.param_groups):
                 if parameter.grad is not None:
@@ -87,7 +94,8 @@ class Attachment:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.restore()
-        self._finish()
+        if self._record is not None:
+            self._finish(self._record)
 
 
 def check_optimizer(optimizer: object, *, skips: bool) -> Optimizer:
@@ -113,8 +121,12 @@ def check_optimizer(optimizer: object, *, skips: bool) -> Optimizer:
             f"Another GradientClipper is attached to this {type(optimizer).__name__}: detach() "
             "or close() it first, or use the one that is there."
         )
-    for group in optimizer.param_groups:
-        _check_group(optimizer, group)
+    check_groups(optimizer)
+    if any(getattr(p, "_fsdp_flattened", False) for p in parameters_of(optimizer.param_groups)):
+        raise not_available(
+            "Clipping under FullyShardedDataParallel",
+            "call the clip_grad_norm_ of the wrapped module",
+        )
     if skips and isinstance(optimizer, LBFGS):
         raise AttachError(
             "LBFGS takes a step without gradients for a converged one, so a step of it cannot be "
@@ -124,26 +136,23 @@ def check_optimizer(optimizer: object, *, skips: bool) -> Optimizer:
 
 
 def check_groups(optimizer: Optimizer) -> None:
-    """Refuse parameter groups that ask for what this version lacks; cheap enough for every step."""
+    """Refuse what a parameter group asks for and cannot get; cheap enough for every step.
+
+    Raises:
+        AttachError: A group whose step is differentiable.
+        NotAvailableError: A group with a threshold of its own.
+    """
     for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            raise AttachError(
+                f"{type(optimizer).__name__} has differentiable=True: scaling gradients in place "
+                "would falsify what is differentiated through the step. Build it without, or clip "
+                "out of place in the loss."
+            )
         if "max_norm" in group:
             raise not_available(
                 "A max_norm of a parameter group", "take the key 'max_norm' out of the group"
             )
-
-
-def _check_group(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    if group.get("differentiable"):
-        raise AttachError(
-            f"{type(optimizer).__name__} has differentiable=True: scaling gradients in place "
-            "would falsify what is differentiated through the step. Build it without, or clip "
-            "out of place in the loss."
-        )
-    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in group["params"]):
-        raise not_available(
-            "Clipping under FullyShardedDataParallel",
-            "call the clip_grad_norm_ of the wrapped module",
-        )
 
 
 def _refuse_scaled(optimizer: Optimizer) -> None:

@@ -126,43 +126,35 @@ class GradientClipper:
         self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
         self._close = weakref.finalize(self, self._recorder.close)
         self._steps = 0
-        self._skipped = 0
         self._last: ClipRecord | None = None
-        self._pending: tuple[ClipRecord, StepContext] | None = None
         self._attachment = Attachment(self._optimizer, self._clip, self._finish)
 
     # The pipeline
 
     @torch.no_grad()
-    def _clip(self) -> bool:
-        """Clip the gradients that are there now; return whether the step is to be skipped."""
+    def _clip(self) -> ClipRecord:
+        """Clip the gradients that are there now."""
         buckets = self._gradients()
         norms = self._norms(buckets)
-        context = StepContext(self._steps, _flags(bool(buckets), norms.device))
-        thresholds = self._thresholds(norms, context)
+        self._context = StepContext(self._steps, _flags(bool(buckets), norms.device))
+        thresholds = self._thresholds(norms, self._context)
         skip = self._verdict(norms)
         bounded = norms if skip else self._bound(buckets, norms)
         coefficients = clip_coefficients(bounded, thresholds, self._settings.erases)
         if not skip:
             self._scale(buckets, coefficients)
         factors = coefficients if bounded is norms else coefficients * _ratio(bounded, norms)
-        record = ClipRecord(self._steps, time.time(), norms, thresholds, factors, skip)
-        self._pending = record, context
-        return skip
+        return ClipRecord(self._steps, time.time(), norms, thresholds, factors, skip)
 
-    def _finish(self) -> None:
+    def _finish(self, record: ClipRecord) -> None:
         """Count and record the step that was taken or skipped."""
-        if self._pending is None:
-            return
-        (record, context), self._pending = self._pending, None
         if self._observes and not record.skipped:
             self._threshold.observe(
-                record.norms, clipped(record.norms, record.coefficients), context
+                record.norms, clipped(record.norms, record.coefficients), self._context
             )
         self._last = record
         self._recorder.add(record)
         self._steps += 1
-        self._skipped += record.skipped
 
     # Its parts
 
@@ -263,8 +255,8 @@ class GradientClipper:
 
     @property
     def skipped(self) -> int:
-        """How many of the steps were skipped."""
-        return self._skipped
+        """How many of the steps were skipped. Host sync."""
+        return self._recorder.counters.skipped_steps
 
     @property
     def engine(self) -> str:
@@ -284,7 +276,6 @@ class GradientClipper:
         """
         return {
             "steps": self._steps,
-            "skipped": self._skipped,
             "counters": asdict(self._recorder.counters),
             "threshold": self._threshold.state_dict(),
         }
@@ -295,9 +286,9 @@ class GradientClipper:
         Raises:
             StateError: It is no such state, or of another threshold; nothing was changed.
         """
-        steps, skipped, counters = parsed_state(state)
+        steps, counters = parsed_state(state)
         self._threshold.load_state_dict(state["threshold"])
-        self._steps, self._skipped, self._recorder.counters = steps, skipped, counters
+        self._steps, self._recorder.counters = steps, counters
 
     # Its end
 

@@ -1,13 +1,13 @@
 """Every exception that gradclip raises on purpose.
 
     GradClipError
-    ├── ArgumentError            (also ValueError)           an option or argument that cannot be meant
-    ├── AttachError              (also RuntimeError)         an optimizer that cannot be clipped through a hook
-    ├── GradientError            (also TypeError)            a gradient that cannot be clipped rightly
-    ├── EngineUnavailableError   (also RuntimeError)         an engine asked for by name that cannot serve
-    ├── NotAvailableError        (also NotImplementedError)  a part of the interface that this version lacks
-    ├── StateError               (also ValueError)           a state dict that does not fit
-    └── NonFiniteGradientError   (also RuntimeError)         a norm that is NaN or infinite
+    ├── ArgumentError           also ValueError: an option or argument that cannot be meant
+    ├── AttachError             also RuntimeError: an optimizer that a hook cannot clip
+    ├── GradientError           also TypeError: a gradient that cannot be clipped rightly
+    ├── EngineUnavailableError  also RuntimeError: an engine asked for by name that is not there
+    ├── NotAvailableError       also NotImplementedError: a part that this version lacks
+    ├── StateError              also ValueError: a state dict that does not fit
+    └── NonFiniteGradientError  also RuntimeError: a norm that is NaN or infinite
 
 Each message says what was found, what is needed and how to mend it. Whenever one is
 raised, the gradients are as they were before the call.

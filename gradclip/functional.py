@@ -211,7 +211,8 @@ def clip_backward(
     bound = math.inf if max_value is None else checked_bound("max_value", max_value)
     if max_value is not None:
         prepare_for_bound_([x], write=False)
-    return _ClipBackward.apply(x, limit, bound, grad_scaler)  # type: ignore[no-any-return]
+    clipped: Tensor = _ClipBackward.apply(x, limit, bound, grad_scaler)  # type: ignore[no-untyped-call]
+    return clipped
 
 
 class _ClipBackward(torch.autograd.Function):

@@ -10,11 +10,11 @@ from .checks import checked_count
 from .errors import ArgumentError, StateError
 from .records import Counters
 
-KEYS = {"steps", "skipped", "counters", "threshold"}
+KEYS = {"steps", "counters", "threshold"}
 
 
-def parsed_state(state: Mapping[str, Any]) -> tuple[int, int, Counters]:
-    """Return steps, skipped steps and counters of a saved clipper.
+def parsed_state(state: Mapping[str, Any]) -> tuple[int, Counters]:
+    """Return steps and counters of a saved clipper.
 
     Raises:
         StateError: It is not what ``GradientClipper.state_dict`` returns.
@@ -24,10 +24,9 @@ def parsed_state(state: Mapping[str, Any]) -> tuple[int, int, Counters]:
     try:
         counts = {k: checked_count(k, v) for k, v in state["counters"].items()}
         steps = checked_count("steps", state["steps"])
-        skipped = checked_count("skipped", state["skipped"])
     except ArgumentError as error:
         raise StateError(f"The state does not fit, {error} Nothing was loaded.") from None
-    return steps, skipped, Counters(**counts)
+    return steps, Counters(**counts)
 
 
 def _check_keys(name: str, found: object, needed: set[str]) -> None:

@@ -30,8 +30,8 @@ class Threshold(ABC):
     ``weights_only=True``. No method may wait for a CUDA device.
     """
 
-    def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        """Prepare for k norms. Called when the clipper is attached, and when its device changes.
+    def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
+        """Prepare for k norms. Called when the clipper is attached; may do nothing.
 
         Args:
             labels: The k names, in the order of the norms.
@@ -51,8 +51,8 @@ class Threshold(ABC):
             Shape (k,), not negative, infinity for no limit, of the norms' device and dtype.
         """
 
-    def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:
-        """Learn from a step, called after the gradients were scaled.
+    def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:  # noqa: B027
+        """Learn from a step, called once it was taken; may do nothing.
 
         Only entries that are finite and whose label is in ``context.present`` may enter a state.
 

@@ -1,0 +1,46 @@
+"""Settings that every test shares, and the rule that no test is skipped unnoticed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
+
+settings.register_profile("gradclip", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("gradclip")
+
+_unexplained: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(re.fullmatch(pattern, reason) for pattern in _allowed_reasons()):
+            _unexplained.append(f"{report.nodeid}: {reason}")
+
+
+def _allowed_reasons() -> list[str]:
+    lines = ALLOWED_SKIPS.read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for skip in _unexplained:
+        terminalreporter.write_line(f"skipped for a reason not in {ALLOWED_SKIPS.name}: {skip}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI a test that is skipped for a reason nobody has written down is a failure."""
+    if os.environ.get("CI") and _unexplained and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from gradclip.naming import describe_nonfinite, parameter_names
+
+
+def test_names_come_from_the_model_then_the_optimizer_then_the_place():
+    model = nn.Linear(2, 1)
+    outside = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [*model.parameters()]}, {"params": [outside]}])
+    places = [name for name, _ in parameter_names(optimizer.param_groups, None)]
+    assert places == ["group 0, parameter 0", "group 0, parameter 1", "group 1, parameter 0"]
+    named = [name for name, _ in parameter_names(optimizer.param_groups, model)]
+    assert named == ["weight", "bias", "group 1, parameter 0"]
+    given = torch.optim.SGD([("first", outside)])
+    assert [name for name, _ in parameter_names(given.param_groups, None)] == ["first"]
+
+
+def test_a_parameter_in_two_places_is_named_once():
+    weight = nn.Parameter(torch.ones(1))
+    groups = [{"params": [weight]}, {"params": [weight]}]
+    assert [name for name, _ in parameter_names(groups, None)] == ["group 0, parameter 0"]
+
+
+def bad(*values: float) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(len(values)))
+    parameter.grad = torch.tensor(values)
+    return parameter
+
+
+def test_the_description_counts_elements_and_leaves_good_ones_out():
+    named = [("a", bad(1.0, math.nan, math.inf)), ("b", bad(1.0)), ("c", nn.Parameter(bad(1.0)))]
+    assert describe_nonfinite(named) == "a (2 of 3 elements)"
+
+
+def test_sparse_gradients_are_looked_into():
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.sparse_coo_tensor([[0, 2]], [1.0, math.nan], (3,))
+    assert describe_nonfinite([("s", parameter)]) == "s (1 of 2 elements)"
+
+
+def test_a_long_list_is_cut():
+    named = [(f"p{i}", bad(math.nan)) for i in range(12)]
+    assert describe_nonfinite(named).endswith("p9 (1 of 1 elements) and 2 more")
+
+
+def test_a_sum_out_of_range_is_told_from_bad_elements():
+    assert "exceeds the range of float64" in describe_nonfinite([("a", bad(1.0))])

@@ -1,0 +1,207 @@
+"""Cost of clipping against torch's clip_grad_norm_, and the error of the norm.
+
+    python -m benchmarks.clip [--sets small lstm] [--seconds 5] [--json]
+
+Prints times as ratios to torch's default in the same run: on a shared machine only ratios mean
+something. Gradients are rewritten from a pool before every timed call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import gradclip
+from benchmarks.shapes import SETS
+from benchmarks.timing import interleaved_medians
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REGIMES = {"under": 1e9, "clipping": 1.0}
+POOL = 2
+
+
+class Still(torch.optim.Optimizer):
+    """An optimizer whose step does nothing, so that what its hooks cost can be seen."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Do nothing."""
+
+
+class Gradients:
+    """Parameters whose gradients are rewritten from a pool."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.parameters = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
+        for parameter in self.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        self._pool = itertools.cycle(
+            [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(POOL)]
+        )
+
+    def rewrite(self) -> None:
+        """Write the next gradients of the pool."""
+        for parameter, source in zip(self.parameters, next(self._pool), strict=True):
+            parameter.grad.copy_(source)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all gradients."""
+        return sum(p.numel() * p.element_size() for p in self.parameters)
+
+    def error(self) -> float:
+        """Relative error of gradclip's norm against float64."""
+        exact = sum(p.grad.double().square().sum().item() for p in self.parameters) ** 0.5
+        found = gradclip.get_total_norm([p.grad for p in self.parameters]).item()
+        return abs(found / exact - 1)
+
+
+def read_bandwidth(seconds: float) -> float:
+    """Return bytes per second of the fastest read of 400 MB that torch offers."""
+    data = torch.ones(100_000_000)
+    readers = {"dot": lambda: torch.dot(data, data), "aminmax": lambda: torch.aminmax(data)}
+    return 4e8 / min(interleaved_medians(readers, lambda: None, seconds).values())
+
+
+def measure_set(name: str, dtype: str, seconds: float, bandwidth: float) -> list[dict[str, Any]]:
+    """Measure both regimes on one set of gradients."""
+    gradients = Gradients(SETS[name](), DTYPES[dtype])
+    rows = []
+    for regime, max_norm in REGIMES.items():
+        medians = medians_of_rivals(gradients, max_norm, seconds)
+        reference = medians.pop("torch")
+        gradients.rewrite()
+        rows.append(
+            {
+                "set": name,
+                "dtype": dtype,
+                "regime": regime,
+                "torch_us": reference * 1e6,
+                **{rival: median / reference for rival, median in medians.items()},
+                "read_share": gradients.bytes / medians["function"] / bandwidth,
+                "error": gradients.error(),
+            }
+        )
+    return rows
+
+
+def medians_of_rivals(gradients: Gradients, max_norm: float, seconds: float) -> dict[str, float]:
+    """Time torch's and gradclip's ways to clip to one threshold."""
+    parameters = gradients.parameters
+    optimizer = Still(parameters)
+    theirs = torch.nn.utils.clip_grad_norm_
+    rivals = {
+        "torch": lambda: theirs(parameters, max_norm),
+        "foreach": lambda: theirs(parameters, max_norm, foreach=True),
+        "function": lambda: gradclip.clip_grad_norm_(parameters, max_norm),
+        "hook": optimizer.step,
+    }
+    with gradclip.GradientClipper(optimizer, max_norm):
+        return interleaved_medians(rivals, gradients.rewrite, seconds)
+
+
+def measure_logging(seconds: float) -> dict[str, float]:
+    """Measure what hook and logging add on the small set, in microseconds a step."""
+    gradients = Gradients(SETS["small"](), torch.float32)
+    parameters = gradients.parameters
+    plain, logged = Still(parameters), Still(parameters)
+    steps = itertools.count()
+    batch = 100
+
+    def by_hand() -> None:
+        for _ in range(batch):
+            step = next(steps)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1e9)
+            writer.add_scalar("norm", norm.item(), step)
+            writer.add_scalar("clipped", min(norm.item(), 1e9), step)
+
+    def repeat(call: Callable[[], object]) -> Callable[[], None]:
+        def repeated() -> None:
+            for _ in range(batch):
+                call()
+
+        return repeated
+
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        rivals = {
+            "torch": repeat(lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e9)),
+            "torch and add_scalar": by_hand,
+            "function": repeat(lambda: gradclip.clip_grad_norm_(parameters, 1e9)),
+            "hook": repeat(plain.step),
+            "hook and log": repeat(logged.step),
+        }
+        with (
+            gradclip.GradientClipper(plain, 1e9),
+            gradclip.GradientClipper(logged, 1e9, log=f"{folder}/gradclip"),
+        ):
+            medians = interleaved_medians(rivals, gradients.rewrite, seconds)
+    return {name: taken / batch * 1e6 for name, taken in medians.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--seconds", type=float, default=5.0, help="per row")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    bandwidth = read_bandwidth(min(options.seconds, 2.0))
+    rows = [
+        row
+        for name in options.sets
+        for dtype in options.dtypes
+        for row in measure_set(name, dtype, options.seconds, bandwidth)
+    ]
+    logging = measure_logging(options.seconds)
+    if options.json:
+        print(json.dumps({"machine": machine(), "rows": rows, "logging_us": logging}))
+    else:
+        print_tables(rows, logging, bandwidth)
+
+
+def machine() -> dict[str, object]:
+    """Describe what the figures were measured on."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def print_tables(rows: list[dict[str, Any]], logging: dict[str, float], bandwidth: float) -> None:
+    """Print Markdown tables."""
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(
+        f"read bandwidth {bandwidth / 1e9:.1f} GB/s; ratios to torch's default, lower is faster\n"
+    )
+    print("| set | dtype | regime | torch, us | foreach | function | hook | of bandwidth | error |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['set']} | {row['dtype']} | {row['regime']} | {row['torch_us']:.0f} "
+            f"| {row['foreach']:.2f} | {row['function']:.2f} | {row['hook']:.2f} "
+            f"| {row['read_share']:.0%} | {row['error']:.0e} |"
+        )
+    print("\n| small set, a step under the threshold | us | ratio |\n|---|---|---|")
+    for name, taken in logging.items():
+        print(f"| {name} | {taken:.0f} | {taken / logging['torch']:.2f} |")
+    print(f"\nthe hook adds {logging['hook'] - logging['function']:.0f} us to the function,")
+    print(f"logging adds {logging['hook and log'] - logging['hook']:.0f} us to the hook")
+
+
+if __name__ == "__main__":
+    main()

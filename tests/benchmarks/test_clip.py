@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks import clip
+from benchmarks.shapes import SETS
+from benchmarks.timing import interleaved_medians
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [
+        ("small", 6, 3610),
+        ("lstm", 11, 1_306_600),
+        ("resnet50", 161, 25_557_032),
+        ("gpt2", 148, 124_439_808),
+    ],
+)
+def test_the_sets_have_the_sizes_of_their_models(name, tensors, elements):
+    shapes = SETS[name]()
+    assert len(shapes) == tensors
+    assert sum(map(math.prod, shapes)) == elements
+
+
+def test_the_benchmark_runs_and_prints_ratios(capsys):
+    clip.main(["--sets", "small", "--seconds", "0.1"])
+    printed = capsys.readouterr().out
+    assert "| small | bfloat16 | clipping |" in printed
+    assert "logging adds" in printed
+
+
+def test_the_benchmark_speaks_json(capsys):
+    clip.main(["--sets", "small", "--dtypes", "float32", "--seconds", "0.1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert [row["regime"] for row in result["rows"]] == ["under", "clipping"]
+    assert all(row["error"] < 1e-6 for row in result["rows"])
+
+
+def test_every_timed_call_is_prepared_for():
+    calls = []
+    rivals = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    interleaved_medians(rivals, lambda: calls.append("prepare"), 0.0)
+    assert calls[:8] == ["prepare", "a", "prepare", "b", "prepare", "b", "prepare", "a"]

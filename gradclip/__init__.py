@@ -3,7 +3,8 @@
 To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py``,
 ``attachment.py``, ``gradients.py``, ``norms.py``, ``coefficients.py``, ``thresholds/base.py``,
 ``thresholds/fixed.py``, ``engines/base.py``, ``engines/reference.py``, ``engines/operators.py``,
-``records.py``, ``recorder.py``, ``sinks/tensorboard.py``.
+``records.py``, ``buffer.py``, ``recorder.py``, ``sinks/tensorboard.py``,
+``sinks/event_files.py``, ``sinks/record_format.py``.
 """
 
 from __future__ import annotations

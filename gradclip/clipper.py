@@ -153,8 +153,8 @@ class GradientClipper:
                 record.norms, clipped(record.norms, record.coefficients), self._context
             )
         self._last = record
-        self._recorder.add(record)
         self._steps += 1
+        self._recorder.add(record)
 
     # Its parts
 

@@ -48,7 +48,8 @@ class Threshold(ABC):
             context: The step.
 
         Returns:
-            Shape (k,), not negative, infinity for no limit, of the norms' device and dtype.
+            Shape (k,), not negative, infinity for no limit, of the norms' device and dtype. The
+            record of the step keeps it: return a new tensor rather than change it later.
         """
 
     def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:  # noqa: B027

@@ -1,0 +1,93 @@
+"""Keeps records on the device and copies them to the host in batches, without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .records import ClipRecord
+
+
+class RecordBuffer:
+    """Keeps records where they are until a batch is full.
+
+    Args:
+        capacity: Records per batch.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._waiting: list[ClipRecord] = []
+        self._sent: list[Batch] = []
+
+    def append(self, record: ClipRecord) -> None:
+        """Keep a record; a full buffer starts its copy to the host. No host sync on CUDA."""
+        if self._waiting and not _alike(self._waiting[-1], record):
+            self._send()
+        self._waiting.append(record)
+        if len(self._waiting) >= self._capacity:
+            self._send()
+
+    def take(self, *, wait: bool) -> Iterator[Batch]:
+        """Yield the batches that have arrived; with ``wait`` everything, waiting for the device."""
+        if wait and self._waiting:
+            _finish(self._waiting[-1].norms.device)
+            self._send()
+        while self._sent and (wait or self._sent[0].arrived()):
+            yield self._sent.pop(0)
+
+    def _send(self) -> None:
+        batch, self._waiting = self._waiting, []
+        self._sent.append(Batch(batch))
+
+
+class Batch:
+    """Records on their way to the host, of one shape and device.
+
+    On CUDA the copy goes to pinned memory and is read only after its event is done. Elsewhere
+    the host waits for it here, once a batch.
+    """
+
+    def __init__(self, records: Sequence[ClipRecord]) -> None:
+        self.records = records
+        values = torch.stack(
+            [
+                torch.stack([record.norms for record in records]),
+                torch.stack([record.thresholds for record in records]),
+                torch.stack([record.coefficients for record in records]),
+            ]
+        )
+        self._event = None
+        if values.is_cuda:
+            # "cpu" by name, as the default device may be another.
+            self._host = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
+        else:
+            self._host = values.cpu()
+
+    def arrived(self) -> bool:
+        """Tell whether `values` returns without waiting."""
+        return self._event is None or self._event.query()
+
+    def values(self) -> Tensor:
+        """Return norms, thresholds and coefficients, shape (3, steps, k), float64 on the host.
+
+        Waits for the copy.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.to(torch.float64)
+
+
+def _finish(device: torch.device) -> None:
+    # The steps may have run on another stream than the one that asks for their records.
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _alike(one: ClipRecord, other: ClipRecord) -> bool:
+    return one.norms.shape == other.norms.shape and one.norms.device == other.norms.device

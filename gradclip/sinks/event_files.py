@@ -1,0 +1,242 @@
+"""Where events for TensorBoard go: an event file in a directory, or a user's SummaryWriter."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from ..errors import ArgumentError
+from .record_format import framed
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_OUR_NAME = re.compile(r"events\.out\.tfevents\.(\d+)\..*-gradclip")
+
+Point: TypeAlias = tuple[int, float, Sequence[tuple[str, float]]]
+"""A step's index, its wall time, and its values by tag."""
+
+
+class Destination(ABC):
+    """What takes points and writes them as events."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._last_steps: dict[str, int] = {}
+
+    def write(self, curves: str, points: Sequence[Point]) -> None:
+        """Write points, safe from a crash of this process.
+
+        Args:
+            curves: What tells these curves from others here; those that fall back to an earlier
+                step are continued from there.
+            points: In the order of the steps, at least one.
+        """
+        last = self._last_steps.get(curves)
+        events: list[Event] = []
+        for point in points:
+            restarts = self._continues if last is None else point[0] <= last
+            events += _restarted(_event(*point)) if restarts else [_event(*point)]
+            last = point[0]
+        self._put(events)
+        self._last_steps[curves] = points[-1][0]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what is ours."""
+
+    @property
+    @abstractmethod
+    def _continues(self) -> bool:
+        """Whether an earlier run has written to the directory."""
+
+    @abstractmethod
+    def _put(self, events: Sequence[Event]) -> None: ...
+
+
+class EventFile(Destination):
+    """An event file of our own, made when the first events come; all sinks on it share it.
+
+    After a fault, what the file holds at its end can't be known: a new one is begun.
+
+    Args:
+        directory: Made when it is not there.
+        since: The least number for its name, in whole seconds since the epoch.
+    """
+
+    def __init__(self, directory: str, since: int) -> None:
+        super().__init__(directory)
+        self._since = since
+        self._stream: BinaryIO | None = None
+
+    @cached_property
+    def _earlier(self) -> list[int]:
+        """The numbers in the names of earlier files of ours."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        return [int(found[1]) for name in names if (found := _OUR_NAME.fullmatch(name))]
+
+    @cached_property
+    def _numbers(self) -> Iterator[int]:
+        # Readers take files in the order of their names, so ours come after our earlier ones.
+        return itertools.count(max([self._since, *(number + 1 for number in self._earlier)]))
+
+    @property
+    def _continues(self) -> bool:
+        return bool(self._earlier)
+
+    def _put(self, events: Sequence[Event]) -> None:
+        removed = self._stream is not None and os.fstat(self._stream.fileno()).st_nlink == 0
+        if removed:
+            self._drop()
+        if self._stream is None:
+            self._begin(events)
+        else:
+            self._append(self._stream, events)
+        if removed:
+            raise FileNotFoundError(
+                errno.ENOENT, "event file was removed, a new one goes on", self.directory
+            )
+
+    def close(self) -> None:
+        """Close the file; events that come later begin a new one."""
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            stream.close()
+
+    def _begin(self, events: Sequence[Event]) -> None:
+        os.makedirs(self.directory, exist_ok=True)
+        name = f"{next(self._numbers):010d}.{socket.gethostname()}.{os.getpid()}-gradclip"
+        path = os.path.join(self.directory, f"events.out.tfevents.{name}")
+        self._stream = open(path, "xb")  # noqa: SIM115  # stays open between batches
+        try:
+            version = Event(wall_time=time.time(), file_version="brain.Event:2")
+            self._append(self._stream, [version, *events])
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(path)  # a full disk shall not fill with empty files
+            raise
+
+    def _append(self, stream: BinaryIO, events: Sequence[Event]) -> None:
+        records = b"".join(framed(event.SerializeToString()) for event in events)
+        try:
+            stream.write(records)
+            stream.flush()
+        except BaseException as error:  # also an interrupt: readers stop at half a record
+            self._drop()
+            if isinstance(error, OSError):
+                error.filename = stream.name  # a write that fails doesn't say where
+            raise
+
+    def _drop(self) -> None:
+        with suppress(OSError):
+            self.close()
+
+
+class WriterFile(Destination):
+    """A user's SummaryWriter, which stays the user's."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        super().__init__(os.path.realpath(writer.get_logdir()))
+        self._writer = writer
+        self._last_steps = _last_steps.setdefault(writer, {})
+
+    @cached_property
+    def _continues(self) -> bool:
+        """Whether there is another file than the writer's."""
+        try:
+            names = os.listdir(self.directory)
+        except OSError:  # not a local directory
+            return False
+        return sum("tfevents" in name for name in names) > 1
+
+    def _put(self, events: Sequence[Event]) -> None:
+        file_writer = self._writer._get_file_writer()
+        for event in events:
+            file_writer.add_event(event, walltime=event.wall_time)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Leave the writer open."""
+
+
+def _event(step: int, wall_time: float, scalars: Sequence[tuple[str, float]]) -> Event:
+    event = Event(step=step, wall_time=wall_time)
+    add = event.summary.value.add
+    for tag, number in scalars:
+        value = add()  # with the fields as arguments it takes twice as long
+        value.tag = tag
+        value.simple_value = number
+    return event
+
+
+def _restarted(event: Event) -> list[Event]:
+    """Return an event with marks that make readers drop its tags' points from its step on.
+
+    TensorBoard's data server does so without marks. Its other readers know one for a restart,
+    SessionLog.START, which drops all curves in the directory: also those of another clipper,
+    which may be at another step, and a user's own that count samples or epochs. So this uses
+    what they do in files of version 1: where the step falls back, the event's tags are dropped.
+    """
+    time = event.wall_time
+    return [
+        Event(wall_time=time, file_version="brain.Event:1"),
+        Event(wall_time=time, step=event.step + 1, summary=Summary()),
+        event,
+        Event(wall_time=time, file_version="brain.Event:2"),
+    ]
+
+
+_files: WeakValueDictionary[str, EventFile] = WeakValueDictionary()
+_last_steps: WeakKeyDictionary[SummaryWriter, dict[str, int]] = WeakKeyDictionary()
+
+
+def destination_of(where: object, since: int) -> Destination:
+    """Return the destination that ``where`` means, the same one for the same open file.
+
+    Args:
+        where: A directory or a ``SummaryWriter``.
+        since: See `EventFile`.
+
+    Raises:
+        ArgumentError: It is no local directory and no ``SummaryWriter`` of torch.
+    """
+    if hasattr(where, "add_scalar"):
+        return _writer_file(where)
+    if not isinstance(where, str | os.PathLike):
+        raise ArgumentError(
+            f"where is a {type(where).__name__}: give a directory or a SummaryWriter."
+        )
+    directory = os.fspath(where)
+    if not isinstance(directory, str) or not directory or "://" in directory or "\0" in directory:
+        raise ArgumentError(
+            f"where is {directory!r}: give a local directory, or a SummaryWriter made for it."
+        )
+    path = os.path.realpath(directory)
+    return _files.setdefault(path, EventFile(path, since))
+
+
+def _writer_file(writer: object) -> WriterFile:
+    from torch.utils.tensorboard import SummaryWriter
+
+    if not isinstance(writer, SummaryWriter):
+        kind = f"{type(writer).__module__}.{type(writer).__qualname__}"
+        raise ArgumentError(
+            f"where is a {kind}: give a torch.utils.tensorboard.SummaryWriter, or the directory."
+        )
+    return WriterFile(writer)

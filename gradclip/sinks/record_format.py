@@ -1,0 +1,65 @@
+"""The records of TensorBoard's event files: a length, its checksum, the bytes, their checksum.
+
+TensorBoard's own writer computes the checksum in Python, a byte at a time, which would cost more
+than all the rest of logging. A CRC is linear over bits, so what a byte adds depends on its value
+and place alone: here numpy looks up all bytes of a record at once.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_POLYNOMIAL = 0x82F63B78
+_MASK_DELTA = 0xA282EAD8
+
+
+def framed(content: bytes) -> bytes:
+    """Return the record that holds ``content``."""
+    return _header(len(content)) + content + _masked_crc32c(content)
+
+
+@lru_cache(maxsize=64)  # the events of a run have few different lengths
+def _header(length: int) -> bytes:
+    header = struct.pack("<Q", length)
+    return header + _masked_crc32c(header)
+
+
+def _masked_crc32c(content: bytes) -> bytes:
+    """Return the checksum, rotated and shifted as the format wants it."""
+    crc = crc32c(content)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF)
+
+
+def crc32c(content: bytes) -> int:
+    """Return the CRC-32C (Castagnoli) checksum."""
+    additions, places, of_zeros = _tables(len(content))
+    values = np.frombuffer(content, np.uint8)
+    return int(np.bitwise_xor.reduce(additions.take(places + values))) ^ of_zeros
+
+
+@lru_cache(maxsize=16)
+def _tables(length: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
+    """Return what each value of each byte adds, where each byte's values begin, zeros' checksum."""
+    by_value = _by_value()
+    rows, of_zeros = [by_value], 0xFFFFFFFF
+    for _ in range(length):
+        rows.append(_shifted(rows[-1], by_value))
+        of_zeros = int(_shifted(np.uint32(of_zeros), by_value))
+    additions = np.concatenate(rows[:length][::-1] or [by_value])
+    return additions, np.arange(length, dtype=np.int64) * 256, of_zeros ^ 0xFFFFFFFF
+
+
+def _shifted(registers: NDArray[np.uint32], by_value: NDArray[np.uint32]) -> Any:
+    return by_value[registers & 0xFF] ^ (registers >> 8)
+
+
+def _by_value() -> NDArray[np.uint32]:
+    registers = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        registers = np.where(registers & 1, registers >> 1 ^ _POLYNOMIAL, registers >> 1)
+    return registers

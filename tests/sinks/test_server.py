@@ -1,0 +1,98 @@
+"""What a TensorBoard that is started on the directory shows, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from gradclip import GradientClipper
+
+WAIT = 90.0
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def eventually(ask: Callable[[], Any]) -> Any:
+    """Return the first answer that is not empty."""
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        with suppress(urllib.error.URLError):
+            if answer := ask():
+                return answer
+        time.sleep(0.1)
+    raise TimeoutError(f"no answer in {WAIT} s")
+
+
+@contextmanager
+def tensorboard(directory: Path, messages: Path, *options: str) -> Iterator[Callable[..., Any]]:
+    """Start TensorBoard on a free port of the loopback interface, and return how to ask it."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(directory)]
+    command += ["--host", "127.0.0.1", "--port", "0", *options]
+    with messages.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+
+        def address() -> str | None:
+            assert process.poll() is None, messages.read_text()
+            found = re.search(r"http://127\.0\.0\.1:\d+/", messages.read_text())
+            return found[0] if found else None
+
+        root = eventually(address)
+
+        def ask(path: str, **query: str) -> Any:
+            with _direct.open(f"{root}{path}?{urllib.parse.urlencode(query)}", timeout=10) as got:
+                return json.load(got)
+
+        yield ask
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its data server is in the same group
+        process.wait(timeout=30)
+
+
+@pytest.mark.parametrize("load_fast", ["auto", "false"])
+def test_a_resumed_run_is_shown_with_each_step_once(
+    tmp_path: Path, training: Any, load_fast: str
+) -> None:
+    directory = tmp_path / "logs"
+    mine = SummaryWriter(str(directory))
+    for norm, first, last in ((4.0, 0, 70), (1.0, 50, 90)):
+        run = training()
+        with GradientClipper(run.optimizer, 2.0, log=directory) as clipper:
+            clipper.steps = first
+            run.take(*[norm] * (last - first))
+            for step in range(first, last):
+                mine.add_scalar("samples", step, 100 * step)
+    mine.close()
+    with tensorboard(directory, tmp_path / "messages", f"--load_fast={load_fast}") as ask:
+
+        def shown(tag: str, last: int) -> list[Any]:
+            points = ask("data/plugin/scalars/scalars", tag=tag, run=".")
+            return points if points[-1][1] == last else []  # it may still be loading
+
+        points = eventually(lambda: shown("grad_norm/pre", 89))
+        theirs = eventually(lambda: shown("samples", 8900))
+        tags = ask("data/plugin/scalars/tags")["."]
+        names = ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
+        assert set(tags) == {"samples", *(f"grad_norm/{name}" for name in names)}
+    assert [(step, value) for _, step, value in points] == [
+        (step, 4.0 if step < 50 else 1.0) for step in range(90)
+    ]
+    assert {step for _, step, _ in theirs} == {100 * step for step in range(90)}
+    times = [wall_time for wall_time, _, _ in points]
+    assert times == sorted(times)
+    assert time.time() - 3600 < times[0] < time.time()

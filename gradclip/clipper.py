@@ -25,9 +25,10 @@ from .gradients import (
     Bucket,
     bounded_copies,
     buckets_of,
+    coalesce_,
     gradients_of,
     parameters_of,
-    prepare_for_bound_,
+    refuse_unordered,
 )
 from .naming import describe_nonfinite, parameter_names
 from .norms import norms_of
@@ -139,7 +140,7 @@ class GradientClipper:
         self._context = StepContext(self._steps, _flags(bool(buckets), norms.device))
         thresholds = self._thresholds(norms, self._context)
         skip = self._verdict(norms)
-        bounded = norms if skip else self._bound(buckets, norms)
+        buckets, bounded = (buckets, norms) if skip else self._bound(buckets, norms)
         coefficients = clip_coefficients(bounded, thresholds, self._settings.erases)
         if not skip:
             self._scale(buckets, coefficients)
@@ -164,10 +165,13 @@ class GradientClipper:
 
     def _gradients(self) -> list[Bucket]:
         check_groups(self._optimizer)
-        gradients = gradients_of(parameters_of(self._optimizer.param_groups))
+        gradients = self._held()
         if self._settings.max_value is not None:
-            prepare_for_bound_(gradients, write=self._settings.writes)
+            refuse_unordered(gradients)
         return buckets_of(gradients, self._settings.norm_type)
+
+    def _held(self) -> list[Tensor]:
+        return gradients_of(parameters_of(self._optimizer.param_groups))
 
     def _norms(self, buckets: list[Bucket]) -> Tensor:
         settings = self._settings
@@ -204,17 +208,19 @@ class GradientClipper:
             "nonfinite='zero' or 'skip' would go on."
         )
 
-    def _bound(self, buckets: list[Bucket], norms: Tensor) -> Tensor:
+    def _bound(self, buckets: list[Bucket], norms: Tensor) -> tuple[list[Bucket], Tensor]:
         """Apply ``max_value`` where the norm is finite, and measure again."""
         settings = self._settings
         if settings.max_value is None:
-            return norms
+            return buckets, norms
         if not settings.writes:
-            return self._norms(bounded_copies(buckets, settings.max_value))
+            return buckets, self._norms(bounded_copies(buckets, settings.max_value))
+        if coalesce_(self._held()):
+            buckets = self._gradients()
         bounds = torch.where(norms < math.inf, settings.max_value, math.inf)
         for bucket in buckets:
             engine_for(settings.engine, bucket.device).clamp_(bucket.written, bucket.spread(bounds))
-        return self._norms(buckets)
+        return buckets, self._norms(buckets)
 
     def _scale(self, buckets: list[Bucket], coefficients: Tensor) -> None:
         settings = self._settings

@@ -20,7 +20,7 @@ from .checks import checked_bound, checked_order
 from .coefficients import clip_coefficients
 from .engines import engine_for
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
-from .gradients import Bucket, buckets_of, distinct, gradients_of, prepare_for_bound_
+from .gradients import Bucket, buckets_of, coalesce_, distinct, gradients_of, refuse_unordered
 from .norms import norms_of
 
 if TYPE_CHECKING:
@@ -111,9 +111,11 @@ def clip_grad_value_(
     """
     bound = checked_bound("clip_value", clip_value, infinite=True)
     gradients = _gradients_of(parameters)
-    buckets_of(gradients, math.inf)  # refuses what cannot be clipped before anything is written
-    prepare_for_bound_(gradients, write=True)
-    for bucket in buckets_of(gradients, math.inf):
+    refuse_unordered(gradients)
+    buckets = buckets_of(gradients, math.inf)  # refuses before anything is written
+    if coalesce_(gradients):
+        buckets = buckets_of(gradients, math.inf)
+    for bucket in buckets:
         bounds = torch.full((1,), bound, dtype=torch.float64, device=bucket.device)
         engine_for("auto", bucket.device).clamp_(bucket.written, bounds)
 
@@ -210,7 +212,7 @@ def clip_backward(
     limit = math.inf if max_norm is None else checked_bound("max_norm", max_norm)
     bound = math.inf if max_value is None else checked_bound("max_value", max_value)
     if max_value is not None:
-        prepare_for_bound_([x], write=False)
+        refuse_unordered([x])
     clipped: Tensor = _ClipBackward.apply(x, limit, bound, grad_scaler)  # type: ignore[no-untyped-call]
     return clipped
 

@@ -91,25 +91,30 @@ def buckets_of(
     return list(buckets.values())
 
 
-def prepare_for_bound_(gradients: Iterable[Tensor], *, write: bool) -> None:
-    """Make sure that an element-wise bound means something for every gradient.
-
-    Duplicates of uncoalesced sparse gradients are summed, in place, where ``write`` is true:
-    what an element is must be known before it can be bounded.
+def refuse_unordered(gradients: Iterable[Tensor]) -> None:
+    """Refuse gradients whose elements cannot be bounded one by one.
 
     Raises:
-        GradientError: A complex gradient, whose elements have no order.
+        GradientError: A complex gradient.
     """
-    gradients = list(gradients)
     for gradient in gradients:
         if gradient.is_complex():
             raise GradientError(
                 f"Found a gradient of dtype {gradient.dtype} and max_value: complex elements "
                 "cannot be bounded one by one. Leave max_value at None."
             )
-    for gradient in gradients:
-        if write and gradient.is_sparse and not gradient.is_coalesced():
-            gradient.copy_(gradient.coalesce())
+
+
+def coalesce_(gradients: Iterable[Tensor]) -> bool:
+    """Sum the duplicates of sparse gradients in place: what an element is must be known first.
+
+    Returns:
+        Whether there were any; buckets made before then hold what is no longer the gradient.
+    """
+    uncoalesced = [g for g in gradients if g.is_sparse and not g.is_coalesced()]
+    for gradient in uncoalesced:
+        gradient.copy_(gradient.coalesce())
+    return bool(uncoalesced)
 
 
 def bounded_copies(buckets: Iterable[Bucket], bound: float) -> list[Bucket]:

@@ -454,6 +454,16 @@ def test_max_value_bounds_the_sums_of_duplicate_sparse_entries():
     assert weight.flatten().tolist() == [-3.0, -1.0, 0.0]
 
 
+def test_sparse_entries_are_bounded_and_then_scaled_to_the_threshold():
+    weight = nn.Parameter(torch.zeros(3, 1))
+    weight.grad = torch.sparse_coo_tensor([[0, 0, 1]], [[2.0], [2.0], [3.0]], (3, 1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    GradientClipper(optimizer, 1.0, max_value=3.0)
+    optimizer.step()
+    root_half = math.sqrt(0.5)
+    assert weight.flatten().tolist() == pytest.approx([-root_half, -root_half, 0.0], rel=1e-6)
+
+
 def test_complex_gradients_and_max_value_are_refused_before_anything_is_written():
     weights = parameters(torch.full((2,), 5.0), torch.full((2,), 5 + 5j))
     optimizer = torch.optim.SGD(weights, lr=1.0)

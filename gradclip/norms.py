@@ -39,7 +39,10 @@ def norms_of(
         device = buckets[0].device if buckets else torch.device("cpu")
     if not buckets:
         return torch.zeros(count, dtype=norm_dtype(device), device=device)
-    sums = [engine_for(engine, b.device).power_sums(b.measured, order) for b in buckets]
+    joint = count == 1
+    sums = [
+        engine_for(engine, b.device).power_sums(b.measured, order, joint=joint) for b in buckets
+    ]
     if len(sums) > 1 or sums[0].device != device:
         sums = [torch.cat([s.to(device, norm_dtype(device)) for s in sums])]
     totals = _totals(sums[0], buckets, order, count)
@@ -49,6 +52,8 @@ def norms_of(
 def _totals(sums: Tensor, buckets: Sequence[Bucket], order: float, count: int) -> Tensor:
     """Combine the power sums of all gradients with the same label."""
     if count == 1:
+        if sums.numel() == 1:
+            return sums
         return sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
     labels = [label for bucket in buckets for label in bucket.labels]
     index = torch.tensor(labels, dtype=torch.int64, device=sums.device)
@@ -59,4 +64,4 @@ def _totals(sums: Tensor, buckets: Sequence[Bucket], order: float, count: int) -
 
 
 def _root(totals: Tensor, order: float) -> Tensor:
-    return totals.sqrt() if order == 2 else totals.pow(1 / order)
+    return totals.sqrt_() if order == 2 else totals.pow_(1 / order)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 INFINITY = math.inf
+WIDE = (torch.float64, torch.complex128)
+"""Dtypes whose products are computed in float64; those of all others are in float32 or better."""
 
 
 class Engine(ABC):
@@ -22,28 +24,31 @@ class Engine(ABC):
     Called by `gradclip.norms` (measuring) and `GradientClipper` (writing), always with
     gradient tracking off. Tensors are real floating-point tensors when they are measured and
     may be complex when they are scaled; any strides, any shape, 0-d and empty ones included.
+    Elements that share a place in memory count one by one when they are measured, and each
+    place is written once.
     """
 
     name: str
     """What a user types for ``engine=`` and reads in ``clipper.engine``."""
 
     @abstractmethod
-    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+    def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
         """Return the sum of ``|x| ** order`` of each tensor, the largest ``|x|`` for infinity.
 
         Args:
             tensors: n >= 1 gradients of one device and dtype. Not written.
             order: p of the p-norm, positive or infinity.
+            joint: Whether one sum over all tensors is wanted.
 
         Returns:
-            Shape (n,), float64 (float32 where the device has no float64), on the tensors'
-            device. NaN and infinite elements make their tensor's sum NaN or infinite; an
-            empty tensor's sum is 0.
+            Shape (n,), or (1,) for a joint sum, float64 (float32 where the device has no
+            float64), on the tensors' device. NaN and infinite elements make their sum NaN or
+            infinite; the sum of an empty tensor is 0.
         """
 
     @abstractmethod
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
-        """Multiply in place, touching no memory where the coefficient is 1.
+        """Multiply in place, touching no memory where the coefficient rounds to 1.
 
         A coefficient of 0 writes zeros, also over elements that are NaN or infinite.
 
@@ -57,7 +62,8 @@ class Engine(ABC):
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor) -> None:
         """Limit every element to [-bound, bound] in place, touching no tensor that fits already.
 
-        An infinite bound leaves everything as it is, NaN stays NaN.
+        The bound is rounded to the tensors' dtype. An infinite one leaves everything as it is,
+        NaN stays NaN.
 
         Args:
             tensors: n real gradients of one device and dtype.
@@ -69,3 +75,16 @@ class Engine(ABC):
 def norm_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which norms are kept: float64, or float32 where the device lacks float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rounds_to_one(coefficient: float, dtype: torch.dtype) -> bool:
+    """Tell whether a product with the coefficient is the gradient itself."""
+    return coefficient >= (1 if dtype in WIDE else 1 - 2.0**-25)
+
+
+def rounded_bound(bound: float, dtype: torch.dtype) -> float:
+    """Return a bound as the dtype holds it; a finite one stays finite, as torch's clamp needs."""
+    if bound == INFINITY:
+        return bound
+    largest = torch.finfo(dtype).max
+    return float(torch.tensor(min(bound, largest), dtype=dtype, device="cpu"))

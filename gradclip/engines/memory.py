@@ -29,31 +29,44 @@ def overlaps(tensor: Tensor) -> bool:
 def exclusive(tensor: Tensor) -> Iterator[Tensor]:
     """Give a tensor that may be written in place and holds each place of ``tensor`` just once.
 
-    Usually that is ``tensor`` itself. For elements that share a place it is a 1-d copy of the
-    places, which is written back at the end: every place is written once, and what lies
-    between them stays as it is.
+    Usually that is ``tensor`` itself, or for an expanded one what was expanded. For windows that
+    overlap it is a 1-d copy of the places, which is written back at the end: every place is
+    written once, and what lies between them stays as it is.
     """
-    if not overlaps(tensor):
-        yield tensor
+    once = tensor
+    if overlaps(once):
+        once = tensor[tuple(slice(None) if stride else 0 for stride in tensor.stride())]
+    if not overlaps(once):
+        yield once
         return
-    places = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
-        places = places.unsqueeze(-1) + stride * torch.arange(size, device=tensor.device)
-    places = places.unique()
-    span = tensor.as_strided((int(places[-1]) + 1,), (1,), tensor.storage_offset())
+    places = _places(once)
+    span = once.as_strided((int(places[-1]) + 1,), (1,), once.storage_offset())
+    places = places.to(once.device, non_blocking=True)
     memory = span[places]
     yield memory
     span[places] = memory
 
 
-def storage_order(tensor: Tensor) -> Tensor | None:
-    """View all elements as a 1-d tensor, in whatever order they lie; None where they have gaps."""
+def flat(tensor: Tensor) -> Tensor:
+    """Return all elements as a contiguous 1-d tensor, in whatever order they lie.
+
+    A view, unless elements share places or have gaps between them.
+    """
     if tensor.is_contiguous():
         return tensor.view(-1)
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
             if stride != expected:
-                return None
+                return tensor.contiguous().view(-1)
             expected *= size
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Return the offsets from the first element, sorted, each once; on the CPU, without looking."""
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        places = places.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
+    distinct: Tensor = places.unique()
+    return distinct

@@ -5,36 +5,36 @@ Two ways, because the host may look at a CPU tensor for free and must never look
 On the CPU large tensors are condensed first. A row of 256 elements becomes its norm, in the
 gradient's own vector code at memory speed; a sum of so few squares keeps 1e-6 on constant
 data too, where the rounding of longer runs adds up. The norms of the rows, beside small
-tensors as they are, then go through one float64 segment sum. Whatever comes out of range of
-float32 (too large, or so small that squares vanish) is summed once more in float64.
+tensors as they are, are then summed in float64. What comes out of range of float32 (too large,
+or so small that squares vanish) is summed once more, all of it in float64.
 
 Elsewhere the sums are torch's multi-tensor norms with float64 accumulation, and nothing here
 waits for the device.
 
-Only operators that obey neither autocast nor the matmul precision nor a default device.
+Only operators that obey neither the matmul precision nor a default device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from .base import INFINITY, Engine, norm_dtype
-from .memory import exclusive, overlaps, storage_order
+from .base import INFINITY, WIDE, Engine, norm_dtype, rounded_bound, rounds_to_one
+from .memory import exclusive, flat, overlaps
 
 ROW = 256
-"""Elements summed in the gradient's own precision before float64 takes over."""
-SMALL = 4096
+"""Elements summed in float32 before float64 takes over."""
+SMALL = 8192
 """Tensors up to this length are converted to float64 as they are: cheaper than condensing."""
-CHUNK = 1 << 18
-"""Half-precision elements converted to float32 at a time: 1 MiB, which stays in cache."""
-TINY = 2.0**-51
-"""Below this mean magnitude squares may vanish in float32 (smallest normal: 2**-126)."""
-WIDE = (torch.float64, torch.complex128)
+CHUNK = 1 << 17
+"""Elements converted at a time (whole rows): few enough to stay in cache."""
+VANISHING = 2.0**-70
+"""A smaller sum may have lost much to float32, where what is below 2**-126 may vanish."""
 SMALLEST_NORMAL = 2.0**-126
 
 
@@ -43,11 +43,13 @@ class OperatorsEngine(Engine):
 
     name = "operators"
 
-    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+    def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
-        if tensors[0].device.type == "cpu":
-            return _host_power_sums(tensors, order)
-        return _device_power_sums(tensors, order)
+        # Autocast has an opinion on the dtype that tensors are concatenated in.
+        with torch._C._DisableAutocast():
+            if tensors[0].device.type == "cpu":
+                return _host_power_sums(tensors, order, joint)
+            return _device_power_sums(tensors, order, joint)
 
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
         """See `Engine.scale_`. Off the CPU it multiplies always, since looking would wait."""
@@ -58,93 +60,89 @@ class OperatorsEngine(Engine):
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor) -> None:
         """See `Engine.clamp_`. Off the CPU it writes always, since looking would wait."""
-        each = bounds.expand(len(tensors))
         if tensors[0].device.type == "cpu":
-            _host_clamp_(tensors, each.tolist())
-            return
-        for tensor, bound in zip(tensors, each.unbind(), strict=True):
-            with exclusive(tensor) as memory:
-                memory.clamp_(-bound, bound)
-
-
-# On the CPU
-
-
-def _host_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:
-    pieces: list[Tensor] = []
-    lengths: list[int] = []
-    for tensor in tensors:
-        length = tensor.numel()
-        if length > SMALL:
-            condensed = _condense(tensor, order)
-            pieces += condensed
-            length = sum(piece.numel() for piece in condensed)
+            _host_clamp_(tensors, bounds, self.power_sums(tensors, INFINITY))
         else:
-            pieces.append(tensor)
-        lengths.append(length)
-    sums = _segment_sums(pieces, tuple(lengths), order)
-    smallest = TINY if order == INFINITY else TINY**order
-    for index, total in enumerate(sums.tolist()):
-        if not smallest * tensors[index].numel() <= total < INFINITY:
-            _sum_again(tensors[index], order, sums[index])
+            _device_clamp_(tensors, bounds)
+
+
+# On the CPU: measuring
+
+
+def _host_power_sums(tensors: Sequence[Tensor], order: float, joint: bool) -> Tensor:
+    if order not in (1, 2, INFINITY):
+        return _sums(tensors, order, joint, exact=True)
+    sums = _sums(tensors, order, joint, exact=False)
+    if tensors[0].dtype is not torch.float64:
+        for index, total in enumerate(sums.tolist()):
+            if total < VANISHING or total == INFINITY:
+                again = tensors if joint else tensors[index : index + 1]
+                sums[index : index + 1] = _sums(again, order, joint=True, exact=True)
     return sums
 
 
-def _condense(tensor: Tensor, order: float) -> list[Tensor]:
-    """Return short tensors with the same power sum, at the price of one read."""
-    flat = storage_order(tensor)
-    if flat is None or order not in (1, 2, INFINITY):
-        return [torch.linalg.vector_norm(tensor, order, dtype=torch.float64).view(1)]
+def _sums(tensors: Sequence[Tensor], order: float, joint: bool, exact: bool) -> Tensor:
+    """Return the power sums, ``exact`` where float64 takes part from the first element on."""
+    condensed = list(_condensed(tensors, order, exact))
+    values = _flatten_dense_tensors([*chain.from_iterable(condensed)]).to(torch.float64)
+    if joint or len(tensors) == 1:
+        return _total(values, order)
+    lengths = [sum(map(Tensor.numel, pieces)) for pieces in condensed]
+    segments = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     if order == INFINITY:
-        return [*torch.aminmax(flat)]
-    if flat.dtype in (torch.float32, torch.float64):
-        return _condense_rows(flat, order)
-    return _condense_half(flat, order)
-
-
-def _condense_rows(flat: Tensor, order: float) -> list[Tensor]:
-    rows, rest = divmod(flat.numel(), ROW)
-    if not rest:
-        return [torch.linalg.vector_norm(flat.view(rows, ROW), order, 1)]
-    body, tail = flat.split((rows * ROW, rest))
-    return [torch.linalg.vector_norm(body.view(rows, ROW), order, 1), tail]
-
-
-def _condense_half(flat: Tensor, order: float) -> list[Tensor]:
-    pieces: list[Tensor] = []
-    buffer = torch.empty(min(CHUNK, flat.numel()), dtype=torch.float32, device=flat.device)
-    for chunk in flat.split(CHUNK):
-        condensed = _condense_rows(buffer[: chunk.numel()].copy_(chunk), order)
-        # The tail is a view of the buffer that the next chunk overwrites.
-        pieces += [condensed[0], *(tail.clone() for tail in condensed[1:])]
-    return pieces
-
-
-def _segment_sums(pieces: list[Tensor], lengths: tuple[int, ...], order: float) -> Tensor:
-    values = _flatten_dense_tensors(pieces).to(torch.float64, copy=True)
-    segments = _segment_lengths(lengths)
-    if order == INFINITY:
-        return torch.segment_reduce(values.abs_(), "max", lengths=segments, initial=0, unsafe=True)
-    powers = values.mul_(values) if order == 2 else values.abs_().pow_(order)
+        return torch.segment_reduce(values.abs(), "max", lengths=segments, initial=0, unsafe=True)
+    powers = values.abs().pow_(order)
     return torch.segment_reduce(powers, "sum", lengths=segments, unsafe=True)
 
 
-@lru_cache(maxsize=64)
-def _segment_lengths(lengths: tuple[int, ...]) -> Tensor:
-    return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+def _total(values: Tensor, order: float) -> Tensor:
+    if order == INFINITY:
+        return values.abs().amax(0, keepdim=True) if values.numel() else values.new_zeros(1)
+    norm: Tensor = torch.linalg.vector_norm(values, order, 0, keepdim=True)
+    return norm.mul_(norm) if order == 2 else norm.pow_(order)
 
 
-def _sum_again(tensor: Tensor, order: float, into: Tensor) -> None:
-    """Replace a sum that left the range of float32, or was never a number, by a float64 one."""
-    if not tensor.numel():
-        return
-    magnitudes = tensor
-    if tensor.dtype in _DENORMALS and _flushes_denormals():
-        magnitudes = _with_denormals(tensor)
-    elif tensor.numel() <= SMALL or not any(torch.aminmax(tensor)):
-        return  # summed in float64 before, or all zero
-    norm = torch.linalg.vector_norm(magnitudes, order, dtype=torch.float64)
-    into.copy_(norm if order == INFINITY else norm.pow_(order))
+def _condensed(tensors: Sequence[Tensor], order: float, exact: bool) -> Iterator[list[Tensor]]:
+    """Yield for each tensor short ones with the same power sum, at the price of one read."""
+    longest = 0 if exact else SMALL
+    given = tensors[0].dtype
+    needed = torch.float64 if exact or given is torch.float64 else torch.float32
+    as_it_is = (given is needed and order != 1) or (order == INFINITY and not exact)
+    buffer: Tensor | None = None
+    for tensor in tensors:
+        if tensor.numel() <= longest:
+            yield [tensor]
+        elif as_it_is:
+            yield _row_norms(flat(tensor), order)
+        else:
+            if buffer is None:
+                buffer = torch.empty(CHUNK, dtype=needed, device="cpu")
+            yield _converted_row_norms(flat(tensor), order, buffer)
+
+
+def _converted_row_norms(values: Tensor, order: float, buffer: Tensor) -> list[Tensor]:
+    wide = buffer.dtype is torch.float64
+    hidden = wide and values.dtype in _DENORMALS and _flushes_denormals()
+    pieces: list[Tensor] = []
+    for chunk in values.split(CHUNK):
+        part = buffer if chunk.numel() == CHUNK else buffer[: chunk.numel()]
+        part.copy_(_with_denormals(chunk) if hidden else chunk)
+        norms, *rest = _row_norms(part, order)
+        # The next tensor goes through the same buffer.
+        pieces += [norms, *(tensor.clone() for tensor in rest)]
+    return pieces
+
+
+def _row_norms(values: Tensor, order: float) -> list[Tensor]:
+    """Return the norms of all whole rows, then what is left over."""
+    if order == INFINITY:
+        return [*torch.aminmax(values)]
+    count, rest = divmod(values.numel(), ROW)
+    body = values[:-rest] if rest else values
+    rows = body.view(count, ROW)
+    # For the 1-norm vector_norm adds up one by one, sum in parallel lanes.
+    norms = rows.abs().sum(1) if order == 1 else torch.linalg.vector_norm(rows, order, 1)
+    return [norms, values[-rest:]] if rest else [norms]
 
 
 # What a float is when its exponent bits are zero: its mantissa times the smallest subnormal.
@@ -159,11 +157,14 @@ def _flushes_denormals() -> bool:
     return float(smallest.double()) == 0
 
 
-def _with_denormals(tensor: Tensor) -> Tensor:
+def _with_denormals(values: Tensor) -> Tensor:
     """Return the magnitudes in float64, read from the bits where arithmetic would see 0."""
-    integers, mask, first_normal, smallest = _DENORMALS[tensor.dtype]
-    bits = tensor.contiguous().view(integers) & mask
-    return torch.where(bits < first_normal, bits.double() * smallest, tensor.double().abs())
+    integers, mask, first_normal, smallest = _DENORMALS[values.dtype]
+    bits = values.view(integers) & mask
+    return torch.where(bits < first_normal, bits.double() * smallest, values.double().abs())
+
+
+# On the CPU: writing
 
 
 def _host_scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -175,52 +176,65 @@ def _host_scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
 
 
 def _scale_all_(tensors: Sequence[Tensor], coefficient: float) -> None:
-    wide = tensors[0].dtype in WIDE
-    dtype = torch.float64 if wide else torch.float32
-    # A product is computed in float32 for narrower gradients, where such a factor is 1.
-    if coefficient >= (1 if wide else 1 - 2.0**-25):
+    if rounds_to_one(coefficient, tensors[0].dtype):
         return
-    factors = [coefficient]
-    if coefficient < SMALLEST_NORMAL and not wide:
-        # Not a normal float32 number: where denormals are flushed it would be 0.
-        factors = [2.0**-64, coefficient * 2.0**64]
-    # A 0-d tensor is not rounded to the gradients' dtype, as a Python number is for float16.
-    multipliers = [torch.tensor(factor, dtype=dtype, device="cpu") for factor in factors]
-    separate = [tensor for tensor in tensors if not overlaps(tensor)]
+    factors = _factors(coefficient, tensors[0].dtype)
+    separate: list[Tensor] = []
+    # Backwards, since the last ones were measured last and may still be in cache.
+    for tensor in reversed(tensors):
+        if not overlaps(tensor):
+            separate.append(tensor)
+            continue
+        with exclusive(tensor) as memory:
+            _multiply_([memory], factors)
     if separate:
-        _multiply_(separate, multipliers)
-    for tensor in tensors:
-        if overlaps(tensor):
+        _multiply_(separate, factors)
+
+
+def _factors(coefficient: float, dtype: torch.dtype) -> list[Tensor]:
+    """Return what to multiply with, one after the other; nothing for zero."""
+    wide = dtype in WIDE
+    factors: list[float] = []
+    while 0 < coefficient < SMALLEST_NORMAL and not wide:
+        # Not a normal float32 number: less exact, and 0 where denormals are flushed.
+        factors.append(2.0**-64)
+        coefficient *= 2.0**64
+    if coefficient > 0:
+        factors.append(coefficient)
+    # A 0-d tensor is not rounded to the gradients' dtype, as a Python number is for float16.
+    dtype = torch.float64 if wide else torch.float32
+    return [torch.scalar_tensor(factor, dtype=dtype, device="cpu") for factor in factors]
+
+
+def _multiply_(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    if not factors:
+        torch._foreach_zero_(tensors)
+    for factor in factors:
+        torch._foreach_mul_(tensors, factor)
+
+
+def _host_clamp_(tensors: Sequence[Tensor], bounds: Tensor, largest: Tensor) -> None:
+    each = bounds.expand(len(tensors)).tolist()
+    for tensor, bound, most in zip(tensors, each, largest.tolist(), strict=True):
+        limit = rounded_bound(bound, tensor.dtype)
+        # Beside a NaN, which counts as the largest, others may still be too large.
+        if most > limit or (math.isnan(most) and bool((tensor.abs() > limit).any())):
             with exclusive(tensor) as memory:
-                _multiply_([memory], multipliers)
-
-
-def _multiply_(tensors: list[Tensor], multipliers: list[Tensor]) -> None:
-    for multiplier in multipliers:
-        if multiplier == 0:
-            torch._foreach_zero_(tensors)
-        else:
-            torch._foreach_mul_(tensors, multiplier)
-
-
-def _host_clamp_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
-    largest = _host_power_sums(tensors, INFINITY).tolist()
-    for tensor, bound, most in zip(tensors, bounds, largest, strict=True):
-        if most > bound:
-            with exclusive(tensor) as memory:
-                memory.clamp_(-bound, bound)
+                memory.clamp_(-limit, limit)
 
 
 # Off the CPU: nothing that reads a value on the host
 
 
-def _device_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:
+def _device_power_sums(tensors: Sequence[Tensor], order: float, joint: bool) -> Tensor:
     dtype = norm_dtype(tensors[0].device)
     filled = [tensor for tensor in tensors if tensor.numel()]
     norms = iter(torch._foreach_norm(filled, order, dtype=dtype) if filled else ())
     zero = torch.zeros((), dtype=dtype, device=tensors[0].device)
-    stacked = torch.stack([next(norms) if tensor.numel() else zero for tensor in tensors])
-    return stacked if order == INFINITY else stacked.pow_(order)
+    sums = torch.stack([next(norms) if tensor.numel() else zero for tensor in tensors])
+    if order == INFINITY:
+        return sums.amax(0, keepdim=True) if joint else sums
+    return sums.pow_(order).sum(0, keepdim=True) if joint else sums.pow_(order)
 
 
 def _device_scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -230,3 +244,11 @@ def _device_scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
             # One dimension, so that the product is computed in the coefficient's own dtype.
             memory = memory.view(1) if memory.dim() == 0 else memory
             memory.mul_(coefficient).masked_fill_(coefficient == 0, 0)
+
+
+def _device_clamp_(tensors: Sequence[Tensor], bounds: Tensor) -> None:
+    largest = torch.finfo(tensors[0].dtype).max
+    limits = torch.where(bounds < INFINITY, bounds.clamp(max=largest), bounds)
+    for tensor, limit in zip(tensors, limits.expand(len(tensors)).unbind(), strict=True):
+        with exclusive(tensor) as memory:
+            memory.clamp_(-limit, limit)

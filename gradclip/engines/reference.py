@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import INFINITY, Engine, norm_dtype
+from .base import INFINITY, Engine, norm_dtype, rounded_bound, rounds_to_one
 from .memory import exclusive
 
 
@@ -19,15 +19,18 @@ class ReferenceEngine(Engine):
 
     name = "reference"
 
-    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+    def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
-        return torch.stack([self._power_sum(tensor, order) for tensor in tensors])
+        sums = torch.stack([self._power_sum(tensor, order) for tensor in tensors])
+        if not joint:
+            return sums
+        return sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
 
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
         """See `Engine.scale_`."""
         each = coefficients.to("cpu", torch.float64).expand(len(tensors)).tolist()
         for tensor, coefficient in zip(tensors, each, strict=True):
-            if coefficient == 1 or not tensor.numel():
+            if rounds_to_one(coefficient, tensor.dtype):
                 continue
             with exclusive(tensor) as memory:
                 if coefficient == 0:
@@ -38,9 +41,10 @@ class ReferenceEngine(Engine):
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor) -> None:
         """See `Engine.clamp_`."""
         for tensor, bound in zip(tensors, bounds.expand(len(tensors)).tolist(), strict=True):
-            if bool((tensor.abs() > bound).any()):
+            limit = rounded_bound(bound, tensor.dtype)
+            if bool((tensor.to(norm_dtype(tensor.device)).abs() > limit).any()):
                 with exclusive(tensor) as memory:
-                    memory.clamp_(-bound, bound)
+                    memory.clamp_(-limit, limit)
 
     @staticmethod
     def _power_sum(tensor: Tensor, order: float) -> Tensor:

@@ -133,6 +133,8 @@ def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
     if gradient.layout is torch.sparse_coo:
         measured, written = gradient.coalesce()._values(), gradient._values()
     if measured.is_complex():
+        # A lazy conjugate cannot be written; its base, the conjugate of it, scales as well.
+        written = written.conj() if written.is_conj() else written
         # The modulus in float64: in the gradient's own precision it could overflow.
         measured = (
             torch.view_as_real(measured.resolve_conj())

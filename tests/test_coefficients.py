@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradclip.coefficients import clip_coefficients
+
+sizes = st.floats(min_value=0, allow_infinity=False)
+
+
+def vector(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@given(norms=st.lists(sizes, min_size=1, max_size=4), threshold=sizes)
+def test_a_coefficient_is_threshold_over_norm_and_never_above_one(norms, threshold):
+    thresholds = torch.full((len(norms),), threshold, dtype=torch.float64)
+    found = clip_coefficients(vector(*norms), thresholds, erase=True).tolist()
+    assert found == [1.0 if norm <= threshold else threshold / norm for norm in norms]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("threshold", [0.0, 1.0, math.inf])
+@pytest.mark.parametrize(("erase", "needed"), [(True, 0.0), (False, 1.0)])
+@pytest.mark.parametrize("others", [[], [5.0]])
+def test_a_norm_that_is_not_finite_is_erased_or_left(bad, threshold, erase, needed, others):
+    norms = vector(bad, *others)
+    found = clip_coefficients(norms, torch.full_like(norms, threshold), erase=erase)
+    assert found[0].item() == needed
+    assert [c.item() for c in found[1:]] == [min(1.0, threshold / 5) for _ in others]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_zero_norms_under_a_zero_threshold_are_left(count):
+    zeros = torch.zeros(count, dtype=torch.float64)
+    assert clip_coefficients(zeros, zeros, erase=True).tolist() == [1.0] * count
+
+
+def test_off_the_cpu_nothing_is_read():
+    norms = torch.empty(1, device="meta")
+    assert clip_coefficients(norms, norms, erase=True).shape == (1,)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from gradclip import NotAvailableError
+from gradclip.gradients import buckets_of, distinct, gradients_of, parameters_of
+
+
+def test_one_bucket_for_each_device_and_dtype_in_order():
+    gradients = [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(4)]
+    buckets = buckets_of(gradients, 2.0)
+    assert [[t.numel() for t in bucket.written] for bucket in buckets] == [[2, 4], [3]]
+
+
+def test_what_needs_no_other_form_is_measured_and_written_itself():
+    gradient = torch.ones(2)
+    [bucket] = buckets_of([gradient], 2.0)
+    assert bucket.measured[0] is gradient
+    assert bucket.written[0] is gradient
+
+
+def test_one_value_serves_all_and_several_are_spread_by_label():
+    [bucket] = buckets_of([torch.ones(1)] * 3, 2.0, [1, 0, 1])
+    assert bucket.spread(torch.tensor([0.5])).tolist() == [0.5]
+    assert bucket.spread(torch.tensor([0.5, 0.25])).tolist() == [0.25, 0.5, 0.25]
+
+
+def test_gradients_are_collected_once_each_from_all_groups():
+    first, second, idle = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    first.grad = second.grad = torch.ones(1)
+    groups = [{"params": [first, idle]}, {"params": [second, first]}]
+    assert gradients_of(parameters_of(groups)) == [first.grad]
+    assert distinct(iter([first, second, first])) == [first, second]
+
+
+def test_sharded_gradients_are_refused_without_importing_their_module(monkeypatch):
+    class DTensor(torch.Tensor):
+        pass
+
+    module = types.ModuleType("torch.distributed.tensor")
+    module.DTensor = DTensor
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", module)
+    with pytest.raises(NotAvailableError, match="DTensor, sharded over several processes"):
+        buckets_of([torch.ones(1), torch.ones(1).as_subclass(DTensor)], 2.0)
+
+
+def test_other_subclasses_are_clipped_as_what_they_are():
+    class Named(torch.Tensor):
+        pass
+
+    assert len(buckets_of([torch.ones(1).as_subclass(Named)], 2.0)) == 1

@@ -1,0 +1,366 @@
+"""The invariants of the numbers, always by measuring the gradients again in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import gradclip
+
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+SMALLEST = {
+    torch.float64: 2.0**-1074,
+    torch.float32: 2.0**-149,
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-133,
+}
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in UNIT}
+CONSTANTS = [0.1, 1 / 3, 0.7, 1e-3, 3.3e10, 1.0000001, 1.9999999, 1.4142135]
+
+
+def exact_norm(gradients: list[torch.Tensor], order: float = 2.0) -> float:
+    """The norm in float64, in chunks so that large tensors need little memory."""
+    total = 0.0
+    for gradient in gradients:
+        for chunk in gradient.detach().reshape(-1).split(1 << 22):
+            magnitudes = chunk.double().abs()
+            if order == math.inf:
+                total = max(total, magnitudes.max().item() if magnitudes.numel() else 0.0)
+            else:
+                total += magnitudes.pow(order).sum().item()
+    return total if order == math.inf else total ** (1 / order)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(integers)
+
+
+def strided(values: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same kind of values, laid out in another way."""
+    if layout == "sliced":
+        buffer = torch.stack([values, values], -1)
+        return buffer[..., 0]
+    if layout == "transposed" and values.numel():
+        return values.reshape(-1, 1).expand(-1, 3).contiguous().t()
+    if layout == "misaligned":
+        return torch.cat([values.flatten(), values.flatten()[:1]])[1:]
+    return values
+
+
+@st.composite
+def gradient_lists(draw) -> list[torch.Tensor]:
+    gradients = []
+    for _ in range(draw(st.integers(1, 4))):
+        dtype = draw(st.sampled_from(list(UNIT)))
+        numel = draw(st.sampled_from([0, 1, 2, 7, 255, 256, 257, 1000, 4095, 4097, 9000]))
+        magnitude = 10.0 ** draw(st.integers(-30, 38))
+        magnitude = min(magnitude, LARGEST[dtype] / 8)
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        values = {
+            "random": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64).clamp(-8, 8),
+            "constant": lambda n, g: torch.full((n,), 0.7, dtype=torch.float64),
+            "few": lambda n, g: torch.randint(-1, 2, (n,), generator=g).double() / 3,
+        }[draw(st.sampled_from(["random", "constant", "few"]))](numel, generator)
+        layout = draw(st.sampled_from(["contiguous", "sliced", "transposed", "misaligned"]))
+        gradients.append(strided((values * magnitude).to(dtype), layout))
+    return gradients
+
+
+@settings(max_examples=150)
+@given(
+    gradients=gradient_lists(),
+    order=st.sampled_from([1.0, 2.0, 3.0, math.inf]),
+    share=st.sampled_from([1e-3, 0.3, 0.999, 1.0, 1.001, 50.0]),
+)
+def test_any_gradients_end_at_the_threshold_or_keep_their_bits(gradients, order, share):
+    norm = exact_norm(gradients, order)
+    threshold = norm * share if math.isfinite(norm * share) else 1.0
+    before = [bits(g) for g in gradients]
+    versions = [g._version for g in gradients]
+    originals = [g.to(torch.float64, copy=True) for g in gradients]
+    found = gradclip.clip_gradients_(gradients, threshold, order).item()
+    assert found == pytest.approx(norm, rel=1e-6)
+    if found <= threshold:
+        assert [g._version for g in gradients] == versions
+        assert all(map(torch.equal, before, map(bits, gradients)))
+        return
+    assert_clipped(gradients, threshold, order)
+    assert_direction(gradients, originals, threshold / found)
+
+
+def assert_clipped(gradients: list[torch.Tensor], threshold: float, order: float = 2.0) -> None:
+    """Check that the norm is the threshold, but for the rounding of the elements."""
+    count = sum(g.numel() for g in gradients)
+    unit = max(UNIT[g.dtype] for g in gradients)
+    smallest = max(SMALLEST[g.dtype] for g in gradients)
+    spread = count ** (0 if order == math.inf else 1 / order)
+    margin = threshold * (1e-6 + 2 * unit) + spread * smallest / 2
+    assert abs(exact_norm(gradients, order) - threshold) <= margin
+
+
+def assert_direction(
+    gradients: list[torch.Tensor], originals: list[torch.Tensor], factor: float
+) -> None:
+    """Check that every element was multiplied by one common factor."""
+    for gradient, original in zip(gradients, originals, strict=True):
+        margin = 2.5 * UNIT[gradient.dtype] + 1e-6
+        error = (gradient.double() - original * factor).abs()
+        allowed = original.abs() * factor * margin + SMALLEST[gradient.dtype]
+        assert bool((error <= allowed).all())
+
+
+# The size of the error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_constant_data_keep_the_accuracy(dtype, constant):
+    gradient = torch.full((3_000_001,), min(constant, LARGEST[dtype])).to(dtype)
+    needed = abs(gradient[0].double().item()) * math.sqrt(gradient.numel())
+    assert gradclip.get_total_norm([gradient]).item() == pytest.approx(needed, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_random_data_keep_the_accuracy(dtype, order):
+    gradient = torch.randn(3_000_001).to(dtype)
+    found = gradclip.get_total_norm([gradient], order).item()
+    assert found == pytest.approx(exact_norm([gradient], order), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["random", "constant", "few"])
+def test_124_million_elements_keep_the_accuracy(dtype, kind):
+    size = (124_000_000,)
+    gradient = {
+        "random": lambda: torch.randn(size),
+        "constant": lambda: torch.full(size, 0.1),
+        "few": lambda: torch.randint(-1, 2, size).float() / 3,
+    }[kind]().to(dtype)
+    found = gradclip.get_total_norm([gradient]).item()
+    assert found == pytest.approx(exact_norm([gradient]), rel=1e-6)
+    gradclip.clip_gradients_([gradient], 1.0)
+    assert_clipped([gradient], 1.0)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_vector_units_keep_the_accuracy(capability):
+    code = (
+        "import math, torch, gradclip\n"
+        f"for constant in {CONSTANTS}:\n"
+        "    gradient = torch.full((1_000_003,), constant)\n"
+        "    needed = gradient[0].double().item() * math.sqrt(1_000_003)\n"
+        "    assert abs(gradclip.get_total_norm([gradient]).item() / needed - 1) < 1e-6, constant\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+# Beyond the range of float32
+
+
+@pytest.mark.parametrize(
+    ("element", "count"),
+    [(1e20, 5), (1e20, 100_000), (3e38, 1000), (3e38, 10_000), (1e-25, 5), (1e-25, 10_000)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_and_tiny_elements_have_their_true_norm_and_are_clipped(element, count, dtype):
+    gradient = torch.full((count,), element).to(dtype)
+    needed = gradient[0].double().item() * math.sqrt(count)
+    threshold = needed / 1e3 if element < 1 else 1.0
+    found = gradclip.clip_gradients_([gradient], threshold).item()
+    assert found == pytest.approx(needed, rel=1e-6)
+    assert_clipped([gradient], threshold)
+
+
+def test_float16_norms_beyond_float16_are_clipped_and_not_erased():
+    gradient = torch.full((1_000_000,), 60000.0, dtype=torch.float16)
+    assert gradclip.clip_gradients_([gradient], 1.0).item() == pytest.approx(6e7, rel=1e-6)
+    assert_clipped([gradient], 1.0)
+    assert gradient.min().item() > 0
+
+
+def test_one_huge_tensor_does_not_hide_what_a_tiny_one_is():
+    gradients = [torch.full((5000,), 1e-22), torch.full((5000,), 1e-20)]
+    found = gradclip.get_total_norm(gradients).item()
+    assert found == pytest.approx(exact_norm(gradients), rel=1e-6)
+    assert gradclip.get_total_norm([torch.full((2,), 1e30), torch.ones(2)]).item() == pytest.approx(
+        math.sqrt(2) * 1e30, rel=1e-6
+    )
+
+
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("denormals cannot be flushed on this processor")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 10_000])
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormal_elements_have_their_true_norm(dtype, count, flush):
+    gradient = torch.full((count,), 1e-39).to(dtype)
+    needed = exact_norm([gradient])
+    assert needed > 0
+    with flushed_denormals() if flush else contextlib.nullcontext():
+        found = gradclip.get_total_norm([gradient]).item()
+    assert found == pytest.approx(needed, rel=1e-6)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_coefficient_below_the_normal_numbers_does_not_erase(dtype, flush):
+    gradient = torch.full((1000,), 3e38).to(dtype)  # norm 9.5e39, coefficient 1e-40
+    with flushed_denormals() if flush else contextlib.nullcontext():
+        gradclip.clip_gradients_([gradient], 1.0)
+    assert_clipped([gradient], 1.0)
+
+
+# Settings that others make
+
+
+@contextlib.contextmanager
+def default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def medium_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "matmul precision": medium_precision,
+    "default dtype": default_dtype,
+    "default device": default_device,
+    "deterministic": deterministic,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("dtype", list(UNIT))
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
+def test_settings_of_torch_change_neither_norm_nor_gradients(name, dtype, order):
+    plain = [torch.randn(70, 90).to(dtype), torch.randn(5).to(dtype), torch.randn(9000).to(dtype)]
+    under = [g.clone() for g in plain]
+    norm = gradclip.clip_gradients_(plain, 0.5, order)
+    with SETTINGS[name]():
+        found = gradclip.clip_gradients_(under, 0.5, order)
+    assert found.device.type == "cpu"
+    assert found.item() == norm.item()
+    assert all(map(torch.equal, plain, under))
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "inference"])
+def test_settings_of_torch_change_nothing_in_a_step(name):
+    def step() -> tuple[float, list[float]]:
+        weight = nn.Parameter(torch.ones(300, device="cpu", dtype=torch.float32))
+        weight.grad = torch.full((300,), 0.3, device="cpu", dtype=torch.float32)
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        with gradclip.GradientClipper(optimizer, 1.0, max_value=0.25) as clipper:
+            optimizer.step()
+            assert clipper.clip_rate() == 1.0
+        return clipper.last.norm.item(), weight.tolist()
+
+    plain = step()
+    with SETTINGS[name]():
+        assert step() == plain
+
+
+def test_the_same_gradients_give_the_same_bits_whatever_the_number_of_threads():
+    gradients = [torch.randn(n) for n in (5, 3000, 1_000_000, 70_001)]
+    first = gradclip.get_total_norm(gradients)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, threads):
+            torch.set_num_threads(count)
+            assert torch.equal(gradclip.get_total_norm(gradients), first)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# How a gradient lies in memory
+
+
+def test_a_view_into_a_larger_buffer_leaves_the_rest_as_it_is():
+    buffer = torch.full((40, 50), 2.0)
+    inside = buffer[5:20, 10:30]
+    assert gradclip.clip_gradients_([inside], 1.0).item() == pytest.approx(2 * math.sqrt(300))
+    assert exact_norm([inside]) == pytest.approx(1.0, rel=1e-6)
+    outside = buffer.clone()
+    outside[5:20, 10:30] = 2.0
+    assert torch.equal(outside, torch.full((40, 50), 2.0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.full((3, 1), 2.0).expand(3, 4000),
+        lambda: torch.full((), 2.0).expand(7),
+        lambda: torch.full((6000,), 2.0).as_strided((1499, 8), (4, 1)),
+    ],
+    ids=["expanded", "expanded 0-d", "overlapping windows"],
+)
+def test_elements_that_share_memory_count_one_by_one_and_are_scaled_once(make):
+    gradient = make()
+    needed = 2 * math.sqrt(gradient.numel())
+    assert gradclip.clip_gradients_([gradient], needed / 4).item() == pytest.approx(needed)
+    assert torch.equal(gradient, torch.full(gradient.shape, 0.5))
+
+
+def test_channels_last_0d_and_empty_gradients_are_clipped_together():
+    image = torch.full((2, 3, 4, 5), 1.0).contiguous(memory_format=torch.channels_last)
+    gradients = [image, torch.tensor(1.0), torch.empty(0), torch.empty(3, 0, 2)]
+    assert gradclip.clip_gradients_(gradients, 1.1).item() == 11.0
+    assert exact_norm(gradients) == pytest.approx(1.1, rel=1e-6)
+    assert image.is_contiguous(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engines.base import rounded_bound
 from .errors import GradientError, NotAvailableError
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -122,8 +123,13 @@ def bounded_copies(buckets: Iterable[Bucket], bound: float) -> list[Bucket]:
     return [
         Bucket(bucket.device, copies, copies, bucket.labels)
         for bucket in buckets
-        for copies in [[tensor.clamp(-bound, bound) for tensor in bucket.measured]]
+        for copies in [[_bounded(tensor, bound) for tensor in bucket.measured]]
     ]
+
+
+def _bounded(tensor: Tensor, bound: float) -> Tensor:
+    limit = rounded_bound(bound, tensor.dtype)
+    return tensor.clamp(-limit, limit)
 
 
 def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
@@ -132,16 +138,16 @@ def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
     measured = written = gradient
     if gradient.layout is torch.sparse_coo:
         measured, written = gradient.coalesce()._values(), gradient._values()
-    if measured.is_complex():
-        # A lazy conjugate cannot be written; its base, the conjugate of it, scales as well.
-        written = written.conj() if written.is_conj() else written
+    if written.is_complex():
         # The modulus in float64: in the gradient's own precision it could overflow.
-        measured = (
-            torch.view_as_real(measured.resolve_conj())
-            if order == 2
-            else measured.to(torch.complex128).abs()
-        )
+        measured = _as_real(measured) if order == 2 else measured.to(torch.complex128).abs()
+        written = _as_real(written)
     return measured, written
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """View a complex tensor, or the conjugate that it is a lazy conjugate of, as real numbers."""
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 
 
 def _refuse_unfit(gradient: Tensor) -> None:

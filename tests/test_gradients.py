@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 import types
 
@@ -8,7 +9,13 @@ import torch
 from torch import nn
 
 from gradclip import NotAvailableError
-from gradclip.gradients import buckets_of, distinct, gradients_of, parameters_of
+from gradclip.gradients import (
+    bounded_copies,
+    buckets_of,
+    distinct,
+    gradients_of,
+    parameters_of,
+)
 
 
 def test_one_bucket_for_each_device_and_dtype_in_order():
@@ -22,6 +29,27 @@ def test_what_needs_no_other_form_is_measured_and_written_itself():
     [bucket] = buckets_of([gradient], 2.0)
     assert bucket.measured[0] is gradient
     assert bucket.written[0] is gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("conjugate", [False, True])
+def test_complex_gradients_become_real_ones_in_the_same_memory(dtype, order, conjugate):
+    base = torch.randn(3, 4, dtype=dtype)
+    [bucket] = buckets_of([base.conj() if conjugate else base], order)
+    [measured], [written] = bucket.measured, bucket.written
+    assert written.is_floating_point()
+    assert written.data_ptr() == base.data_ptr()
+    norm = torch.linalg.vector_norm(measured.double(), order)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(base.abs().double(), order))
+    needed = base * 0.5
+    written.mul_(0.5)
+    assert torch.equal(base, needed)
+
+
+def test_the_modulus_of_a_large_complex_element_is_finite():
+    [bucket] = buckets_of([torch.tensor([3e38 + 3e38j])], math.inf)
+    assert bucket.measured[0].item() == pytest.approx(3e38 * math.sqrt(2))
 
 
 def test_one_value_serves_all_and_several_are_spread_by_label():
@@ -54,3 +82,14 @@ def test_other_subclasses_are_clipped_as_what_they_are():
         pass
 
     assert len(buckets_of([torch.ones(1).as_subclass(Named)], 2.0)) == 1
+
+
+@pytest.mark.parametrize("bound", [2.0, 1e5])
+def test_bounded_copies_leave_the_gradients(bound):
+    gradient = torch.tensor([-3.0, 1.0, math.inf, math.nan], dtype=torch.float16)
+    buckets = buckets_of([gradient], 2.0)
+    [[copy]] = [bucket.measured for bucket in bounded_copies(buckets, bound)]
+    largest = min(bound, 65504.0)
+    assert copy[:3].tolist() == [max(-3.0, -bound), 1.0, largest]
+    assert math.isnan(copy[3])
+    assert gradient[2].item() == math.inf

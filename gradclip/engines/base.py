@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 INFINITY = math.inf
-WIDE = (torch.float64, torch.complex128)
-"""Dtypes whose products are computed in float64; those of all others are in float32 or better."""
 
 
 class Engine(ABC):
     """Three verbs over gradients of one device and one dtype.
 
     Called by `gradclip.norms` (measuring) and `GradientClipper` (writing), always with
-    gradient tracking off. Tensors are real floating-point tensors when they are measured and
-    may be complex when they are scaled; any strides, any shape, 0-d and empty ones included.
-    Elements that share a place in memory count one by one when they are measured, and each
-    place is written once.
+    gradient tracking off. Tensors are real floating-point ones of any strides and any shape, 0-d
+    and empty ones included. Elements that share a place in memory count one by one when they are
+    measured, and each place is written once.
     """
 
     name: str
@@ -66,7 +63,7 @@ class Engine(ABC):
         NaN stays NaN.
 
         Args:
-            tensors: n real gradients of one device and dtype.
+            tensors: n gradients of one device and dtype.
             bounds: Not negative, shape (1,) for one that serves all or (n,) for one each, on
                 the tensors' device.
         """
@@ -78,8 +75,11 @@ def norm_dtype(device: torch.device) -> torch.dtype:
 
 
 def rounds_to_one(coefficient: float, dtype: torch.dtype) -> bool:
-    """Tell whether a product with the coefficient is the gradient itself."""
-    return coefficient >= (1 if dtype in WIDE else 1 - 2.0**-25)
+    """Tell whether a product with the coefficient is the gradient itself.
+
+    Products of float64 gradients are computed in float64, all others in float32 or better.
+    """
+    return coefficient >= (1 if dtype is torch.float64 else 1 - 2.0**-25)
 
 
 def rounded_bound(bound: float, dtype: torch.dtype) -> float:

@@ -25,17 +25,24 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether every element has a place of its own which holds its value."""
+    return not (tensor.is_neg() or overlaps(tensor))
+
+
 @contextmanager
 def exclusive(tensor: Tensor) -> Iterator[Tensor]:
     """Give a tensor that may be written in place and holds each place of ``tensor`` just once.
 
     Usually that is ``tensor`` itself, or for an expanded one what was expanded. For windows that
     overlap it is a 1-d copy of the places, which is written back at the end: every place is
-    written once, and what lies between them stays as it is.
+    written once, and what lies between them stays as it is. Lazily negated elements are given as
+    they lie in memory: to multiply or to limit them is the same.
     """
-    once = tensor
+    once = torch._neg_view(tensor) if tensor.is_neg() else tensor
     if overlaps(once):
-        once = tensor[tuple(slice(None) if stride else 0 for stride in tensor.stride())]
+        steps = [step for step in zip(once.shape, once.stride(), strict=True) if step[1]]
+        once = once.as_strided([size for size, _ in steps], [stride for _, stride in steps])
     if not overlaps(once):
         yield once
         return

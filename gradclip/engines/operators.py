@@ -11,7 +11,8 @@ or so small that squares vanish) is summed once more, all of it in float64.
 Elsewhere the sums are torch's multi-tensor norms with float64 accumulation, and nothing here
 waits for the device.
 
-Only operators that obey neither the matmul precision nor a default device.
+Only operators that obey neither the matmul precision nor a default device, and none under
+autocast.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from .base import INFINITY, WIDE, Engine, norm_dtype, rounded_bound, rounds_to_one
-from .memory import exclusive, flat, overlaps
+from .base import INFINITY, Engine, norm_dtype, rounded_bound, rounds_to_one
+from .memory import exclusive, flat, is_plain
 
 ROW = 256
 """Elements summed in float32 before float64 takes over."""
@@ -45,11 +46,13 @@ class OperatorsEngine(Engine):
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
-        # Autocast has an opinion on the dtype that tensors are concatenated in.
-        with torch._C._DisableAutocast():
-            if tensors[0].device.type == "cpu":
-                return _host_power_sums(tensors, order, joint)
+        if tensors[0].device.type != "cpu":
             return _device_power_sums(tensors, order, joint)
+        if torch.is_autocast_enabled("cpu"):
+            # It would choose the dtype in which tensors are concatenated, or refuse to.
+            with torch.autocast("cpu", enabled=False):
+                return _host_power_sums(tensors, order, joint)
+        return _host_power_sums(tensors, order, joint)
 
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
         """See `Engine.scale_`. Off the CPU it multiplies always, since looking would wait."""
@@ -182,7 +185,7 @@ def _scale_all_(tensors: Sequence[Tensor], coefficient: float) -> None:
     separate: list[Tensor] = []
     # Backwards, since the last ones were measured last and may still be in cache.
     for tensor in reversed(tensors):
-        if not overlaps(tensor):
+        if is_plain(tensor):
             separate.append(tensor)
             continue
         with exclusive(tensor) as memory:
@@ -193,7 +196,7 @@ def _scale_all_(tensors: Sequence[Tensor], coefficient: float) -> None:
 
 def _factors(coefficient: float, dtype: torch.dtype) -> list[Tensor]:
     """Return what to multiply with, one after the other; nothing for zero."""
-    wide = dtype in WIDE
+    wide = dtype is torch.float64
     factors: list[float] = []
     while 0 < coefficient < SMALLEST_NORMAL and not wide:
         # Not a normal float32 number: less exact, and 0 where denormals are flushed.

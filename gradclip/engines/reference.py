@@ -36,7 +36,7 @@ class ReferenceEngine(Engine):
                 if coefficient == 0:
                     memory.zero_()
                 else:
-                    memory.copy_(memory.to(_widest(memory)) * coefficient)
+                    memory.copy_(memory.to(norm_dtype(memory.device)) * coefficient)
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor) -> None:
         """See `Engine.clamp_`."""
@@ -52,9 +52,3 @@ class ReferenceEngine(Engine):
         if not magnitudes.numel():
             return magnitudes.sum()
         return magnitudes.amax() if order == INFINITY else magnitudes.pow(order).sum()
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    if tensor.is_complex():
-        return torch.complex128
-    return norm_dtype(tensor.device)

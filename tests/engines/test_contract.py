@@ -13,12 +13,11 @@ from gradclip.engines.base import Engine
 from gradclip.engines.operators import ROW
 
 REAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-COMPLEX = [torch.complex64, torch.complex128]
 ORDERS = [1.0, 2.0, math.inf, 0.5, 3.0]
 # Limits inside the operators engine, lowered so that small tensors pass them.
 SMALL = 600
 CHUNK = 8 * ROW
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.fixture(params=list(_ENGINES.values()), ids=list(_ENGINES))
@@ -31,8 +30,6 @@ def engine(request, monkeypatch):
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a strided tensor that compares equal only to the same bits."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
     return tensor.contiguous().view(INTEGERS[tensor.element_size()]).clone()
 
 
@@ -165,20 +162,14 @@ def test_the_same_gradients_give_the_same_bits(engine: Engine, dtype):
 # scale_
 
 
-def scaled(tensor: torch.Tensor, coefficient: float) -> torch.Tensor:
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    return tensor.to(wide) * coefficient
-
-
 def assert_scaled(found: torch.Tensor, tensor: torch.Tensor, coefficient: float) -> None:
     """One rounding of the product, and one of the coefficient to float32."""
-    expected = scaled(tensor, coefficient)
+    expected = tensor.double() * coefficient
     info = torch.finfo(tensor.dtype)
     tolerance = (info.eps / 2 + 2.0**-24) * expected.abs() + info.smallest_normal * info.eps
-    assert bool(((found.to(expected.dtype) - expected).abs() <= tolerance).all())
+    assert bool(((found.double() - expected).abs() <= tolerance).all())
 
 
-@pytest.mark.parametrize("dtype", REAL + COMPLEX, ids=str)
 def test_scaling_multiplies_every_place_once(engine: Engine, layout, dtype):
     tensor = layout(dtype)
     for coefficient in (0.3, 0.999, 1e-5):
@@ -201,13 +192,12 @@ def test_scaling_takes_one_coefficient_for_all_or_one_for_each(engine: Engine, d
         assert_scaled(tensor, original, coefficient)
 
 
-@pytest.mark.parametrize("dtype", REAL + COMPLEX, ids=str)
 def test_a_coefficient_that_rounds_to_one_writes_nothing(engine: Engine, layout, dtype):
     tensor = layout(dtype)
-    if tensor.numel() and dtype.is_floating_point and tensor.dim():
+    if tensor.numel() and tensor.dim():
         tensor[(0,) * tensor.dim()] = math.nan
     before, version = storage_bits(tensor), tensor._version
-    narrow = dtype not in (torch.float64, torch.complex128)
+    narrow = dtype is not torch.float64
     for coefficient in [1.0] + [1 - 2.0**-25, 1 - 2.0**-30] * narrow:
         engine.scale_([tensor], vector(coefficient))
         engine.scale_([tensor, tensor], vector(coefficient, coefficient))
@@ -230,7 +220,6 @@ def test_among_several_only_those_below_one_are_written(engine: Engine, dtype):
     assert tensors[2]._version == versions[2]
 
 
-@pytest.mark.parametrize("dtype", REAL + COMPLEX, ids=str)
 def test_a_coefficient_of_zero_erases_nan_and_infinity_too(engine: Engine, layout, dtype):
     tensor = layout(dtype)
     if tensor.numel():

@@ -1,0 +1,137 @@
+"""The command line: ``gradclip demo``, ``gradclip report``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from ._version import __version__
+from .demo.options import CELLS, Options
+from .errors import GradClipError
+from .settings import not_available
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes; 130 is what shells make of Ctrl-C."""
+
+Number = TypeVar("Number", int, float)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; ``SystemExit`` is never raised.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as end:  # argparse has printed the help, the version or the error
+        return int(end.code or DONE)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except GradClipError as error:
+        return _complain(f"{arguments.prog}: {error}", REFUSED)
+    except OSError as error:
+        return _complain(f"{arguments.prog}: stopped, for lack of room or rights: {error}", FAILED)
+
+
+def _complain(what: str, code: int) -> int:
+    print(what, file=sys.stderr)
+    return code
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    options = Options(
+        steps=arguments.steps,
+        seed=arguments.seed,
+        max_norm=arguments.max_norm,
+        cell=arguments.cell,
+        out=arguments.out,
+    )
+    try:
+        # Only here: it takes TensorBoard's second to import, which no --help should wait for.
+        from .demo.run import run_demo
+
+        run_demo(options, sys.stdout, sys.stderr)
+    except KeyboardInterrupt:
+        return _complain(
+            f"{arguments.prog}: interrupted; what was logged until then is in {options.out}",
+            INTERRUPTED,
+        )
+    return DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    raise not_available("'gradclip report'", "look at a run with 'tensorboard --logdir RUN'")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line; argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(REFUSED, f"{self.prog}: {message} (see '{self.prog} --help')\n")
+
+
+def _parser() -> _Parser:
+    about = "Gradient clipping for PyTorch."
+    parser = _Parser(prog="gradclip", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"gradclip {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_report(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    about = "train a recurrent network on text twice, without clipping and with it"
+    demo = commands.add_parser(
+        "demo",
+        help=about,
+        description=f"{about.capitalize()}; log both for TensorBoard, and draw them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    demo.set_defaults(command=_demo, prog=demo.prog)
+    start = Options()
+    demo.add_argument("--steps", type=_steps, default=start.steps, help="steps of each run")
+    demo.add_argument("--seed", type=_seed, default=start.seed, help="of weights and batches")
+    demo.add_argument(
+        "--max-norm", type=_max_norm, default=start.max_norm, help="largest norm when clipping"
+    )
+    demo.add_argument("--cell", choices=CELLS, default=start.cell, help="kind of network")
+    demo.add_argument("--out", default=start.out, help="folder for the logs and the picture")
+
+
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    about = "not available in this version"
+    report = commands.add_parser("report", help=about, description=about, allow_abbrev=False)
+    report.set_defaults(command=_report, prog=report.prog)
+    report.add_argument("run", nargs="*", metavar="RUN", help="folder of TensorBoard logs")
+
+
+def _steps(text: str) -> int:
+    return _checked(text, int, lambda steps: steps >= 1, "a whole number >= 1, such as 300")
+
+
+def _seed(text: str) -> int:
+    # What torch's generators take.
+    return _checked(text, int, lambda seed: 0 <= seed < 2**63, "a whole number, 0 to 2^63 - 1")
+
+
+def _max_norm(text: str) -> float:
+    return _checked(text, float, lambda norm: 0 <= norm < math.inf, "a finite number >= 0")
+
+
+def _checked(
+    text: str, kind: Callable[[str], Number], fits: Callable[[Number], bool], needed: str
+) -> Number:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not fits(number):
+        raise argparse.ArgumentTypeError(f"found {text!r}: give {needed}")
+    return number

@@ -1,0 +1,55 @@
+"""A recurrent network that predicts the next character."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDING = 8
+HIDDEN = 128
+GAIN = 1.2
+"""Of the recurrent weights: above 1 gradients can grow with every step back in time."""
+
+_CELLS: dict[str, Callable[[], nn.RNNBase]] = {
+    "rnn-tanh": lambda: nn.RNN(EMBEDDING, HIDDEN, nonlinearity="tanh", batch_first=True),
+    "rnn-relu": lambda: nn.RNN(EMBEDDING, HIDDEN, nonlinearity="relu", batch_first=True),
+    "lstm": lambda: nn.LSTM(EMBEDDING, HIDDEN, batch_first=True),
+    "gru": lambda: nn.GRU(EMBEDDING, HIDDEN, batch_first=True),
+}
+
+
+class CharacterModel(nn.Module):
+    """Embedding, recurrent network, linear layer.
+
+    The embedding is small: wide ones drive the tanh into saturation, where little explodes.
+    One-hot input, the other usual choice, learns much more slowly here.
+
+    Args:
+        cell: A key of the recurrent networks.
+        characters: Size of the alphabet.
+    """
+
+    def __init__(self, cell: str, characters: int) -> None:
+        super().__init__()
+        self.recurrent = _CELLS[cell]()
+        # An LSTM has four recurrent matrices in one tensor, a GRU three.
+        for matrix in self.recurrent.get_parameter("weight_hh_l0").detach().split(HIDDEN):
+            nn.init.orthogonal_(matrix, GAIN)
+        # Last, as their size, and so what they draw, differs between the Pythons' texts.
+        self.head = nn.Linear(HIDDEN, characters)
+        self.embedding = nn.Embedding(characters, EMBEDDING)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Return scores of the next character, (batch, length, alphabet)."""
+        states, _ = self.recurrent(self.embedding(characters))
+        scores: Tensor = self.head(states)
+        return scores
+
+
+def seeded_model(cell: str, characters: int, seed: int) -> CharacterModel:
+    """Return a model whose weights follow from the seed; torch's own state is put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return CharacterModel(cell, characters)

@@ -1,0 +1,74 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from typing import TextIO
+
+from .curves import Curves
+from .folder import prepare
+from .options import Options
+from .picture import draw
+from .progress import progress
+from .table import show_table
+from .text import read_text
+from .training import LEARNING_RATE, train
+
+
+def run_demo(options: Options, stdout: TextIO, stderr: TextIO) -> list[Curves]:
+    """Train both models, and show what came of it.
+
+    Args:
+        options: What the user has chosen.
+        stdout: Where results are printed.
+        stderr: Where progress is shown.
+
+    Returns:
+        The curves of the runs: without clipping, with clipping.
+
+    Raises:
+        ArgumentError: The folder cannot be written; nothing was done.
+    """
+    runs = [Curves("unclipped", clips=False), Curves("clipped", clips=True)]
+    prepare(options, [curves.run for curves in runs])
+    text = read_text()
+    print(
+        f"A {options.cell} network learns {len(text.characters):,} characters of Python's help, "
+        f"with SGD at learning rate {LEARNING_RATE:g}:\nfirst without clipping, then with "
+        f"max_norm={options.max_norm:g}, from the same weights and with the same batches.",
+        file=stdout,
+        flush=True,
+    )
+    with progress(stderr) as shown:
+        for curves in runs:
+            shown.begin(curves.title, options.steps)
+            train(options, text, curves, shown.advance)
+    show_table(runs, options.max_norm, stdout)
+    _draw(runs, options, stdout)
+    print(f"Curves:  {_tensorboard()} --logdir {shlex.quote(options.out)}", file=stdout)
+    return runs
+
+
+def _draw(runs: list[Curves], options: Options, stdout: TextIO) -> None:
+    try:
+        draw(runs, options)
+    except ImportError:
+        print('Picture: needs matplotlib, pip install "gradclip[report]"', file=stdout)
+        if os.path.exists(options.picture):
+            print(f"         ({options.picture} is of an earlier demo)", file=stdout)
+    else:
+        print(f"Picture: {options.picture}", file=stdout)
+
+
+def _tensorboard() -> str:
+    """Return how to call TensorBoard from this shell."""
+    if shutil.which("tensorboard"):
+        return "tensorboard"
+    beside = os.path.join(sysconfig.get_path("scripts"), "tensorboard")
+    if shutil.which(beside):
+        return shlex.quote(beside)
+    return f"{shlex.quote(sys.executable)} -m tensorboard.main"

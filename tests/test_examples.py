@@ -1,0 +1,82 @@
+"""The examples, run as a newcomer runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments, cwd):
+    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("minimal")
+
+
+@pytest.fixture(scope="module")
+def minimal(folder):
+    return run("minimal.py", cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def through_time(tmp_path_factory):
+    return run("through_time.py", cwd=tmp_path_factory.mktemp("through_time"))
+
+
+def test_minimal_prints_norms_before_and_after(minimal):
+    norms = re.findall(r"norm before +([\d.]+), after ([\d.]+)", minimal)
+    assert len(norms) == 10
+    for before, after in norms:
+        assert float(after) == min(float(before), 1.0)
+    assert {float(before) > 1 for before, _ in norms} == {True, False}
+
+
+def test_minimal_clips_some_of_its_steps(minimal):
+    [rate] = re.findall(r"(\d+)% of the steps were clipped", minimal)
+    assert 5 < int(rate) < 95
+
+
+def test_minimal_logs_where_it_says(minimal, folder):
+    [logs] = re.findall(r"--logdir (\S+)", minimal)
+    assert logs == "runs/minimal"
+    [events] = (folder / logs).iterdir()
+    assert "tfevents" in events.name
+
+
+def test_minimal_takes_the_folder_of_its_logs(tmp_path):
+    printed = run("minimal.py", str(tmp_path / "logs"), cwd=tmp_path)
+    assert f"--logdir {tmp_path / 'logs'}" in printed
+    [events] = (tmp_path / "logs").iterdir()
+    assert "tfevents" in events.name
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_minimal_is_short():
+    assert len((EXAMPLES / "minimal.py").read_text().splitlines()) < 40
+
+
+def test_through_time_shows_the_explosion_and_its_limit(through_time):
+    rows = re.findall(r"^state at step +(\d+) +(\S+) +(\S+)$", through_time, flags=re.MULTILINE)
+    steps, without, limited = (list(map(float, column)) for column in zip(*rows, strict=True))
+    assert steps == sorted(steps, reverse=True)
+    assert without == sorted(without)
+    assert without[-1] > 1e4 * without[0]
+    assert limited[0] == without[0] < 0.5  # below the limit nothing is changed
+    assert max(limited) == 0.5
+
+
+def test_through_time_limits_the_gradient_of_the_weights(through_time):
+    [(without, limited)] = re.findall(r"all weights +(\S+) +(\S+)", through_time)
+    assert float(without) > 1000 * float(limited)

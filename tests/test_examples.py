@@ -13,7 +13,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name, *arguments, cwd):
-    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-W",
+        "ignore:Implicitly cleaning up:ResourceWarning",
+        EXAMPLES / name,
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

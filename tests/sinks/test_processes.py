@@ -48,7 +48,16 @@ with GradientClipper(optimizer, 1.0, log=sys.argv[1]):
 
 
 def run(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", PRELUDE + script, str(directory)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-W",
+        "ignore:Implicitly cleaning up:ResourceWarning",
+        "-c",
+        PRELUDE + script,
+        str(directory),
+    ]
     return subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
 
 

@@ -78,7 +78,8 @@ def _draw_norms(axes: Axes, runs: Sequence[Curves], max_norm: float) -> None:
     axes.set_yscale("log")
     # First: norms that are all 0 or NaN alone would leave a logarithmic axis without a range.
     label = f"max_norm = {max_norm:g}"
-    height = max_norm or math.nan  # a logarithmic axis has no 0
+    # A logarithmic axis has no 0, and older matplotlibs no margin beyond the end of float64.
+    height = min(max_norm, 1e300) or math.nan
     axes.axhline(height, color="black", linestyle="--", linewidth=1.5, zorder=3, label=label)
     for curves in runs:
         _draw_curve(axes, curves, curves.norms)

@@ -1,8 +1,9 @@
 """gradclip: gradient clipping that is right, nearly free, and seen.
 
 To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py``,
-``attachment.py``, ``gradients.py``, ``norms.py``, ``coefficients.py``, ``thresholds/base.py``,
-``thresholds/fixed.py``, ``engines/base.py``, ``engines/reference.py``, ``engines/operators.py``,
+``attachment.py``, ``joint.py``, ``gradients.py``, ``step_gradients.py``, ``norms.py``,
+``coefficients.py``, ``thresholds/base.py``, ``thresholds/fixed.py``, ``engines/base.py``,
+``engines/reference.py``, ``engines/operators.py``,
 ``records.py``, ``buffer.py``, ``recorder.py``, ``sinks/tensorboard.py``,
 ``sinks/event_files.py``, ``sinks/record_format.py``.
 """
@@ -20,6 +21,7 @@ from .errors import (
     GradientError,
     NonFiniteGradientError,
     NotAvailableError,
+    SkipLimitError,
     StateError,
 )
 from .functional import (
@@ -47,6 +49,7 @@ __all__ = [
     "NonFiniteGradientError",
     "NotAvailableError",
     "Sink",
+    "SkipLimitError",
     "StateError",
     "TensorBoardSink",
     "Threshold",

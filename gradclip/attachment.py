@@ -1,175 +1,184 @@
-"""A clipper's hold on an optimizer: its step hooks, a wrapped closure, and what it puts back."""
+"""A clipper's hold on an optimizer: its hooks, a wrapped closure, and skipped steps."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
 
+import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from .changes import Changes, GuardedArguments
 from .errors import AttachError
-from .gradients import parameters_of
+from .optimizers import attached
 from .records import ClipRecord
-from .settings import not_available
+from .scaling import (
+    delete_marks,
+    mark_of,
+    marks_of,
+    mend_marks,
+    refuse_passed_scaler,
+    running_scaler,
+    skips_on_device,
+)
 
-_attached: WeakSet[Optimizer] = WeakSet()
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Attachment:
     """Calls a clipper once at every step of an optimizer, after the last backward.
 
     Args:
-        optimizer: The optimizer, checked by `check_optimizer`.
+        optimizer: The optimizer, one of those from `clippable`.
         clip: Called when the gradients are complete: before the step, or after each evaluation
-            of a closure. Its record says whether the step is to be skipped.
+            of a closure. Its record says whether the step is to be skipped; None leaves it be.
         finish: Called with the last record when the step has been taken or skipped.
+        loaded: Called when the optimizer's state has been loaded.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        clip: Callable[[], ClipRecord],
-        finish: Callable[[ClipRecord], None],
+        clip: Callable[[Optimizer, Changes], ClipRecord | None],
+        finish: Callable[[Optimizer, ClipRecord], None],
+        loaded: Callable[[Optimizer], None],
     ) -> None:
         self._optimizer = optimizer
         self._clip = clip
         self._finish = finish
-        self._record: ClipRecord | None = None
-        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._step: _Step | None = None
+        # A compiled optimizer.step() calls these as they are and looks at nothing inside.
+        self._clip_in_closure = torch.compiler.disable(self._clip_or_skip)
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            optimizer.register_load_state_dict_post_hook(loaded),
         ]
-        _attached.add(optimizer)
+        attached.add(optimizer)
 
     def detach(self) -> None:
         """Remove the hooks and put everything back; the second call does nothing."""
-        self.restore()
+        if self._step is not None:
+            self._step.changes.undo()
+        for hook in self._hooks:
+            hook.remove()
         if self._hooks:
-            for hook in self._hooks:
-                hook.remove()
             self._hooks = []
-            _attached.discard(self._optimizer)
-
-    def restore(self) -> None:
-        """Give hidden gradients back, also those that a step left hidden when it raised."""
-        for parameter, gradient in self._hidden:
-            parameter.grad = gradient
-        self._hidden = []
+            attached.discard(self._optimizer)
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.restore()
-        self._record = None
-        _refuse_scaled(optimizer)
-        if len(args) > 1 and args[1] is not None:
-            return (args[0], self._clipped_after(args[1]), *args[2:]), kwargs
-        if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": self._clipped_after(kwargs["closure"])}
-        self._clip_or_hide()
-        return None
+    ) -> Arguments | None:
+        if self._step is not None:
+            if _steps_within_itself(optimizer):
+                self._step.depth += 1
+                return None
+            # The step before raised, so that no hook has put anything back.
+            self._step.changes.undo()
+            mend_marks(optimizer, self._step.marks)
+        refuse_passed_scaler(optimizer, kwargs)
+        step = self._step = _Step(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            step.waits = True
+            closure = self._clipped_after(closure, step)
+            if len(args) > 1:
+                args = (args[0], closure, *args[2:])
+            else:
+                kwargs = {**kwargs, "closure": closure}
+        else:
+            self._clip_or_skip(step)
+            if not step.changes:
+                return None
+        return args, GuardedArguments(kwargs, step.changes)
 
-    def _clipped_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _clipped_after(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
         """Wrap a closure, so that the gradients of every evaluation are clipped."""
 
         def clipped_closure() -> Any:
-            self.restore()
+            step.changes.undo()
             loss = closure()
-            self._clip_or_hide()
+            self._clip_in_closure(step)
             return loss
 
         return clipped_closure
 
-    def _clip_or_hide(self) -> None:
-        self._record = self._clip()
-        if self._record.skipped:
-            # An optimizer leaves parameters without a gradient, and their state, as they are.
-            for parameter in parameters_of(self._optimizer.param_groups):
-                if parameter.grad is not None:
-                    self._hidden.append((parameter, parameter.grad))
-                    parameter.grad = None
+    def _clip_or_skip(self, step: _Step) -> None:
+        step.waits = False
+        try:
+            step.record = self._clip(self._optimizer, step.changes)
+        except BaseException:
+            self._abandon()
+            raise
+        if step.record is not None and step.record.skipped is not False:
+            _skip(self._optimizer, step.record.skipped, step.changes)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.restore()
-        if self._record is not None:
-            self._finish(self._record)
-
-
-def check_optimizer(optimizer: object, *, skips: bool) -> Optimizer:
-    """Return the optimizer if it can be clipped through its step hooks.
-
-    Raises:
-        AttachError: It can't, for the reason that the message gives.
-        NotAvailableError: Several optimizers, or sharded parameters.
-    """
-    if isinstance(optimizer, list | tuple):
-        if len(optimizer) > 1:
-            raise not_available("A joint norm over several optimizers", "give one optimizer")
-        optimizer = optimizer[0] if optimizer else None
-    if not isinstance(optimizer, Optimizer):
-        raise AttachError(_not_an_optimizer(optimizer))
-    if "_optimizer_step_pre_hooks" not in vars(optimizer):
-        raise AttachError(
-            f"{type(optimizer).__name__} has no step hooks, as wrappers have not that skip "
-            "Optimizer.__init__: give the optimizer that it wraps (often its .optimizer)."
-        )
-    if optimizer in _attached:
-        raise AttachError(
-            f"Another GradientClipper is attached to this {type(optimizer).__name__}: detach() "
-            "or close() it first, or use the one that is there."
-        )
-    check_groups(optimizer)
-    if any(getattr(p, "_fsdp_flattened", False) for p in parameters_of(optimizer.param_groups)):
-        raise not_available(
-            "Clipping under FullyShardedDataParallel",
-            "call the clip_grad_norm_ of the wrapped module",
-        )
-    if skips and isinstance(optimizer, LBFGS):
-        raise AttachError(
-            "LBFGS takes a step without gradients for a converged one, so a step of it cannot be "
-            "skipped: choose another policy than 'skip'."
-        )
-    return optimizer
-
-
-def check_groups(optimizer: Optimizer) -> None:
-    """Refuse what a parameter group asks for and cannot get; cheap enough for every step.
-
-    Raises:
-        AttachError: A group whose step is differentiable.
-        NotAvailableError: A group with a threshold of its own.
-    """
-    for group in optimizer.param_groups:
-        if group.get("differentiable"):
+        step = self._step
+        if step is None:
+            return
+        if step.depth:
+            step.depth -= 1
+            return
+        step.changes.undo()
+        self._step = None
+        if step.waits:
             raise AttachError(
-                f"{type(optimizer).__name__} has differentiable=True: scaling gradients in place "
-                "would falsify what is differentiated through the step. Build it without, or clip "
-                "out of place in the loss."
+                f"{type(optimizer).__name__}.step() never called the closure it was given, so "
+                "that nothing was clipped before it stepped: call backward() yourself, then "
+                "step() without a closure."
             )
-        if "max_norm" in group:
-            raise not_available(
-                "A max_norm of a parameter group", "take the key 'max_norm' out of the group"
-            )
+        if step.record is not None:
+            self._finish(optimizer, step.record)
+
+    def _abandon(self) -> None:
+        """End a step that is not going to be taken."""
+        if self._step is not None:
+            self._step.changes.undo()
+            self._step = None
+        if running_scaler() is not None:
+            delete_marks(self._optimizer)
 
 
-def _refuse_scaled(optimizer: Optimizer) -> None:
-    for name in ("grad_scale", "found_inf"):
-        if getattr(optimizer, name, None) is not None:
-            raise not_available(
-                f"Clipping a fused {type(optimizer).__name__} whose gradients GradScaler has not "
-                "unscaled",
-                "build the optimizer with fused=False",
-            )
+class _Step:
+    """A step that has begun."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.changes = Changes(optimizer)
+        self.marks = marks_of(optimizer)
+        self.depth = 0
+        """How many calls of ``super().step()`` are running inside it."""
+        self.waits = False
+        """Whether its closure has not been evaluated."""
+        self.record: ClipRecord | None = None
 
 
-def _not_an_optimizer(found: object) -> str:
-    if found is None:
-        return "No optimizer was given: give a torch.optim.Optimizer."
-    what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
-    for name in ("optimizer", "base_optimizer", "optim"):
-        if isinstance(getattr(found, name, None), Optimizer):
-            return f"Found {what}, which wraps an optimizer: give its .{name}."
-    return f"Found {what}: give a torch.optim.Optimizer."
+def _skip(optimizer: Optimizer, skipped: bool | Tensor, changes: Changes) -> None:
+    """Let the optimizer leave everything as it is. Host sync where it can't on the device."""
+    if isinstance(skipped, Tensor) and skips_on_device(optimizer):
+        pending = mark_of(optimizer, "found_inf")
+        if pending is not None:
+            skipped = skipped | (pending > 0)
+        # Exactly 0 or 1: Adam multiplies with it.
+        changes.set("found_inf", skipped.float())
+    elif skipped:
+        changes.hide_gradients()
+
+
+def _steps_within_itself(optimizer: Optimizer) -> bool:
+    """Tell whether an earlier ``step`` of the same optimizer is still running, on the stack."""
+    hook = sys._getframe(1)
+    while hook.f_back is not None and hook.f_code is not _RUN_STEP:
+        hook = hook.f_back
+    outer = hook.f_back
+    while outer is not None:
+        if outer.f_code is _RUN_STEP and outer.f_locals["args"][0] is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+_RUN_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+"""What calls hooks around every step of every optimizer."""

@@ -52,13 +52,17 @@ class Batch:
 
     def __init__(self, records: Sequence[ClipRecord]) -> None:
         self.records = records
-        values = torch.stack(
-            [
-                torch.stack([record.norms for record in records]),
-                torch.stack([record.thresholds for record in records]),
-                torch.stack([record.coefficients for record in records]),
+        rows = [
+            [record.norms for record in records],
+            [record.thresholds for record in records],
+            [record.coefficients for record in records],
+        ]
+        if any(_flagged(record) for record in records):
+            rows += [
+                [_spread(record.skipped, record.norms) for record in records],
+                [_spread(record.overflow, record.norms) for record in records],
             ]
-        )
+        values = torch.stack([torch.stack(row) for row in rows])
         self._event = None
         if values.is_cuda:
             # "cpu" by name, as the default device may be another.
@@ -78,6 +82,19 @@ class Batch:
 
         Waits for the copy.
         """
+        return self._arrived()[:3]
+
+    def skipped(self) -> Tensor:
+        """Return which steps were skipped, shape (steps,), bool on the host. Waits for the copy."""
+        if len(self._arrived()) > 3:
+            return self._host[3, :, 0] > 0
+        return torch.tensor([bool(record.skipped) for record in self.records], device="cpu")
+
+    def overflowed(self) -> Tensor | None:
+        """Return which steps GradScaler left out, as `skipped` does; None for none at all."""
+        return self._host[4, :, 0] > 0 if len(self._arrived()) > 3 else None
+
+    def _arrived(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
         return self._host.to(torch.float64)
@@ -91,3 +108,12 @@ def _finish(device: torch.device) -> None:
 
 def _alike(one: ClipRecord, other: ClipRecord) -> bool:
     return one.norms.shape == other.norms.shape and one.norms.device == other.norms.device
+
+
+def _flagged(record: ClipRecord) -> bool:
+    """Tell whether only the device knows what became of a step."""
+    return isinstance(record.skipped, Tensor) or record.overflow is not None
+
+
+def _spread(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
+    return torch.zeros_like(norms) + (False if flag is None else flag)

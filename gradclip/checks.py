@@ -8,8 +8,20 @@ from numbers import Real
 from .errors import ArgumentError
 
 
-def checked_bound(name: str, value: object, *, infinite: bool = False) -> float:
+def checked_bound(
+    name: str,
+    value: object,
+    *,
+    infinite: bool = False,
+    none: str = "to measure without clipping",
+) -> float:
     """Return ``value`` as a float if it can bound a magnitude: a number >= 0.
+
+    Args:
+        name: What the user calls it.
+        value: What the user gave.
+        infinite: Whether infinity is allowed.
+        none: What None would mean, for the error.
 
     Raises:
         ArgumentError: It is negative, NaN, infinite (unless allowed) or no real number.
@@ -17,7 +29,7 @@ def checked_bound(name: str, value: object, *, infinite: bool = False) -> float:
     number = _real(name, value, "a number >= 0")
     if number >= 0 and (infinite or number < math.inf):
         return number
-    mend = "a finite number >= 0" + ("" if infinite else ", or None to measure without clipping")
+    mend = "a finite number >= 0" + ("" if infinite else f", or None {none}")
     raise ArgumentError(f"{name} is {value!r}: give {mend}.")
 
 

@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,30 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attachment import Attachment, check_groups, check_optimizer
+from .attachment import Attachment
+from .changes import Changes
 from .checks import checked_count
-from .coefficients import clip_coefficients
+from .coefficients import clip_coefficients, unless
 from .engines import engine_for, norm_dtype
-from .errors import ArgumentError, AttachError, NonFiniteGradientError
-from .gradients import (
-    Bucket,
-    bounded_copies,
-    buckets_of,
-    coalesce_,
-    gradients_of,
-    parameters_of,
-    refuse_unordered,
-)
-from .naming import describe_nonfinite, parameter_names
-from .norms import norms_of
+from .errors import ArgumentError, AttachError
+from .gradients import parameters_of
+from .joint import JointGradients
+from .optimizers import clippable
+from .policies import nonfinite_error, skip_limit_error, verdict
 from .recorder import Recorder
 from .records import ClipRecord, clipped
+from .scopes import SHARED
 from .settings import Settings, check_later_parts
 from .sinks import Sink, sinks_from
 from .state import parsed_state
+from .step_gradients import StepGradients
 from .thresholds import StepContext, Threshold, threshold_from
 
 if TYPE_CHECKING:
+    from torch.amp import GradScaler
     from torch.utils.tensorboard import SummaryWriter
     from typing_extensions import Self
 
@@ -55,8 +52,12 @@ class GradientClipper:
     Bengio, "On the difficulty of training recurrent neural networks", 2013). Below the threshold
     nothing is written.
 
-    No host sync on a CUDA device in a step, unless ``nonfinite`` is "raise" or "skip", or the
-    parameters lie on several devices. Not collective.
+    A skipped step leaves parameters, the optimizer's state and the gradients as they are. A step
+    that a ``GradScaler`` leaves out for its overflow is not seen at all.
+
+    No host sync on a CUDA device in a step, unless ``nonfinite`` is "raise", or a policy is
+    "skip" and the optimizer is none of torch's fused ones, or the parameters lie on several
+    devices, or several optimizers share a ``GradScaler``. Not collective.
 
     >>> import torch, gradclip
     >>> model = torch.nn.Linear(2, 1)
@@ -68,23 +69,29 @@ class GradientClipper:
     (50.01, 1.0)
 
     Args:
-        optimizer: The optimizer whose steps are clipped.
+        optimizer: The optimizer whose steps are clipped, or several in a list: the gradients of
+            one backward pass then share one norm. Of a wrapper, the optimizer inside. A
+            parameter group with a ``max_norm`` has a norm of its own; with None it is never
+            clipped and in no norm. The keys are read once, for loading a checkpoint would
+            replace them.
         max_norm: Largest norm allowed, 0 or more; a function of the step's index that returns
             it; a `Threshold`; or None to measure without clipping.
         norm_type: p of the p-norm, positive, or inf for the largest element.
         max_value: Bound for every element, applied before the norm is limited. It changes the
             direction of the gradient; the record's ``norm`` is the one before it.
         scope: Which gradients share a norm. This version has "global": all of them.
-        exceed: What a norm above its threshold causes. "scale": the formula. "observe": nothing
-            is ever written; the record shows what would have been done.
+        exceed: What a norm above its threshold causes. "scale": the formula. "skip": the whole
+            step is left out. "observe": nothing is ever written; the record shows what would
+            have been done.
         nonfinite: What a norm that is NaN or infinite causes. "zero": the gradients become 0 and
             the step is taken. "skip": the step is left out. "raise": left out, with a
             `NonFiniteGradientError`. "propagate": nothing.
-        skip_limit: Not available in this version.
+        skip_limit: So many skipped steps in a row raise a `SkipLimitError`; None for no limit.
         model: Gives parameters their names in errors; without it they are numbered.
         log: A directory for TensorBoard, a ``SummaryWriter``, a `Sink`, or a list of these.
         ranks: Not available in this version.
-        grad_scaler: Not available in this version.
+        grad_scaler: The ``GradScaler`` of several optimizers: the gradients of all are unscaled
+            at the first step. One optimizer needs none here.
         engine: Which engine measures and scales; "auto" chooses by device.
 
     Raises:
@@ -92,10 +99,10 @@ class GradientClipper:
         AttachError: An optimizer that cannot be clipped through its hooks.
         NotAvailableError: An option that this version lacks.
         EngineUnavailableError: An engine that this installation lacks.
-    """
 
-    labels: tuple[str, ...] = ("global",)
-    """Names of the norms, in the order of the vectors in a record."""
+    Warns:
+        UserWarning: An optimizer that clips by itself, too.
+    """
 
     def __init__(
         self,
@@ -111,139 +118,168 @@ class GradientClipper:
         model: nn.Module | None = None,
         log: Log | Sequence[Log] | None = None,
         ranks: object = None,
-        grad_scaler: object = None,
+        grad_scaler: GradScaler | None = None,
         engine: str = "auto",
     ) -> None:
-        check_later_parts(scope=scope, skip_limit=skip_limit, ranks=ranks, grad_scaler=grad_scaler)
-        self._settings = Settings(norm_type, max_value, exceed, nonfinite, engine)
+        check_later_parts(scope=scope, ranks=ranks)
+        self._settings = Settings(norm_type, max_value, exceed, nonfinite, skip_limit, engine)
         self._threshold = threshold_from(max_norm)
         self._observes = type(self._threshold).observe is not Threshold.observe
         if model is not None and not isinstance(model, nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
         self._model = model
-        self._optimizer = check_optimizer(optimizer, skips=nonfinite == "skip")
-        device = self._device
-        self._threshold.start(self.labels, device, norm_dtype(device))
+        optimizers = clippable(optimizer, skips=self._settings.skips)
+        self._given: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self._joint = JointGradients(optimizers, grad_scaler, self._settings)
+        device = self._joint.device
+        self._threshold.start((SHARED,), device, norm_dtype(device))
         self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
         self._close = weakref.finalize(self, self._recorder.close)
         self._steps = 0
         self._last: ClipRecord | None = None
-        self._attachment = Attachment(self._optimizer, self._clip, self._finish)
+        self._pending: ClipRecord | None = None
+        self._learns = False
+        self._attachments = [
+            Attachment(each, self._clip, self._finish, self._joint.groups.warn_of_lost_keys)
+            for each in optimizers
+        ]
 
     # The pipeline
 
     @torch.no_grad()
-    def _clip(self) -> ClipRecord:
-        """Clip the gradients that are there now."""
-        buckets = self._gradients()
-        norms = self._norms(buckets)
-        self._context = StepContext(self._steps, _flags(bool(buckets), norms.device))
-        thresholds = self._thresholds(norms, self._context)
-        skip = self._verdict(norms)
-        buckets, bounded = (buckets, norms) if skip else self._bound(buckets, norms)
+    def _clip(self, optimizer: Optimizer, changes: Changes) -> ClipRecord | None:
+        """Clip what an optimizer is about to step with."""
+        gradients = self._joint.at_step(optimizer, changes)
+        if not isinstance(gradients, StepGradients):
+            return gradients
+        norms = gradients.norms()
+        thresholds = self._thresholds(norms, gradients)
+        skip = verdict(self._settings, gradients, norms, thresholds)
+        untouched = skip if gradients.overflow is None else gradients.overflow | skip
+        bounded = self._bound(gradients, norms, untouched)
         coefficients = clip_coefficients(bounded, thresholds, self._settings.erases)
-        if not skip:
-            self._scale(buckets, coefficients)
-        factors = coefficients if bounded is norms else coefficients * _ratio(bounded, norms)
-        return ClipRecord(self._steps, time.time(), norms, thresholds, factors, skip)
+        coefficients = unless(untouched, coefficients)
+        if self._settings.writes and skip is not True:
+            gradients.scale_(coefficients)
+        reduction = coefficients if bounded is norms else coefficients * _ratio(bounded, norms)
+        return self._recorded(gradients, norms, thresholds, reduction, skip)
 
-    def _finish(self, record: ClipRecord) -> None:
-        """Count and record the step that was taken or skipped."""
-        if self._observes and not record.skipped:
-            self._threshold.observe(
-                record.norms, clipped(record.norms, record.coefficients), self._context
-            )
-        self._last = record
-        self._steps += 1
-        self._recorder.add(record)
+    def _finish(self, optimizer: Optimizer, record: ClipRecord) -> None:
+        """Count and record the step that was taken or skipped, once for all optimizers."""
+        self._joint.cover_stepped(optimizer, record)
+        if record is self._pending:
+            self._count(record)
 
     # Its parts
 
-    @property
-    def _device(self) -> torch.device:
-        return next(parameters_of(self._optimizer.param_groups)).device
-
-    def _gradients(self) -> list[Bucket]:
-        check_groups(self._optimizer)
-        gradients = self._held()
-        if self._settings.max_value is not None:
-            refuse_unordered(gradients)
-        return buckets_of(gradients, self._settings.norm_type)
-
-    def _held(self) -> list[Tensor]:
-        return gradients_of(parameters_of(self._optimizer.param_groups))
-
-    def _norms(self, buckets: list[Bucket]) -> Tensor:
-        settings = self._settings
-        return norms_of(
-            buckets,
-            settings.norm_type,
-            count=len(self.labels),
-            device=self._device,
-            engine=settings.engine,
-        )
-
-    def _thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
-        thresholds = self._threshold.thresholds(norms, context)
-        if thresholds.shape != norms.shape or thresholds.device != norms.device:
+    def _thresholds(self, norms: Tensor, gradients: StepGradients) -> Tensor:
+        groups = self._joint.groups
+        present = _flags(gradients.present, norms.device)
+        if not groups.single:
+            norms, present = norms[groups.shared], present[groups.shared]
+        self._context = StepContext(self._steps, present)
+        ruled = self._threshold.thresholds(norms, self._context)
+        if ruled.shape != norms.shape or ruled.device != norms.device:
             raise ArgumentError(
                 f"{type(self._threshold).__name__}.thresholds() returned the shape "
-                f"{tuple(thresholds.shape)} on {thresholds.device}: return one threshold for "
-                f"each norm, shape {tuple(norms.shape)} on {norms.device}."
+                f"{tuple(ruled.shape)} on {ruled.device}: return one threshold for each norm, "
+                f"shape {tuple(norms.shape)} on {norms.device}."
             )
-        return thresholds
+        return groups.thresholds(ruled)
 
-    def _verdict(self, norms: Tensor) -> bool:
-        """Return whether to skip the step, or raise. Host sync where the policy needs one."""
-        settings = self._settings
-        if not settings.judges or bool(norms.isfinite().all()):
-            return False
-        if settings.nonfinite == "skip":
-            return True
-        named = parameter_names(self._optimizer.param_groups, self._model)
-        raise NonFiniteGradientError(
-            f"The norm of the gradients is {norms.tolist()[0]} at step {self._steps}, from these "
-            f"parameters: {describe_nonfinite(named)}. The step was not taken and the gradients "
-            "are as they were. Lower the learning rate or look at that step's batch; "
-            "nonfinite='zero' or 'skip' would go on."
+    def _bound(self, gradients: StepGradients, norms: Tensor, untouched: bool | Tensor) -> Tensor:
+        if self._settings.writes:
+            return gradients.bound_(norms, untouched)
+        return gradients.norms_if_bounded(norms)
+
+    def _recorded(
+        self,
+        gradients: StepGradients,
+        norms: Tensor,
+        thresholds: Tensor,
+        coefficients: Tensor,
+        skip: bool | Tensor,
+    ) -> ClipRecord:
+        overflow = gradients.overflow
+        record = ClipRecord(
+            self._steps, time.time(), norms, thresholds, coefficients, skip, overflow
         )
+        self._joint.cover(gradients.tensors, record)
+        self._pending, self._learns = record, self._observes and not gradients.partial
+        if skip is True:
+            self._stop(record)
+        return record
 
-    def _bound(self, buckets: list[Bucket], norms: Tensor) -> tuple[list[Bucket], Tensor]:
-        """Apply ``max_value`` where the norm is finite, and measure again."""
-        settings = self._settings
-        if settings.max_value is None:
-            return buckets, norms
-        if not settings.writes:
-            return buckets, self._norms(bounded_copies(buckets, settings.max_value))
-        if coalesce_(self._held()):
-            buckets = self._gradients()
-        bounds = torch.where(norms < math.inf, settings.max_value, math.inf)
-        for bucket in buckets:
-            engine_for(settings.engine, bucket.device).clamp_(bucket.written, bucket.spread(bounds))
-        return buckets, self._norms(buckets)
+    def _stop(self, record: ClipRecord) -> None:
+        """Raise for a skipped step where the policy is to; it counts all the same."""
+        settings, limit = self._settings, self._settings.skip_limit
+        if settings.raises and not bool(record.norms.isfinite().all()):
+            self._count(record)
+            raise nonfinite_error(record, self._joint.groups_of_all, self._model)
+        if limit is not None and self._recorder.counters.skipped_in_a_row + 1 >= limit:
+            self._count(record)
+            raise skip_limit_error(limit, record.step)
 
-    def _scale(self, buckets: list[Bucket], coefficients: Tensor) -> None:
-        settings = self._settings
-        if settings.writes:
-            for bucket in buckets:
-                engine_for(settings.engine, bucket.device).scale_(
-                    bucket.written, bucket.spread(coefficients)
-                )
+    def _count(self, record: ClipRecord) -> None:
+        if self._learns and record.skipped is not True:
+            self._observe(record)
+        self._last, self._pending = record, None
+        self._steps += 1
+        self._recorder.add(record)
+        self._check_skip_limit()
+
+    def _observe(self, record: ClipRecord) -> None:
+        present = self._context.present
+        for left_out in (record.skipped, record.overflow):
+            if isinstance(left_out, Tensor):
+                present = present & ~left_out
+        rows = self._joint.groups.shared
+        norms, coefficients = record.norms[rows], record.coefficients[rows]
+        context = replace(self._context, present=present)
+        self._threshold.observe(norms, clipped(norms, coefficients), context)
+
+    def _check_skip_limit(self) -> None:
+        """Raise for skipped steps of which the host has heard only now."""
+        limit = self._settings.skip_limit
+        if limit is not None and self._recorder.longest_skip() >= limit:
+            raise skip_limit_error(limit, self._steps - 1)
 
     # What a training loop calls
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step of the optimizer, clipped; returns what it returns.
 
+        Several optimizers step one after the other, and nothing is returned.
+
         Args:
             closure: Reevaluates the model and returns the loss. The gradients of every
                 evaluation are clipped.
+
+        Raises:
+            ArgumentError: A closure and several optimizers: each would evaluate it anew.
         """
-        return self._optimizer.step() if closure is None else self._optimizer.step(closure)
+        if len(self._given) > 1:
+            if closure is not None:
+                raise ArgumentError(
+                    f"step() was given a closure, and the clipper has {len(self._given)} "
+                    "optimizers, each of which would evaluate it anew: call backward() yourself "
+                    "and step() without a closure, or give it to one optimizer's own step()."
+                )
+            for optimizer in self._given:
+                optimizer.step()
+            return None
+        [optimizer] = self._given
+        return optimizer.step() if closure is None else optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of the optimizer, as its own ``zero_grad`` does."""
-        self._optimizer.zero_grad(set_to_none=set_to_none)
+        """Reset the gradients of the optimizers, as their own ``zero_grad`` does."""
+        for optimizer in self._given:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the norms, in the order of the vectors in a record."""
+        return self._joint.groups.names
 
     @property
     def last(self) -> ClipRecord | None:
@@ -252,12 +288,16 @@ class GradientClipper:
 
     @property
     def steps(self) -> int:
-        """How many steps were seen; the next record has this index. It can be set."""
-        return self._steps
+        """How many steps were seen; the next record has this index. It can be set.
+
+        Steps that GradScaler leaves out do not count. With a fused optimizer on a CUDA device
+        only the device knows them: there `ClipRecord.step` counts them, and this waits for it.
+        """
+        return self._steps - self._recorder.overflowed
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        self._steps = checked_count("steps", steps)
+        self._steps = checked_count("steps", steps) + self._recorder.overflowed
 
     @property
     def skipped(self) -> int:
@@ -267,7 +307,7 @@ class GradientClipper:
     @property
     def engine(self) -> str:
         """Names of the engines that serve the parameters' devices."""
-        devices = {p.device: None for p in parameters_of(self._optimizer.param_groups)}
+        devices = {p.device: None for p in parameters_of(self._joint.groups_of_all)}
         names = {engine_for(self._settings.engine, device).name: None for device in devices}
         return ", ".join(names)
 
@@ -281,7 +321,7 @@ class GradientClipper:
         Host sync.
         """
         return {
-            "steps": self._steps,
+            "steps": self.steps,
             "counters": asdict(self._recorder.counters),
             "threshold": self._threshold.state_dict(),
         }
@@ -294,17 +334,24 @@ class GradientClipper:
         """
         steps, counters = parsed_state(state)
         self._threshold.load_state_dict(state["threshold"])
-        self._steps, self._recorder.counters = steps, counters
+        self.steps, self._recorder.counters = steps, counters
 
     # Its end
 
     def detach(self) -> None:
-        """Stop clipping: take the hooks off the optimizer. The second call does nothing."""
-        self._attachment.detach()
+        """Stop clipping: take the hooks off the optimizers. The second call does nothing."""
+        for attachment in self._attachments:
+            attachment.detach()
 
     def flush(self) -> None:
-        """Write all records so far to the logs. Host sync."""
+        """Write all records so far to the logs. Host sync.
+
+        Raises:
+            SkipLimitError: More steps in a row were skipped than ``skip_limit``, of which only
+                the device knew.
+        """
         self._recorder.flush()
+        self._check_skip_limit()
 
     def close(self) -> None:
         """Detach, write what is left, and close the logs. The second call does nothing."""
@@ -323,9 +370,10 @@ class GradientClipper:
         self.close()
 
     def __repr__(self) -> str:
+        names = ", ".join(type(optimizer).__name__ for optimizer in self._joint.optimizers)
         return (
-            f"GradientClipper({type(self._optimizer).__name__}, {self._threshold!r}, "
-            f"steps={self._steps}, engine={self.engine!r})"
+            f"GradientClipper({names}, {self._threshold!r}, steps={self._steps}, "
+            f"engine={self.engine!r})"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -336,8 +384,8 @@ class GradientClipper:
 
 
 @lru_cache(maxsize=8)
-def _flags(value: bool, device: torch.device) -> Tensor:
-    return torch.full((1,), value, device=device)
+def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 def _ratio(after: Tensor, before: Tensor) -> Tensor:

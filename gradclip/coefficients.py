@@ -30,6 +30,34 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)
 
 
+def must_skip(norms: Tensor, thresholds: Tensor, *, nonfinite: bool, exceeding: bool) -> Tensor:
+    """Tell whether a step has to be left out.
+
+    Args:
+        norms: Shape (k,), not negative; NaN and infinity are not finite.
+        thresholds: Shape (k,), same device and dtype.
+        nonfinite: Whether a norm that is not finite is a reason.
+        exceeding: Whether a finite norm above its threshold is a reason.
+
+    Returns:
+        0-d, bool, on the same device. No host sync.
+    """
+    finite = norms < math.inf
+    reasons = torch.zeros_like(finite)
+    if nonfinite:
+        reasons = ~finite
+    if exceeding:
+        reasons = reasons | (finite & (norms > thresholds))
+    return reasons.any()
+
+
+def unless(skipped: bool | Tensor, coefficients: Tensor) -> Tensor:
+    """Return the coefficients, or 1 for all of them where the step is left out. No host sync."""
+    if isinstance(skipped, Tensor):
+        return torch.where(skipped, 1.0, coefficients)
+    return torch.ones_like(coefficients) if skipped else coefficients
+
+
 def _coefficient(norm: float, threshold: float, erase: bool) -> float:
     if not norm < math.inf:
         return 0.0 if erase else 1.0

@@ -7,7 +7,8 @@
     ├── EngineUnavailableError  also RuntimeError: an engine asked for by name that is not there
     ├── NotAvailableError       also NotImplementedError: a part that this version lacks
     ├── StateError              also ValueError: a state dict that does not fit
-    └── NonFiniteGradientError  also RuntimeError: a norm that is NaN or infinite
+    ├── NonFiniteGradientError  also RuntimeError: a norm that is NaN or infinite
+    └── SkipLimitError          also RuntimeError: too many skipped steps in a row
 
 Each message says what was found, what is needed and how to mend it. Whenever one is
 raised, the gradients are as they were before the call.
@@ -46,3 +47,7 @@ class StateError(GradClipError, ValueError):
 
 class NonFiniteGradientError(GradClipError, RuntimeError):
     """The norm of the gradients is NaN or infinite, and the policy is to raise."""
+
+
+class SkipLimitError(GradClipError, RuntimeError):
+    """As many steps in a row were skipped as ``skip_limit`` allows."""

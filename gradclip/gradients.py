@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engines.base import rounded_bound
 from .errors import GradientError, NotAvailableError
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -118,18 +117,13 @@ def coalesce_(gradients: Iterable[Tensor]) -> bool:
     return bool(uncoalesced)
 
 
-def bounded_copies(buckets: Iterable[Bucket], bound: float) -> list[Bucket]:
-    """Return buckets of what the gradients would be with every element in [-bound, bound]."""
+def copied(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Return buckets of what is measured, in memory of its own."""
     return [
         Bucket(bucket.device, copies, copies, bucket.labels)
         for bucket in buckets
-        for copies in [[_bounded(tensor, bound) for tensor in bucket.measured]]
+        for copies in [[tensor.clone() for tensor in bucket.measured]]
     ]
-
-
-def _bounded(tensor: Tensor, bound: float) -> Tensor:
-    limit = rounded_bound(bound, tensor.dtype)
-    return tensor.clamp(-limit, limit)
 
 
 def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:

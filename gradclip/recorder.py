@@ -34,6 +34,9 @@ class Recorder:
         self._counters = Counters()
         self._buffer = RecordBuffer(min(map(_flush_every, sinks), default=UNLOGGED_CAPACITY))
         self._reported: set[int] = set()
+        self._flagged = False
+        self._overflowed = 0
+        self._longest_skip = 0
 
     @property
     def counters(self) -> Counters:
@@ -46,11 +49,27 @@ class Recorder:
         self._deliver(wait=True)
         self._counters = counters
 
+    @property
+    def overflowed(self) -> int:
+        """How many records were of steps that GradScaler left out.
+
+        Waits for the device if only that knows.
+        """
+        if self._flagged:
+            self._deliver(wait=True)
+        return self._overflowed
+
+    def longest_skip(self) -> int:
+        """Return how many steps in a row were skipped at most, among those not asked for yet."""
+        longest, self._longest_skip = self._longest_skip, 0
+        return longest
+
     def add(self, record: ClipRecord) -> None:
         """Take over the record of a step; a batch that has arrived goes to the sinks.
 
         No host sync on CUDA.
         """
+        self._flagged |= record.overflow is not None
         self._buffer.append(record)
         self._deliver(wait=False)
 
@@ -76,18 +95,25 @@ class Recorder:
 
     def _rows(self, batch: Batch) -> list[LoggedStep]:
         """Count a batch, and return it as plain numbers where a sink wants them."""
-        norms, thresholds, coefficients = batch.values()
+        values, skipped, steps = batch.values(), batch.skipped(), self._steps_of(batch)
+        overflowed = batch.overflowed()
+        if overflowed is not None:
+            values, skipped = values[:, ~overflowed], skipped[~overflowed]
+        if not steps:
+            return []
+        norms, thresholds, coefficients = values
         finite = norms.isfinite()
         nonfinite = ~finite.all(1)
-        skipped = torch.tensor([record.skipped for record in batch.records], device="cpu")
         each = (((coefficients < 1) & finite).sum(1), finite.sum(1), nonfinite, skipped)
         counts = torch.stack(each).cumsum(1) + _column(self._counters)
-        self._counters = Counters(*counts[:, -1].tolist())
+        in_a_row = self._run_of_skips(skipped.tolist())
+        reduced, known, unknown, left_out = counts[:, -1].tolist()
+        self._counters = Counters(reduced, known, unknown, left_out, in_a_row)
         if not self._sinks:
             return []
         columns = (  # in the order of the fields
-            [record.step for record in batch.records],
-            [record.wall_time for record in batch.records],
+            [step for step, _ in steps],
+            [wall_time for _, wall_time in steps],
             self._totals(norms).tolist(),
             self._totals(clipped(norms, coefficients)).tolist(),
             _only_limits(thresholds),
@@ -99,6 +125,26 @@ class Recorder:
             counts[3].tolist(),
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
+
+    def _steps_of(self, batch: Batch) -> list[tuple[int, float]]:
+        """Return index and wall time of each step that was not left out by GradScaler."""
+        left_out = batch.overflowed()
+        flags = [False] * len(batch.records) if left_out is None else left_out.tolist()
+        steps = []
+        for record, left in zip(batch.records, flags, strict=True):
+            if left:
+                self._overflowed += 1
+            else:
+                steps.append((record.step - self._overflowed, record.wall_time))
+        return steps
+
+    def _run_of_skips(self, skipped: Sequence[bool]) -> int:
+        """Return how many steps in a row are skipped at the end."""
+        run = self._counters.skipped_in_a_row
+        for skip in skipped:
+            run = run + 1 if skip else 0
+            self._longest_skip = max(self._longest_skip, run)
+        return run
 
     def _totals(self, norms: Tensor) -> Tensor:
         only = norms.shape[1] == 1

@@ -28,8 +28,11 @@ class ClipRecord:
     norms: Tensor
     thresholds: Tensor
     coefficients: Tensor
-    skipped: bool = False
-    """Whether the whole step was left out."""
+    skipped: bool | Tensor = False
+    """Whether the whole step was left out; 0-d, bool, where only the device knows."""
+    overflow: Tensor | None = None
+    """Where only the device knows it: whether GradScaler left the step out, so that it does not
+    count; 0-d, bool."""
 
     @property
     def norm(self) -> Tensor:
@@ -109,6 +112,8 @@ class Counters:
     """Steps with a norm that was not finite."""
     skipped_steps: int = 0
     """Steps that were left out."""
+    skipped_in_a_row: int = 0
+    """Steps that were left out since the last one that was taken."""
 
     @property
     def clip_rate(self) -> float:

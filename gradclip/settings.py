@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import checked_bound, checked_order
+from .checks import checked_bound, checked_count, checked_order
 from .engines import check_engine_name
 from .errors import ArgumentError, NotAvailableError
 
@@ -27,6 +27,7 @@ class Settings:
     max_value: float | None = None
     exceed: str = "scale"
     nonfinite: str = "zero"
+    skip_limit: int | None = None
     engine: str = "auto"
 
     def __post_init__(self) -> None:
@@ -35,9 +36,9 @@ class Settings:
         if self.max_value is not None:
             object.__setattr__(self, "max_value", checked_bound("max_value", self.max_value))
         _one_of("exceed", self.exceed, EXCEED)
-        if self.exceed == "skip":
-            raise not_available("exceed='skip'", "give exceed='scale' or exceed='observe'")
         _one_of("nonfinite", self.nonfinite, NONFINITE)
+        if self.skip_limit is not None:
+            checked_count("skip_limit", self.skip_limit, 1)
         check_engine_name(self.engine)
 
     @property
@@ -51,27 +52,29 @@ class Settings:
         return self.nonfinite == "zero"
 
     @property
-    def judges(self) -> bool:
-        """Whether the host has to know before the step if a norm is not finite."""
-        return self.writes and self.nonfinite in ("skip", "raise")
+    def skips(self) -> bool:
+        """Whether steps may be left out without an error."""
+        return self.writes and "skip" in (self.exceed, self.nonfinite)
+
+    @property
+    def raises(self) -> bool:
+        """Whether a norm that is not finite is an error, which the host has to know at once."""
+        return self.writes and self.nonfinite == "raise"
+
+    @property
+    def previews(self) -> bool:
+        """Whether what ``max_value`` would do has to be known before anything is written."""
+        return self.max_value is not None and self.exceed != "scale"
 
 
-def check_later_parts(
-    *, scope: object, skip_limit: object, ranks: object, grad_scaler: object
-) -> None:
+def check_later_parts(*, scope: object, ranks: object) -> None:
     """Refuse, with a clear error, what the interface has and this version lacks."""
     if isinstance(scope, str):
         _one_of("scope", scope, SCOPES)
     if scope != "global":
         raise not_available(f"scope={scope!r}", "give scope='global'")
-    if skip_limit is not None:
-        raise not_available(f"skip_limit={skip_limit!r}", "leave it at None")
     if ranks is not None:
         raise not_available("ranks=", "leave it at None, and train in one process or under DDP")
-    if grad_scaler is not None:
-        raise not_available(
-            "grad_scaler=", "call grad_scaler.unscale_(optimizer) before each step instead"
-        )
 
 
 def not_available(what: str, remedy: str) -> NotAvailableError:

@@ -14,6 +14,7 @@ KINDS = {
     "NotAvailableError": NotImplementedError,
     "StateError": ValueError,
     "NonFiniteGradientError": RuntimeError,
+    "SkipLimitError": RuntimeError,
 }
 
 

@@ -157,7 +157,7 @@ def test_counters_go_on_from_those_that_were_set(sinks: list[Sink]) -> None:
     recorder.counters = Counters(clipped=3, finite=10, nonfinite_steps=2, skipped_steps=1)
     recorder.add(record(2, 1.0, 1.0))
     recorder.add(record(3, NAN, 1.0, 0.0, skipped=True))
-    assert recorder.counters == Counters(3, 11, 3, 2)
+    assert recorder.counters == Counters(3, 11, 3, 2, skipped_in_a_row=1)
 
 
 def test_nothing_of_the_callers_surroundings_enters_the_numbers() -> None:

@@ -69,6 +69,11 @@ class Engine(ABC):
         """
 
 
+def host_may_read(tensor: Tensor) -> bool:
+    """Tell whether the host knows the values without waiting for a device."""
+    return tensor.is_cpu
+
+
 def norm_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which norms are kept: float64, or float32 where the device lacks float64."""
     return torch.float32 if device.type == "mps" else torch.float64

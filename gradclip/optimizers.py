@@ -1,0 +1,132 @@
+"""Which optimizers a clipper can take hold of, and why it refuses the others."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.optim import LBFGS, Optimizer
+
+from .errors import AttachError
+from .gradients import parameters_of
+from .settings import not_available
+
+WRAPPED_AS = ("optimizer", "base_optimizer")
+"""Attributes under which wrappers hold the optimizer that they step."""
+
+attached: WeakSet[Optimizer] = WeakSet()
+"""The optimizers that some clipper holds."""
+
+
+def clippable(given: object, *, skips: bool) -> list[Optimizer]:
+    """Return the optimizers whose steps are to be clipped, those inside wrappers included.
+
+    Warns of an optimizer that clips by itself.
+
+    Args:
+        given: An optimizer, a wrapper of one, or several in a list or tuple.
+        skips: Whether a policy leaves out steps.
+
+    Raises:
+        AttachError: One that can't be clipped, for the reason that the message gives.
+        NotAvailableError: One with sharded parameters.
+    """
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    optimizers = [_checked(each, skips=skips) for each in several or [None]]
+    for index, optimizer in enumerate(optimizers):
+        if any(optimizer is other for other in optimizers[:index]):
+            raise AttachError(
+                f"The same {type(optimizer).__name__} was given twice: give each optimizer once."
+            )
+        _warn_of_own_clipping(optimizer)
+    return optimizers
+
+
+def check_groups(optimizer: Optimizer) -> None:
+    """Refuse what a parameter group asks for and cannot get; cheap enough for every step.
+
+    Raises:
+        AttachError: A group whose step is differentiable.
+    """
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            raise AttachError(
+                f"{type(optimizer).__name__} has differentiable=True: scaling gradients in place "
+                "would falsify what is differentiated through the step. Build it without, or clip "
+                "out of place in the loss."
+            )
+
+
+def refuse_within_backward(optimizer: Optimizer) -> None:
+    """Refuse a step that is taken while gradients are still being computed.
+
+    Raises:
+        AttachError: The step runs inside ``backward()``.
+    """
+    if torch._C._current_graph_task_id() != -1:  # what torch.utils.checkpoint asks, too
+        raise AttachError(
+            f"{type(optimizer).__name__} steps inside backward(), where the other gradients are "
+            "not there yet, so that no norm over all of them is known: step after backward(), or "
+            "clip each gradient by itself with gradclip.clip_gradients_ in that hook."
+        )
+
+
+def _checked(given: object, *, skips: bool) -> Optimizer:
+    optimizer = _innermost(given)
+    if not isinstance(optimizer, Optimizer):
+        raise AttachError(_not_an_optimizer(optimizer))
+    name = type(optimizer).__name__
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):
+        raise AttachError(
+            f"{name} has no step hooks, as wrappers have not that skip Optimizer.__init__: give "
+            "the optimizer that it wraps."
+        )
+    if optimizer in attached:
+        raise AttachError(
+            f"Another GradientClipper is attached to this {name}: detach() or close() it first, "
+            "or use the one that is there."
+        )
+    check_groups(optimizer)
+    if any(getattr(p, "_fsdp_flattened", False) for p in parameters_of(optimizer.param_groups)):
+        raise not_available(
+            "Clipping under FullyShardedDataParallel",
+            "call the clip_grad_norm_ of the wrapped module",
+        )
+    if skips and isinstance(optimizer, LBFGS):
+        raise AttachError(
+            "LBFGS takes a step without gradients for a converged one, so a step of it cannot be "
+            "skipped: choose another policy than 'skip'."
+        )
+    return optimizer
+
+
+def _innermost(given: Any) -> Any:
+    """Follow wrappers to the optimizer that is stepped in the end."""
+    for name in WRAPPED_AS:
+        inner = getattr(given, name, None)
+        if isinstance(inner, Optimizer) and inner is not given:
+            return _innermost(inner)
+    return given
+
+
+def _warn_of_own_clipping(optimizer: Optimizer) -> None:
+    limits = [group.get("max_grad_norm") for group in optimizer.param_groups]
+    limits.append(getattr(optimizer, "max_grad_norm", None))
+    own = next((limit for limit in limits if isinstance(limit, int | float) and limit > 0), None)
+    if own is not None:
+        warnings.warn(
+            f"{type(optimizer).__name__} clips by itself with max_grad_norm={own}, after "
+            "gradclip and out of its sight: switch it off (0 or None, as the optimizer has it), "
+            "or give max_norm=None to measure only.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _not_an_optimizer(found: object) -> str:
+    if found is None:
+        return "No optimizer was given: give a torch.optim.Optimizer."
+    what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+    return f"Found {what}: give a torch.optim.Optimizer."

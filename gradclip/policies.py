@@ -1,0 +1,74 @@
+"""When a step is skipped, and when that is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .coefficients import must_skip
+from .engines.base import host_may_read
+from .errors import NonFiniteGradientError, SkipLimitError
+from .naming import describe_nonfinite, parameter_names
+from .records import ClipRecord
+from .settings import Settings
+from .step_gradients import StepGradients
+
+
+def verdict(
+    settings: Settings, gradients: StepGradients, norms: Tensor, thresholds: Tensor
+) -> bool | Tensor:
+    """Tell whether the step is to be skipped.
+
+    No host sync, unless the policy is to raise.
+
+    Args:
+        settings: The policies.
+        gradients: The gradients; not written.
+        norms: Shape (k,), as measured.
+        thresholds: Shape (k,).
+
+    Returns:
+        A bool, or where only the device knows, a tensor: 0-d, bool.
+    """
+    if not (settings.skips or settings.raises):
+        return False
+    exceeding = settings.exceed == "skip"
+    skip = must_skip(
+        gradients.norms_if_bounded(norms) if exceeding else norms,
+        thresholds,
+        nonfinite=settings.nonfinite in ("skip", "raise"),
+        exceeding=exceeding,
+    )
+    if gradients.overflow is not None:
+        skip = skip & ~gradients.overflow
+    return bool(skip) if settings.raises or host_may_read(skip) else skip
+
+
+def nonfinite_error(
+    record: ClipRecord, groups: Sequence[Mapping[str, Any]], model: nn.Module | None
+) -> NonFiniteGradientError:
+    """Return the error for a norm that is not finite, which names the parameters. Host sync."""
+    norms = record.norms.tolist()
+    found = str(norms[0]) if len(norms) == 1 else f"one of {norms}"
+    return NonFiniteGradientError(
+        f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
+        f"{describe_nonfinite(parameter_names(groups, model))}. The step was not taken and the "
+        "gradients are as they were. Lower the learning rate or look at that step's batch; "
+        "nonfinite='zero' or 'skip' would go on."
+    )
+
+
+def skip_limit_error(limit: int, step: int) -> SkipLimitError:
+    """Return the error for too many skipped steps in a row.
+
+    Args:
+        limit: So many are too many.
+        step: Index of the newest step.
+    """
+    return SkipLimitError(
+        f"{limit} steps in a row were skipped, up to step {step}: parameters and gradients are as "
+        "they were. Look at the norms (clipper.last, or the logs): raise the threshold or lower "
+        "the learning rate, or give a larger skip_limit."
+    )

@@ -1,0 +1,210 @@
+"""GradScaler: what scale gradients carry, and the marks it leaves on an optimizer for a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+from .errors import ArgumentError, AttachError
+from .gradients import gradients_of, parameters_of
+
+if TYPE_CHECKING:
+    from .changes import Changes
+
+MARKS = ("grad_scale", "found_inf")
+"""What GradScaler sets on a fused optimizer before its step and deletes after it."""
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+def mark_of(optimizer: Optimizer, name: str) -> Tensor | None:
+    """Return ``grad_scale`` or ``found_inf`` where the optimizer heeds it, else None."""
+    heeds = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return getattr(optimizer, name, None) if heeds else None
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Tell whether ``found_inf`` leaves parameters and state of this step exactly as they are.
+
+    True for torch's own fused optimizers once their state is there: before that the first step
+    makes it, and that of SGD would be uninitialised memory.
+    """
+    if type(optimizer) not in FUSED or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    stateless = type(optimizer) is torch.optim.SGD
+    return all(
+        (stateless and not group["momentum"]) or _has_state(optimizer, parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    )
+
+
+def _has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
+    state = optimizer.state.get(parameter, {})
+    return len(state) > 0 and all(value is not None for value in state.values())
+
+
+def running_scaler() -> GradScaler | None:
+    """Return the GradScaler whose ``step`` is being called, found on the stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is GradScaler.step.__code__:
+            scaler: GradScaler = frame.f_locals["self"]
+            return scaler
+        frame = frame.f_back
+    return None
+
+
+def marks_of(optimizer: Optimizer) -> list[object]:
+    """Return what is marked on the optimizer now, None where nothing is."""
+    return [vars(optimizer).get(name) for name in MARKS]
+
+
+def mend_marks(optimizer: Optimizer, left: Sequence[object]) -> None:
+    """Remove what a step that raised has left of GradScaler's marks.
+
+    torch leaves them, and multiplies the next scale by the one that was left.
+
+    Args:
+        optimizer: The optimizer, at its next step.
+        left: Its `marks_of` at the step that raised.
+    """
+    if not any(mark is not None for mark in left):
+        return
+    scaler = running_scaler()
+    if scaler is None:
+        if all(now is then for now, then in zip(marks_of(optimizer), left, strict=True)):
+            delete_marks(optimizer)
+    elif "grad_scale" in vars(optimizer):
+        scaled = _stage(scaler, optimizer) is OptState.READY
+        optimizer.grad_scale = scaler._get_scale_async() if scaled else None  # type: ignore[attr-defined]
+
+
+def delete_marks(optimizer: Optimizer) -> None:
+    """Delete the marks, as GradScaler does after a step that did not raise."""
+    for name in MARKS:
+        vars(optimizer).pop(name, None)
+
+
+def refuse_passed_scaler(optimizer: Optimizer, arguments: dict[str, Any]) -> None:
+    """Refuse the old way of GradScaler, in which the optimizer itself unscales during its step.
+
+    Raises:
+        AttachError: Its gradients are still scaled, by an amount that only it knows.
+    """
+    scaler = arguments.get("grad_scaler")
+    if isinstance(scaler, GradScaler) and _stage(scaler, optimizer) is OptState.READY:
+        raise AttachError(
+            f"{type(optimizer).__name__} takes grad_scaler in its step and unscales there, after "
+            "the clipping: call grad_scaler.unscale_(optimizer) before grad_scaler.step(optimizer)."
+        )
+
+
+class JointScaling:
+    """Brings the gradients of several optimizers to one scale before their norm is taken.
+
+    Args:
+        grad_scaler: The GradScaler of all of them; None where the loss is not scaled.
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+
+    def __init__(self, grad_scaler: object) -> None:
+        if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
+            raise ArgumentError(
+                f"grad_scaler is a {type(grad_scaler).__name__}: give the torch.amp.GradScaler "
+                "that scales the loss."
+            )
+        self._scaler = grad_scaler
+        self._early: dict[int, tuple[list[ReferenceType[Tensor]], Tensor | None]] = {}
+
+    def unscale(
+        self, stepping: Optimizer, optimizers: Sequence[Optimizer], changes: Changes
+    ) -> None:
+        """Unscale the gradients of all optimizers, each once for each update of the scaler.
+
+        Raises:
+            AttachError: They carry scales that differ and can't be brought to one.
+        """
+        scaler = self._scaler
+        if scaler is None:
+            _refuse_different_scales(stepping, optimizers)
+            return
+        if not scaler.is_enabled() or scaler._scale is None:
+            return
+        self._early.pop(id(stepping), None)
+        if _stage(scaler, stepping) is OptState.READY and mark_of(stepping, "grad_scale") is None:
+            raise AttachError(
+                f"The gradients of {type(stepping).__name__} are still scaled by grad_scaler: "
+                "call grad_scaler.step(optimizer) instead of its own step(), or first "
+                "grad_scaler.unscale_(optimizer)."
+            )
+        for optimizer in optimizers:
+            gradients = gradients_of(parameters_of(optimizer.param_groups))
+            if gradients and _stage(scaler, optimizer) is OptState.READY:
+                self._refuse_mixed(optimizer, gradients)
+                scaler.unscale_(optimizer)
+                if optimizer is not stepping:
+                    found = _found_inf(scaler, optimizer)
+                    self._early[id(optimizer)] = ([ref(g) for g in gradients], found)
+        if mark_of(stepping, "grad_scale") is not None:
+            changes.set("grad_scale", None)
+
+    def overflowed(self, optimizer: Optimizer) -> bool:
+        """Tell whether the scaler is going to leave out the optimizer's step.
+
+        Host sync, as in ``GradScaler.step`` itself.
+        """
+        found = None if self._scaler is None else _found_inf(self._scaler, optimizer)
+        return found is not None and bool(found)
+
+    def _refuse_mixed(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
+        known, found = self._early.pop(id(optimizer), ([], None))
+        kept = {id(gradient) for gradient in gradients}
+        if any(id(r()) in kept for r in known) and not (found is not None and bool(found)):
+            raise AttachError(
+                f"The gradients of {type(optimizer).__name__} were unscaled for a joint norm, and "
+                "the scaler was updated before it took its step: what was added since has another "
+                "scale. Under a GradScaler step every optimizer, or set its gradients to None, "
+                "before grad_scaler.update()."
+            )
+
+
+def _refuse_different_scales(stepping: Optimizer, optimizers: Sequence[Optimizer]) -> None:
+    others = [
+        optimizer
+        for optimizer in optimizers
+        if optimizer is not stepping and gradients_of(parameters_of(optimizer.param_groups))
+    ]
+    scaler = running_scaler()
+    scaled = scaler is not None and any(_stage(scaler, o) is OptState.READY for o in others)
+    if scaled or (others and mark_of(stepping, "grad_scale") is not None):
+        raise AttachError(
+            "GradScaler has not unscaled the gradients of all the optimizers, so that their scales "
+            "differ: give the clipper grad_scaler=, or call grad_scaler.unscale_ for each of them "
+            "before the first step."
+        )
+
+
+def _stage(scaler: GradScaler, optimizer: Optimizer) -> OptState:
+    state = scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
+    if state is None:
+        return OptState.READY if scaler.is_enabled() else OptState.UNSCALED
+    stage: OptState = state["stage"]
+    return stage
+
+
+def _found_inf(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
+    state = scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
+    found = list(state["found_inf_per_device"].values()) if state else []
+    return sum(f.to(found[0].device) for f in found[1:]) + found[0] if found else None

@@ -1,0 +1,125 @@
+"""The gradients that share their norms at one step: measured, bounded and scaled together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .engines import engine_for
+from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
+from .norms import norms_of
+from .settings import Settings
+
+
+class StepGradients:
+    """Gradients of any mixture of devices, dtypes and layouts, with the labels of their norms.
+
+    Args:
+        tensors: Distinct gradients.
+        labels: For each the index of its norm; None where there is one norm.
+        settings: How to measure and what may be written.
+        count: k, how many norms there are.
+        device: Where the norms are wanted.
+        scale: By what GradScaler has multiplied the gradients, one element; None for not at all.
+        overflow: Where only the device knows it: whether GradScaler leaves the step out, one bool.
+        partial: Whether an optimizer's gradients are missing, since GradScaler leaves out its step.
+
+    Raises:
+        GradientError: A gradient that cannot be clipped rightly.
+        NotAvailableError: Gradients that are sharded over several processes.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        labels: Sequence[int] | None,
+        settings: Settings,
+        count: int,
+        device: torch.device,
+        *,
+        scale: Tensor | None = None,
+        overflow: Tensor | None = None,
+        partial: bool = False,
+    ) -> None:
+        if settings.max_value is not None:
+            refuse_unordered(tensors)
+        self.tensors = tensors
+        self.overflow = overflow
+        self.partial = partial
+        self._labels = labels
+        self._settings = settings
+        self._count = count
+        self._device = device
+        self._scale = scale
+        self._buckets = buckets_of(tensors, settings.norm_type, labels)
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Which of the k norms have a gradient behind them."""
+        if self._labels is None:
+            return (bool(self.tensors),)
+        labels = set(self._labels)
+        return tuple(label in labels for label in range(self._count))
+
+    def norms(self) -> Tensor:
+        """Measure the true norms, whatever scale the gradients carry; shape (k,)."""
+        return self._norms(self._buckets)
+
+    def norms_if_bounded(self, norms: Tensor) -> Tensor:
+        """Return what the norms would be with ``max_value`` applied; nothing is written.
+
+        Args:
+            norms: Shape (k,), as measured without.
+        """
+        if self._settings.max_value is None:
+            return norms
+        return self._norms(self._clamped(copied(self._buckets), self._bounds(norms, False)))
+
+    def bound_(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
+        """Apply ``max_value`` in place where the norm is finite; return the norms then.
+
+        Args:
+            norms: Shape (k,), as measured before.
+            untouched: Whether nothing may be written; 0-d where only the device knows.
+        """
+        if self._settings.max_value is None or untouched is True:
+            return norms
+        if coalesce_(self.tensors):
+            self._buckets = buckets_of(self.tensors, self._settings.norm_type, self._labels)
+        return self._norms(self._clamped(self._buckets, self._bounds(norms, untouched)))
+
+    def scale_(self, coefficients: Tensor) -> None:
+        """Multiply each gradient by the coefficient of its norm, in place; shape (k,)."""
+        for bucket in self._buckets:
+            engine = engine_for(self._settings.engine, bucket.device)
+            engine.scale_(bucket.written, bucket.spread(coefficients))
+
+    def _norms(self, buckets: Sequence[Bucket]) -> Tensor:
+        settings = self._settings
+        norms = norms_of(
+            buckets,
+            settings.norm_type,
+            count=self._count,
+            device=self._device,
+            engine=settings.engine,
+        )
+        return norms if self._scale is None else norms / self._scale.to(norms)
+
+    def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
+        """Return ``max_value`` in the scale of the gradients, infinity for none; shape (k,)."""
+        bounds = torch.full_like(norms, self._settings.max_value or 0.0)
+        if self._scale is not None:
+            bounds *= self._scale.to(bounds)
+        bounded = norms < math.inf
+        if isinstance(untouched, Tensor):
+            bounded &= ~untouched
+        return torch.where(bounded, bounds, math.inf)
+
+    def _clamped(self, buckets: list[Bucket], bounds: Tensor) -> list[Bucket]:
+        for bucket in buckets:
+            engine = engine_for(self._settings.engine, bucket.device)
+            engine.clamp_(bucket.written, bucket.spread(bounds))
+        return buckets

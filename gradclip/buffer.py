@@ -22,6 +22,11 @@ class RecordBuffer:
         self._waiting: list[ClipRecord] = []
         self._sent: list[Batch] = []
 
+    @property
+    def sent(self) -> bool:
+        """Whether there is a batch to be taken."""
+        return bool(self._sent)
+
     def append(self, record: ClipRecord) -> None:
         """Keep a record; a full buffer starts its copy to the host. No host sync on CUDA."""
         if self._waiting and not _alike(self._waiting[-1], record):

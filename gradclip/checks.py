@@ -59,6 +59,8 @@ def checked_count(name: str, value: object, least: int = 0) -> int:
 
 
 def _real(name: str, value: object, needed: str) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentError(
             f"{name} is {value!r} of type {type(value).__name__}: give {needed} "

@@ -34,6 +34,7 @@ from .sinks import Sink, sinks_from
 from .state import parsed_state
 from .step_gradients import StepGradients
 from .thresholds import StepContext, Threshold, threshold_from
+from .untracked import untracked
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -146,7 +147,7 @@ class GradientClipper:
 
     # The pipeline
 
-    @torch.no_grad()
+    @untracked
     def _clip(self, optimizer: Optimizer, changes: Changes) -> ClipRecord | None:
         """Clip what an optimizer is about to step with."""
         gradients = self._joint.at_step(optimizer, changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,9 +26,15 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
     """
     if norms.is_cpu and norms.numel() == 1:
         # The usual case, in which numbers are several times as fast as operators.
-        return torch.full_like(norms, _coefficient(norms.item(), thresholds.item(), erase))
+        coefficient = _coefficient(norms.item(), thresholds.item(), erase)
+        return _one(norms.dtype) if coefficient == 1 else torch.full_like(norms, coefficient)
     exceeded = torch.where(norms > thresholds, thresholds / norms, 1.0)
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)
+
+
+@lru_cache(maxsize=4)
+def _one(dtype: torch.dtype) -> Tensor:
+    return torch.ones(1, dtype=dtype, device="cpu")
 
 
 def must_skip(norms: Tensor, thresholds: Tensor, *, nonfinite: bool, exceeding: bool) -> Tensor:

@@ -19,9 +19,11 @@ from torch.autograd.function import once_differentiable
 from .checks import checked_bound, checked_order
 from .coefficients import clip_coefficients
 from .engines import engine_for
+from .engines.base import host_may_read
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
 from .gradients import Bucket, buckets_of, coalesce_, distinct, gradients_of, refuse_unordered
 from .norms import norms_of
+from .untracked import untracked
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 TensorOrTensors = Tensor | Iterable[Tensor]
 
 
-@torch.no_grad()
+@untracked
 def clip_grad_norm_(
     parameters: TensorOrTensors,
     max_norm: float,
@@ -69,7 +71,7 @@ def clip_grad_norm_(
     return _clip_norm_(_gradients_of(parameters), max_norm, norm_type, error_if_nonfinite)
 
 
-@torch.no_grad()
+@untracked
 def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Clip the norm of gradients that are given as tensors, in place.
 
@@ -91,7 +93,7 @@ def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float 
     return _clip_norm_(distinct(_listed(tensors)), max_norm, norm_type, error_if_nonfinite=False)
 
 
-@torch.no_grad()
+@untracked
 def clip_grad_value_(
     parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None
 ) -> None:
@@ -120,7 +122,7 @@ def clip_grad_value_(
         engine_for("auto", bucket.device).clamp_(bucket.written, bounds)
 
 
-@torch.no_grad()
+@untracked
 def get_total_norm(
     tensors: TensorOrTensors,
     norm_type: float = 2.0,
@@ -150,7 +152,7 @@ def get_total_norm(
     return _norms(buckets, order, error_if_nonfinite).squeeze(0)
 
 
-@torch.no_grad()
+@untracked
 def clip_grads_with_norm_(
     parameters: TensorOrTensors,
     max_norm: float,
@@ -268,7 +270,7 @@ def _norms(buckets: list[Bucket], order: float, error_if_nonfinite: bool) -> Ten
 
 
 def _scale_(buckets: list[Bucket], norms: Tensor, limit: float) -> None:
-    if limit == math.inf:
+    if limit == math.inf or (host_may_read(norms) and norms.item() <= limit):
         return
     coefficients = clip_coefficients(norms, torch.full_like(norms, limit), erase=False)
     for bucket in buckets:
@@ -281,10 +283,10 @@ def _listed(tensors: TensorOrTensors) -> list[Tensor]:
 
 def _gradients_of(parameters: TensorOrTensors) -> list[Tensor]:
     listed = _listed(parameters)
-    for parameter in listed:
-        if not isinstance(parameter, Tensor):
-            raise GradientError(
-                f"Found a {type(parameter).__name__} among the parameters: give tensors only, as "
-                "model.parameters() does."
-            )
+    strange = [type(parameter) for parameter in listed if not isinstance(parameter, Tensor)]
+    if strange:
+        raise GradientError(
+            f"Found a {strange[0].__name__} among the parameters: give tensors only, as "
+            "model.parameters() does."
+        )
     return gradients_of(listed)

@@ -53,7 +53,7 @@ def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the gradients that are there, each object once however many parameters share it."""
-    return distinct(grad for p in parameters if (grad := p.grad) is not None)
+    return distinct([grad for p in parameters if (grad := p.grad) is not None])
 
 
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -76,8 +76,9 @@ def buckets_of(
         NotAvailableError: Gradients that are sharded over several processes.
     """
     buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
-    for gradient, label in zip(gradients, repeat(0) if labels is None else labels, strict=False):
-        if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is torch.strided:
+    strided, given = torch.strided, repeat(0) if labels is None else labels
+    for gradient, label in zip(gradients, given, strict=False):
+        if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
             measured, written = _forms_of(gradient, order)

@@ -51,7 +51,10 @@ class JointGradients:
     @property
     def device(self) -> torch.device:
         """Where the norms are: with the first parameter."""
-        return next(parameters_of(self.groups_of_all)).device
+        for optimizer in self.optimizers:
+            for parameter in parameters_of(optimizer.param_groups):
+                return parameter.device
+        return torch.device("cpu")
 
     def at_step(self, stepping: Optimizer, changes: Changes) -> StepGradients | ClipRecord | None:
         """Return what is to be clipped before a step.

@@ -71,7 +71,8 @@ class Recorder:
         """
         self._flagged |= record.overflow is not None
         self._buffer.append(record)
-        self._deliver(wait=False)
+        if self._buffer.sent:
+            self._deliver(wait=False)
 
     def flush(self) -> None:
         """Write everything up to now; waits for the device."""

@@ -44,6 +44,8 @@ class GroupLabels:
         """For each label the threshold of its group; None where the clipper's threshold rules."""
         self.indices: list[list[int | None]] = [[] for _ in optimizers]
         """For each optimizer and group the index of its label; None where it is never clipped."""
+        self.single = True
+        """Whether all gradients share one norm, as they do without keys."""
         self.refresh()
         if not self.names:  # every group is left out: a norm of nothing
             self.names, self.limits = (SHARED,), (None,)
@@ -59,12 +61,8 @@ class GroupLabels:
                     key = checked_bound(f"The {KEY} of {name}", key, none="never to clip it")
                 self.indices[number].append(self._label(number, len(kept), key))
                 kept.append(key)
+                self.single = self.single and key is _ABSENT
             self.warn_of_lost_keys(optimizer)
-
-    @property
-    def single(self) -> bool:
-        """Whether all gradients share one norm, as they do without keys."""
-        return self.names == (SHARED,) and all(None not in row for row in self.indices)
 
     @property
     def shared(self) -> slice:

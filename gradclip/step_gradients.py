@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .engines import engine_for
+from .engines.base import host_may_read
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
 from .norms import norms_of
 from .settings import Settings
@@ -93,6 +94,8 @@ class StepGradients:
 
     def scale_(self, coefficients: Tensor) -> None:
         """Multiply each gradient by the coefficient of its norm, in place; shape (k,)."""
+        if self._count == 1 and host_may_read(coefficients) and coefficients.item() == 1:
+            return
         for bucket in self._buckets:
             engine = engine_for(self._settings.engine, bucket.device)
             engine.scale_(bucket.written, bucket.spread(coefficients))

@@ -46,7 +46,7 @@ class OperatorsEngine(Engine):
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
-        if tensors[0].device.type != "cpu":
+        if not tensors[0].is_cpu:
             return _device_power_sums(tensors, order, joint)
         if torch.is_autocast_enabled("cpu"):
             # It would choose the dtype in which tensors are concatenated, or refuse to.
@@ -86,8 +86,11 @@ def _host_power_sums(tensors: Sequence[Tensor], order: float, joint: bool) -> Te
 
 def _sums(tensors: Sequence[Tensor], order: float, joint: bool, exact: bool) -> Tensor:
     """Return the power sums, ``exact`` where float64 takes part from the first element on."""
+    if joint and not exact and max(map(Tensor.numel, tensors)) <= SMALL:
+        # The usual case of a small model, in which every call counts.
+        return _total(_flatten_dense_tensors(tensors).double(), order)
     condensed = list(_condensed(tensors, order, exact))
-    values = _flatten_dense_tensors([*chain.from_iterable(condensed)]).to(torch.float64)
+    values = _flatten_dense_tensors([*chain.from_iterable(condensed)]).double()
     if joint or len(tensors) == 1:
         return _total(values, order)
     lengths = [sum(map(Tensor.numel, pieces)) for pieces in condensed]

@@ -235,4 +235,5 @@ def test_a_saved_state_loads_with_weights_only(tmp_path: Path, training: Any) ->
         "finite": 1,
         "nonfinite_steps": 1,
         "skipped_steps": 0,
+        "skipped_in_a_row": 0,
     }

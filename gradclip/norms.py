@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .engines import engine_for, norm_dtype
-from .engines.base import INFINITY
+from .engines.base import INFINITY, root
 from .gradients import Bucket
 
 
@@ -39,29 +39,21 @@ def norms_of(
         device = buckets[0].device if buckets else torch.device("cpu")
     if not buckets:
         return torch.zeros(count, dtype=norm_dtype(device), device=device)
-    joint = count == 1
-    sums = [
-        engine_for(engine, b.device).power_sums(b.measured, order, joint=joint) for b in buckets
-    ]
-    if len(sums) > 1 or sums[0].device != device:
-        sums = [torch.cat([s.to(device, norm_dtype(device)) for s in sums])]
-    totals = _totals(sums[0], buckets, order, count)
-    return totals if order == INFINITY else _root(totals, order)
-
-
-def _totals(sums: Tensor, buckets: Sequence[Bucket], order: float, count: int) -> Tensor:
-    """Combine the power sums of all gradients with the same label."""
     if count == 1:
-        if sums.numel() == 1:
-            return sums
-        return sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
+        norms = [engine_for(engine, b.device).norm(b.measured, order) for b in buckets]
+        if len(norms) == 1 and norms[0].device == device:
+            return norms[0]
+        norm: Tensor = torch.linalg.vector_norm(_together(norms, device), order, 0, keepdim=True)
+        return norm
+    sums = [engine_for(engine, b.device).power_sums(b.measured, order) for b in buckets]
     labels = [label for bucket in buckets for label in bucket.labels]
-    index = torch.tensor(labels, dtype=torch.int64, device=sums.device)
-    totals = torch.zeros(count, dtype=sums.dtype, device=sums.device)
+    index = torch.tensor(labels, dtype=torch.int64, device=device)
+    totals = torch.zeros(count, dtype=norm_dtype(device), device=device)
     if order == INFINITY:
-        return totals.scatter_reduce_(0, index, sums, "amax")
-    return totals.index_add_(0, index, sums)
+        return totals.scatter_reduce_(0, index, _together(sums, device), "amax")
+    return root(totals.index_add_(0, index, _together(sums, device)), order)
 
 
-def _root(totals: Tensor, order: float) -> Tensor:
-    return totals.sqrt_() if order == 2 else totals.pow_(1 / order)
+def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Bring what was measured on several devices to one."""
+    return torch.cat([value.to(device, norm_dtype(device)) for value in values])

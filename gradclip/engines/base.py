@@ -1,4 +1,4 @@
-"""The verbs that every engine offers: power sums, scaling, an element-wise bound.
+"""The verbs that every engine offers: norm, power sums, scaling, an element-wise bound.
 
 An engine works on plain lists of tensors of one device and one dtype. It knows
 nothing of scopes, thresholds or ranks, and keeps no state between calls.
@@ -17,7 +17,7 @@ INFINITY = math.inf
 
 
 class Engine(ABC):
-    """Three verbs over gradients of one device and one dtype.
+    """Verbs over gradients of one device and one dtype.
 
     Called by `gradclip.norms` (measuring) and `GradientClipper` (writing), always with
     gradient tracking off. Tensors are real floating-point ones of any strides and any shape, 0-d
@@ -29,19 +29,33 @@ class Engine(ABC):
     """What a user types for ``engine=`` and reads in ``clipper.engine``."""
 
     @abstractmethod
-    def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
+    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
         """Return the sum of ``|x| ** order`` of each tensor, the largest ``|x|`` for infinity.
 
         Args:
             tensors: n >= 1 gradients of one device and dtype. Not written.
             order: p of the p-norm, positive or infinity.
-            joint: Whether one sum over all tensors is wanted.
 
         Returns:
-            Shape (n,), or (1,) for a joint sum, float64 (float32 where the device has no
-            float64), on the tensors' device. NaN and infinite elements make their sum NaN or
-            infinite; the sum of an empty tensor is 0.
+            Shape (n,), float64 (float32 where the device has no float64), on the tensors' device.
+            NaN and infinite elements make their sum NaN or infinite; the sum of an empty tensor
+            is 0.
         """
+
+    def norm(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+        """Return the norm of all tensors together, the usual case, which may have a shorter way.
+
+        Args:
+            tensors: n >= 1 gradients of one device and dtype. Not written.
+            order: p of the p-norm, positive or infinity.
+
+        Returns:
+            Shape (1,), otherwise as `power_sums`.
+        """
+        sums = self.power_sums(tensors, order)
+        if order == INFINITY:
+            return sums.amax(0, keepdim=True)
+        return root(sums.sum(0, keepdim=True), order)
 
     @abstractmethod
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -67,6 +81,11 @@ class Engine(ABC):
             bounds: Not negative, shape (1,) for one that serves all or (n,) for one each, on
                 the tensors' device.
         """
+
+
+def root(power_sums: Tensor, order: float) -> Tensor:
+    """Return the p-norms of which these are the power sums, in their memory."""
+    return power_sums.sqrt_() if order == 2 else power_sums.pow_(1 / order)
 
 
 def host_may_read(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ autocast.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -28,6 +28,8 @@ from torch._utils import _flatten_dense_tensors
 from .base import INFINITY, Engine, norm_dtype, rounded_bound, rounds_to_one
 from .memory import exclusive, flat, is_plain
 
+QUICK = (1, 2, INFINITY)
+"""Orders whose sums may begin in float32: the powers of others leave its range too easily."""
 ROW = 256
 """Elements summed in float32 before float64 takes over."""
 SMALL = 8192
@@ -44,15 +46,17 @@ class OperatorsEngine(Engine):
 
     name = "operators"
 
-    def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
+    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
         """See `Engine.power_sums`."""
         if not tensors[0].is_cpu:
-            return _device_power_sums(tensors, order, joint)
-        if torch.is_autocast_enabled("cpu"):
-            # It would choose the dtype in which tensors are concatenated, or refuse to.
-            with torch.autocast("cpu", enabled=False):
-                return _host_power_sums(tensors, order, joint)
-        return _host_power_sums(tensors, order, joint)
+            return _device_power_sums(tensors, order)
+        return _without_autocast(_host_power_sums, tensors, order)
+
+    def norm(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+        """See `Engine.norm`."""
+        if not tensors[0].is_cpu:
+            return _device_norm(tensors, order)
+        return _without_autocast(_host_norm, tensors, order)
 
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
         """See `Engine.scale_`. Off the CPU it multiplies always, since looking would wait."""
@@ -72,43 +76,68 @@ class OperatorsEngine(Engine):
 # On the CPU: measuring
 
 
-def _host_power_sums(tensors: Sequence[Tensor], order: float, joint: bool) -> Tensor:
-    if order not in (1, 2, INFINITY):
-        return _sums(tensors, order, joint, exact=True)
-    sums = _sums(tensors, order, joint, exact=False)
-    if tensors[0].dtype is not torch.float64:
-        for index, total in enumerate(sums.tolist()):
-            if total < VANISHING or total == INFINITY:
-                again = tensors if joint else tensors[index : index + 1]
-                sums[index : index + 1] = _sums(again, order, joint=True, exact=True)
+def _without_autocast(
+    measure: Callable[[Sequence[Tensor], float], Tensor], tensors: Sequence[Tensor], order: float
+) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return measure(tensors, order)
+    # It would choose the dtype in which tensors are concatenated, or refuse to.
+    with torch.autocast("cpu", enabled=False):
+        return measure(tensors, order)
+
+
+def _host_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
+    if order not in QUICK:
+        return _norm(_joined(_condensed(tensors, order, exact=True)), order)
+    if max(map(Tensor.numel, tensors)) <= SMALL:
+        # The usual case of a small model, in which every call counts.
+        norm = _norm(_flatten_dense_tensors(tensors).double(), order)
+    else:
+        norm = _norm(_joined(_condensed(tensors, order, exact=False)), order)
+    if _doubtful(norm.item() ** min(order, 2), tensors[0].dtype):
+        norm = _norm(_joined(_condensed(tensors, order, exact=True)), order)
+    return norm
+
+
+def _host_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:
+    if order not in QUICK:
+        return _sums(tensors, order, exact=True)
+    sums = _sums(tensors, order, exact=False)
+    for index, total in enumerate(sums.tolist()):
+        if _doubtful(total, tensors[0].dtype):
+            sums[index : index + 1] = _sums(tensors[index : index + 1], order, exact=True)
     return sums
 
 
-def _sums(tensors: Sequence[Tensor], order: float, joint: bool, exact: bool) -> Tensor:
+def _doubtful(power_sum: float, dtype: torch.dtype) -> bool:
+    """Tell whether a sum that was begun in float32 may have left its range."""
+    return (power_sum < VANISHING or power_sum == INFINITY) and dtype is not torch.float64
+
+
+def _sums(tensors: Sequence[Tensor], order: float, exact: bool) -> Tensor:
     """Return the power sums, ``exact`` where float64 takes part from the first element on."""
-    if joint and not exact and max(map(Tensor.numel, tensors)) <= SMALL:
-        # The usual case of a small model, in which every call counts.
-        return _total(_flatten_dense_tensors(tensors).double(), order)
-    condensed = list(_condensed(tensors, order, exact))
-    values = _flatten_dense_tensors([*chain.from_iterable(condensed)]).double()
-    if joint or len(tensors) == 1:
-        return _total(values, order)
+    condensed = list(_condensed(tensors, order, exact=exact))
+    values = _joined(condensed).abs()
     lengths = [sum(map(Tensor.numel, pieces)) for pieces in condensed]
     segments = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     if order == INFINITY:
-        return torch.segment_reduce(values.abs(), "max", lengths=segments, initial=0, unsafe=True)
-    powers = values.abs().pow_(order)
-    return torch.segment_reduce(powers, "sum", lengths=segments, unsafe=True)
+        return torch.segment_reduce(values, "max", lengths=segments, initial=0, unsafe=True)
+    return torch.segment_reduce(values.pow_(order), "sum", lengths=segments, unsafe=True)
 
 
-def _total(values: Tensor, order: float) -> Tensor:
+def _joined(condensed: Iterable[list[Tensor]]) -> Tensor:
+    joined: Tensor = _flatten_dense_tensors([*chain.from_iterable(condensed)])
+    return joined.double()
+
+
+def _norm(values: Tensor, order: float) -> Tensor:
     if order == INFINITY:
         return values.abs().amax(0, keepdim=True) if values.numel() else values.new_zeros(1)
     norm: Tensor = torch.linalg.vector_norm(values, order, 0, keepdim=True)
-    return norm.mul_(norm) if order == 2 else norm.pow_(order)
+    return norm
 
 
-def _condensed(tensors: Sequence[Tensor], order: float, exact: bool) -> Iterator[list[Tensor]]:
+def _condensed(tensors: Sequence[Tensor], order: float, *, exact: bool) -> Iterator[list[Tensor]]:
     """Yield for each tensor short ones with the same power sum, at the price of one read."""
     longest = 0 if exact else SMALL
     given = tensors[0].dtype
@@ -232,15 +261,22 @@ def _host_clamp_(tensors: Sequence[Tensor], bounds: Tensor, largest: Tensor) -> 
 # Off the CPU: nothing that reads a value on the host
 
 
-def _device_power_sums(tensors: Sequence[Tensor], order: float, joint: bool) -> Tensor:
+def _device_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:
+    norms = _device_norms(tensors, order)
+    return norms if order == INFINITY else norms.pow_(order)
+
+
+def _device_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(_device_norms(tensors, order), order, 0, keepdim=True)
+    return norm
+
+
+def _device_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
     dtype = norm_dtype(tensors[0].device)
     filled = [tensor for tensor in tensors if tensor.numel()]
     norms = iter(torch._foreach_norm(filled, order, dtype=dtype) if filled else ())
     zero = torch.zeros((), dtype=dtype, device=tensors[0].device)
-    sums = torch.stack([next(norms) if tensor.numel() else zero for tensor in tensors])
-    if order == INFINITY:
-        return sums.amax(0, keepdim=True) if joint else sums
-    return sums.pow_(order).sum(0, keepdim=True) if joint else sums.pow_(order)
+    return torch.stack([next(norms) if tensor.numel() else zero for tensor in tensors])
 
 
 def _device_scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:

@@ -19,12 +19,9 @@ class ReferenceEngine(Engine):
 
     name = "reference"
 
-    def power_sums(self, tensors: Sequence[Tensor], order: float, *, joint: bool = False) -> Tensor:
+    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
         """See `Engine.power_sums`."""
-        sums = torch.stack([self._power_sum(tensor, order) for tensor in tensors])
-        if not joint:
-            return sums
-        return sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
+        return torch.stack([self._power_sum(tensor, order) for tensor in tensors])
 
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
         """See `Engine.scale_`."""

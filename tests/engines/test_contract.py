@@ -105,23 +105,34 @@ def vector(*values: float) -> torch.Tensor:
 
 def test_power_sums_are_those_of_float64(engine: Engine, layout, dtype):
     tensor = layout(dtype)
-    for order, joint in itertools.product(ORDERS, (False, True)):
-        sums = engine.power_sums([tensor], order, joint=joint)
+    for order in ORDERS:
+        sums = engine.power_sums([tensor], order)
         assert sums.shape == (1,)
         assert sums.dtype == torch.float64
         assert sums.item() == pytest.approx(expected_power_sum(tensor, order), rel=1e-6, abs=0)
 
 
-def test_each_tensor_has_its_own_sum_or_all_share_one(engine: Engine, dtype):
+def test_the_norm_is_that_of_float64(engine: Engine, layout, dtype):
+    tensor = layout(dtype)
+    for order in ORDERS:
+        norm = engine.norm([tensor], order)
+        assert norm.shape == (1,)
+        assert norm.dtype == torch.float64
+        expected = expected_power_sum(tensor, order)
+        expected = expected if order == math.inf else expected ** (1 / order)
+        assert norm.item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def test_each_tensor_has_its_own_sum_and_all_share_a_norm(engine: Engine, dtype):
     tensors = [make(dtype) for make in LAYOUTS.values()]
     for order in ORDERS:
         expected = [expected_power_sum(tensor, order) for tensor in tensors]
         sums = engine.power_sums(tensors, order)
         assert sums.tolist() == pytest.approx(expected, rel=1e-6, abs=0)
-        joint = engine.power_sums(tensors, order, joint=True)
-        total = max(expected) if order == math.inf else math.fsum(expected)
-        assert joint.shape == (1,)
-        assert joint.item() == pytest.approx(total, rel=1e-6, abs=0)
+        norm = engine.norm(tensors, order)
+        total = max(expected) if order == math.inf else math.fsum(expected) ** (1 / order)
+        assert norm.shape == (1,)
+        assert norm.item() == pytest.approx(total, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -137,8 +148,8 @@ def test_nan_and_infinity_reach_the_sum_of_their_tensor_alone(engine: Engine, dt
     assert math.isnan(sums[1])
     assert sums[2] == math.inf
     assert math.isnan(sums[3])
-    assert engine.power_sums(tensors[::2], order, joint=True).item() == math.inf
-    assert math.isnan(engine.power_sums(tensors[:2], order, joint=True).item())
+    assert engine.norm(tensors[::2], order).item() == math.inf
+    assert math.isnan(engine.norm(tensors[:2], order).item())
 
 
 def test_measuring_leaves_every_bit_as_it_is(engine: Engine, layout, dtype):
@@ -146,7 +157,7 @@ def test_measuring_leaves_every_bit_as_it_is(engine: Engine, layout, dtype):
     before, version = storage_bits(tensor), tensor._version
     for order in ORDERS:
         engine.power_sums([tensor, tensor[...]], order)
-        engine.power_sums([tensor], order, joint=True)
+        engine.norm([tensor, tensor[...]], order)
     assert torch.equal(storage_bits(tensor), before)
     assert tensor._version == version
 
@@ -154,9 +165,8 @@ def test_measuring_leaves_every_bit_as_it_is(engine: Engine, layout, dtype):
 def test_the_same_gradients_give_the_same_bits(engine: Engine, dtype):
     tensors = [make(dtype) for make in LAYOUTS.values()]
     copies = [tensor.clone() for tensor in tensors]
-    for order, joint in itertools.product(ORDERS, (False, True)):
-        first = engine.power_sums(tensors, order, joint=joint)
-        assert torch.equal(first, engine.power_sums(copies, order, joint=joint))
+    for order, measure in itertools.product(ORDERS, (engine.power_sums, engine.norm)):
+        assert torch.equal(measure(tensors, order), measure(copies, order))
 
 
 # scale_

@@ -62,7 +62,9 @@ class Batch:
             [record.thresholds for record in records],
             [record.coefficients for record in records],
         ]
-        if any(_flagged(record) for record in records):
+        self.late = any(_late(record) for record in records)
+        """Whether only the device knows what became of some of the steps."""
+        if self.late:
             rows += [
                 [_spread(record.skipped, record.norms) for record in records],
                 [_spread(record.overflow, record.norms) for record in records],
@@ -91,13 +93,13 @@ class Batch:
 
     def skipped(self) -> Tensor:
         """Return which steps were skipped, shape (steps,), bool on the host. Waits for the copy."""
-        if len(self._arrived()) > 3:
-            return self._host[3, :, 0] > 0
+        if self.late:
+            return self._arrived()[3, :, 0] > 0
         return torch.tensor([bool(record.skipped) for record in self.records], device="cpu")
 
     def overflowed(self) -> Tensor | None:
         """Return which steps GradScaler left out, as `skipped` does; None for none at all."""
-        return self._host[4, :, 0] > 0 if len(self._arrived()) > 3 else None
+        return self._arrived()[4, :, 0] > 0 if self.late else None
 
     def _arrived(self) -> Tensor:
         if self._event is not None:
@@ -115,8 +117,7 @@ def _alike(one: ClipRecord, other: ClipRecord) -> bool:
     return one.norms.shape == other.norms.shape and one.norms.device == other.norms.device
 
 
-def _flagged(record: ClipRecord) -> bool:
-    """Tell whether only the device knows what became of a step."""
+def _late(record: ClipRecord) -> bool:
     return isinstance(record.skipped, Tensor) or record.overflow is not None
 
 

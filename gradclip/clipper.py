@@ -179,7 +179,7 @@ class GradientClipper:
         if not groups.single:
             norms, present = norms[groups.shared], present[groups.shared]
         self._context = StepContext(self._steps, present)
-        ruled = self._threshold.thresholds(norms, self._context)
+        ruled = self._threshold.thresholds(norms, self._context) if len(norms) else norms
         if ruled.shape != norms.shape or ruled.device != norms.device:
             raise ArgumentError(
                 f"{type(self._threshold).__name__}.thresholds() returned the shape "
@@ -223,21 +223,21 @@ class GradientClipper:
 
     def _count(self, record: ClipRecord) -> None:
         if self._learns and record.skipped is not True:
-            self._observe(record)
+            self._observe(record, self._joint.groups.shared)
         self._last, self._pending = record, None
         self._steps += 1
         self._recorder.add(record)
         self._check_skip_limit()
 
-    def _observe(self, record: ClipRecord) -> None:
+    def _observe(self, record: ClipRecord, rows: slice) -> None:
         present = self._context.present
         for left_out in (record.skipped, record.overflow):
             if isinstance(left_out, Tensor):
                 present = present & ~left_out
-        rows = self._joint.groups.shared
         norms, coefficients = record.norms[rows], record.coefficients[rows]
         context = replace(self._context, present=present)
-        self._threshold.observe(norms, clipped(norms, coefficients), context)
+        if len(norms):
+            self._threshold.observe(norms, clipped(norms, coefficients), context)
 
     def _check_skip_limit(self) -> None:
         """Raise for skipped steps of which the host has heard only now."""

@@ -60,7 +60,10 @@ class Recorder:
         return self._overflowed
 
     def longest_skip(self) -> int:
-        """Return how many steps in a row were skipped at most, among those not asked for yet."""
+        """Return how many steps in a row were skipped at most, since the last call.
+
+        Only of steps of which only the device knew; of others the caller knows.
+        """
         longest, self._longest_skip = self._longest_skip, 0
         return longest
 
@@ -107,7 +110,7 @@ class Recorder:
         nonfinite = ~finite.all(1)
         each = (((coefficients < 1) & finite).sum(1), finite.sum(1), nonfinite, skipped)
         counts = torch.stack(each).cumsum(1) + _column(self._counters)
-        in_a_row = self._run_of_skips(skipped.tolist())
+        in_a_row = self._run_of_skips(skipped.tolist(), batch.late)
         reduced, known, unknown, left_out = counts[:, -1].tolist()
         self._counters = Counters(reduced, known, unknown, left_out, in_a_row)
         if not self._sinks:
@@ -139,12 +142,12 @@ class Recorder:
                 steps.append((record.step - self._overflowed, record.wall_time))
         return steps
 
-    def _run_of_skips(self, skipped: Sequence[bool]) -> int:
+    def _run_of_skips(self, skipped: Sequence[bool], late: bool) -> int:
         """Return how many steps in a row are skipped at the end."""
         run = self._counters.skipped_in_a_row
         for skip in skipped:
             run = run + 1 if skip else 0
-            self._longest_skip = max(self._longest_skip, run)
+            self._longest_skip = max(self._longest_skip, run if late else 0)
         return run
 
     def _totals(self, norms: Tensor) -> Tensor:

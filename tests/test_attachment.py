@@ -186,3 +186,176 @@ def test_an_exception_in_a_closure_leaves_the_optimizer_unstepped():
     assert clipper.steps == 0
     optimizer.step()
     assert clipper.steps == 1
+
+
+# A step within a step
+
+
+class Stepping(torch.optim.SGD):
+    """A subclass that steps through its parent, as many do."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        if self.defaults["weight_decay"]:
+            raise OSError("after the parent")
+        return loss
+
+
+@pytest.fixture
+def _hooked_parent():
+    """The parent's own step calls hooks from the first instance on."""
+    optimizer_of(torch.optim.SGD)
+    assert torch.optim.SGD.step.hooked
+
+
+@pytest.mark.usefixtures("_hooked_parent")
+@pytest.mark.parametrize("kind", [Stepping, type("Twice", (Stepping,), {"step": Stepping.step})])
+def test_a_step_through_the_parent_is_clipped_and_counted_once(kind):
+    optimizer = optimizer_of(kind)
+    calls = []
+    clipper = GradientClipper(optimizer, lambda step: calls.append(step) or 1.0)
+    for _ in range(3):
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+        optimizer.step()
+        assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    assert calls == [0, 1, 2]
+    assert clipper.steps == 3
+
+
+@pytest.mark.usefixtures("_hooked_parent")
+def test_a_closure_is_wrapped_once_in_a_step_through_the_parent():
+    optimizer = optimizer_of(Stepping)
+    calls = []
+    clipper = GradientClipper(optimizer, lambda step: calls.append(step) or 1.0)
+
+    def closure():
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+        return 7.0
+
+    assert optimizer.step(closure) == 7.0
+    assert optimizer.step(closure=closure) == 7.0
+    assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    assert calls == [0, 1]
+    assert clipper.steps == 2
+
+
+@pytest.mark.usefixtures("_hooked_parent")
+def test_after_a_step_through_the_parent_that_raised_the_next_is_clipped_again():
+    optimizer = optimizer_of(Stepping, weight_decay=1.0)
+    clipper = GradientClipper(optimizer, 1.0)
+    for _ in range(2):
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+        with pytest.raises(OSError, match="after the parent"):
+            optimizer.step()
+        assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    optimizer.defaults["weight_decay"] = 0
+    optimizer.step()
+    assert clipper.steps == 1
+
+
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper that is an optimizer itself and steps the one inside."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base_optimizer = base
+        super().__init__([nn.Parameter(torch.ones(1))], {})
+
+    def step(self, closure=None):
+        return self.base_optimizer.step(closure)
+
+
+def test_of_a_wrapper_that_is_an_optimizer_the_inner_one_is_clipped():
+    optimizer = optimizer_of()
+    wrapper = Lookahead(optimizer)
+    clipper = GradientClipper(wrapper, 1.0)
+    wrapper.step()
+    assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+    clipper.step()
+    assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    assert clipper.steps == 2
+
+
+# What can't be clipped
+
+
+class Ignoring(torch.optim.SGD):
+    """Takes a closure and never calls it."""
+
+    def step(self, closure=None):
+        return super().step()
+
+
+def test_a_closure_that_is_never_called_is_an_error():
+    optimizer = optimizer_of(Ignoring)
+    clipper = GradientClipper(optimizer, 1.0)
+    with pytest.raises(AttachError, match=r"Ignoring.step\(\) never called the closure"):
+        optimizer.step(lambda: 1.0)
+    optimizer.step()
+    assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    assert clipper.steps == 1
+
+
+def test_a_step_inside_backward_is_refused():
+    optimizer = optimizer_of()
+    [weight] = optimizer.param_groups[0]["params"]
+    weight.grad = None
+    clipper = GradientClipper(optimizer, 1.0)
+    weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(AttachError, match=r"SGD steps inside backward\(\)"):
+        (weight * 5).sum().backward()
+    assert weight.tolist() == [1.0, 1.0]
+    assert gradient(optimizer) == [5.0, 5.0]
+    assert clipper.steps == 0
+
+
+@pytest.mark.parametrize("where", ["group", "attribute"])
+def test_an_optimizer_that_clips_by_itself_gets_a_warning(where):
+    optimizer = optimizer_of()
+    if where == "group":
+        optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    else:
+        optimizer.max_grad_norm = 1.0
+    with pytest.warns(UserWarning, match="SGD clips by itself with max_grad_norm=1.0") as found:
+        GradientClipper(optimizer, 1.0)
+    assert found[0].filename == __file__
+
+
+@pytest.mark.parametrize("off", [0, 0.0, None])
+def test_an_optimizer_whose_own_clipping_is_off_gets_none(off):
+    optimizer = optimizer_of()
+    optimizer.param_groups[0]["max_grad_norm"] = off
+    optimizer.max_grad_norm = off
+    GradientClipper(optimizer, 1.0)
+
+
+# Compiled
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("policy", ["zero", "skip"])
+def test_a_compiled_step_is_clipped_and_compiles_what_it_would_without(policy):
+    graphs = {True: [], False: []}
+    for clips, found in graphs.items():
+
+        def backend(module, _, found=found):
+            found.append([str(node.target) for node in module.graph.nodes])
+            return module
+
+        torch._dynamo.reset()
+        optimizer = optimizer_of(torch.optim.Adam)
+        clipper = GradientClipper(optimizer, 1.0, nonfinite=policy) if clips else None
+        step = torch.compile(optimizer.step, backend=backend)
+        for _ in range(3):
+            optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+            step()
+        if clipper is not None:
+            assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+            optimizer.param_groups[0]["params"][0].grad = torch.full((2,), float("nan"))
+            step()
+            assert clipper.steps == 4
+            assert clipper.skipped == (policy == "skip")
+            assert optimizer.param_groups[0]["params"][0].isfinite().all()
+    torch._dynamo.reset()
+    assert graphs[True] == graphs[False]
+    assert len(graphs[True]) == 1

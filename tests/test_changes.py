@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gradclip.changes import Changes, GuardedArguments
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts its steps in its groups, whether there are gradients or not."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, {"lr": 1.0, "k": 0, "name": "a"})
+
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            group["name"] += "b"
+
+
+def counting() -> tuple[Counting, nn.Parameter]:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    return Counting([weight, nn.Parameter(torch.ones(1))]), weight
+
+
+def test_hidden_gradients_come_back_as_the_same_objects():
+    optimizer, weight = counting()
+    gradient = weight.grad
+    changes = Changes(optimizer)
+    assert not changes
+    changes.hide_gradients()
+    assert changes
+    assert weight.grad is None
+    changes.undo()
+    assert weight.grad is gradient
+    assert not changes
+
+
+def test_what_a_group_counts_while_gradients_are_hidden_is_put_back():
+    optimizer, _ = counting()
+    changes = Changes(optimizer)
+    changes.hide_gradients()
+    optimizer.step()
+    changes.undo()
+    assert optimizer.param_groups[0]["k"] == 0
+    assert optimizer.param_groups[0]["name"] == "ab"
+
+
+def test_an_attribute_that_was_absent_is_deleted_and_one_that_was_there_restored():
+    optimizer, _ = counting()
+    optimizer.there = there = object()
+    changes = Changes(optimizer)
+    for name in ("there", "absent"):
+        changes.set(name, 1)
+        changes.set(name, 2)
+        assert getattr(optimizer, name) == 2
+    changes.undo()
+    assert optimizer.there is there
+    assert not hasattr(optimizer, "absent")
+    changes.undo()
+    assert optimizer.there is there
+
+
+def test_what_somebody_else_has_set_since_stays():
+    optimizer, _ = counting()
+    changes = Changes(optimizer)
+    changes.set("found_inf", 1)
+    optimizer.found_inf = theirs = object()
+    changes.undo()
+    assert optimizer.found_inf is theirs
+
+
+def test_what_was_deleted_since_stays_deleted():
+    optimizer, _ = counting()
+    optimizer.found_inf = object()
+    changes = Changes(optimizer)
+    changes.set("found_inf", 1)
+    del optimizer.found_inf
+    changes.undo()
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_arguments_undo_the_changes_when_they_are_let_go():
+    optimizer, weight = counting()
+    gradient = weight.grad
+    changes = Changes(optimizer)
+    arguments = GuardedArguments({"closure": None}, changes)
+    changes.hide_gradients()
+    assert dict(**arguments) == {"closure": None}
+    assert weight.grad is None
+    del arguments
+    assert weight.grad is gradient

@@ -43,6 +43,16 @@ def through_time(tmp_path_factory):
     return run("through_time.py", cwd=tmp_path_factory.mktemp("through_time"))
 
 
+@pytest.fixture(scope="module")
+def amp(tmp_path_factory):
+    return run("amp_accumulation.py", cwd=tmp_path_factory.mktemp("amp"))
+
+
+@pytest.fixture(scope="module")
+def two_optimizers(tmp_path_factory):
+    return run("two_optimizers.py", cwd=tmp_path_factory.mktemp("two"))
+
+
 def test_minimal_prints_norms_before_and_after(minimal):
     norms = re.findall(r"norm before +([\d.]+), after ([\d.]+)", minimal)
     assert len(norms) == 10
@@ -88,3 +98,27 @@ def test_through_time_shows_the_explosion_and_its_limit(through_time):
 def test_through_time_limits_the_gradient_of_the_weights(through_time):
     [(without, limited)] = re.findall(r"all weights +(\S+) +(\S+)", through_time)
     assert float(without) > 1000 * float(limited)
+
+
+def test_amp_shows_true_norms_whatever_the_scale(amp):
+    rows = re.findall(r"scale +(\S+)  norm before ([\d.]+), after ([\d.]+)", amp)
+    assert len(rows) == 6
+    assert len({scale for scale, _, _ in rows}) > 1
+    for _, before, after in rows:
+        assert 0 < float(before) < 100
+        assert float(after) == min(float(before), 1.0)
+
+
+def test_amp_counts_no_step_that_overflowed(amp):
+    [(overflowed, clipped)] = re.findall(r"(\d+) of 60 steps overflowed .* (\d+)% were", amp)
+    assert 0 < int(overflowed) < 30
+    assert 5 < int(clipped) < 95
+
+
+def test_two_optimizers_share_a_norm_and_a_step(two_optimizers):
+    norms = re.findall(r"norm before ([\d.]+), after ([\d.]+)", two_optimizers)
+    assert len(norms) == 5
+    for before, after in norms:
+        assert float(after) == min(float(before), 1.0)
+    assert "100 steps with" in two_optimizers
+    assert re.search(r"GradientClipper\((Muon|SGD), AdamW, Fixed", two_optimizers)

@@ -124,14 +124,21 @@ class Attachment:
             return
         step.changes.undo()
         self._step = None
+        try:
+            self._end(step)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _end(self, step: _Step) -> None:
         if step.waits:
             raise AttachError(
-                f"{type(optimizer).__name__}.step() never called the closure it was given, so "
-                "that nothing was clipped before it stepped: call backward() yourself, then "
+                f"{type(self._optimizer).__name__}.step() never called the closure it was given, "
+                "so that nothing was clipped before it stepped: call backward() yourself, then "
                 "step() without a closure."
             )
         if step.record is not None:
-            self._finish(optimizer, step.record)
+            self._finish(self._optimizer, step.record)
 
     def _abandon(self) -> None:
         """End a step that is not going to be taken."""

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .attachment import Attachment
 from .changes import Changes
 from .checks import checked_count
-from .coefficients import clip_coefficients, unless
-from .engines import engine_for, norm_dtype
+from .coefficients import clip_coefficients, reduced, unless
+from .engines import engine_for
 from .errors import ArgumentError, AttachError
 from .gradients import parameters_of
 from .joint import JointGradients
+from .limits import Limits
 from .optimizers import clippable
 from .policies import nonfinite_error, skip_limit_error, verdict
 from .recorder import Recorder
-from .records import ClipRecord, clipped
-from .scopes import SHARED
+from .records import ClipRecord
 from .settings import Settings, check_later_parts
 from .sinks import Sink, sinks_from
 from .state import parsed_state
 from .step_gradients import StepGradients
-from .thresholds import StepContext, Threshold, threshold_from
+from .thresholds import Threshold, threshold_from
 from .untracked import untracked
 
 if TYPE_CHECKING:
@@ -125,21 +122,20 @@ class GradientClipper:
         check_later_parts(scope=scope, ranks=ranks)
         self._settings = Settings(norm_type, max_value, exceed, nonfinite, skip_limit, engine)
         self._threshold = threshold_from(max_norm)
-        self._observes = type(self._threshold).observe is not Threshold.observe
         if model is not None and not isinstance(model, nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
         self._model = model
         optimizers = clippable(optimizer, skips=self._settings.skips)
-        self._given: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self._given: list[Any] = (
+            list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        )
         self._joint = JointGradients(optimizers, grad_scaler, self._settings)
-        device = self._joint.device
-        self._threshold.start((SHARED,), device, norm_dtype(device))
+        self._limits = Limits(self._threshold, self._joint.groups, self._joint.device)
         self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
         self._close = weakref.finalize(self, self._recorder.close)
         self._steps = 0
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
-        self._learns = False
         self._attachments = [
             Attachment(each, self._clip, self._finish, self._joint.groups.warn_of_lost_keys)
             for each in optimizers
@@ -154,15 +150,15 @@ class GradientClipper:
         if not isinstance(gradients, StepGradients):
             return gradients
         norms = gradients.norms()
-        thresholds = self._thresholds(norms, gradients)
+        thresholds = self._limits.at_step(gradients, norms, self._steps)
         skip = verdict(self._settings, gradients, norms, thresholds)
         untouched = skip if gradients.overflow is None else gradients.overflow | skip
-        bounded = self._bound(gradients, norms, untouched)
+        bounded = gradients.bound_(norms, untouched)
         coefficients = clip_coefficients(bounded, thresholds, self._settings.erases)
         coefficients = unless(untouched, coefficients)
         if self._settings.writes and skip is not True:
             gradients.scale_(coefficients)
-        reduction = coefficients if bounded is norms else coefficients * _ratio(bounded, norms)
+        reduction = reduced(coefficients, bounded, norms)
         return self._recorded(gradients, norms, thresholds, reduction, skip)
 
     def _finish(self, optimizer: Optimizer, record: ClipRecord) -> None:
@@ -172,26 +168,6 @@ class GradientClipper:
             self._count(record)
 
     # Its parts
-
-    def _thresholds(self, norms: Tensor, gradients: StepGradients) -> Tensor:
-        groups = self._joint.groups
-        present = _flags(gradients.present, norms.device)
-        if not groups.single:
-            norms, present = norms[groups.shared], present[groups.shared]
-        self._context = StepContext(self._steps, present)
-        ruled = self._threshold.thresholds(norms, self._context) if len(norms) else norms
-        if ruled.shape != norms.shape or ruled.device != norms.device:
-            raise ArgumentError(
-                f"{type(self._threshold).__name__}.thresholds() returned the shape "
-                f"{tuple(ruled.shape)} on {ruled.device}: return one threshold for each norm, "
-                f"shape {tuple(norms.shape)} on {norms.device}."
-            )
-        return groups.thresholds(ruled)
-
-    def _bound(self, gradients: StepGradients, norms: Tensor, untouched: bool | Tensor) -> Tensor:
-        if self._settings.writes:
-            return gradients.bound_(norms, untouched)
-        return gradients.norms_if_bounded(norms)
 
     def _recorded(
         self,
@@ -206,7 +182,7 @@ class GradientClipper:
             self._steps, time.time(), norms, thresholds, coefficients, skip, overflow
         )
         self._joint.cover(gradients.tensors, record)
-        self._pending, self._learns = record, self._observes and not gradients.partial
+        self._pending = record
         if skip is True:
             self._stop(record)
         return record
@@ -222,22 +198,11 @@ class GradientClipper:
             raise skip_limit_error(limit, record.step)
 
     def _count(self, record: ClipRecord) -> None:
-        if self._learns and record.skipped is not True:
-            self._observe(record, self._joint.groups.shared)
+        self._limits.observe(record)
         self._last, self._pending = record, None
         self._steps += 1
         self._recorder.add(record)
         self._check_skip_limit()
-
-    def _observe(self, record: ClipRecord, rows: slice) -> None:
-        present = self._context.present
-        for left_out in (record.skipped, record.overflow):
-            if isinstance(left_out, Tensor):
-                present = present & ~left_out
-        norms, coefficients = record.norms[rows], record.coefficients[rows]
-        context = replace(self._context, present=present)
-        if len(norms):
-            self._threshold.observe(norms, clipped(norms, coefficients), context)
 
     def _check_skip_limit(self) -> None:
         """Raise for skipped steps of which the host has heard only now."""
@@ -382,13 +347,3 @@ class GradientClipper:
             "A GradientClipper cannot be copied or pickled: the copy would look attached and never "
             "clip. Attach a new one to the copied optimizer, and give it this one's state_dict()."
         )
-
-
-@lru_cache(maxsize=8)
-def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
-
-
-def _ratio(after: Tensor, before: Tensor) -> Tensor:
-    """Return by how much norms shrank; 1 for a norm of 0 or none that is finite."""
-    return torch.where((before > 0) & (before < math.inf), after / before, 1.0)

@@ -65,6 +65,20 @@ def unless(skipped: bool | Tensor, coefficients: Tensor) -> Tensor:
     return torch.ones_like(coefficients) if skipped else coefficients
 
 
+def reduced(coefficients: Tensor, bounded: Tensor, norms: Tensor) -> Tensor:
+    """Return by how much norms shrink when their elements are bounded first, then scaled.
+
+    Args:
+        coefficients: Shape (k,), of the scaling.
+        bounded: Shape (k,), the norms after bounding; the very norms where nothing was.
+        norms: Shape (k,), as measured. One of 0 or none that is finite is not bounded.
+    """
+    if bounded is norms:
+        return coefficients
+    ratio = torch.where((norms > 0) & (norms < math.inf), bounded / norms, 1.0)
+    return coefficients * ratio
+
+
 def _coefficient(norm: float, threshold: float, erase: bool) -> float:
     if not norm < math.inf:
         return 0.0 if erase else 1.0

@@ -126,6 +126,7 @@ class JointScaling:
                 "that scales the loss."
             )
         self._scaler = grad_scaler
+        self._running: GradScaler | None = None
         self._early: dict[int, tuple[list[ReferenceType[Tensor]], Tensor | None]] = {}
 
     def unscale(
@@ -138,7 +139,8 @@ class JointScaling:
         """
         scaler = self._scaler
         if scaler is None:
-            _refuse_different_scales(stepping, optimizers)
+            self._running = running_scaler()
+            _refuse_different_scales(self._running, stepping, optimizers)
             return
         if not scaler.is_enabled() or scaler._scale is None:
             return
@@ -165,7 +167,8 @@ class JointScaling:
 
         Host sync, as in ``GradScaler.step`` itself.
         """
-        found = None if self._scaler is None else _found_inf(self._scaler, optimizer)
+        scaler = self._scaler or self._running
+        found = None if scaler is None else _found_inf(scaler, optimizer)
         return found is not None and bool(found)
 
     def _refuse_mixed(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
@@ -180,13 +183,14 @@ class JointScaling:
             )
 
 
-def _refuse_different_scales(stepping: Optimizer, optimizers: Sequence[Optimizer]) -> None:
+def _refuse_different_scales(
+    scaler: GradScaler | None, stepping: Optimizer, optimizers: Sequence[Optimizer]
+) -> None:
     others = [
         optimizer
         for optimizer in optimizers
         if optimizer is not stepping and gradients_of(parameters_of(optimizer.param_groups))
     ]
-    scaler = running_scaler()
     scaled = scaler is not None and any(_stage(scaler, o) is OptState.READY for o in others)
     if scaled or (others and mark_of(stepping, "grad_scale") is not None):
         raise AttachError(

@@ -80,7 +80,9 @@ class StepGradients:
         return self._norms(self._clamped(copied(self._buckets), self._bounds(norms, False)))
 
     def bound_(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
-        """Apply ``max_value`` in place where the norm is finite; return the norms then.
+        """Apply ``max_value`` where the norm is finite, and in place; return the norms then.
+
+        Where nothing may ever be written, it is what they would be.
 
         Args:
             norms: Shape (k,), as measured before.
@@ -88,6 +90,8 @@ class StepGradients:
         """
         if self._settings.max_value is None or untouched is True:
             return norms
+        if not self._settings.writes:
+            return self.norms_if_bounded(norms)
         if coalesce_(self.tensors):
             self._buckets = buckets_of(self.tensors, self._settings.norm_type, self._labels)
         return self._norms(self._clamped(self._buckets, self._bounds(norms, untouched)))

@@ -1,0 +1,80 @@
+"""The largest norm of every label: the clipper's threshold, beside those of parameter groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .engines import norm_dtype
+from .errors import ArgumentError
+from .records import ClipRecord, clipped
+from .scopes import SHARED, GroupLabels
+from .step_gradients import StepGradients
+from .thresholds import StepContext, Threshold
+
+
+class Limits:
+    """Asks a threshold about the norms that it rules, and tells it what became of them.
+
+    Args:
+        threshold: The clipper's threshold.
+        groups: The labels, with the thresholds of groups that have their own.
+        device: Where norms will be.
+    """
+
+    def __init__(self, threshold: Threshold, groups: GroupLabels, device: torch.device) -> None:
+        self._threshold = threshold
+        self._groups = groups
+        self._observes = type(threshold).observe is not Threshold.observe
+        self._context: StepContext | None = None
+        threshold.start((SHARED,), device, norm_dtype(device))
+
+    def at_step(self, gradients: StepGradients, norms: Tensor, step: int) -> Tensor:
+        """Return the thresholds of all norms.
+
+        Args:
+            gradients: The gradients that were measured.
+            norms: Shape (k,).
+            step: Index of the step.
+
+        Returns:
+            Shape (k,), on the same device.
+
+        Raises:
+            ArgumentError: The threshold returned another shape, or on another device.
+        """
+        present = _flags(gradients.present, norms.device)
+        if not self._groups.single:
+            norms, present = norms[self._groups.shared], present[self._groups.shared]
+        context = StepContext(step, present)
+        # The norm of a part of the gradients is no example of what is to be expected.
+        self._context = context if self._observes and not gradients.partial else None
+        if not len(norms):
+            return self._groups.thresholds(norms)
+        ruled = self._threshold.thresholds(norms, context)
+        if ruled.shape != norms.shape or ruled.device != norms.device:
+            raise ArgumentError(
+                f"{type(self._threshold).__name__}.thresholds() returned the shape "
+                f"{tuple(ruled.shape)} on {ruled.device}: return one threshold for each norm, "
+                f"shape {tuple(norms.shape)} on {norms.device}."
+            )
+        return self._groups.thresholds(ruled)
+
+    def observe(self, record: ClipRecord) -> None:
+        """Let the threshold learn from the step that it was asked about, unless it was skipped."""
+        context, shared = self._context, self._groups.shared
+        if context is None or record.skipped is True or shared.start == len(record.norms):
+            return
+        for left_out in (record.skipped, record.overflow):
+            if isinstance(left_out, Tensor):
+                context = replace(context, present=context.present & ~left_out)
+        norms, coefficients = record.norms[shared], record.coefficients[shared]
+        self._threshold.observe(norms, clipped(norms, coefficients), context)
+
+
+@lru_cache(maxsize=8)
+def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)

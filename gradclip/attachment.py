@@ -19,7 +19,7 @@ from .scaling import (
     mark_of,
     marks_of,
     mend_marks,
-    refuse_passed_scaler,
+    overflows_in_passed_scaler,
     running_scaler,
     skips_on_device,
 )
@@ -78,8 +78,11 @@ class Attachment:
             # The step before raised, so that no hook has put anything back.
             self._step.changes.undo()
             mend_marks(optimizer, self._step.marks)
-        refuse_passed_scaler(optimizer, kwargs)
+        self._step = None
+        left_out = overflows_in_passed_scaler(optimizer, kwargs)
         step = self._step = _Step(optimizer)
+        if left_out:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
             step.waits = True

@@ -22,7 +22,7 @@ class Coverage:
     def record_of(self, gradient: Tensor) -> ClipRecord | None:
         """Return the record of the clipping that covered the gradient as it is now."""
         found = self._covered.get(id(gradient))
-        if found is None or found[0]() is not gradient or found[1] != _version(gradient):
+        if found is None or found[0]() is not gradient or found[1] != version_of(gradient):
             return None
         return found[2]
 
@@ -33,9 +33,10 @@ class Coverage:
             key: known for key, known in self._covered.items() if known[0]() is not None
         }
         for gradient in gradients:
-            self._covered[id(gradient)] = (ref(gradient), _version(gradient), record)
+            self._covered[id(gradient)] = (ref(gradient), version_of(gradient), record)
 
 
-def _version(gradient: Tensor) -> int:
+def version_of(gradient: Tensor) -> int:
+    """Return what changes whenever a tensor is written in place."""
     # Tensors made in inference mode keep none.
     return -1 if gradient.is_inference() else gradient._version

@@ -74,12 +74,12 @@ class JointGradients:
         overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
             overflow = overflow > 0
-            if host_may_read(overflow):
+            if host_may_read(overflow) or self._coverage is not None:
                 if overflow:
                     return None
                 overflow = None
         if self._coverage is not None:
-            return self._of_several(self._coverage, stepping, changes, overflow)
+            return self._of_several(self._coverage, stepping, changes)
         return self._of_one(stepping, overflow)
 
     def cover(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
@@ -98,15 +98,20 @@ class JointGradients:
         return self._step_gradients(tensors, labels, scale=scale, overflow=overflow)
 
     def _of_several(
-        self, coverage: Coverage, stepping: Optimizer, changes: Changes, overflow: Tensor | None
+        self, coverage: Coverage, stepping: Optimizer, changes: Changes
     ) -> StepGradients | ClipRecord | None:
         self._scaling.unscale(stepping, self.optimizers, changes)
         own, _ = self._labelled([stepping])
+        if not own:
+            return self._of_none(stepping)
         known = [record for gradient in own if (record := coverage.record_of(gradient)) is not None]
         if len(known) == len(own):
             return max(known, key=lambda record: record.step, default=None)
+        self._scaling.refuse_new(stepping, [g for g in own if coverage.record_of(g) is None])
         others = [optimizer for optimizer in self.optimizers if optimizer is not stepping]
-        left = [optimizer for optimizer in others if not self._scaling.overflowed(optimizer)]
+        overflowed = [each for each in others if self._scaling.overflowed(each)]
+        left_out = {*overflowed, *filter(self._scaling.stepped, others)}
+        left = [each for each in others if each not in left_out]
         tensors, labels = self._labelled([stepping, *left])
         needed = {id(gradient) for gradient in own}
         places = [
@@ -117,9 +122,15 @@ class JointGradients:
         return self._step_gradients(
             [tensors[place] for place in places],
             None if labels is None else [labels[place] for place in places],
-            overflow=overflow,
-            partial=len(left) < len(others),
+            partial=bool(overflowed),
         )
+
+    def _of_none(self, stepping: Optimizer) -> StepGradients | None:
+        """Record a step for which nobody has a gradient once, as that of the first optimizer."""
+        anything = gradients_of(parameters_of(self.groups_of_all))
+        if anything or stepping is not self.optimizers[0]:
+            return None
+        return self._step_gradients([], None)
 
     def _step_gradients(
         self, tensors: list[Tensor], labels: list[int] | None, **scaling: Any

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from .coverage import version_of
 from .errors import ArgumentError, AttachError
 from .gradients import gradients_of, parameters_of
 
@@ -95,18 +96,23 @@ def delete_marks(optimizer: Optimizer) -> None:
         vars(optimizer).pop(name, None)
 
 
-def refuse_passed_scaler(optimizer: Optimizer, arguments: dict[str, Any]) -> None:
-    """Refuse the old way of GradScaler, in which the optimizer itself unscales during its step.
+def overflows_in_passed_scaler(optimizer: Optimizer, arguments: dict[str, Any]) -> bool:
+    """Tell whether a GradScaler that the step is given leaves the step out.
+
+    That is its old way, in which the optimizer itself unscales during its step. Host sync.
 
     Raises:
-        AttachError: Its gradients are still scaled, by an amount that only it knows.
+        AttachError: The gradients are still scaled, by an amount that only the optimizer knows.
     """
     scaler = arguments.get("grad_scaler")
-    if isinstance(scaler, GradScaler) and _stage(scaler, optimizer) is OptState.READY:
+    if not isinstance(scaler, GradScaler):
+        return False
+    if _stage(scaler, optimizer) is OptState.READY:
         raise AttachError(
             f"{type(optimizer).__name__} takes grad_scaler in its step and unscales there, after "
             "the clipping: call grad_scaler.unscale_(optimizer) before grad_scaler.step(optimizer)."
         )
+    return _overflowed(scaler, optimizer)
 
 
 class JointScaling:
@@ -125,62 +131,132 @@ class JointScaling:
                 f"grad_scaler is a {type(grad_scaler).__name__}: give the torch.amp.GradScaler "
                 "that scales the loss."
             )
-        self._scaler = grad_scaler
-        self._running: GradScaler | None = None
-        self._early: dict[int, tuple[list[ReferenceType[Tensor]], Tensor | None]] = {}
+        self._given = grad_scaler
+        self._scaler: GradScaler | None = None
+        self._early: dict[int, _Early] = {}
 
     def unscale(
         self, stepping: Optimizer, optimizers: Sequence[Optimizer], changes: Changes
     ) -> None:
         """Unscale the gradients of all optimizers, each once for each update of the scaler.
 
+        Host sync.
+
         Raises:
             AttachError: They carry scales that differ and can't be brought to one.
         """
-        scaler = self._scaler
-        if scaler is None:
-            self._running = running_scaler()
-            _refuse_different_scales(self._running, stepping, optimizers)
-            return
-        if not scaler.is_enabled() or scaler._scale is None:
-            return
-        self._early.pop(id(stepping), None)
+        scaler = self._scaler = self._given or running_scaler()
+        if self._given is None:
+            _refuse_different_scales(scaler, stepping, optimizers)
+        elif scaler is not None and scaler.is_enabled() and scaler._scale is not None:
+            self._unscale_all(scaler, stepping, optimizers)
+            if mark_of(stepping, "grad_scale") is not None:
+                changes.set("grad_scale", None)
+
+    def refuse_new(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
+        """Refuse gradients that were computed since they were unscaled early.
+
+        Args:
+            optimizer: The optimizer that steps.
+            gradients: Those of its gradients that no clipping has covered.
+
+        Raises:
+            AttachError: The scaler takes them for unscaled.
+        """
+        early = self._early.get(id(optimizer))
+        if early is not None and not all(map(early.knows, gradients)):
+            raise AttachError(
+                f"Gradients of {type(optimizer).__name__} were computed after they had been "
+                "unscaled for a joint norm, so that GradScaler does not unscale them again: call "
+                "grad_scaler.update() after each optimizer's step, or give optimizers with "
+                "different losses, as those of a GAN, a clipper each."
+            )
+
+    def overflowed(self, optimizer: Optimizer) -> bool:
+        """Tell whether the scaler leaves out the optimizer's step. Host sync, as it has itself."""
+        return self._scaler is not None and _overflowed(self._scaler, optimizer)
+
+    def stepped(self, optimizer: Optimizer) -> bool:
+        """Tell whether the optimizer has stepped since the scaler was updated.
+
+        It will not step again before that, and what was added to its gradients is still scaled.
+        """
+        return self._scaler is not None and _stage(self._scaler, optimizer) is OptState.STEPPED
+
+    def _unscale_all(
+        self, scaler: GradScaler, stepping: Optimizer, optimizers: Sequence[Optimizer]
+    ) -> None:
+        held = {each: gradients_of(parameters_of(each.param_groups)) for each in optimizers}
+        self._check(scaler, stepping, held)
+        updated = [key for key, early in self._early.items() if early.updated(scaler)]
+        for key in updated:
+            del self._early[key]
+        for optimizer, gradients in held.items():
+            if gradients and _stage(scaler, optimizer) is OptState.READY:
+                scaler.unscale_(optimizer)
+                if optimizer is not stepping:
+                    self._early[id(optimizer)] = _Early(scaler, optimizer, gradients)
+
+    def _check(
+        self, scaler: GradScaler, stepping: Optimizer, held: dict[Optimizer, list[Tensor]]
+    ) -> None:
         if _stage(scaler, stepping) is OptState.READY and mark_of(stepping, "grad_scale") is None:
             raise AttachError(
                 f"The gradients of {type(stepping).__name__} are still scaled by grad_scaler: "
                 "call grad_scaler.step(optimizer) instead of its own step(), or first "
                 "grad_scaler.unscale_(optimizer)."
             )
-        for optimizer in optimizers:
-            gradients = gradients_of(parameters_of(optimizer.param_groups))
-            if gradients and _stage(scaler, optimizer) is OptState.READY:
-                self._refuse_mixed(optimizer, gradients)
-                scaler.unscale_(optimizer)
-                if optimizer is not stepping:
-                    found = _found_inf(scaler, optimizer)
-                    self._early[id(optimizer)] = ([ref(g) for g in gradients], found)
-        if mark_of(stepping, "grad_scale") is not None:
-            changes.set("grad_scale", None)
-
-    def overflowed(self, optimizer: Optimizer) -> bool:
-        """Tell whether the scaler is going to leave out the optimizer's step.
-
-        Host sync, as in ``GradScaler.step`` itself.
-        """
-        scaler = self._scaler or self._running
-        found = None if scaler is None else _found_inf(scaler, optimizer)
-        return found is not None and bool(found)
-
-    def _refuse_mixed(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
-        known, found = self._early.pop(id(optimizer), ([], None))
-        kept = {id(gradient) for gradient in gradients}
-        if any(id(r()) in kept for r in known) and not (found is not None and bool(found)):
+        ids = [id(gradient) for gradients in held.values() for gradient in gradients]
+        if len(set(ids)) < len(ids):
             raise AttachError(
-                f"The gradients of {type(optimizer).__name__} were unscaled for a joint norm, and "
-                "the scaler was updated before it took its step: what was added since has another "
-                "scale. Under a GradScaler step every optimizer, or set its gradients to None, "
-                "before grad_scaler.update()."
+                "Two of the optimizers hold the same parameter, whose gradient GradScaler "
+                "unscales once for each: give it to one of them only."
             )
+        for optimizer, gradients in held.items():
+            early = self._early.get(id(optimizer))
+            if early is not None and early.mixed(scaler, gradients):
+                raise AttachError(
+                    f"The gradients of {type(optimizer).__name__} were unscaled for a joint norm, "
+                    "and the scaler was updated before it took its step: what was added since has "
+                    "another scale. Under a GradScaler step every optimizer, or set its gradients "
+                    "to None with zero_grad(), before grad_scaler.update()."
+                )
+
+
+class _Early:
+    """Gradients that were unscaled at the step of another optimizer."""
+
+    def __init__(
+        self, scaler: GradScaler, optimizer: Optimizer, gradients: Sequence[Tensor]
+    ) -> None:
+        self._gradients = {id(gradient): ref(gradient) for gradient in gradients}
+        self._versions = {id(gradient): version_of(gradient) for gradient in gradients}
+        self._optimizer = id(optimizer)
+        self._found = _found_inf(scaler, optimizer)
+        self._state = scaler._per_optimizer_states[id(optimizer)]
+
+    def updated(self, scaler: GradScaler) -> bool:
+        """Tell whether the scaler was updated since."""
+        return scaler._per_optimizer_states.get(self._optimizer) is not self._state
+
+    def mixed(self, scaler: GradScaler, gradients: Sequence[Tensor]) -> bool:
+        """Tell whether scaled gradients may have been added to them after an update.
+
+        Not where the scaler has left out the optimizer's step, so that they are of no use, nor
+        after that step.
+        """
+        if not self.updated(scaler) or self._state["stage"] is OptState.STEPPED:
+            return False
+        kept = any(self._has(gradient) for gradient in gradients)
+        return kept and not (self._found is not None and bool(self._found))
+
+    def knows(self, gradient: Tensor) -> bool:
+        """Tell whether a gradient is as it was when it was unscaled."""
+        return self._has(gradient) and self._versions[id(gradient)] == version_of(gradient)
+
+    def _has(self, gradient: Tensor) -> bool:
+        known = self._gradients.get(id(gradient))
+        return known is not None and known() is gradient
 
 
 def _refuse_different_scales(
@@ -212,3 +288,8 @@ def _found_inf(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
     state = scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
     found = list(state["found_inf_per_device"].values()) if state else []
     return sum(f.to(found[0].device) for f in found[1:]) + found[0] if found else None
+
+
+def _overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    found = _found_inf(scaler, optimizer)
+    return found is not None and bool(found)

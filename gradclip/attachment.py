@@ -83,9 +83,9 @@ class Attachment:
         step = self._step = _Step(optimizer)
         if left_out:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = _closure_in(args, kwargs)
         if closure is not None:
-            step.waits = True
+            step.closed = step.waits = True
             closure = self._clipped_after(closure, step)
             if len(args) > 1:
                 args = (args[0], closure, *args[2:])
@@ -128,17 +128,23 @@ class Attachment:
         step.changes.undo()
         self._step = None
         try:
-            self._end(step)
+            self._end(step, _closure_in(args, kwargs))
         except BaseException:
             self._abandon()
             raise
 
-    def _end(self, step: _Step) -> None:
+    def _end(self, step: _Step, closure: Callable[[], Any] | None) -> None:
+        name = type(self._optimizer).__name__
         if step.waits:
             raise AttachError(
-                f"{type(self._optimizer).__name__}.step() never called the closure it was given, "
-                "so that nothing was clipped before it stepped: call backward() yourself, then "
-                "step() without a closure."
+                f"{name}.step() never called the closure it was given, so that nothing was "
+                "clipped before it stepped: call backward() yourself, then step() without a "
+                "closure."
+            )
+        if closure is not None and not step.closed:
+            raise AttachError(
+                f"A step pre-hook of {name} added a closure after the clipper's hook, so that its "
+                "gradients were not clipped: register that hook before attaching the clipper."
             )
         if step.record is not None:
             self._finish(self._optimizer, step.record)
@@ -160,9 +166,16 @@ class _Step:
         self.marks = marks_of(optimizer)
         self.depth = 0
         """How many calls of ``super().step()`` are running inside it."""
+        self.closed = False
+        """Whether it was given a closure."""
         self.waits = False
         """Whether its closure has not been evaluated."""
         self.record: ClipRecord | None = None
+
+
+def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+    return closure
 
 
 def _skip(optimizer: Optimizer, skipped: bool | Tensor, changes: Changes) -> None:

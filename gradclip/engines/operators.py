@@ -28,13 +28,14 @@ from torch._utils import _flatten_dense_tensors
 from .base import INFINITY, Engine, norm_dtype, rounded_bound, rounds_to_one
 from .memory import exclusive, flat, is_plain
 
+HALVES = (torch.bfloat16, torch.float16)
 QUICK = (1, 2, INFINITY)
 """Orders whose sums may begin in float32: the powers of others leave its range too easily."""
 ROW = 256
 """Elements summed in float32 before float64 takes over."""
 SMALL = 8192
 """Tensors up to this length are converted to float64 as they are: cheaper than condensing."""
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 """Elements converted at a time (whole rows): few enough to stay in cache."""
 VANISHING = 2.0**-70
 """A smaller sum may have lost much to float32, where what is below 2**-126 may vanish."""
@@ -92,11 +93,37 @@ def _host_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
     if max(map(Tensor.numel, tensors)) <= SMALL:
         # The usual case of a small model, in which every call counts.
         norm = _norm(_flatten_dense_tensors(tensors).double(), order)
+    elif tensors[0].dtype in HALVES and order != INFINITY:
+        norm = _norm_of_halves(tensors, order)
     else:
         norm = _norm(_joined(_condensed(tensors, order, exact=False)), order)
     if _doubtful(norm.item() ** min(order, 2), tensors[0].dtype):
         norm = _norm(_joined(_condensed(tensors, order, exact=True)), order)
     return norm
+
+
+def _norm_of_halves(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """Measure float16 or bfloat16, large tensors through a float32 buffer that stays in cache."""
+    small = [tensor for tensor in tensors if tensor.numel() <= SMALL]
+    large = _streamed_row_norms([t for t in tensors if t.numel() > SMALL], order)
+    parts = [_norm(_joined([pieces]), order) for pieces in (small, large) if pieces]
+    return _norm(torch.cat(parts), order)
+
+
+def _streamed_row_norms(tensors: Iterable[Tensor], order: float) -> list[Tensor]:
+    """Return the norms of rows of all tensors as if they were one."""
+    buffer = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
+    filled, pieces = 0, []
+    for tensor in tensors:
+        values = flat(tensor)
+        while values.numel():
+            part, values = values[: CHUNK - filled], values[CHUNK - filled :]
+            buffer[filled : filled + part.numel()].copy_(part)
+            filled += part.numel()
+            if filled == CHUNK:
+                pieces += _row_norms(buffer, order)
+                filled = 0
+    return pieces + _row_norms(buffer[:filled], order)
 
 
 def _host_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:

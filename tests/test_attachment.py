@@ -333,6 +333,7 @@ def test_an_optimizer_whose_own_clipping_is_off_gets_none(off):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
 @pytest.mark.parametrize("policy", ["zero", "skip"])
 def test_a_compiled_step_is_clipped_and_compiles_what_it_would_without(policy):
     graphs = {True: [], False: []}

@@ -34,9 +34,18 @@ SETUPS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
 }
-FUSED = [f"fused {name}" for name in SETUPS]
+
+
+def takes_scales(name: str) -> bool:
+    """Whether GradScaler leaves it to the fused optimizer to unscale; Adagrad since torch 2.7."""
+    make, options = SETUPS[name]
+    optimizer = make([nn.Parameter(torch.ones(1))], fused=True, **options)
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+FUSED = [f"fused {name}" for name in SETUPS if takes_scales(name)]
 KINDS = [*SETUPS, *FUSED, "RMSprop"]
-SOME = ["SGD", "Adam", "fused SGD", "fused Adam", "fused Adagrad", "RMSprop"]
+SOME = ["SGD", "Adam", "fused SGD", "fused Adam", FUSED[-1], "RMSprop"]
 
 SKIP = {"exceed": "skip", "max_norm": SPIKE}
 POLICIES = [

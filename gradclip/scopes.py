@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import checked_bound
+from .errors import AttachError
 
 KEY = "max_norm"
 """The key of a parameter group that has a norm and a threshold of its own."""
@@ -51,9 +52,16 @@ class GroupLabels:
             self.names, self.limits = (SHARED,), (None,)
 
     def refresh(self) -> None:
-        """Label the groups that were added since."""
+        """Label the groups that were added since.
+
+        Raises:
+            ArgumentError: One of them has a key that is no number >= 0 and not None.
+            AttachError: Groups were taken away, so that it is not known whose keys are kept.
+        """
         for number, optimizer in enumerate(self._optimizers):
             groups, kept = optimizer.param_groups, self._kept[number]
+            if len(groups) < len(kept):
+                self._forget(number, len(groups))
             while len(kept) < len(groups):
                 key = groups[len(kept)].get(KEY, _ABSENT)
                 if key is not _ABSENT and key is not None:
@@ -103,6 +111,15 @@ class GroupLabels:
                     UserWarning,
                     stacklevel=3,
                 )
+
+    def _forget(self, number: int, groups: int) -> None:
+        if not self.single:
+            raise AttachError(
+                f"{type(self._optimizers[number]).__name__} had {len(self._kept[number])} "
+                f"parameter groups and has {groups}: which {KEY} belongs to which cannot be known. "
+                "detach() and attach a new clipper."
+            )
+        del self._kept[number][groups:], self.indices[number][groups:]
 
     def _label(self, number: int, group: int, key: Any) -> int | None:
         if key is None:

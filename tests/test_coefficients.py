@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradclip.coefficients import clip_coefficients
+from gradclip.coefficients import clip_coefficients, must_skip, reduced, unless
 
 sizes = st.floats(min_value=0, allow_infinity=False)
 
@@ -43,3 +43,40 @@ def test_zero_norms_under_a_zero_threshold_are_left(count):
 def test_off_the_cpu_nothing_is_read():
     norms = torch.empty(1, device="meta")
     assert clip_coefficients(norms, norms, erase=True).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("norms", "nonfinite", "exceeding", "skips"),
+    [
+        ((1.0, 2.0), True, True, False),
+        ((1.0, 2.1), True, False, False),
+        ((1.0, 2.1), False, True, True),
+        ((math.nan, 2.0), False, True, False),
+        ((math.inf, 2.0), False, True, False),
+        ((math.nan, 2.0), True, False, True),
+        ((1.0, math.inf), True, True, True),
+    ],
+)
+def test_a_step_is_skipped_for_the_reasons_asked_for(norms, nonfinite, exceeding, skips):
+    found = must_skip(
+        torch.tensor(norms), torch.tensor([1.0, 2.0]), nonfinite=nonfinite, exceeding=exceeding
+    )
+    assert found.shape == ()
+    assert found.dtype == torch.bool
+    assert found.item() is skips
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_a_skipped_step_has_the_coefficient_one(as_tensor):
+    coefficients = torch.tensor([0.0, 0.5])
+    for skipped, expected in ((True, [1.0, 1.0]), (False, [0.0, 0.5])):
+        given = torch.tensor(skipped) if as_tensor else skipped
+        assert unless(given, coefficients).tolist() == expected
+
+
+def test_a_norm_is_reduced_by_the_bound_and_by_the_coefficient():
+    norms = torch.tensor([4.0, 0.0, math.inf, 4.0])
+    bounded = torch.tensor([2.0, 0.0, math.inf, 4.0])
+    coefficients = torch.tensor([0.5, 1.0, 0.0, 0.5])
+    assert reduced(coefficients, bounded, norms).tolist() == [0.25, 1.0, 0.0, 0.5]
+    assert reduced(coefficients, norms, norms) is coefficients

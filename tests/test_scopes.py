@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import ArgumentError, GradientClipper, Sink, Threshold
+from gradclip import ArgumentError, AttachError, GradientClipper, Sink, Threshold
 
 
 def parameter(*gradient: float) -> nn.Parameter:
@@ -205,6 +205,28 @@ def test_a_checkpoint_with_the_same_keys_gets_no_warning():
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step()
     assert norms(optimizer) == pytest.approx([0.5, 1.0, 50.0])
+
+
+def test_groups_that_are_taken_away_are_forgotten_where_none_has_a_key():
+    groups = [{"params": [parameter(g)]} for g in (3.0, 4.0)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    clipper = GradientClipper(optimizer, 1.0)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    optimizer.step()
+    assert clipper.last.norm.item() == pytest.approx(0.8)
+    optimizer.add_param_group({"params": [parameter(6.0)], "max_norm": 2.0})
+    optimizer.step()
+    assert norms(optimizer) == pytest.approx([0.8, 2.0])
+
+
+def test_groups_that_are_taken_away_are_an_error_where_keys_are_kept():
+    optimizer = three_groups()
+    GradientClipper(optimizer, 1.0)
+    del optimizer.param_groups[0]
+    with pytest.raises(AttachError, match="SGD had 3 parameter groups and has 2: .* attach a new"):
+        optimizer.step()
+    assert norms(optimizer) == [10.0, 50.0]
 
 
 def test_after_detaching_no_key_matters():

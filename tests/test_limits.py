@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from gradclip import ArgumentError, ClipRecord, Threshold
+from gradclip.limits import Limits
+from gradclip.scopes import GroupLabels
+from gradclip.settings import Settings
+from gradclip.step_gradients import StepGradients
+
+CPU = torch.device("cpu")
+
+
+class Rule(Threshold):
+    """Allows half; keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.started = None
+        self.told = []
+
+    def start(self, labels, device, dtype):
+        self.started = (labels, device, dtype)
+
+    def thresholds(self, norms, context):
+        return norms / 2
+
+    def observe(self, norms, clipped_norms, context):
+        self.told.append((norms.tolist(), clipped_norms.tolist(), context.present.tolist()))
+
+
+def labels(*keys) -> GroupLabels:
+    groups = [
+        {"params": [nn.Parameter(torch.ones(1))], **({} if key is ... else {"max_norm": key})}
+        for key in keys
+    ]
+    return GroupLabels([torch.optim.SGD(groups, lr=1.0)])
+
+
+def gradients(count: int, partial: bool = False) -> StepGradients:
+    tensors, places = [torch.ones(1) for _ in range(count)], list(range(count))
+    return StepGradients(tensors, places, Settings(), count, CPU, partial=partial)
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def record(*norms: float, **options) -> ClipRecord:
+    found = double(*norms)
+    return ClipRecord(0, 0.0, found, found / 2, torch.full_like(found, 0.5), **options)
+
+
+def test_a_threshold_starts_with_the_label_that_it_rules():
+    rule = Rule()
+    Limits(rule, labels(1.0, ...), CPU)
+    assert rule.started == (("global",), CPU, torch.float64)
+
+
+def test_thresholds_of_groups_stand_in_the_order_of_the_labels():
+    limits = Limits(Rule(), labels(1.0, ..., 0.25), CPU)
+    assert limits.at_step(gradients(3), double(8, 6, 4), 0).tolist() == [1.0, 3.0, 0.25]
+
+
+def test_what_was_allowed_is_told_with_what_came_of_it():
+    rule = Rule()
+    limits = Limits(rule, labels(1.0, ...), CPU)
+    limits.at_step(gradients(2), double(8, 6), 0)
+    limits.observe(record(8, 6))
+    assert rule.told == [([6.0], [3.0], [True])]
+
+
+def test_a_skipped_step_and_a_norm_of_a_part_are_not_told():
+    rule = Rule()
+    limits = Limits(rule, labels(...), CPU)
+    limits.at_step(gradients(1), double(8), 0)
+    limits.observe(record(8, skipped=True))
+    limits.at_step(gradients(1, partial=True), double(8), 0)
+    limits.observe(record(8))
+    assert rule.told == []
+
+
+@pytest.mark.parametrize("name", ["skipped", "overflow"])
+@pytest.mark.parametrize("value", [True, False])
+def test_what_only_the_device_knows_is_told_as_absent(name, value):
+    rule = Rule()
+    limits = Limits(rule, labels(...), CPU)
+    limits.at_step(gradients(1), double(8), 0)
+    limits.observe(replace(record(8), **{name: torch.tensor(value)}))
+    assert rule.told == [([8.0], [4.0], [not value])]
+
+
+@pytest.mark.parametrize("returned", [double(1, 2), torch.tensor(1.0), double()])
+def test_another_shape_is_an_error(returned):
+    class Wrong(Rule):
+        def thresholds(self, norms, context):
+            return returned
+
+    limits = Limits(Wrong(), labels(...), CPU)
+    with pytest.raises(ArgumentError, match=r"Wrong.thresholds\(\) returned the shape .*\(1,\)"):
+        limits.at_step(gradients(1), double(8), 0)
+
+
+def test_without_a_limit_of_its_own_a_label_has_that_of_the_rule():
+    limits = Limits(Rule(), labels(..., None), CPU)
+    assert limits.at_step(gradients(1), double(math.inf), 0).tolist() == [math.inf]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .changes import Changes, GuardedArguments
+from .changes import RUN_STEP, Changes, GuardedArguments, step_on_stack
+from .closures import Arguments, ClosureFinder
+from .coverage import version_of
 from .errors import AttachError
+from .gradients import gradients_of, parameters_of
 from .optimizers import attached
 from .records import ClipRecord
 from .scaling import (
@@ -23,8 +30,6 @@ from .scaling import (
     running_scaler,
     skips_on_device,
 )
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Attachment:
@@ -49,11 +54,18 @@ class Attachment:
         self._clip = clip
         self._finish = finish
         self._step: _Step | None = None
+        self._closures = ClosureFinder(optimizer)
+        self._inherits = _steps_through_parents(type(optimizer))
         # A compiled optimizer.step() calls these as they are and looks at nothing inside.
         self._clip_in_closure = torch.compiler.disable(self._clip_or_skip)
+        after = optimizer.register_step_post_hook(torch.compiler.disable(self._after))
+        # Hooks of others are to find everything put back.
+        cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(
+            after.id, last=False
+        )
         self._hooks = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            after,
             optimizer.register_load_state_dict_post_hook(loaded),
         ]
         attached.add(optimizer)
@@ -71,38 +83,52 @@ class Attachment:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
-        if self._step is not None:
+        step = self._step
+        if step is not None:
             if _steps_within_itself(optimizer):
-                self._step.depth += 1
-                return None
+                return self._within(step, args, kwargs)
             # The step before raised, so that no hook has put anything back.
-            self._step.changes.undo()
-            mend_marks(optimizer, self._step.marks)
+            step.changes.undo()
+            mend_marks(optimizer, step.marks)
         self._step = None
         left_out = overflows_in_passed_scaler(optimizer, kwargs)
         step = self._step = _Step(optimizer)
         if left_out:
             return None
-        closure = _closure_in(args, kwargs)
+        closure = self._closures.find(args, kwargs)
         if closure is not None:
             step.closed = step.waits = True
-            closure = self._clipped_after(closure, step)
-            if len(args) > 1:
-                args = (args[0], closure, *args[2:])
-            else:
-                kwargs = {**kwargs, "closure": closure}
+            args, kwargs = self._closures.replace(args, kwargs, self._clipped_after(closure, step))
         else:
             self._clip_or_skip(step)
             if not step.changes:
                 return None
         return args, GuardedArguments(kwargs, step.changes)
 
-    def _clipped_after(self, closure: Callable[[], Any], step: _Step) -> Callable[[], Any]:
+    def _within(
+        self, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        """Before a step that a running one takes, as through ``super().step()``: clip what is new.
+
+        The closure is wrapped already, and evaluated inside.
+        """
+        step.within = True
+        step.changes.undo()
+        if step.waits:
+            return None
+        if step.knows(gradients_of(parameters_of(self._optimizer.param_groups))):
+            self._skip_if_asked(step)
+        else:
+            self._clip_or_skip(step)
+        return (args, GuardedArguments(kwargs, step.changes)) if step.changes else None
+
+    def _clipped_after(self, closure: Callable[..., Any], step: _Step) -> Callable[..., Any]:
         """Wrap a closure, so that the gradients of every evaluation are clipped."""
 
-        def clipped_closure() -> Any:
+        @wraps(closure)
+        def clipped_closure(*args: Any, **kwargs: Any) -> Any:
             step.changes.undo()
-            loss = closure()
+            loss = closure(*args, **kwargs)
             self._clip_in_closure(step)
             return loss
 
@@ -115,25 +141,38 @@ class Attachment:
         except BaseException:
             self._abandon()
             raise
-        if step.record is not None and step.record.skipped is not False:
-            _skip(self._optimizer, step.record.skipped, step.changes)
+        if self._inherits:
+            step.remember(gradients_of(parameters_of(self._optimizer.param_groups)))
+        self._skip_if_asked(step)
+
+    def _skip_if_asked(self, step: _Step) -> None:
+        """Let the optimizer leave all as it is. Host sync where it can't on the device."""
+        skipped = False if step.record is None else step.record.skipped
+        if isinstance(skipped, Tensor) and skips_on_device(self._optimizer):
+            pending = mark_of(self._optimizer, "found_inf")
+            if pending is not None:
+                skipped = skipped | (pending > 0)
+            # Exactly 0 or 1: Adam multiplies with it.
+            step.changes.set("found_inf", skipped.float())
+        elif skipped:
+            step.hide_gradients()
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._step
         if step is None:
             return
-        if step.depth:
-            step.depth -= 1
+        if step.within and _steps_within_itself(optimizer):
+            step.changes.undo()
             return
         step.changes.undo()
         self._step = None
         try:
-            self._end(step, _closure_in(args, kwargs))
+            self._end(step, self._closures.find(args, kwargs))
         except BaseException:
             self._abandon()
             raise
 
-    def _end(self, step: _Step, closure: Callable[[], Any] | None) -> None:
+    def _end(self, step: _Step, closure: Callable[..., Any] | None) -> None:
         name = type(self._optimizer).__name__
         if step.waits:
             raise AttachError(
@@ -145,6 +184,13 @@ class Attachment:
             raise AttachError(
                 f"A step pre-hook of {name} added a closure after the clipper's hook, so that its "
                 "gradients were not clipped: register that hook before attaching the clipper."
+            )
+        if step.wrote():
+            warnings.warn(
+                f"{name} changed parameters in a step that was to be skipped, though they had no "
+                "gradient: it cannot be skipped exactly. Choose another policy than 'skip' for it.",
+                UserWarning,
+                stacklevel=5,
             )
         if step.record is not None:
             self._finish(self._optimizer, step.record)
@@ -164,44 +210,52 @@ class _Step:
     def __init__(self, optimizer: Optimizer) -> None:
         self.changes = Changes(optimizer)
         self.marks = marks_of(optimizer)
-        self.depth = 0
-        """How many calls of ``super().step()`` are running inside it."""
+        self.within = False
+        """Whether it has taken a step of its own, as through ``super().step()``."""
         self.closed = False
         """Whether it was given a closure."""
         self.waits = False
         """Whether its closure has not been evaluated."""
         self.record: ClipRecord | None = None
+        self._optimizer = optimizer
+        self._clipped: list[tuple[Tensor, int | None]] | None = None
+        self._parameters: list[tuple[Tensor, int | None]] = []
+
+    def remember(self, gradients: list[Tensor]) -> None:
+        """Remember gradients as they are now, clipped."""
+        self._clipped = [(gradient, version_of(gradient)) for gradient in gradients]
+
+    def knows(self, gradients: list[Tensor]) -> bool:
+        """Tell whether gradients are those that were clipped, unchanged."""
+        if self._clipped is None or len(self._clipped) != len(gradients):
+            return False
+        return all(
+            now is then and version is not None and version == version_of(now)
+            for now, (then, version) in zip(gradients, self._clipped, strict=True)
+        )
+
+    def hide_gradients(self) -> None:
+        """Hide the gradients, and remember the parameters as they are."""
+        if not self._parameters:
+            parameters = parameters_of(self._optimizer.param_groups)
+            self._parameters = [(each, version_of(each)) for each in parameters]
+        self.changes.hide_gradients()
+
+    def wrote(self) -> bool:
+        """Tell whether parameters were written although their gradients were hidden."""
+        skipped = self.record is not None and self.record.skipped is not False
+        return skipped and any(version_of(each) != then for each, then in self._parameters)
 
 
-def _closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-    return closure
-
-
-def _skip(optimizer: Optimizer, skipped: bool | Tensor, changes: Changes) -> None:
-    """Let the optimizer leave everything as it is. Host sync where it can't on the device."""
-    if isinstance(skipped, Tensor) and skips_on_device(optimizer):
-        pending = mark_of(optimizer, "found_inf")
-        if pending is not None:
-            skipped = skipped | (pending > 0)
-        # Exactly 0 or 1: Adam multiplies with it.
-        changes.set("found_inf", skipped.float())
-    elif skipped:
-        changes.hide_gradients()
+def _steps_through_parents(kind: type[Optimizer]) -> bool:
+    """Tell whether a class outside torch has a ``step`` that may call one of its parents."""
+    owners = [each for each in kind.__mro__ if "step" in vars(each) and each is not Optimizer]
+    return len(owners) > 1 and not owners[0].__module__.startswith("torch.optim")
 
 
 def _steps_within_itself(optimizer: Optimizer) -> bool:
     """Tell whether an earlier ``step`` of the same optimizer is still running, on the stack."""
-    hook = sys._getframe(1)
-    while hook.f_back is not None and hook.f_code is not _RUN_STEP:
-        hook = hook.f_back
-    outer = hook.f_back
-    while outer is not None:
-        if outer.f_code is _RUN_STEP and outer.f_locals["args"][0] is optimizer:
-            return True
-        outer = outer.f_back
-    return False
-
-
-_RUN_STEP = Optimizer.profile_hook_step(lambda: None).__code__
-"""What calls hooks around every step of every optimizer."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not RUN_STEP:
+        frame = frame.f_back
+    return frame is not None and step_on_stack(optimizer, frame.f_back)

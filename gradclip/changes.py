@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -36,8 +38,12 @@ class Changes:
             if parameter.grad is not None:
                 self._hidden.append((parameter, parameter.grad))
                 parameter.grad = None
-        # Some optimizers count their steps here, also without a gradient.
-        self._groups = [(g, {k: v for k, v in g.items() if _is_number(v)}) for g in groups]
+        # Some optimizers count their steps here, also without a gradient. Learning rates are
+        # others' business.
+        self._groups = [
+            (g, {k: v for k, v in g.items() if isinstance(v, int | float) and k != "lr"})
+            for g in groups
+        ]
 
     def set(self, name: str, value: object) -> None:
         """Set an attribute of the optimizer."""
@@ -45,13 +51,20 @@ class Changes:
         self._attributes[name] = (self._attributes.get(name, (earlier,))[0], value)
         setattr(self._optimizer, name, value)
 
+    def running(self) -> bool:
+        """Tell whether a step of the optimizer is on the stack."""
+        return step_on_stack(self._optimizer, sys._getframe(1))
+
     def undo(self) -> None:
         """Put everything back; the second call does nothing.
 
-        An attribute that somebody else has set since is theirs, and stays.
+        A gradient or attribute that somebody else has set since is theirs, and stays.
         """
+        if not self:
+            return
         for parameter, gradient in self._hidden:
-            parameter.grad = gradient
+            if parameter.grad is None:
+                parameter.grad = gradient
         for group, numbers in self._groups:
             group.update(numbers)
         for name, (earlier, ours) in self._attributes.items():
@@ -64,7 +77,7 @@ class Changes:
 
 
 class GuardedArguments(dict[str, Any]):
-    """Keyword arguments of a running step, which undo its changes when they go out of use.
+    """Keyword arguments of a running step, which undo its changes when the step is over.
 
     No hook fires after a step that raises, but what it was called with is let go.
 
@@ -78,9 +91,19 @@ class GuardedArguments(dict[str, Any]):
         self._changes = changes
 
     def __del__(self) -> None:
-        """Undo what no hook has undone."""
-        self._changes.undo()
+        """Undo what no hook has undone, unless another hook put its own arguments in place."""
+        if self._changes and not self._changes.running():
+            self._changes.undo()
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+def step_on_stack(optimizer: Optimizer, frame: FrameType | None) -> bool:
+    """Tell whether a ``step`` of the optimizer is being run by this frame or by one outside it."""
+    while frame is not None:
+        if frame.f_code is RUN_STEP and frame.f_locals["args"][0] is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
+RUN_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+"""What calls hooks around every step of every optimizer."""

@@ -159,11 +159,14 @@ class GradientClipper:
         if self._settings.writes and skip is not True:
             gradients.scale_(coefficients)
         reduction = reduced(coefficients, bounded, norms)
-        return self._recorded(gradients, norms, thresholds, reduction, skip)
+        record = self._recorded(gradients, norms, thresholds, reduction, skip)
+        if skip is True:
+            self._stop(optimizer, record)
+        return record
 
     def _finish(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Count and record the step that was taken or skipped, once for all optimizers."""
-        self._joint.cover_stepped(optimizer, record)
+        self._joint.cover_stepped(optimizer)
         if record is self._pending:
             self._count(record)
 
@@ -183,25 +186,23 @@ class GradientClipper:
         )
         self._joint.cover(gradients.tensors, record)
         self._pending = record
-        if skip is True:
-            self._stop(record)
         return record
 
-    def _stop(self, record: ClipRecord) -> None:
+    def _stop(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Raise for a skipped step where the policy is to; it counts all the same."""
         settings, limit = self._settings, self._settings.skip_limit
         if settings.raises and not bool(record.norms.isfinite().all()):
-            self._count(record)
+            self._finish(optimizer, record)
             raise nonfinite_error(record, self._joint.groups_of_all, self._model)
         if limit is not None and self._recorder.counters.skipped_in_a_row + 1 >= limit:
-            self._count(record)
+            self._finish(optimizer, record)
             raise skip_limit_error(limit, record.step)
 
     def _count(self, record: ClipRecord) -> None:
-        self._limits.observe(record)
         self._last, self._pending = record, None
         self._steps += 1
         self._recorder.add(record)
+        self._limits.observe(record)
         self._check_skip_limit()
 
     def _check_skip_limit(self) -> None:
@@ -240,7 +241,10 @@ class GradientClipper:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the optimizers, as their own ``zero_grad`` does."""
         for optimizer in self._given:
-            optimizer.zero_grad(set_to_none=set_to_none)
+            if set_to_none:
+                optimizer.zero_grad()  # of wrappers, some take no argument
+            else:
+                optimizer.zero_grad(set_to_none=False)
 
     @property
     def labels(self) -> tuple[str, ...]:

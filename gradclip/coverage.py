@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from weakref import ReferenceType, ref
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .records import ClipRecord
 
@@ -17,26 +19,51 @@ class Coverage:
     """
 
     def __init__(self) -> None:
-        self._covered: dict[int, tuple[ReferenceType[Tensor], int, ClipRecord]] = {}
+        self._covered: dict[int, _Covered] = {}
 
-    def record_of(self, gradient: Tensor) -> ClipRecord | None:
-        """Return the record of the clipping that covered the gradient as it is now."""
+    def knows(self, gradient: Tensor) -> bool:
+        """Tell whether the gradient is as it was when it was clipped, or stepped with."""
         found = self._covered.get(id(gradient))
-        if found is None or found[0]() is not gradient or found[1] != version_of(gradient):
+        if found is None or found.gradient() is not gradient:
+            return False
+        return found.version is not None and found.version == version_of(gradient)
+
+    def record_for(self, optimizer: Optimizer, gradient: Tensor) -> ClipRecord | None:
+        """Return the record of the clipping that covered the gradient as it is now.
+
+        None where the optimizer has stepped with it: what it steps with next is measured anew.
+        """
+        if not self.knows(gradient):
             return None
-        return found[2]
+        found = self._covered[id(gradient)]
+        return None if id(optimizer) in found.stepped else found.record
 
-    def add(self, gradients: Iterable[Tensor], record: ClipRecord) -> None:
-        """Remember gradients as they are now, after they were written."""
+    def clipped(self, gradients: Iterable[Tensor], record: ClipRecord) -> None:
+        """Remember gradients as a clipping has left them."""
         # Those whose tensor is gone are of no use, and their id may serve another tensor.
-        self._covered = {
-            key: known for key, known in self._covered.items() if known[0]() is not None
-        }
+        alive = {k: known for k, known in self._covered.items() if known.gradient() is not None}
+        self._covered = alive
         for gradient in gradients:
-            self._covered[id(gradient)] = (ref(gradient), version_of(gradient), record)
+            self._covered[id(gradient)] = _Covered(ref(gradient), version_of(gradient), record)
+
+    def stepped(self, optimizer: Optimizer, gradients: Iterable[Tensor]) -> None:
+        """Remember gradients as the step of an optimizer has left them."""
+        for gradient in gradients:
+            found = self._covered.get(id(gradient))
+            if found is not None and found.gradient() is gradient:
+                found.version = version_of(gradient)
+                found.stepped.add(id(optimizer))
 
 
-def version_of(gradient: Tensor) -> int:
-    """Return what changes whenever a tensor is written in place."""
-    # Tensors made in inference mode keep none.
-    return -1 if gradient.is_inference() else gradient._version
+@dataclass(slots=True)
+class _Covered:
+    gradient: ReferenceType[Tensor]
+    version: int | None
+    record: ClipRecord
+    stepped: set[int] = field(default_factory=set)
+    """Ids of the optimizers that have stepped with it."""
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return what changes whenever a tensor is written in place; None in inference mode."""
+    return None if tensor.is_inference() else tensor._version

@@ -85,12 +85,13 @@ class JointGradients:
     def cover(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
         """Remember what has been clipped, with its record."""
         if self._coverage is not None:
-            self._coverage.add(gradients, record)
+            self._coverage.clipped(gradients, record)
 
-    def cover_stepped(self, optimizer: Optimizer, record: ClipRecord) -> None:
+    def cover_stepped(self, optimizer: Optimizer) -> None:
         """Remember the gradients of an optimizer as its step has left them."""
         if self._coverage is not None:
-            self._coverage.add(gradients_of(parameters_of(optimizer.param_groups)), record)
+            gradients = gradients_of(parameters_of(optimizer.param_groups))
+            self._coverage.stepped(optimizer, gradients)
 
     def _of_one(self, optimizer: Optimizer, overflow: Tensor | None) -> StepGradients:
         tensors, labels = self._labelled([optimizer])
@@ -104,10 +105,11 @@ class JointGradients:
         own, _ = self._labelled([stepping])
         if not own:
             return self._of_none(stepping)
-        known = [record for gradient in own if (record := coverage.record_of(gradient)) is not None]
-        if len(known) == len(own):
-            return max(known, key=lambda record: record.step, default=None)
-        self._scaling.refuse_new(stepping, [g for g in own if coverage.record_of(g) is None])
+        covering = [coverage.record_for(stepping, gradient) for gradient in own]
+        records = [record for record in covering if record is not None]
+        if len(records) == len(own):
+            return max(records, key=lambda record: record.step)
+        self._scaling.refuse_new(stepping, [g for g in own if not coverage.knows(g)])
         others = [optimizer for optimizer in self.optimizers if optimizer is not stepping]
         overflowed = [each for each in others if self._scaling.overflowed(each)]
         left_out = {*overflowed, *filter(self._scaling.stepped, others)}
@@ -117,7 +119,7 @@ class JointGradients:
         places = [
             place
             for place, gradient in enumerate(tensors)
-            if id(gradient) in needed or coverage.record_of(gradient) is None
+            if id(gradient) in needed or not coverage.knows(gradient)
         ]
         return self._step_gradients(
             [tensors[place] for place in places],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .engines import norm_dtype
+from .engines.base import host_may_read
 from .errors import ArgumentError
 from .records import ClipRecord, clipped
 from .scopes import SHARED, GroupLabels
@@ -44,7 +45,8 @@ class Limits:
             Shape (k,), on the same device.
 
         Raises:
-            ArgumentError: The threshold returned another shape, or on another device.
+            ArgumentError: The threshold returned another shape, or on another device, or on the CPU
+            a number that is no limit.
         """
         present = _flags(gradients.present, norms.device)
         if not self._groups.single:
@@ -55,11 +57,21 @@ class Limits:
         if not len(norms):
             return self._groups.thresholds(norms)
         ruled = self._threshold.thresholds(norms, context)
+        if not isinstance(ruled, Tensor):
+            raise ArgumentError(
+                f"{type(self._threshold).__name__}.thresholds() returned a "
+                f"{type(ruled).__name__}: return a tensor of shape {tuple(norms.shape)}."
+            )
         if ruled.shape != norms.shape or ruled.device != norms.device:
             raise ArgumentError(
                 f"{type(self._threshold).__name__}.thresholds() returned the shape "
                 f"{tuple(ruled.shape)} on {ruled.device}: return one threshold for each norm, "
                 f"shape {tuple(norms.shape)} on {norms.device}."
+            )
+        if host_may_read(ruled) and not all(limit >= 0 for limit in ruled.tolist()):
+            raise ArgumentError(
+                f"{type(self._threshold).__name__}.thresholds() returned {ruled.tolist()}: return "
+                "numbers >= 0, infinity for no limit."
             )
         return self._groups.thresholds(ruled)
 

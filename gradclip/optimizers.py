@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import AttachError
 from .gradients import parameters_of
@@ -83,6 +84,11 @@ def _checked(given: object, *, skips: bool) -> Optimizer:
             f"{name} has no step hooks, as wrappers have not that skip Optimizer.__init__: give "
             "the optimizer that it wraps."
         )
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise AttachError(
+            f"{name}.step was replaced after the optimizer was built, and calls no hooks: replace "
+            "it before."
+        )
     if optimizer in attached:
         raise AttachError(
             f"Another GradientClipper is attached to this {name}: detach() or close() it first, "
@@ -104,11 +110,17 @@ def _checked(given: object, *, skips: bool) -> Optimizer:
 
 def _innermost(given: Any) -> Any:
     """Follow wrappers to the optimizer that is stepped in the end."""
+    inner = None if isinstance(given, LRScheduler) else _inner(given)
+    return given if inner is None else _innermost(inner[1])
+
+
+def _inner(given: object) -> tuple[str, Optimizer] | None:
+    """Return the optimizer that an object holds, with the attribute's name."""
     for name in WRAPPED_AS:
         inner = getattr(given, name, None)
         if isinstance(inner, Optimizer) and inner is not given:
-            return _innermost(inner)
-    return given
+            return name, inner
+    return None
 
 
 def _warn_of_own_clipping(optimizer: Optimizer) -> None:
@@ -129,4 +141,7 @@ def _not_an_optimizer(found: object) -> str:
     if found is None:
         return "No optimizer was given: give a torch.optim.Optimizer."
     what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+    inner = _inner(found)
+    if inner is not None:
+        return f"Found {what}, which holds an optimizer: give its .{inner[0]}."
     return f"Found {what}: give a torch.optim.Optimizer."

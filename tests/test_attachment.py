@@ -153,6 +153,162 @@ def test_after_a_step_through_the_parent_that_raised_the_next_is_clipped_again()
     assert clipper.steps == 1
 
 
+class Rescaling(torch.optim.SGD):
+    """Changes its gradients before it steps through its parent."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.mul_(100)
+        return super().step(closure)
+
+
+@pytest.mark.usefixtures("_hooked_parent")
+def test_what_a_step_changes_before_its_parent_steps_is_clipped_again():
+    optimizer = optimizer_of(Rescaling)
+    clipper = GradientClipper(optimizer, 1.0)
+    optimizer.step()
+    assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([0.4, 0.2])
+    assert clipper.steps == 1
+    assert clipper.last.norm.item() == pytest.approx(100.0)
+
+
+class Clearing(torch.optim.SGD):
+    """Clears its gradients after it stepped through its parent."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+@pytest.mark.usefixtures("_hooked_parent")
+def test_a_skipped_gradient_that_a_step_clears_does_not_come_back():
+    optimizer = optimizer_of(Clearing)
+    [weight] = optimizer.param_groups[0]["params"]
+    weight.grad.fill_(float("nan"))
+    clipper = GradientClipper(optimizer, 1.0, nonfinite="skip")
+    optimizer.step()
+    assert weight.grad is None
+    (weight * 0.1).sum().backward()
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.9, 0.9])
+    assert (clipper.steps, clipper.skipped) == (2, 1)
+
+
+class Decaying(torch.optim.SGD):
+    """Writes its parameters whether they have gradients or not."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].mul_(0.5)
+        return super().step(closure)
+
+
+@pytest.mark.usefixtures("_hooked_parent")
+def test_a_skipped_step_that_writes_parameters_all_the_same_gets_a_warning():
+    optimizer = optimizer_of(Decaying)
+    GradientClipper(optimizer, 1.0, exceed="skip")
+    with pytest.warns(UserWarning, match="Decaying changed parameters in a step that was to be"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"][0].grad = torch.tensor([0.3, 0.4])
+    optimizer.step()
+
+
+class Forgiving(torch.optim.SGD):
+    """Goes on when its parent's step raises."""
+
+    def step(self, closure=None):
+        try:
+            return super().step(closure)
+        except OSError:
+            return None
+
+
+@pytest.mark.usefixtures("_hooked_parent")
+def test_a_step_whose_inner_step_raised_is_counted():
+    optimizer = optimizer_of(Forgiving)
+    clipper = GradientClipper(optimizer, 1.0)
+    calls = []
+
+    def fail_inside(*_):
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            raise OSError
+
+    optimizer.register_step_pre_hook(fail_inside)
+    optimizer.step()
+    optimizer.step()
+    assert len(calls) == 4
+    assert clipper.steps == 2
+
+
+# Other hooks
+
+
+@pytest.mark.parametrize("arguments", [lambda a, k: (a, dict(k)), lambda a, k: (tuple(a), {})])
+def test_a_skip_outlives_a_later_hook_with_arguments_of_its_own(arguments):
+    optimizer = optimizer_of(torch.optim.Adam)
+    [weight] = optimizer.param_groups[0]["params"]
+    held = weight.grad
+    clipper = GradientClipper(optimizer, 1.0, exceed="skip")
+    optimizer.register_step_pre_hook(lambda _, args, kwargs: arguments(args, kwargs))
+    optimizer.step()
+    assert weight.tolist() == [1.0, 1.0]
+    assert weight.grad is held
+    assert clipper.skipped == 1
+
+
+def test_what_was_computed_after_a_skipped_step_that_raised_stays():
+    optimizer = optimizer_of()
+    [weight] = optimizer.param_groups[0]["params"]
+    GradientClipper(optimizer, 1.0, exceed="skip")
+
+    def fail(*_):
+        raise OSError
+
+    hook = optimizer.register_step_pre_hook(fail)
+    try:
+        optimizer.step()
+    except OSError as error:
+        kept = error  # and with it what the step was called with
+    optimizer.zero_grad()
+    hook.remove()
+    (weight * 0.1).sum().backward()
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.95, 0.95])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    del kept
+    assert gradient(optimizer) == pytest.approx([0.1, 0.1])
+
+
+def test_post_hooks_registered_before_find_everything_put_back():
+    optimizer = optimizer_of()
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(gradient(optimizer)))
+    GradientClipper(optimizer, 1.0, exceed="skip")
+    optimizer.step()
+    assert seen == [[3.0, 4.0]]
+
+
+def test_a_closure_may_take_arguments():
+    class Passing(torch.optim.SGD):
+        def step(self, closure=None):
+            closure(4.0, first=3.0)
+            return super().step()
+
+    optimizer = optimizer_of(Passing)
+    clipper = GradientClipper(optimizer, 1.0)
+
+    def closure(second, *, first):
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([first, second])
+
+    optimizer.step(closure)
+    assert gradient(optimizer) == pytest.approx([0.6, 0.8])
+    assert clipper.steps == 1
+
+
 # What can't be clipped
 
 

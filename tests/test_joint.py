@@ -1229,3 +1229,36 @@ def test_what_is_remembered_does_not_grow():
         loss_of(step, optimizers).backward()
         clipper.step()
     assert len(clipper._joint._coverage._covered) <= 4
+
+
+def test_gradients_that_are_written_without_a_trace_are_clipped_at_every_step():
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in (first, second)]
+    GradientClipper(optimizers, 1.0)
+    for weight in (first, second):
+        weight.grad = torch.empty(2)
+    for _ in range(3):
+        for weight in (first, second):
+            weight.grad.data.fill_(3.0)  # changes no version
+        for optimizer, weight in zip(optimizers, (first, second), strict=True):
+            optimizer.step()
+            assert weight.grad.norm().item() <= 1 + 1e-6
+
+
+def test_a_norm_that_raised_raises_again():
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in (first, second)]
+    clipper = GradientClipper(optimizers, 1.0, nonfinite="raise")
+    first.grad, second.grad = torch.full((2,), math.nan), torch.ones(2)
+    for _ in range(2):
+        with pytest.raises(NonFiniteGradientError):
+            optimizers[0].step()
+    assert clipper.steps == 2
+
+
+def test_where_nobody_has_a_gradient_there_is_one_record_a_round():
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0) for _ in range(2)]
+    clipper = GradientClipper(optimizers, 1.0)
+    clipper.step()
+    assert clipper.steps == 1
+    assert clipper.last.norm.item() == 0.0

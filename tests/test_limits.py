@@ -108,3 +108,14 @@ def test_another_shape_is_an_error(returned):
 def test_without_a_limit_of_its_own_a_label_has_that_of_the_rule():
     limits = Limits(Rule(), labels(..., None), CPU)
     assert limits.at_step(gradients(1), double(math.inf), 0).tolist() == [math.inf]
+
+
+@pytest.mark.parametrize("returned", [double(math.nan), double(-1), 1.0, None, [1.0]])
+def test_what_is_no_limit_is_an_error(returned):
+    class Wrong(Rule):
+        def thresholds(self, norms, context):
+            return returned
+
+    limits = Limits(Wrong(), labels(...), CPU)
+    with pytest.raises(ArgumentError, match=r"Wrong.thresholds\(\) returned .*: return "):
+        limits.at_step(gradients(1), double(8), 0)

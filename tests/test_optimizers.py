@@ -177,3 +177,31 @@ def test_an_optimizer_whose_own_clipping_is_off_gets_none(off):
     optimizer.param_groups[0]["max_grad_norm"] = off
     optimizer.max_grad_norm = off
     GradientClipper(optimizer, 1.0)
+
+
+def test_a_scheduler_is_no_wrapper():
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer_of(), 1)
+    with pytest.raises(AttachError, match="Found a StepLR, which holds an optimizer: give its .op"):
+        GradientClipper(scheduler, 1.0)
+
+
+def test_a_step_that_calls_no_hooks_is_refused():
+    class Replaced(torch.optim.SGD):
+        pass
+
+    optimizer = optimizer_of(Replaced)
+    Replaced.step = lambda self, closure=None: None
+    with pytest.raises(AttachError, match="Replaced.step was replaced after the optimizer was bui"):
+        GradientClipper(optimizer, 1.0)
+
+
+def test_a_wrapper_whose_zero_grad_takes_nothing_can_be_cleared():
+    class Plain(Wrapper):
+        step = None
+
+        def zero_grad(self) -> None:
+            self.optimizer.zero_grad()
+
+    optimizer = optimizer_of()
+    GradientClipper(Plain(optimizer), 1.0).zero_grad()
+    assert optimizer.param_groups[0]["params"][0].grad is None

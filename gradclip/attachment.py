@@ -185,6 +185,8 @@ class Attachment:
                 f"A step pre-hook of {name} added a closure after the clipper's hook, so that its "
                 "gradients were not clipped: register that hook before attaching the clipper."
             )
+        if step.record is not None:
+            self._finish(self._optimizer, step.record)
         if step.wrote():
             warnings.warn(
                 f"{name} changed parameters in a step that was to be skipped, though they had no "
@@ -192,8 +194,6 @@ class Attachment:
                 UserWarning,
                 stacklevel=5,
             )
-        if step.record is not None:
-            self._finish(self._optimizer, step.record)
 
     def _abandon(self) -> None:
         """End a step that is not going to be taken."""

@@ -114,7 +114,8 @@ def _finish(device: torch.device) -> None:
 
 
 def _alike(one: ClipRecord, other: ClipRecord) -> bool:
-    return one.norms.shape == other.norms.shape and one.norms.device == other.norms.device
+    same_count = one.norms.numel() == other.norms.numel()
+    return same_count and one.norms.device == other.norms.device
 
 
 def _late(record: ClipRecord) -> bool:

@@ -30,6 +30,7 @@ class Limits:
         self._threshold = threshold
         self._groups = groups
         self._observes = type(threshold).observe is not Threshold.observe
+        self._foreign = not type(threshold).__module__.startswith(f"{__package__}.")
         self._context: StepContext | None = None
         threshold.start((SHARED,), device, norm_dtype(device))
 
@@ -54,37 +55,42 @@ class Limits:
         context = StepContext(step, present)
         # The norm of a part of the gradients is no example of what is to be expected.
         self._context = context if self._observes and not gradients.partial else None
-        if not len(norms):
+        if not norms.numel():
             return self._groups.thresholds(norms)
         ruled = self._threshold.thresholds(norms, context)
-        if not isinstance(ruled, Tensor):
-            raise ArgumentError(
-                f"{type(self._threshold).__name__}.thresholds() returned a "
-                f"{type(ruled).__name__}: return a tensor of shape {tuple(norms.shape)}."
-            )
-        if ruled.shape != norms.shape or ruled.device != norms.device:
-            raise ArgumentError(
-                f"{type(self._threshold).__name__}.thresholds() returned the shape "
-                f"{tuple(ruled.shape)} on {ruled.device}: return one threshold for each norm, "
-                f"shape {tuple(norms.shape)} on {norms.device}."
-            )
-        if host_may_read(ruled) and not all(limit >= 0 for limit in ruled.tolist()):
-            raise ArgumentError(
-                f"{type(self._threshold).__name__}.thresholds() returned {ruled.tolist()}: return "
-                "numbers >= 0, infinity for no limit."
-            )
+        if self._foreign:
+            _check(self._threshold, ruled, norms)
         return self._groups.thresholds(ruled)
 
     def observe(self, record: ClipRecord) -> None:
         """Let the threshold learn from the step that it was asked about, unless it was skipped."""
         context, shared = self._context, self._groups.shared
-        if context is None or record.skipped is True or shared.start == len(record.norms):
+        if context is None or record.skipped is True or shared.start == record.norms.numel():
             return
         for left_out in (record.skipped, record.overflow):
             if isinstance(left_out, Tensor):
                 context = replace(context, present=context.present & ~left_out)
         norms, coefficients = record.norms[shared], record.coefficients[shared]
         self._threshold.observe(norms, clipped(norms, coefficients), context)
+
+
+def _check(threshold: Threshold, ruled: object, norms: Tensor) -> None:
+    """Check what a threshold of the user's own returned; its values only where nothing waits."""
+    name = f"{type(threshold).__name__}.thresholds()"
+    if not isinstance(ruled, Tensor):
+        raise ArgumentError(
+            f"{name} returned a {type(ruled).__name__}: return a tensor of shape "
+            f"{tuple(norms.shape)}."
+        )
+    if ruled.shape != norms.shape or ruled.device != norms.device:
+        raise ArgumentError(
+            f"{name} returned the shape {tuple(ruled.shape)} on {ruled.device}: return one "
+            f"threshold for each norm, shape {tuple(norms.shape)} on {norms.device}."
+        )
+    if host_may_read(ruled) and not all(limit >= 0 for limit in ruled.tolist()):
+        raise ArgumentError(
+            f"{name} returned {ruled.tolist()}: return numbers >= 0, infinity for no limit."
+        )
 
 
 @lru_cache(maxsize=8)

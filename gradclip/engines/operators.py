@@ -4,9 +4,10 @@ Two ways, because the host may look at a CPU tensor for free and must never look
 
 On the CPU large tensors are condensed first. A row of 256 elements becomes its norm, in the
 gradient's own vector code at memory speed; a sum of so few squares keeps 1e-6 on constant
-data too, where the rounding of longer runs adds up. The norms of the rows, beside small
-tensors as they are, are then summed in float64. What comes out of range of float32 (too large,
-or so small that squares vanish) is summed once more, all of it in float64.
+data too, where the rounding of longer runs adds up. In half precision a row of 1024 becomes its
+mean and its deviation. Beside small tensors as they are, these are then summed in float64. What
+comes out of range of float32 (too large, or so small that squares vanish) is summed once more,
+all of it in float64.
 
 Elsewhere the sums are torch's multi-tensor norms with float64 accumulation, and nothing here
 waits for the device.
@@ -33,6 +34,8 @@ QUICK = (1, 2, INFINITY)
 """Orders whose sums may begin in float32: the powers of others leave its range too easily."""
 ROW = 256
 """Elements summed in float32 before float64 takes over."""
+LONG_ROW = 1024
+"""Elements of half precision whose mean and variance are taken in float32."""
 SMALL = 8192
 """Tensors up to this length are converted to float64 as they are: cheaper than condensing."""
 CHUNK = 1 << 18
@@ -93,37 +96,11 @@ def _host_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
     if max(map(Tensor.numel, tensors)) <= SMALL:
         # The usual case of a small model, in which every call counts.
         norm = _norm(_flatten_dense_tensors(tensors).double(), order)
-    elif tensors[0].dtype in HALVES and order != INFINITY:
-        norm = _norm_of_halves(tensors, order)
     else:
-        norm = _norm(_joined(_condensed(tensors, order, exact=False)), order)
+        norm = _norm_of_all(_condensed(tensors, order, exact=False), order)
     if _doubtful(norm.item() ** min(order, 2), tensors[0].dtype):
         norm = _norm(_joined(_condensed(tensors, order, exact=True)), order)
     return norm
-
-
-def _norm_of_halves(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Measure float16 or bfloat16, large tensors through a float32 buffer that stays in cache."""
-    small = [tensor for tensor in tensors if tensor.numel() <= SMALL]
-    large = _streamed_row_norms([t for t in tensors if t.numel() > SMALL], order)
-    parts = [_norm(_joined([pieces]), order) for pieces in (small, large) if pieces]
-    return _norm(torch.cat(parts), order)
-
-
-def _streamed_row_norms(tensors: Iterable[Tensor], order: float) -> list[Tensor]:
-    """Return the norms of rows of all tensors as if they were one."""
-    buffer = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
-    filled, pieces = 0, []
-    for tensor in tensors:
-        values = flat(tensor)
-        while values.numel():
-            part, values = values[: CHUNK - filled], values[CHUNK - filled :]
-            buffer[filled : filled + part.numel()].copy_(part)
-            filled += part.numel()
-            if filled == CHUNK:
-                pieces += _row_norms(buffer, order)
-                filled = 0
-    return pieces + _row_norms(buffer[:filled], order)
 
 
 def _host_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:
@@ -138,6 +115,8 @@ def _host_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 def _doubtful(power_sum: float, dtype: torch.dtype) -> bool:
     """Tell whether a sum that was begun in float32 may have left its range."""
+    if dtype in HALVES:
+        return not VANISHING <= power_sum < INFINITY  # an infinite mean makes the variance NaN
     return (power_sum < VANISHING or power_sum == INFINITY) and dtype is not torch.float64
 
 
@@ -155,6 +134,15 @@ def _sums(tensors: Sequence[Tensor], order: float, exact: bool) -> Tensor:
 def _joined(condensed: Iterable[list[Tensor]]) -> Tensor:
     joined: Tensor = _flatten_dense_tensors([*chain.from_iterable(condensed)])
     return joined.double()
+
+
+def _norm_of_all(condensed: Iterable[list[Tensor]], order: float) -> Tensor:
+    # Apart by dtype: to join several is slow.
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for piece in chain.from_iterable(condensed):
+        alike.setdefault(piece.dtype, []).append(piece)
+    norms = [_norm(_joined([pieces]), order) for pieces in alike.values()]
+    return norms[0] if len(norms) == 1 else _norm(torch.cat(norms), order)
 
 
 def _norm(values: Tensor, order: float) -> Tensor:
@@ -176,6 +164,8 @@ def _condensed(tensors: Sequence[Tensor], order: float, *, exact: bool) -> Itera
             yield [tensor]
         elif as_it_is:
             yield _row_norms(flat(tensor), order)
+        elif order == 2 and not exact:  # half precision
+            yield _row_moments(flat(tensor))
         else:
             if buffer is None:
                 buffer = torch.empty(CHUNK, dtype=needed, device="cpu")
@@ -205,6 +195,22 @@ def _row_norms(values: Tensor, order: float) -> list[Tensor]:
     # For the 1-norm vector_norm adds up one by one, sum in parallel lanes.
     norms = rows.abs().sum(1) if order == 1 else torch.linalg.vector_norm(rows, order, 1)
     return [norms, values[-rest:]] if rest else [norms]
+
+
+def _row_moments(values: Tensor) -> list[Tensor]:
+    """Return mean and deviation of all whole rows, with their power sum, then what is left over.
+
+    The statistics of batch normalisation read half precision at memory speed and add up in
+    float32, in two passes over a row, so that longer rows keep 1e-6.
+    """
+    count, rest = divmod(values.numel(), LONG_ROW)
+    if not count:
+        return [values]
+    rows = (values[:-rest] if rest else values).view(1, count, LONG_ROW)
+    running = torch.zeros(2, count, dtype=torch.float32, device="cpu")  # for their dtype alone
+    means, variances = torch.batch_norm_update_stats(rows, running[0], running[1], 0.0)
+    moments = [means.mul_(LONG_ROW**0.5), variances.mul_(LONG_ROW).sqrt_()]
+    return [*moments, values[-rest:]] if rest else moments
 
 
 # What a float is when its exponent bits are zero: its mantissa times the smallest subnormal.

@@ -96,6 +96,10 @@ def _host_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
     if max(map(Tensor.numel, tensors)) <= SMALL:
         # The usual case of a small model, in which every call counts.
         norm = _norm(_flatten_dense_tensors(tensors).double(), order)
+    elif order == 2 and tensors[0].dtype in HALVES:
+        small = [tensor for tensor in tensors if tensor.numel() <= SMALL]
+        large = [tensor for tensor in tensors if tensor.numel() > SMALL]
+        norm = _norm_of_all([small, _row_moments(large)], order)
     else:
         norm = _norm_of_all(_condensed(tensors, order, exact=False), order)
     if _doubtful(norm.item() ** min(order, 2), tensors[0].dtype):
@@ -165,7 +169,7 @@ def _condensed(tensors: Sequence[Tensor], order: float, *, exact: bool) -> Itera
         elif as_it_is:
             yield _row_norms(flat(tensor), order)
         elif order == 2 and not exact:  # half precision
-            yield _row_moments(flat(tensor))
+            yield _row_moments([tensor])
         else:
             if buffer is None:
                 buffer = torch.empty(CHUNK, dtype=needed, device="cpu")
@@ -197,20 +201,27 @@ def _row_norms(values: Tensor, order: float) -> list[Tensor]:
     return [norms, values[-rest:]] if rest else [norms]
 
 
-def _row_moments(values: Tensor) -> list[Tensor]:
+def _row_moments(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return mean and deviation of all whole rows, with their power sum, then what is left over.
 
     The statistics of batch normalisation read half precision at memory speed and add up in
     float32, in two passes over a row, so that longer rows keep 1e-6.
     """
-    count, rest = divmod(values.numel(), LONG_ROW)
-    if not count:
-        return [values]
-    rows = (values[:-rest] if rest else values).view(1, count, LONG_ROW)
-    running = torch.zeros(2, count, dtype=torch.float32, device="cpu")  # for their dtype alone
-    means, variances = torch.batch_norm_update_stats(rows, running[0], running[1], 0.0)
-    moments = [means.mul_(LONG_ROW**0.5), variances.mul_(LONG_ROW).sqrt_()]
-    return [*moments, values[-rest:]] if rest else moments
+    means, variances, left_over = [], [], []
+    for values in map(flat, tensors):
+        count, rest = divmod(values.numel(), LONG_ROW)
+        if count:
+            rows = (values[:-rest] if rest else values).view(1, count, LONG_ROW)
+            running = torch.zeros(count, dtype=torch.float32, device="cpu")  # for its dtype alone
+            mean, variance = torch.batch_norm_update_stats(rows, running, running, 0.0)
+            means.append(mean)
+            variances.append(variance)
+        if rest:
+            left_over.append(values[-rest:])
+    if not means:
+        return left_over
+    deviations = torch.cat(variances).mul_(LONG_ROW).sqrt_()
+    return [torch.cat(means).mul_(LONG_ROW**0.5), deviations, *left_over]
 
 
 # What a float is when its exponent bits are zero: its mantissa times the smallest subnormal.

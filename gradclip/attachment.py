@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
-from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .changes import RUN_STEP, Changes, GuardedArguments, step_on_stack
+from .changes import Changes, GuardedArguments
 from .closures import Arguments, ClosureFinder
-from .coverage import version_of
 from .errors import AttachError
-from .gradients import gradients_of, parameters_of
+from .gradients import gradients_held, parameters_of
 from .optimizers import attached
 from .records import ClipRecord
 from .scaling import (
@@ -27,9 +24,10 @@ from .scaling import (
     marks_of,
     mend_marks,
     overflows_in_passed_scaler,
-    running_scaler,
     skips_on_device,
 )
+from .seen import Seen, version_of
+from .stack import running_scaler, step_running
 
 
 class Attachment:
@@ -85,7 +83,7 @@ class Attachment:
     ) -> Arguments | None:
         step = self._step
         if step is not None:
-            if _steps_within_itself(optimizer):
+            if step_running(optimizer, outside=1):
                 return self._within(step, args, kwargs)
             # The step before raised, so that no hook has put anything back.
             step.changes.undo()
@@ -116,7 +114,7 @@ class Attachment:
         step.changes.undo()
         if step.waits:
             return None
-        if step.knows(gradients_of(parameters_of(self._optimizer.param_groups))):
+        if step.knows(gradients_held(self._optimizer)):
             self._skip_if_asked(step)
         else:
             self._clip_or_skip(step)
@@ -142,7 +140,7 @@ class Attachment:
             self._abandon()
             raise
         if self._inherits:
-            step.remember(gradients_of(parameters_of(self._optimizer.param_groups)))
+            step.remember(gradients_held(self._optimizer))
         self._skip_if_asked(step)
 
     def _skip_if_asked(self, step: _Step) -> None:
@@ -161,10 +159,9 @@ class Attachment:
         step = self._step
         if step is None:
             return
-        if step.within and _steps_within_itself(optimizer):
-            step.changes.undo()
-            return
         step.changes.undo()
+        if step.within and step_running(optimizer, outside=1):
+            return
         self._step = None
         try:
             self._end(step, self._closures.find(args, kwargs))
@@ -218,20 +215,20 @@ class _Step:
         """Whether its closure has not been evaluated."""
         self.record: ClipRecord | None = None
         self._optimizer = optimizer
-        self._clipped: list[tuple[Tensor, int | None]] | None = None
+        self._clipped: list[Seen] | None = None
         self._parameters: list[tuple[Tensor, int | None]] = []
 
     def remember(self, gradients: list[Tensor]) -> None:
         """Remember gradients as they are now, clipped."""
-        self._clipped = [(gradient, version_of(gradient)) for gradient in gradients]
+        self._clipped = [*map(Seen, gradients)]
 
     def knows(self, gradients: list[Tensor]) -> bool:
         """Tell whether gradients are those that were clipped, unchanged."""
         if self._clipped is None or len(self._clipped) != len(gradients):
             return False
         return all(
-            now is then and version is not None and version == version_of(now)
-            for now, (then, version) in zip(gradients, self._clipped, strict=True)
+            seen.unchanged(gradient) and not gradient.is_inference()
+            for gradient, seen in zip(gradients, self._clipped, strict=True)
         )
 
     def hide_gradients(self) -> None:
@@ -251,11 +248,3 @@ def _steps_through_parents(kind: type[Optimizer]) -> bool:
     """Tell whether a class outside torch has a ``step`` that may call one of its parents."""
     owners = [each for each in kind.__mro__ if "step" in vars(each) and each is not Optimizer]
     return len(owners) > 1 and not owners[0].__module__.startswith("torch.optim")
-
-
-def _steps_within_itself(optimizer: Optimizer) -> bool:
-    """Tell whether an earlier ``step`` of the same optimizer is still running, on the stack."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not RUN_STEP:
-        frame = frame.f_back
-    return frame is not None and step_on_stack(optimizer, frame.f_back)

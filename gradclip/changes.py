@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .gradients import parameters_of
+from .stack import step_running
 
 _ABSENT = object()
 
@@ -22,7 +21,7 @@ class Changes:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._attributes: dict[str, tuple[object, object]] = {}
@@ -33,7 +32,7 @@ class Changes:
 
     def hide_gradients(self) -> None:
         """Let the optimizer find no gradient: it leaves parameters and their state as they are."""
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         for parameter in parameters_of(groups):
             if parameter.grad is not None:
                 self._hidden.append((parameter, parameter.grad))
@@ -47,13 +46,9 @@ class Changes:
 
     def set(self, name: str, value: object) -> None:
         """Set an attribute of the optimizer."""
-        earlier = vars(self._optimizer).get(name, _ABSENT)
+        earlier = vars(self.optimizer).get(name, _ABSENT)
         self._attributes[name] = (self._attributes.get(name, (earlier,))[0], value)
-        setattr(self._optimizer, name, value)
-
-    def running(self) -> bool:
-        """Tell whether a step of the optimizer is on the stack."""
-        return step_on_stack(self._optimizer, sys._getframe(1))
+        setattr(self.optimizer, name, value)
 
     def undo(self) -> None:
         """Put everything back; the second call does nothing.
@@ -68,11 +63,11 @@ class Changes:
         for group, numbers in self._groups:
             group.update(numbers)
         for name, (earlier, ours) in self._attributes.items():
-            if vars(self._optimizer).get(name) is ours:
+            if vars(self.optimizer).get(name) is ours:
                 if earlier is _ABSENT:
-                    delattr(self._optimizer, name)
+                    delattr(self.optimizer, name)
                 else:
-                    setattr(self._optimizer, name, earlier)
+                    setattr(self.optimizer, name, earlier)
         self._hidden, self._groups, self._attributes = [], [], {}
 
 
@@ -92,18 +87,5 @@ class GuardedArguments(dict[str, Any]):
 
     def __del__(self) -> None:
         """Undo what no hook has undone, unless another hook put its own arguments in place."""
-        if self._changes and not self._changes.running():
+        if self._changes and not step_running(self._changes.optimizer):
             self._changes.undo()
-
-
-def step_on_stack(optimizer: Optimizer, frame: FrameType | None) -> bool:
-    """Tell whether a ``step`` of the optimizer is being run by this frame or by one outside it."""
-    while frame is not None:
-        if frame.f_code is RUN_STEP and frame.f_locals["args"][0] is optimizer:
-            return True
-        frame = frame.f_back
-    return False
-
-
-RUN_STEP = Optimizer.profile_hook_step(lambda: None).__code__
-"""What calls hooks around every step of every optimizer."""

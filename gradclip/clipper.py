@@ -22,7 +22,7 @@ from .errors import ArgumentError, AttachError
 from .gradients import parameters_of
 from .joint import JointGradients
 from .limits import Limits
-from .optimizers import clippable
+from .optimizers import clippable, listed
 from .policies import nonfinite_error, skip_limit_error, verdict
 from .recorder import Recorder
 from .records import ClipRecord
@@ -126,9 +126,7 @@ class GradientClipper:
             raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
         self._model = model
         optimizers = clippable(optimizer, skips=self._settings.skips)
-        self._given: list[Any] = (
-            list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-        )
+        self._given = listed(optimizer)
         self._joint = JointGradients(optimizers, grad_scaler, self._settings)
         self._limits = Limits(self._threshold, self._joint.groups, self._joint.device)
         self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
@@ -180,10 +178,8 @@ class GradientClipper:
         coefficients: Tensor,
         skip: bool | Tensor,
     ) -> ClipRecord:
-        overflow = gradients.overflow
-        record = ClipRecord(
-            self._steps, time.time(), norms, thresholds, coefficients, skip, overflow
-        )
+        step, now, overflow = self._steps, time.time(), gradients.overflow
+        record = ClipRecord(step, now, norms, thresholds, coefficients, skip, overflow)
         self._joint.cover(gradients.tensors, record)
         self._pending = record
         return record

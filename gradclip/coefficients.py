@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .engines.base import host_may_read
+
 
 def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
     """Return ``min(1, threshold / norm)`` for every norm.
@@ -24,7 +26,7 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
     Returns:
         Shape (k,) in [0, 1]; exactly 1 where the norm is at most its threshold. No host sync.
     """
-    if norms.is_cpu and norms.numel() == 1:
+    if norms.numel() == 1 and host_may_read(norms):
         # The usual case, in which numbers are several times as fast as operators.
         coefficient = _coefficient(norms.item(), thresholds.item(), erase)
         return _one(norms.dtype) if coefficient == 1 else torch.full_like(norms, coefficient)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from weakref import ReferenceType, ref
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .records import ClipRecord
+from .seen import Seen
 
 
 class Coverage:
@@ -24,9 +24,8 @@ class Coverage:
     def knows(self, gradient: Tensor) -> bool:
         """Tell whether the gradient is as it was when it was clipped, or stepped with."""
         found = self._covered.get(id(gradient))
-        if found is None or found.gradient() is not gradient:
-            return False
-        return found.version is not None and found.version == version_of(gradient)
+        # What keeps no version may have been written.
+        return found is not None and found.seen.unchanged(gradient) and not gradient.is_inference()
 
     def record_for(self, optimizer: Optimizer, gradient: Tensor) -> ClipRecord | None:
         """Return the record of the clipping that covered the gradient as it is now.
@@ -41,29 +40,22 @@ class Coverage:
     def clipped(self, gradients: Iterable[Tensor], record: ClipRecord) -> None:
         """Remember gradients as a clipping has left them."""
         # Those whose tensor is gone are of no use, and their id may serve another tensor.
-        alive = {k: known for k, known in self._covered.items() if known.gradient() is not None}
-        self._covered = alive
+        self._covered = {k: known for k, known in self._covered.items() if known.seen.alive}
         for gradient in gradients:
-            self._covered[id(gradient)] = _Covered(ref(gradient), version_of(gradient), record)
+            self._covered[id(gradient)] = _Covered(Seen(gradient), record)
 
     def stepped(self, optimizer: Optimizer, gradients: Iterable[Tensor]) -> None:
         """Remember gradients as the step of an optimizer has left them."""
         for gradient in gradients:
             found = self._covered.get(id(gradient))
-            if found is not None and found.gradient() is gradient:
-                found.version = version_of(gradient)
+            if found is not None and found.seen.is_of(gradient):
+                found.seen = Seen(gradient)
                 found.stepped.add(id(optimizer))
 
 
 @dataclass(slots=True)
 class _Covered:
-    gradient: ReferenceType[Tensor]
-    version: int | None
+    seen: Seen
     record: ClipRecord
     stepped: set[int] = field(default_factory=set)
     """Ids of the optimizers that have stepped with it."""
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """Return what changes whenever a tensor is written in place; None in inference mode."""
-    return None if tensor.is_inference() else tensor._version

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .errors import GradientError, NotAvailableError
 
@@ -54,6 +55,11 @@ def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the gradients that are there, each object once however many parameters share it."""
     return distinct([grad for p in parameters if (grad := p.grad) is not None])
+
+
+def gradients_held(optimizer: Optimizer) -> list[Tensor]:
+    """Return the gradients of an optimizer's parameters, each object once."""
+    return gradients_of(parameters_of(optimizer.param_groups))
 
 
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

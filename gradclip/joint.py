@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .changes import Changes
 from .coverage import Coverage
 from .engines.base import host_may_read
-from .gradients import distinct, gradients_of, parameters_of
+from .gradients import distinct, gradients_held, gradients_of, parameters_of
 from .optimizers import check_groups, refuse_within_backward
 from .records import ClipRecord
 from .scaling import JointScaling, mark_of
@@ -90,8 +90,7 @@ class JointGradients:
     def cover_stepped(self, optimizer: Optimizer) -> None:
         """Remember the gradients of an optimizer as its step has left them."""
         if self._coverage is not None:
-            gradients = gradients_of(parameters_of(optimizer.param_groups))
-            self._coverage.stepped(optimizer, gradients)
+            self._coverage.stepped(optimizer, gradients_held(optimizer))
 
     def _of_one(self, optimizer: Optimizer, overflow: Tensor | None) -> StepGradients:
         tensors, labels = self._labelled([optimizer])
@@ -129,8 +128,7 @@ class JointGradients:
 
     def _of_none(self, stepping: Optimizer) -> StepGradients | None:
         """Record a step for which nobody has a gradient once, as that of the first optimizer."""
-        anything = gradients_of(parameters_of(self.groups_of_all))
-        if anything or stepping is not self.optimizers[0]:
+        if any(map(gradients_held, self.optimizers)) or stepping is not self.optimizers[0]:
             return None
         return self._step_gradients([], None)
 

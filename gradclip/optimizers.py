@@ -34,8 +34,7 @@ def clippable(given: object, *, skips: bool) -> list[Optimizer]:
         AttachError: One that can't be clipped, for the reason that the message gives.
         NotAvailableError: One with sharded parameters.
     """
-    several = list(given) if isinstance(given, list | tuple) else [given]
-    optimizers = [_checked(each, skips=skips) for each in several or [None]]
+    optimizers = [_checked(each, skips=skips) for each in listed(given) or [None]]
     for index, optimizer in enumerate(optimizers):
         if any(optimizer is other for other in optimizers[:index]):
             raise AttachError(
@@ -43,6 +42,11 @@ def clippable(given: object, *, skips: bool) -> list[Optimizer]:
             )
         _warn_of_own_clipping(optimizer)
     return optimizers
+
+
+def listed(given: object) -> list[Any]:
+    """Return what was given as one or several, as a list."""
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def check_groups(optimizer: Optimizer) -> None:

@@ -99,8 +99,8 @@ class Recorder:
 
     def _rows(self, batch: Batch) -> list[LoggedStep]:
         """Count a batch, and return it as plain numbers where a sink wants them."""
-        values, skipped, steps = batch.values(), batch.skipped(), self._steps_of(batch)
-        overflowed = batch.overflowed()
+        values, skipped, overflowed = batch.values(), batch.skipped(), batch.overflowed()
+        steps = self._steps_of(batch, overflowed)
         if overflowed is not None:
             values, skipped = values[:, ~overflowed], skipped[~overflowed]
         if not steps:
@@ -130,9 +130,8 @@ class Recorder:
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
 
-    def _steps_of(self, batch: Batch) -> list[tuple[int, float]]:
+    def _steps_of(self, batch: Batch, left_out: Tensor | None) -> list[tuple[int, float]]:
         """Return index and wall time of each step that was not left out by GradScaler."""
-        left_out = batch.overflowed()
         flags = [False] * len(batch.records) if left_out is None else left_out.tolist()
         steps = []
         for record, left in zip(batch.records, flags, strict=True):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from .coverage import version_of
 from .errors import ArgumentError, AttachError
-from .gradients import gradients_of, parameters_of
+from .gradients import gradients_held
+from .seen import Seen
+from .stack import running_scaler
 
 if TYPE_CHECKING:
     from .changes import Changes
@@ -28,8 +26,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagr
 
 def mark_of(optimizer: Optimizer, name: str) -> Tensor | None:
     """Return ``grad_scale`` or ``found_inf`` where the optimizer heeds it, else None."""
-    heeds = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return getattr(optimizer, name, None) if heeds else None
+    return getattr(optimizer, name, None) if _heeds_marks(optimizer) else None
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
@@ -38,7 +35,7 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     True for torch's own fused optimizers once their state is there: before that the first step
     makes it, and that of SGD would be uninitialised memory.
     """
-    if type(optimizer) not in FUSED or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if type(optimizer) not in FUSED or not _heeds_marks(optimizer):
         return False
     stateless = type(optimizer) is torch.optim.SGD
     return all(
@@ -49,20 +46,13 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     )
 
 
+def _heeds_marks(optimizer: Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def _has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
     state = optimizer.state.get(parameter, {})
     return len(state) > 0 and all(value is not None for value in state.values())
-
-
-def running_scaler() -> GradScaler | None:
-    """Return the GradScaler whose ``step`` is being called, found on the stack."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is GradScaler.step.__code__:
-            scaler: GradScaler = frame.f_locals["self"]
-            return scaler
-        frame = frame.f_back
-    return None
 
 
 def marks_of(optimizer: Optimizer) -> list[object]:
@@ -186,7 +176,7 @@ class JointScaling:
     def _unscale_all(
         self, scaler: GradScaler, stepping: Optimizer, optimizers: Sequence[Optimizer]
     ) -> None:
-        held = {each: gradients_of(parameters_of(each.param_groups)) for each in optimizers}
+        held = {each: gradients_held(each) for each in optimizers}
         self._check(scaler, stepping, held)
         updated = [key for key, early in self._early.items() if early.updated(scaler)]
         for key in updated:
@@ -229,8 +219,7 @@ class _Early:
     def __init__(
         self, scaler: GradScaler, optimizer: Optimizer, gradients: Sequence[Tensor]
     ) -> None:
-        self._gradients = {id(gradient): ref(gradient) for gradient in gradients}
-        self._versions = {id(gradient): version_of(gradient) for gradient in gradients}
+        self._gradients = {id(gradient): Seen(gradient) for gradient in gradients}
         self._optimizer = id(optimizer)
         self._found = _found_inf(scaler, optimizer)
         self._state = scaler._per_optimizer_states[id(optimizer)]
@@ -247,16 +236,13 @@ class _Early:
         """
         if not self.updated(scaler) or self._state["stage"] is OptState.STEPPED:
             return False
-        kept = any(self._has(gradient) for gradient in gradients)
-        return kept and not (self._found is not None and bool(self._found))
+        kept = any(seen.is_of(g) for g in gradients if (seen := self._gradients.get(id(g))))
+        return kept and not _is_true(self._found)
 
     def knows(self, gradient: Tensor) -> bool:
         """Tell whether a gradient is as it was when it was unscaled."""
-        return self._has(gradient) and self._versions[id(gradient)] == version_of(gradient)
-
-    def _has(self, gradient: Tensor) -> bool:
-        known = self._gradients.get(id(gradient))
-        return known is not None and known() is gradient
+        seen = self._gradients.get(id(gradient))
+        return seen is not None and seen.unchanged(gradient)
 
 
 def _refuse_different_scales(
@@ -265,7 +251,7 @@ def _refuse_different_scales(
     others = [
         optimizer
         for optimizer in optimizers
-        if optimizer is not stepping and gradients_of(parameters_of(optimizer.param_groups))
+        if optimizer is not stepping and gradients_held(optimizer)
     ]
     scaled = scaler is not None and any(_stage(scaler, o) is OptState.READY for o in others)
     if scaled or (others and mark_of(stepping, "grad_scale") is not None):
@@ -276,20 +262,27 @@ def _refuse_different_scales(
         )
 
 
+def _state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any] | None:
+    """Return what the scaler knows of an optimizer since its last update."""
+    return scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
+
+
 def _stage(scaler: GradScaler, optimizer: Optimizer) -> OptState:
-    state = scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
-    if state is None:
-        return OptState.READY if scaler.is_enabled() else OptState.UNSCALED
-    stage: OptState = state["stage"]
-    return stage
+    if not scaler.is_enabled():
+        return OptState.UNSCALED
+    state = _state(scaler, optimizer)
+    return OptState.READY if state is None else state["stage"]
 
 
 def _found_inf(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
-    state = scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
+    state = _state(scaler, optimizer)
     found = list(state["found_inf_per_device"].values()) if state else []
     return sum(f.to(found[0].device) for f in found[1:]) + found[0] if found else None
 
 
 def _overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    found = _found_inf(scaler, optimizer)
+    return _is_true(_found_inf(scaler, optimizer))
+
+
+def _is_true(found: Tensor | None) -> bool:
     return found is not None and bool(found)

@@ -64,14 +64,14 @@ class OperatorsEngine(Engine):
 
     def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
         """See `Engine.scale_`. Off the CPU it multiplies always, since looking would wait."""
-        if tensors[0].device.type == "cpu":
+        if tensors[0].is_cpu:
             _host_scale_(tensors, coefficients)
         else:
             _device_scale_(tensors, coefficients)
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor) -> None:
         """See `Engine.clamp_`. Off the CPU it writes always, since looking would wait."""
-        if tensors[0].device.type == "cpu":
+        if tensors[0].is_cpu:
             _host_clamp_(tensors, bounds, self.power_sums(tensors, INFINITY))
         else:
             _device_clamp_(tensors, bounds)
@@ -91,20 +91,22 @@ def _without_autocast(
 
 
 def _host_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
-    if order not in QUICK:
-        return _norm(_joined(_condensed(tensors, order, exact=True)), order)
+    if order in QUICK:
+        norm = _quick_norm(tensors, order)
+        if not _doubtful(norm.item() ** min(order, 2), tensors[0].dtype):
+            return norm
+    return _norm(_joined(_condensed(tensors, order, exact=True)), order)
+
+
+def _quick_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
     if max(map(Tensor.numel, tensors)) <= SMALL:
         # The usual case of a small model, in which every call counts.
-        norm = _norm(_flatten_dense_tensors(tensors).double(), order)
-    elif order == 2 and tensors[0].dtype in HALVES:
+        return _norm(_flatten_dense_tensors(tensors).double(), order)
+    if order == 2 and tensors[0].dtype in HALVES:
         small = [tensor for tensor in tensors if tensor.numel() <= SMALL]
         large = [tensor for tensor in tensors if tensor.numel() > SMALL]
-        norm = _norm_of_all([small, _row_moments(large)], order)
-    else:
-        norm = _norm_of_all(_condensed(tensors, order, exact=False), order)
-    if _doubtful(norm.item() ** min(order, 2), tensors[0].dtype):
-        norm = _norm(_joined(_condensed(tensors, order, exact=True)), order)
-    return norm
+        return _norm_of_all([small, _row_moments(large)], order)
+    return _norm_of_all(_condensed(tensors, order, exact=False), order)
 
 
 def _host_power_sums(tensors: Sequence[Tensor], order: float) -> Tensor:

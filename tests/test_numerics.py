@@ -413,3 +413,24 @@ def test_channels_last_0d_and_empty_gradients_are_clipped_together():
     assert gradclip.clip_gradients_(gradients, 1.1).item() == 11.0
     assert exact_norm(gradients) == pytest.approx(1.1, rel=1e-6)
     assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["spikes", "scales", "alternating"])
+def test_rows_of_unlike_elements_keep_the_bound(dtype, kind):
+    generator = torch.Generator().manual_seed(3)
+    for size in (9000, 16384, 70000):
+        for _ in range(60):
+            values = torch.randn(size, dtype=torch.float64, generator=generator)
+            if kind == "spikes":
+                values *= 1e-3
+                values[torch.randint(size, (1,), generator=generator)] = 1e4
+            elif kind == "scales":
+                exponents = torch.randn(size // 64 + 1, dtype=torch.float64, generator=generator)
+                values *= (exponents * 2).exp().repeat_interleave(64)[:size]
+            else:
+                values = torch.tensor([1.0, -1.0]).double().repeat(size)[:size]
+                values *= torch.rand(1, dtype=torch.float64, generator=generator)
+            gradient = values.to(dtype)
+            norm = gradclip.get_total_norm([gradient]).item()
+            assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6, abs=0)

@@ -4,10 +4,10 @@ Two ways, because the host may look at a CPU tensor for free and must never look
 
 On the CPU large tensors are condensed first. A row of 256 elements becomes its norm, in the
 gradient's own vector code at memory speed; a sum of so few squares keeps 1e-6 on constant
-data too, where the rounding of longer runs adds up. In half precision a row of 1024 becomes its
-mean and its deviation. Beside small tensors as they are, these are then summed in float64. What
-comes out of range of float32 (too large, or so small that squares vanish) is summed once more,
-all of it in float64.
+data too, where the rounding of longer runs adds up. In half precision it becomes its mean and
+its deviation. Beside small tensors as they are, these are then summed in float64. What comes out
+of range of float32 (too large, or so small that squares vanish) is summed once more, all of it
+in float64.
 
 Elsewhere the sums are torch's multi-tensor norms with float64 accumulation, and nothing here
 waits for the device.
@@ -34,8 +34,6 @@ QUICK = (1, 2, INFINITY)
 """Orders whose sums may begin in float32: the powers of others leave its range too easily."""
 ROW = 256
 """Elements summed in float32 before float64 takes over."""
-LONG_ROW = 1024
-"""Elements of half precision whose mean and variance are taken in float32."""
 SMALL = 8192
 """Tensors up to this length are converted to float64 as they are: cheaper than condensing."""
 CHUNK = 1 << 18
@@ -206,14 +204,13 @@ def _row_norms(values: Tensor, order: float) -> list[Tensor]:
 def _row_moments(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return mean and deviation of all whole rows, with their power sum, then what is left over.
 
-    The statistics of batch normalisation read half precision at memory speed and add up in
-    float32, in two passes over a row, so that longer rows keep 1e-6.
+    The statistics of batch normalisation read half precision and add up in float32.
     """
     means, variances, left_over = [], [], []
     for values in map(flat, tensors):
-        count, rest = divmod(values.numel(), LONG_ROW)
+        count, rest = divmod(values.numel(), ROW)
         if count:
-            rows = (values[:-rest] if rest else values).view(1, count, LONG_ROW)
+            rows = (values[:-rest] if rest else values).view(1, count, ROW)
             running = torch.zeros(count, dtype=torch.float32, device="cpu")  # for its dtype alone
             mean, variance = torch.batch_norm_update_stats(rows, running, running, 0.0)
             means.append(mean)
@@ -222,8 +219,8 @@ def _row_moments(tensors: Sequence[Tensor]) -> list[Tensor]:
             left_over.append(values[-rest:])
     if not means:
         return left_over
-    deviations = torch.cat(variances).mul_(LONG_ROW).sqrt_()
-    return [torch.cat(means).mul_(LONG_ROW**0.5), deviations, *left_over]
+    deviations = torch.cat(variances).mul_(ROW).sqrt_()
+    return [torch.cat(means).mul_(ROW**0.5), deviations, *left_over]
 
 
 # What a float is when its exponent bits are zero: its mantissa times the smallest subnormal.

@@ -24,7 +24,6 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def engine(request, monkeypatch):
     monkeypatch.setattr(operators, "SMALL", SMALL)
     monkeypatch.setattr(operators, "CHUNK", CHUNK)
-    monkeypatch.setattr(operators, "LONG_ROW", ROW)
     with torch.no_grad():
         yield request.param
 

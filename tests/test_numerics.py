@@ -434,3 +434,12 @@ def test_rows_of_unlike_elements_keep_the_bound(dtype, kind):
             gradient = values.to(dtype)
             norm = gradclip.get_total_norm([gradient]).item()
             assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("large", "period"), [(2, 256), (16, 512), (64, 1024)])
+def test_few_large_elements_before_many_small_ones_keep_the_bound(dtype, large, period):
+    gradient = torch.ones(65536, dtype=dtype)
+    gradient.view(-1, period)[:, :large] = 100.0
+    norm = gradclip.get_total_norm([gradient]).item()
+    assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6, abs=0)

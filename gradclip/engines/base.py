@@ -29,17 +29,19 @@ class Engine(ABC):
     """What a user types for ``engine=`` and reads in ``clipper.engine``."""
 
     @abstractmethod
-    def power_sums(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+    def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """Return the sum of ``|x| ** order`` of each tensor, the largest ``|x|`` for infinity.
 
         Args:
             tensors: n >= 1 gradients of one device and dtype. Not written.
             order: p of the p-norm, positive or infinity.
+            rows: One sum for each index of dimension 0, which every tensor has then, instead of
+                one for each tensor.
 
         Returns:
-            Shape (n,), float64 (float32 where the device has no float64), on the tensors' device.
-            NaN and infinite elements make their sum NaN or infinite; the sum of an empty tensor
-            is 0.
+            Shape (n,) or (number of all rows,), float64 (float32 where the device has no
+            float64), on the tensors' device. NaN and infinite elements make their sum NaN or
+            infinite; the sum of no elements is 0.
         """
 
     def norm(self, tensors: Sequence[Tensor], order: float) -> Tensor:
@@ -58,19 +60,22 @@ class Engine(ABC):
         return root(sums.sum(0, keepdim=True), order)
 
     @abstractmethod
-    def scale_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+    def scale_(
+        self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
+    ) -> None:
         """Multiply in place, touching no memory where the coefficient rounds to 1.
 
         A coefficient of 0 writes zeros, also over elements that are NaN or infinite.
 
         Args:
             tensors: n gradients of one device and dtype.
-            coefficients: In [0, 1], shape (1,) for one that serves all or (n,) for one each,
-                on the tensors' device.
+            coefficients: In [0, 1], on the tensors' device, shape (1,) for one that serves all or
+                (n,) for one each; with ``rows`` (1,) or (number of all rows,).
+            rows: One coefficient for each index of dimension 0. No two rows share memory.
         """
 
     @abstractmethod
-    def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor) -> None:
+    def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
         """Limit every element to [-bound, bound] in place, touching no tensor that fits already.
 
         The bound is rounded to the tensors' dtype. An infinite one leaves everything as it is,
@@ -78,8 +83,9 @@ class Engine(ABC):
 
         Args:
             tensors: n gradients of one device and dtype.
-            bounds: Not negative, shape (1,) for one that serves all or (n,) for one each, on
-                the tensors' device.
+            bounds: Not negative, on the tensors' device, shape (1,) for one that serves all or
+                (n,) for one each; with ``rows`` (1,) or (number of all rows,).
+            rows: One bound for each index of dimension 0. No two rows share memory.
         """
 
 
@@ -106,9 +112,7 @@ def rounds_to_one(coefficient: float, dtype: torch.dtype) -> bool:
     return coefficient >= (1 if dtype is torch.float64 else 1 - 2.0**-25)
 
 
-def rounded_bound(bound: float, dtype: torch.dtype) -> float:
-    """Return a bound as the dtype holds it; a finite one stays finite, as torch's clamp needs."""
-    if bound == INFINITY:
-        return bound
-    largest = torch.finfo(dtype).max
-    return float(torch.tensor(min(bound, largest), dtype=dtype, device="cpu"))
+def rounded_bounds(bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return bounds as the dtype holds them; finite ones stay finite, as torch's clamp needs."""
+    rounded = bounds.clamp(max=torch.finfo(dtype).max).to(dtype).to(bounds.dtype)
+    return torch.where(bounds < INFINITY, rounded, bounds)

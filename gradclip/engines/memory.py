@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+CHUNK = 1 << 18
+"""Elements to work on at a time, a multiple of what is summed at once."""
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -25,6 +28,18 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
+def rows_share_memory(tensor: Tensor) -> bool:
+    """Tell whether two indices of dimension 0 may touch the same place.
+
+    True may be a false alarm for exotic strides, False never is.
+    """
+    if tensor.is_contiguous() or tensor.dim() == 0 or tensor.shape[0] < 2 or not tensor.numel():
+        return False
+    steps = zip(tensor.stride()[1:], tensor.shape[1:], strict=True)
+    reach = sum(stride * (size - 1) for stride, size in steps)
+    return tensor.stride(0) <= reach and overlaps(_without_repeats(tensor, 1))
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether every element has a place of its own which holds its value."""
     return not (tensor.is_neg() or overlaps(tensor))
@@ -39,10 +54,7 @@ def exclusive(tensor: Tensor) -> Iterator[Tensor]:
     written once, and what lies between them stays as it is. Lazily negated elements are given as
     they lie in memory: to multiply or to limit them is the same.
     """
-    once = torch._neg_view(tensor) if tensor.is_neg() else tensor
-    if overlaps(once):
-        steps = [step for step in zip(once.shape, once.stride(), strict=True) if step[1]]
-        once = once.as_strided([size for size, _ in steps], [stride for _, stride in steps])
+    once = each_place_once(tensor)
     if not overlaps(once):
         yield once
         return
@@ -54,6 +66,20 @@ def exclusive(tensor: Tensor) -> Iterator[Tensor]:
     span[places] = memory
 
 
+def each_place_once(tensor: Tensor) -> Tensor:
+    """View what was expanded, and lazily negated elements as they lie in memory.
+
+    The number of dimensions stays. Windows that overlap are left as they are.
+    """
+    once = as_it_lies(tensor)
+    return _without_repeats(once) if overlaps(once) else once
+
+
+def as_it_lies(tensor: Tensor) -> Tensor:
+    """View the elements of a lazily negated tensor as they lie in memory."""
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
+
+
 def flat(tensor: Tensor) -> Tensor:
     """Return all elements as a contiguous 1-d tensor, in whatever order they lie.
 
@@ -61,13 +87,52 @@ def flat(tensor: Tensor) -> Tensor:
     """
     if tensor.is_contiguous():
         return tensor.view(-1)
+    if not _is_dense(tensor.shape, tensor.stride()):
+        return tensor.contiguous().view(-1)
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def table(tensor: Tensor) -> Tensor:
+    """Return the rows of a tensor that is not empty, each contiguous in whatever order it lies.
+
+    A view of shape (rows, columns), unless elements of a row share places or have gaps between
+    them.
+    """
+    rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
+    if tensor.is_contiguous():
+        return tensor.view(rows, columns)
+    if not _is_dense(tensor.shape[1:], tensor.stride()[1:]):
+        return tensor.contiguous().view(rows, columns)
+    return tensor.as_strided((rows, columns), (tensor.stride(0), 1), tensor.storage_offset())
+
+
+def rows_at_once(columns: int) -> int:
+    """Return how many rows to work on at a time: few enough to stay in cache."""
+    return max(1, CHUNK // max(1, columns))
+
+
+def blocks(rows: Tensor) -> Iterator[Tensor]:
+    """Yield consecutive parts of a table, rows or one part of a row, that stay in cache."""
+    for part in rows.split(rows_at_once(rows.shape[1])):
+        yield from part.split(CHUNK, 1)
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Tell whether elements in some order lie one beside the other."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
             if stride != expected:
-                return tensor.contiguous().view(-1)
+                return False
             expected *= size
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return True
+
+
+def _without_repeats(tensor: Tensor, first: int = 0) -> Tensor:
+    """View one index alone of each dimension along which nothing moves, from ``first`` on."""
+    steps = zip(tensor.shape[first:], tensor.stride()[first:], strict=True)
+    sizes = [size if stride else 1 for size, stride in steps]
+    return tensor.as_strided((*tensor.shape[:first], *sizes), tensor.stride())
 
 
 def _places(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is special to the engine of torch operators: its way off the CPU, and its corners on it."""
+"""What is special to the engine of torch operators on the CPU."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import math
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradclip
-from gradclip.engines import engine_for, operators
-from gradclip.engines.operators import (
-    ROW,
-    SMALL,
-    _device_clamp_,
-    _device_norm,
-    _device_power_sums,
-    _device_scale_,
-)
+from gradclip.engines import engine_for, host_sums
+from gradclip.engines.host_sums import ROW, SMALL
 
 ENGINE = engine_for("operators", torch.device("cpu"))
 REFERENCE = engine_for("reference", torch.device("cpu"))
@@ -30,98 +22,8 @@ def without_graph():
         yield
 
 
-def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
-    buffer = torch.randn(12, 20).to(dtype)
-    return [
-        torch.randn(30, 7).to(dtype),
-        torch.tensor(-2.5, dtype=dtype),
-        torch.empty(0, dtype=dtype),
-        buffer[2:9, ::3],
-        torch.randn(6, 5).to(dtype).t(),
-        torch.randn(4, 1).to(dtype).expand(4, 9),
-        torch.randn(11).to(dtype).as_strided((4, 5), (2, 1)),
-    ]
-
-
 def vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-# Off the CPU
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", [1.0, 2.0, math.inf, 0.5, 3.0])
-def test_the_way_of_other_devices_measures_the_same(dtype, order):
-    given = gradients(dtype)
-    for found, needed in [
-        (_device_power_sums(given, order), REFERENCE.power_sums(given, order)),
-        (_device_norm(given, order), REFERENCE.norm(given, order)),
-    ]:
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, needed, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("order", [2.0, math.inf])
-def test_the_way_of_other_devices_takes_empty_tensors_alone(order):
-    empty = [torch.empty(0), torch.empty(3, 0)]
-    assert _device_power_sums(empty, order).tolist() == [0.0, 0.0]
-    assert _device_norm(empty, order).tolist() == [0.0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("coefficient", [1.0, 0.3, 1e-5, 1e-40, 0.0])
-def test_the_way_of_other_devices_scales_the_same(dtype, coefficient):
-    given = gradients(dtype)
-    given[0][0, 0] = 3e38 if dtype is not torch.float16 else 6e4
-    if coefficient in (0, 1):
-        given[0][1, 0], given[0][2, 0] = math.nan, -math.inf
-    needed = [tensor.clone() for tensor in given]
-    REFERENCE.scale_(needed, vector(coefficient))
-    _device_scale_(given, vector(coefficient))
-    for one, other in zip(given, needed, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bound", [0.5, 0.1, 0.0, 1e5, math.inf])
-def test_the_way_of_other_devices_limits_the_same(dtype, bound):
-    given = gradients(dtype)
-    given[0][:3, 0] = torch.tensor([math.nan, -math.inf, math.inf])
-    needed = [tensor.clone() for tensor in given]
-    REFERENCE.clamp_(needed, vector(bound))
-    _device_clamp_(given, vector(bound))
-    for one, other in zip(given, needed, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def test_the_way_of_other_devices_takes_one_number_for_each():
-    given = [torch.tensor([4.0, -8.0]) for _ in range(3)]
-    _device_scale_(given, vector(0.5, 1.0, 0.0))
-    assert [tensor.tolist() for tensor in given] == [[2.0, -4.0], [4.0, -8.0], [0.0, 0.0]]
-    _device_clamp_(given, vector(1.0, 5.0, 1.0))
-    assert [tensor.tolist() for tensor in given] == [[1.0, -1.0], [4.0, -5.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize("device", ["cuda", "meta"])
-@pytest.mark.parametrize("order", [1.0, 2.0, math.inf, 3.0])
-def test_off_the_cpu_no_value_is_read(device, order):
-    # A fake tensor has no values: whatever read one would raise.
-    with FakeTensorMode():
-        given = [torch.empty(size, device=device) for size in [(50, 3), (), (0,), (9000,)]]
-        given.append(torch.empty(1, device=device).expand(7))
-        norm = gradclip.clip_gradients_(given, 1.0, order)
-        assert (norm.device.type, norm.dtype, norm.shape) == (device, torch.float64, ())
-        ENGINE.clamp_(given, torch.ones(1, device=device))
-        ENGINE.scale_(given, torch.ones(len(given), device=device))
-
-
-def test_off_the_cpu_overlapping_windows_read_no_value_either():
-    given = torch.empty(100, device="meta").as_strided((9, 20), (10, 1))
-    ENGINE.scale_([given], torch.ones(1, device="meta"))
-
-
-# On the CPU
 
 
 def test_lazily_negated_elements_are_measured_scaled_and_limited_where_they_lie():
@@ -152,12 +54,12 @@ def test_overlapping_tensors_among_others_are_scaled_once(amount):
 def test_what_is_in_range_is_summed_once(monkeypatch):
     given = [torch.randn(SMALL + ROW), torch.full((9,), 1e-3), torch.zeros(2)]
 
-    def looked_again(*arguments, exact):
+    def looked_again(table, order, exact):
         assert not exact
-        return condensed(*arguments, exact=exact)
+        return condensed(table, order, exact)
 
-    condensed = operators._condensed
-    monkeypatch.setattr(operators, "_condensed", looked_again)
+    condensed = host_sums._condensed
+    monkeypatch.setattr(host_sums, "_condensed", looked_again)
     for order in (1.0, 2.0, math.inf):
         ENGINE.norm(given, order)
     ENGINE.norm([*given[:2], torch.tensor([math.nan])], 2.0)

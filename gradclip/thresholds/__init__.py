@@ -1,26 +1,40 @@
 """Rules for the largest norm allowed, one a file.
 
-`Fixed` is what a number given as ``max_norm`` means, `Schedule` what a function means.
+`Fixed` is what a number given as ``max_norm`` means, `Schedule` what a function means. The others
+follow the gradients. A rule without memory derives from `Threshold`, one that learns from
+`AdaptiveThreshold`.
 """
 
 from __future__ import annotations
 
-from ..errors import ArgumentError, NotAvailableError
+from ..errors import ArgumentError
+from .adaptive import AdaptiveThreshold
 from .base import StepContext, Threshold
 from .fixed import Fixed
+from .growth_limit import GrowthLimit
+from .mean_deviation import MeanDeviation
+from .median_deviation import MedianDeviation
+from .moving_average import MovingAverage
+from .percentile import Percentile
+from .relative_to_weights import RelativeToWeights
 from .schedule import Schedule
+from .zscore import ZScore
 
-__all__ = ["Fixed", "Schedule", "StepContext", "Threshold", "threshold_from"]
-
-_PLANNED = (
+__all__ = [
+    "AdaptiveThreshold",
+    "Fixed",
     "GrowthLimit",
     "MeanDeviation",
     "MedianDeviation",
     "MovingAverage",
     "Percentile",
     "RelativeToWeights",
+    "Schedule",
+    "StepContext",
+    "Threshold",
     "ZScore",
-)
+    "threshold_from",
+]
 
 
 def threshold_from(max_norm: object) -> Threshold:
@@ -39,12 +53,3 @@ def threshold_from(max_norm: object) -> Threshold:
     if callable(max_norm):
         return Schedule(max_norm)
     return Fixed(max_norm)  # type: ignore[arg-type]  # checked there
-
-
-def __getattr__(name: str) -> object:
-    if name in _PLANNED:
-        raise NotAvailableError(
-            f"gradclip.thresholds.{name} is not available in this version of gradclip: "
-            "use Fixed, Schedule, or a class of your own derived from Threshold."
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

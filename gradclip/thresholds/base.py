@@ -21,6 +21,11 @@ class StepContext:
     """Index of the step, from 0."""
     present: Tensor
     """Shape (k,), bool: which labels had a gradient at all."""
+    order: float = 2.0
+    """p of the norms, infinity for the largest element."""
+    weight_norms: Tensor | None = None
+    """Shape (k,): norms of the parameters with a gradient, of the same order; None for a rule
+    without ``needs_weights``."""
 
 
 class Threshold(ABC):
@@ -30,8 +35,16 @@ class Threshold(ABC):
     ``weights_only=True``. No method may wait for a CUDA device.
     """
 
+    needs_weights: bool = False
+    """Whether ``context.weight_norms`` is wanted, which costs a reading of the parameters."""
+    observes_skipped: bool = False
+    """Whether norms of steps that were skipped are observed too."""
+
     def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
-        """Prepare for k norms. Called when the clipper is attached; may do nothing.
+        """Prepare for k norms; may do nothing.
+
+        Called when the clipper is attached, and again when there are more labels: the new ones
+        come last and start fresh, the others go on as they are.
 
         Args:
             labels: The k names, in the order of the norms.
@@ -53,14 +66,16 @@ class Threshold(ABC):
         """
 
     def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:  # noqa: B027
-        """Learn from a step, called once it was taken; may do nothing.
+        """Learn from a step, called once it was taken (or skipped, see ``observes_skipped``).
+
+        May do nothing.
 
         Only entries that are finite and whose label is in ``context.present`` may enter a state.
 
         Args:
             norms: Shape (k,), as measured.
             clipped_norms: Shape (k,), after scaling.
-            context: The step.
+            context: The step, without the labels that are not to be observed.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,5 +91,6 @@ class Threshold(ABC):
         if state:
             raise StateError(
                 f"{type(self).__name__} keeps no state, found the keys {sorted(state)}: "
-                "load the state into a clipper with the threshold it was saved from."
+                "load the state into a clipper with the threshold it was saved from. Nothing was "
+                "loaded."
             )

@@ -8,28 +8,33 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_bound
-from .base import StepContext, Threshold
+from .base import StepContext
+from .rule import Rule
 
 
-class Fixed(Threshold):
+class Fixed(Rule):
     """The same threshold at every step: Pascanu, Mikolov and Bengio (2013).
+
+    It observes nothing and keeps no state.
 
     Args:
         max_norm: Largest norm allowed, 0 or more; None for no limit.
+        cap: The threshold is never above it; None for no cap.
+        floor: The threshold is never below it; None for no floor.
 
     Raises:
         ArgumentError: ``max_norm`` is negative, NaN, infinite or no number.
     """
 
-    def __init__(self, max_norm: float | None) -> None:
+    def __init__(
+        self, max_norm: float | None, *, cap: float | None = None, floor: float | None = None
+    ) -> None:
+        super().__init__(cap=cap, floor=floor)
         self.max_norm = None if max_norm is None else checked_bound("max_norm", max_norm)
         self._cached = torch.empty(0, device="cpu")
 
-    def __repr__(self) -> str:
-        return f"Fixed({self.max_norm!r})"
-
-    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
-        """See `Threshold.thresholds`."""
+    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Rule.limits`."""
         like = self._cached
         if like.shape != norms.shape or like.device != norms.device or like.dtype != norms.dtype:
             limit = math.inf if self.max_norm is None else self.max_norm

@@ -9,26 +9,35 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_bound
-from .base import StepContext, Threshold
+from .base import StepContext
+from .rule import Rule
 
 
-class Schedule(Threshold):
+class Schedule(Rule):
     """A threshold given by a function of the step, for a warm-up or a decay of the threshold.
+
+    It observes nothing and keeps no state.
 
     Args:
         function: Called once a step with its index, from 0; returns the largest norm allowed,
             0 or more, or None for no limit at this step. What it returns is checked at every
             step, before any gradient is touched.
+        cap: The threshold is never above it; None for no cap.
+        floor: The threshold is never below it; None for no floor.
     """
 
-    def __init__(self, function: Callable[[int], float | None]) -> None:
+    def __init__(
+        self,
+        function: Callable[[int], float | None],
+        *,
+        cap: float | None = None,
+        floor: float | None = None,
+    ) -> None:
+        super().__init__(cap=cap, floor=floor)
         self.function = function
 
-    def __repr__(self) -> str:
-        return f"Schedule({self.function!r})"
-
-    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
-        """See `Threshold.thresholds`.
+    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Rule.limits`.
 
         Raises:
             ArgumentError: The function returned something else than a number >= 0 or None.

@@ -1,0 +1,138 @@
+"""What rules that learn share: state per label, who may enter it, saving, loading, growing."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines.base import host_may_read
+from .arithmetic import NumberOrTensor, is_number
+from .base import StepContext
+from .rule import Rule
+from .saved import RULE, checked_state
+
+
+class AdaptiveThreshold(Rule):
+    """A rule that learns from the norms of each label; derive your own from it.
+
+    Three methods make a rule: `fresh` says what is kept, `limits` what is allowed, `learn`
+    what a step changes. Everything else is done here:
+
+    - The state, a dict of tensors whose dimension 0 is k, is on the norms' device. It is only
+      written in place, so that a captured CUDA graph finds it again, and saved with the rule's
+      name.
+    - A norm enters the state only where it and its clipped norm are finite and the label had a
+      gradient.
+    - Labels that appear later start fresh; the others go on bit for bit.
+
+    Args:
+        cap: The threshold is never above it; None for no cap.
+        floor: The threshold is never below it; None for no floor.
+    """
+
+    observes_zeros: bool = True
+    """Whether norms that are 0 after clipping are observed; False for a rule that one such norm
+    would hold at 0 for ever."""
+    state: Mapping[str, Tensor] = {}  # replaced by `start`, never written
+    """What was learned, by name; the tensors are made by `fresh`."""
+    _labels: tuple[str, ...] = ()
+
+    # What a rule says
+
+    @abstractmethod
+    def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the state of labels that have seen nothing.
+
+        Args:
+            count: k, how many they are.
+            device: Where norms will be.
+            dtype: Their dtype.
+
+        Returns:
+            By name, tensors of shape (k, ...): floating-point ones of ``dtype``, or int64 counts.
+            Not negative and finite, as every later state.
+        """
+
+    @abstractmethod
+    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+        """Change the state in place, with `put` or by operations of its tensors.
+
+        Args:
+            norms: Shape (k,), as measured; 0 where not observed.
+            clipped_norms: Shape (k,), after scaling; 0 where not observed.
+            observed: Shape (k,), bool: whose state may change; None for all of them.
+        """
+
+    def put(self, observed: Tensor | None, **learned: Tensor | float) -> None:
+        """Write new values of the state in place, where they are observed.
+
+        Args:
+            observed: As `learn` got it.
+            learned: By the names in `state`, of the same shapes (k,), or one number for all.
+        """
+        for name, values in learned.items():
+            kept = self.state[name]
+            if observed is not None:
+                values = torch.where(observed, values, kept)
+            if isinstance(values, Tensor):
+                kept.copy_(values)
+            else:
+                kept.fill_(values)
+
+    def rebuild(self) -> None:
+        """Bring what is derived from the state up to date, after a start and a loading."""
+
+    # What the clipper calls
+
+    def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        """See `Threshold.start`. Labels that do not begin with the known ones all start fresh."""
+        state, known = self.fresh(len(labels), device, dtype), len(self._labels)
+        if tuple(labels[:known]) == self._labels:
+            for name, learned in self.state.items():
+                state[name][:known] = learned
+        self.state, self._labels = state, tuple(labels)
+        self.rebuild()
+
+    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Threshold.thresholds`."""
+        limits = super().thresholds(norms, context)
+        # The record keeps it, and a tensor of the state changes.
+        return limits.clone() if any(limits is kept for kept in self.state.values()) else limits
+
+    def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:
+        """See `Threshold.observe`."""
+        observed = self._observed(norms, clipped_norms, context)
+        if observed is not None:  # NaN times anything is NaN, also times 0
+            norms = torch.where(observed, norms, 0.0)
+            clipped_norms = torch.where(observed, clipped_norms, 0.0)
+        self.learn(norms, clipped_norms, observed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Threshold.state_dict`. The tensors are copies, on the norms' device."""
+        return {RULE: type(self).__name__, **{name: t.clone() for name, t in self.state.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Threshold.load_state_dict`. Host sync."""
+        for name, loaded in checked_state(type(self).__name__, self.state, state).items():
+            self.state[name].copy_(loaded)
+        self.rebuild()
+
+    def _observed(
+        self, norms: Tensor, clipped_norms: Tensor, context: StepContext
+    ) -> Tensor | None:
+        if is_number(norms):
+            usable = self._usable(norms.item(), clipped_norms.item())
+            if usable and context.present.item():
+                return None
+        observed = context.present & self._usable(norms, clipped_norms)
+        return None if host_may_read(observed) and bool(observed.all()) else observed
+
+    def _usable(self, norms: NumberOrTensor, clipped_norms: NumberOrTensor) -> Any:
+        """Return whether norms may be observed; comparisons, which NaN never passes."""
+        finite = (norms < math.inf) & (clipped_norms < math.inf)
+        return finite if self.observes_zeros else finite & (clipped_norms > 0)

@@ -1,0 +1,55 @@
+"""A limit to the growth of a norm from one step to the next: Fira."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .adaptive import AdaptiveThreshold
+from .arguments import checked_positive
+from .base import StepContext
+
+
+class GrowthLimit(AdaptiveThreshold):
+    """A limit to the growth of a norm from one step to the next.
+
+    ``threshold = factor previous clipped norm``: the norm-growth limiter of Chen and others,
+    "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?" (2024),
+    arXiv:2410.01623.
+
+    It observes clipped norms. There is no limit before the first, and no other warm-up. A norm
+    that is 0 after clipping is not observed: no growth leads away from 0.
+
+    Memory: ``k`` norms.
+
+    Args:
+        factor: By how much a norm may grow in a step, above 0 and usually above 1.
+        cap: The threshold is never above it; None for no cap.
+        floor: The threshold is never below it; None for no floor.
+
+    Raises:
+        ArgumentError: A number that cannot be meant.
+    """
+
+    observes_zeros = False
+
+    def __init__(
+        self, factor: float = 1.01, *, cap: float | None = None, floor: float | None = None
+    ) -> None:
+        super().__init__(cap=cap, floor=floor)
+        self.factor = checked_positive("factor", factor)
+
+    def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `AdaptiveThreshold.fresh`: 0 stands for none yet."""
+        return {"previous": torch.zeros(count, device=device, dtype=dtype)}
+
+    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Rule.limits`."""
+        previous = self.state["previous"]
+        return torch.where(previous > 0, self.factor * previous, math.inf)
+
+    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+        """See `AdaptiveThreshold.learn`."""
+        self.put(observed, previous=clipped_norms)

@@ -1,0 +1,58 @@
+"""A limit in proportion to the weights: adaptive gradient clipping, AGC."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .arguments import checked_positive
+from .base import StepContext
+from .rule import Rule
+
+
+class RelativeToWeights(Rule):
+    """A limit in proportion to the norm of the weights: AGC.
+
+    ``threshold = factor max(weight norm, eps)``: Brock, De, Smith and Simonyan, "High-Performance
+    Large-Scale Image Recognition Without Normalization" (2021), arXiv:2102.06171, which has the
+    scope "unit" and leaves the last layer out. Without eps, weights that begin at 0 would stay
+    there for ever.
+
+    It observes nothing, has no warm-up and keeps no state; it reads the parameters at every step.
+
+    Args:
+        factor: Largest norm of a gradient in units of its weights' norm, above 0.
+        eps: Weights shorter than this count as of this norm, above 0.
+        cap: The threshold is never above it; None for no cap.
+        floor: The threshold is never below it; None for no floor.
+
+    Raises:
+        ArgumentError: A number that cannot be meant.
+    """
+
+    needs_weights = True
+
+    def __init__(
+        self,
+        factor: float = 0.01,
+        eps: float = 1e-3,
+        *,
+        cap: float | None = None,
+        floor: float | None = None,
+    ) -> None:
+        super().__init__(cap=cap, floor=floor)
+        self.factor = checked_positive("factor", factor)
+        self.eps = checked_positive("eps", eps)
+
+    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Rule.limits`.
+
+        Raises:
+            ArgumentError: The step has no weight norms.
+        """
+        if context.weight_norms is None:
+            raise ArgumentError(
+                "RelativeToWeights got a step without weight norms: the caller has to measure them "
+                "for a rule with needs_weights, as GradientClipper does."
+            )
+        return self.factor * context.weight_norms.clamp(min=self.eps)

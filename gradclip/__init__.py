@@ -1,10 +1,10 @@
 """gradclip: gradient clipping that is right, nearly free, and seen.
 
 To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py``,
-``attachment.py``, ``joint.py``, ``gradients.py``, ``step_gradients.py``, ``norms.py``,
-``coefficients.py``, ``thresholds/base.py``, ``thresholds/fixed.py``, ``engines/base.py``,
-``engines/reference.py``, ``engines/operators.py``,
-``records.py``, ``buffer.py``, ``recorder.py``, ``sinks/tensorboard.py``,
+``attachment.py``, ``joint.py``, ``scopes.py``, ``labels.py``, ``gradients.py``, ``places.py``,
+``step_gradients.py``, ``norms.py``, ``coefficients.py``, ``limits.py``, ``thresholds/base.py``,
+``thresholds/fixed.py``, ``thresholds/adaptive.py``, ``engines/base.py``, ``engines/reference.py``,
+``engines/operators.py``, ``records.py``, ``buffer.py``, ``recorder.py``, ``sinks/tensorboard.py``,
 ``sinks/event_files.py``, ``sinks/record_format.py``.
 """
 
@@ -33,9 +33,11 @@ from .functional import (
     get_total_norm,
 )
 from .records import ClipRecord, LoggedStep
+from .scopes import Scope
 from .settings import not_available
 from .sinks import Sink, TensorBoardSink
 from .thresholds import Threshold
+from .units import clip_grad_units_
 
 __all__ = [
     "ArgumentError",
@@ -48,6 +50,7 @@ __all__ = [
     "LoggedStep",
     "NonFiniteGradientError",
     "NotAvailableError",
+    "Scope",
     "Sink",
     "SkipLimitError",
     "StateError",
@@ -56,6 +59,7 @@ __all__ = [
     "__version__",
     "clip_backward",
     "clip_grad_norm_",
+    "clip_grad_units_",
     "clip_grad_value_",
     "clip_gradients_",
     "clip_grads_with_norm_",
@@ -63,7 +67,7 @@ __all__ = [
     "thresholds",
 ]
 
-_PLANNED = ("JsonlSink", "MemorySink", "Ranks", "Scope")
+_PLANNED = ("JsonlSink", "MemorySink", "Ranks")
 
 
 def __getattr__(name: str) -> object:

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from .records import ClipRecord
 
+MOST_NORMS = 1 << 18
+"""Norms per batch, so that records of many norms take no more than about 10 MB."""
+
 
 class RecordBuffer:
     """Keeps records where they are until a batch is full.
 
     Args:
-        capacity: Records per batch.
+        capacity: Records per batch, fewer where each has many norms.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -32,7 +35,8 @@ class RecordBuffer:
         if self._waiting and not _alike(self._waiting[-1], record):
             self._send()
         self._waiting.append(record)
-        if len(self._waiting) >= self._capacity:
+        count = len(self._waiting)
+        if count >= self._capacity or count * record.norms.numel() >= MOST_NORMS:
             self._send()
 
     def take(self, *, wait: bool) -> Iterator[Batch]:

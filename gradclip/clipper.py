@@ -10,7 +10,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from .attachment import Attachment
@@ -19,13 +19,14 @@ from .checks import checked_count
 from .coefficients import clip_coefficients, reduced, unless
 from .engines import engine_for
 from .errors import ArgumentError, AttachError
-from .gradients import parameters_of
 from .joint import JointGradients
+from .labels import NormLabels
 from .limits import Limits
 from .optimizers import clippable, listed
 from .policies import nonfinite_error, skip_limit_error, verdict
 from .recorder import Recorder
 from .records import ClipRecord
+from .scopes import Labelling, Scope, scope_from
 from .settings import Settings, check_later_parts
 from .sinks import Sink, sinks_from
 from .state import parsed_state
@@ -77,7 +78,9 @@ class GradientClipper:
         norm_type: p of the p-norm, positive, or inf for the largest element.
         max_value: Bound for every element, applied before the norm is limited. It changes the
             direction of the gradient; the record's ``norm`` is the one before it.
-        scope: Which gradients share a norm. This version has "global": all of them.
+        scope: Which gradients share a norm: "global" (all), "group", "parameter", "unit" (each
+            row or filter), a `Scope`, or a function of a parameter's name and the parameter that
+            returns its label.
         exceed: What a norm above its threshold causes. "scale": the formula. "skip": the whole
             step is left out. "observe": nothing is ever written; the record shows what would
             have been done.
@@ -85,7 +88,7 @@ class GradientClipper:
             the step is taken. "skip": the step is left out. "raise": left out, with a
             `NonFiniteGradientError`. "propagate": nothing.
         skip_limit: So many skipped steps in a row raise a `SkipLimitError`; None for no limit.
-        model: Gives parameters their names in errors; without it they are numbered.
+        model: Gives parameters their names in labels and errors; without it they are numbered.
         log: A directory for TensorBoard, a ``SummaryWriter``, a `Sink`, or a list of these.
         ranks: Not available in this version.
         grad_scaler: The ``GradScaler`` of several optimizers: the gradients of all are unscaled
@@ -109,7 +112,7 @@ class GradientClipper:
         *,
         norm_type: float = 2.0,
         max_value: float | None = None,
-        scope: str = "global",
+        scope: str | Scope | Labelling = "global",
         exceed: str = "scale",
         nonfinite: str = "zero",
         skip_limit: int | None = None,
@@ -119,23 +122,27 @@ class GradientClipper:
         grad_scaler: GradScaler | None = None,
         engine: str = "auto",
     ) -> None:
-        check_later_parts(scope=scope, ranks=ranks)
+        check_later_parts(ranks=ranks)
         self._settings = Settings(norm_type, max_value, exceed, nonfinite, skip_limit, engine)
         self._threshold = threshold_from(max_norm)
-        if model is not None and not isinstance(model, nn.Module):
-            raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
         self._model = model
         optimizers = clippable(optimizer, skips=self._settings.skips)
         self._given = listed(optimizer)
-        self._joint = JointGradients(optimizers, grad_scaler, self._settings)
-        self._limits = Limits(self._threshold, self._joint.groups, self._joint.device)
+        self._labels = NormLabels(optimizers, scope_from(scope), model)
+        weighed = self._threshold.needs_weights
+        self._joint = JointGradients(
+            optimizers, grad_scaler, self._settings, self._labels, weighed=weighed
+        )
+        self._limits = Limits(
+            self._threshold, self._labels, self._joint.devices[0], self._settings.norm_type
+        )
         self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
         self._close = weakref.finalize(self, self._recorder.close)
         self._steps = 0
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
         self._attachments = [
-            Attachment(each, self._clip, self._finish, self._joint.groups.warn_of_lost_keys)
+            Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
             for each in optimizers
         ]
 
@@ -157,7 +164,9 @@ class GradientClipper:
         if self._settings.writes and skip is not True:
             gradients.scale_(coefficients)
         reduction = reduced(coefficients, bounded, norms)
-        record = self._recorded(gradients, norms, thresholds, reduction, skip)
+        step, now, overflow = self._steps, time.time(), gradients.overflow
+        record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow)
+        self._keep(gradients, record)
         if skip is True:
             self._stop(optimizer, record)
         return record
@@ -170,26 +179,16 @@ class GradientClipper:
 
     # Its parts
 
-    def _recorded(
-        self,
-        gradients: StepGradients,
-        norms: Tensor,
-        thresholds: Tensor,
-        coefficients: Tensor,
-        skip: bool | Tensor,
-    ) -> ClipRecord:
-        step, now, overflow = self._steps, time.time(), gradients.overflow
-        record = ClipRecord(step, now, norms, thresholds, coefficients, skip, overflow)
+    def _keep(self, gradients: StepGradients, record: ClipRecord) -> None:
         self._joint.cover(gradients.tensors, record)
         self._pending = record
-        return record
 
     def _stop(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Raise for a skipped step where the policy is to; it counts all the same."""
         settings, limit = self._settings, self._settings.skip_limit
         if settings.raises and not bool(record.norms.isfinite().all()):
             self._finish(optimizer, record)
-            raise nonfinite_error(record, self._joint.groups_of_all, self._model)
+            raise nonfinite_error(record, self._joint.optimizers, self._model)
         if limit is not None and self._recorder.counters.skipped_in_a_row + 1 >= limit:
             self._finish(optimizer, record)
             raise skip_limit_error(limit, record.step)
@@ -245,7 +244,7 @@ class GradientClipper:
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the norms, in the order of the vectors in a record."""
-        return self._joint.groups.names
+        return self._labels.names
 
     @property
     def last(self) -> ClipRecord | None:
@@ -273,22 +272,22 @@ class GradientClipper:
     @property
     def engine(self) -> str:
         """Names of the engines that serve the parameters' devices."""
-        devices = {p.device: None for p in parameters_of(self._joint.groups_of_all)}
-        names = {engine_for(self._settings.engine, device).name: None for device in devices}
-        return ", ".join(names)
+        chosen = (engine_for(self._settings.engine, device) for device in self._joint.devices)
+        return ", ".join({engine.name: None for engine in chosen})
 
     def clip_rate(self) -> float:
         """Return the share of the finite norms so far that exceeded their threshold. Host sync."""
         return self._recorder.counters.clip_rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Return step, counters and the threshold's state, loadable with ``weights_only=True``.
+        """Return step, counters, labels and the threshold's state. Host sync.
 
-        Host sync.
+        It loads with ``weights_only=True``.
         """
         return {
             "steps": self.steps,
             "counters": asdict(self._recorder.counters),
+            "labels": list(self.labels),
             "threshold": self._threshold.state_dict(),
         }
 
@@ -296,9 +295,10 @@ class GradientClipper:
         """Take over a state that `state_dict` returned, to continue a run exactly.
 
         Raises:
-            StateError: It is no such state, or of another threshold; nothing was changed.
+            StateError: It is no such state, or of another threshold or other labels; nothing was
+                changed.
         """
-        steps, counters = parsed_state(state)
+        steps, counters = parsed_state(state, self.labels)
         self._threshold.load_state_dict(state["threshold"])
         self.steps, self._recorder.counters = steps, counters
 
@@ -308,6 +308,7 @@ class GradientClipper:
         """Stop clipping: take the hooks off the optimizers. The second call does nothing."""
         for attachment in self._attachments:
             attachment.detach()
+        self._limits.release()
 
     def flush(self) -> None:
         """Write all records so far to the logs. Host sync.

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from .checks import checked_bound, checked_order
 from .coefficients import clip_coefficients
-from .engines import engine_for
 from .engines.base import host_may_read
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
 from .gradients import Bucket, buckets_of, coalesce_, distinct, gradients_of, refuse_unordered
@@ -118,8 +117,7 @@ def clip_grad_value_(
     if coalesce_(gradients):
         buckets = buckets_of(gradients, math.inf)
     for bucket in buckets:
-        bounds = torch.full((1,), bound, dtype=torch.float64, device=bucket.device)
-        engine_for("auto", bucket.device).clamp_(bucket.written, bounds)
+        bucket.clamp_("auto", torch.full((1,), bound, dtype=torch.float64, device=bucket.device))
 
 
 @untracked
@@ -240,10 +238,10 @@ class _ClipBackward(torch.autograd.Function):
             limit, bound = grad_scaler.scale([limit, bound])
         if max_value < math.inf:
             bounds = torch.where(norms < math.inf, bound, math.inf)
-            engine_for("auto", copy.device).clamp_(bucket.written, bounds)
+            bucket.clamp_("auto", bounds)
             norms = norms_of([bucket], 2.0)
         coefficients = clip_coefficients(norms, limit, erase=False)
-        engine_for("auto", copy.device).scale_(bucket.written, coefficients)
+        bucket.scale_("auto", coefficients)
         return copy, None, None, None
 
 
@@ -274,14 +272,19 @@ def _scale_(buckets: list[Bucket], norms: Tensor, limit: float) -> None:
         return
     coefficients = clip_coefficients(norms, torch.full_like(norms, limit), erase=False)
     for bucket in buckets:
-        engine_for("auto", bucket.device).scale_(bucket.written, bucket.spread(coefficients))
+        bucket.scale_("auto", coefficients)
 
 
 def _listed(tensors: TensorOrTensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _gradients_of(parameters: TensorOrTensors) -> list[Tensor]:
+def listed_parameters(parameters: TensorOrTensors) -> list[Tensor]:
+    """Return parameters as a list, read once.
+
+    Raises:
+        GradientError: One of them is no tensor.
+    """
     listed = _listed(parameters)
     strange = [type(parameter) for parameter in listed if not isinstance(parameter, Tensor)]
     if strange:
@@ -289,4 +292,8 @@ def _gradients_of(parameters: TensorOrTensors) -> list[Tensor]:
             f"Found a {strange[0].__name__} among the parameters: give tensors only, as "
             "model.parameters() does."
         )
-    return gradients_of(listed)
+    return listed
+
+
+def _gradients_of(parameters: TensorOrTensors) -> list[Tensor]:
+    return gradients_of(listed_parameters(parameters))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .engines import engine_for
+from .engines.memory import rows_share_memory
 from .errors import GradientError, NotAvailableError
+from .places import Place, spread
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -20,7 +24,7 @@ COMPLEX = (torch.complex64, torch.complex128)
 
 @dataclass(slots=True)
 class Bucket:
-    """Gradients of one device and dtype, in the order in which they were met.
+    """Gradients of one device and dtype, all with or without rows, in the order they were met.
 
     ``measured`` and ``written`` differ only where a gradient has duplicates (an uncoalesced
     sparse one is measured coalesced) or is complex (measured as real numbers): scaling what
@@ -30,20 +34,30 @@ class Bucket:
     device: torch.device
     measured: list[Tensor] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    """For each gradient the index of the norm that it belongs to."""
+    places: list[Place] = field(default_factory=list)
+    """Where the norms of what is measured are; empty where all share one."""
+    written_places: list[Place] = field(default_factory=list)
+    """The same of what is written."""
+    rows: bool = False
+    """Whether the indices of dimension 0 have norms of their own."""
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Give each gradient its entry of a vector over all norms; one value serves all as it is.
+    def power_sums(self, engine: str, order: float) -> Tensor:
+        """Measure each gradient, or each of its rows; see `Engine.power_sums`."""
+        return engine_for(engine, self.device).power_sums(self.measured, order, rows=self.rows)
 
-        Args:
-            values: Shape (k,), on any device.
+    def scale_(self, engine: str, coefficients: Tensor) -> None:
+        """Multiply each gradient by the coefficient of its norm, in place; shape (k,)."""
+        values = self._spread(coefficients, 1.0)
+        engine_for(engine, self.device).scale_(self.written, values, rows=self.rows)
 
-        Returns:
-            Shape (1,) or (n,), on the bucket's device.
-        """
+    def clamp_(self, engine: str, bounds: Tensor) -> None:
+        """Limit the elements of each gradient to the bound of its norm, in place; shape (k,)."""
+        values = self._spread(bounds, math.inf)
+        engine_for(engine, self.device).clamp_(self.written, values, rows=self.rows)
+
+    def _spread(self, values: Tensor, otherwise: float) -> Tensor:
         values = values.to(self.device)
-        return values if values.numel() == 1 else values[self.labels]
+        return spread(values, tuple(self.written_places), otherwise) if self.places else values
 
 
 def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
@@ -68,33 +82,35 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def buckets_of(
-    gradients: Iterable[Tensor], order: float, labels: Iterable[int] | None = None
+    gradients: Iterable[Tensor], order: float, places: Iterable[Place] | None = None
 ) -> list[Bucket]:
     """Sort gradients into buckets.
 
     Args:
         gradients: Distinct gradients of any mixture of devices, dtypes and layouts. Not written.
         order: p of the norm to be measured.
-        labels: For each gradient the index of the norm that it belongs to; by default 0.
+        places: For each gradient where its norms are; None where all share one.
 
     Raises:
-        GradientError: A dtype or layout that cannot be clipped rightly.
+        GradientError: A dtype or layout that cannot be clipped rightly, or rows that share memory.
         NotAvailableError: Gradients that are sharded over several processes.
     """
-    buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
-    strided, given = torch.strided, repeat(0) if labels is None else labels
-    for gradient, label in zip(gradients, given, strict=False):
+    buckets: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
+    strided, given = torch.strided, repeat(None) if places is None else places
+    for gradient, place in zip(gradients, given, strict=False):
         if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
             measured, written = _forms_of(gradient, order)
-        key = (gradient.device, gradient.dtype)
+        rows = place is not None and place.rows
+        key = (gradient.device, gradient.dtype, rows)
         bucket = buckets.get(key)
         if bucket is None:
-            bucket = buckets[key] = Bucket(gradient.device)
+            bucket = buckets[key] = Bucket(gradient.device, rows=rows)
         bucket.measured.append(measured)
         bucket.written.append(written)
-        bucket.labels.append(label)
+        if place is not None:
+            _add_place(bucket, gradient, place)
     return list(buckets.values())
 
 
@@ -127,10 +143,30 @@ def coalesce_(gradients: Iterable[Tensor]) -> bool:
 def copied(buckets: Iterable[Bucket]) -> list[Bucket]:
     """Return buckets of what is measured, in memory of its own."""
     return [
-        Bucket(bucket.device, copies, copies, bucket.labels)
+        replace(bucket, measured=copies, written=copies, written_places=bucket.places)
         for bucket in buckets
         for copies in [[tensor.clone() for tensor in bucket.measured]]
     ]
+
+
+def _add_place(bucket: Bucket, gradient: Tensor, place: Place) -> None:
+    measured = written = place
+    if place.rows and gradient.is_sparse:
+        # What is measured and written holds the values alone.
+        measured = _place_of_values(place, gradient.coalesce().indices())
+        written = _place_of_values(place, gradient._indices())
+    elif place.rows and rows_share_memory(gradient):
+        raise GradientError(
+            f"Found a gradient of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
+            "in which indices of dimension 0 share memory and cannot be scaled apart: make it "
+            "contiguous(), or give its parameter one norm."
+        )
+    bucket.places.append(measured)
+    bucket.written_places.append(written)
+
+
+def _place_of_values(place: Place, indices: Tensor) -> Place:
+    return Place(place.labels.to(indices.device)[indices[0]], rows=True)
 
 
 def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:

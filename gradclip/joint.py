@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ from torch.optim import Optimizer
 from .changes import Changes
 from .coverage import Coverage
 from .engines.base import host_may_read
-from .gradients import distinct, gradients_held, gradients_of, parameters_of
+from .gradients import gradients_held, gradients_of, parameters_of
+from .labels import NormLabels
 from .optimizers import check_groups, refuse_within_backward
+from .places import Place
 from .records import ClipRecord
 from .scaling import JointScaling, mark_of
-from .scopes import GroupLabels
 from .settings import Settings
 from .step_gradients import StepGradients
 
@@ -32,29 +35,31 @@ class JointGradients:
         optimizers: The optimizers.
         grad_scaler: The GradScaler of several optimizers, or None.
         settings: How to measure and what may be written.
+        labels: The labels of the norms.
+        weighed: Whether the norms of the parameters will be asked for.
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], grad_scaler: object, settings: Settings
+        self,
+        optimizers: Sequence[Optimizer],
+        grad_scaler: object,
+        settings: Settings,
+        labels: NormLabels,
+        *,
+        weighed: bool = False,
     ) -> None:
         self.optimizers = optimizers
         self._settings = settings
-        self.groups = GroupLabels(optimizers)
+        self._labels = labels
+        self._weighed = weighed
         self._scaling = JointScaling(grad_scaler)
         self._coverage = Coverage() if len(optimizers) > 1 else None
 
     @property
-    def groups_of_all(self) -> list[dict[str, Any]]:
-        """The parameter groups of all optimizers."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the norms are: with the first parameter."""
-        for optimizer in self.optimizers:
-            for parameter in parameters_of(optimizer.param_groups):
-                return parameter.device
-        return torch.device("cpu")
+    def devices(self) -> list[torch.device]:
+        """Where parameters are; the norms are where the first of them is."""
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        return list({p.device: None for p in parameters_of(groups)}) or [torch.device("cpu")]
 
     def at_step(self, stepping: Optimizer, changes: Changes) -> StepGradients | ClipRecord | None:
         """Return what is to be clipped before a step.
@@ -65,12 +70,12 @@ class JointGradients:
 
         Raises:
             AttachError: It cannot be clipped rightly now; nothing was written.
-            ArgumentError: A group that was added has an impossible threshold.
+            ArgumentError: A group or parameter that was added cannot be labelled.
         """
         refuse_within_backward(stepping)
         for optimizer in self.optimizers:
             check_groups(optimizer)
-        self.groups.refresh()
+        self._labels.refresh()
         overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
             overflow = overflow > 0
@@ -93,15 +98,14 @@ class JointGradients:
             self._coverage.stepped(optimizer, gradients_held(optimizer))
 
     def _of_one(self, optimizer: Optimizer, overflow: Tensor | None) -> StepGradients:
-        tensors, labels = self._labelled([optimizer])
-        scale = mark_of(optimizer, "grad_scale")
-        return self._step_gradients(tensors, labels, scale=scale, overflow=overflow)
+        held = self._held_by([optimizer])
+        return self._step_gradients(held, scale=mark_of(optimizer, "grad_scale"), overflow=overflow)
 
     def _of_several(
         self, coverage: Coverage, stepping: Optimizer, changes: Changes
     ) -> StepGradients | ClipRecord | None:
         self._scaling.unscale(stepping, self.optimizers, changes)
-        own, _ = self._labelled([stepping])
+        own = self._held_by([stepping]).gradients
         if not own:
             return self._of_none(stepping)
         covering = [coverage.record_for(stepping, gradient) for gradient in own]
@@ -113,44 +117,70 @@ class JointGradients:
         overflowed = [each for each in others if self._scaling.overflowed(each)]
         left_out = {*overflowed, *filter(self._scaling.stepped, others)}
         left = [each for each in others if each not in left_out]
-        tensors, labels = self._labelled([stepping, *left])
         needed = {id(gradient) for gradient in own}
-        places = [
-            place
-            for place, gradient in enumerate(tensors)
-            if id(gradient) in needed or not coverage.knows(gradient)
-        ]
-        return self._step_gradients(
-            [tensors[place] for place in places],
-            None if labels is None else [labels[place] for place in places],
-            partial=bool(overflowed),
+        held = self._held_by([stepping, *left]).filtered(
+            lambda gradient: id(gradient) in needed or not coverage.knows(gradient)
         )
+        return self._step_gradients(held, partial=bool(overflowed))
 
     def _of_none(self, stepping: Optimizer) -> StepGradients | None:
         """Record a step for which nobody has a gradient once, as that of the first optimizer."""
         if any(map(gradients_held, self.optimizers)) or stepping is not self.optimizers[0]:
             return None
-        return self._step_gradients([], None)
+        return self._step_gradients(Held())
 
-    def _step_gradients(
-        self, tensors: list[Tensor], labels: list[int] | None, **scaling: Any
-    ) -> StepGradients:
-        count, device = len(self.groups.names), self.device
-        return StepGradients(tensors, labels, self._settings, count, device, **scaling)
+    def _step_gradients(self, held: Held, **options: Any) -> StepGradients:
+        labels, parameters = self._labels, held.parameters if self._weighed else ()
+        joint = self._everything or (labels.single and not self._weighed)
+        return StepGradients(
+            held.gradients,
+            None if joint else held.places,
+            self._settings,
+            len(labels.names),
+            self.devices[0],
+            parameters=parameters,
+            **options,
+        )
 
-    def _labelled(self, optimizers: Sequence[Optimizer]) -> tuple[list[Tensor], list[int] | None]:
-        """Return the distinct gradients, and the labels where there is more than one."""
-        if self.groups.single:
-            groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-            return gradients_of(parameters_of(groups)), None
-        labels: dict[int, int] = {}
-        tensors = []
-        for optimizer in optimizers:
-            rows = self.groups.indices[self.optimizers.index(optimizer)]
-            for group, label in zip(optimizer.param_groups, rows, strict=True):
-                if label is not None:
-                    for gradient in gradients_of(group["params"]):
-                        labels.setdefault(id(gradient), label)
-                        tensors.append(gradient)
-        tensors = distinct(tensors)
-        return tensors, [labels[id(gradient)] for gradient in tensors]
+    def _held_by(self, optimizers: Sequence[Optimizer]) -> Held:
+        """Return the distinct gradients of optimizers that belong to some norm."""
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        parameters = parameters_of(groups)
+        if self._everything:
+            return Held(gradients_of(parameters))
+        held, seen = Held(), set()
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None or id(gradient) in seen:
+                continue
+            place = self._labels.place_of(parameter)
+            if place is not None:
+                seen.add(id(gradient))
+                held.gradients.append(gradient)
+                held.places.append(place)
+                held.parameters.append(parameter)
+        return held
+
+    @property
+    def _everything(self) -> bool:
+        return self._labels.everything and not self._weighed
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Gradients that optimizers hold."""
+
+    gradients: list[Tensor] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    """For each where its norms are; empty where all share one."""
+    parameters: list[Tensor] = field(default_factory=list)
+    """For each the parameter it belongs to; empty where all share one."""
+
+    def filtered(self, wanted: Callable[[Tensor], bool]) -> Held:
+        """Return those of which the gradient is wanted."""
+        kept = [wanted(gradient) for gradient in self.gradients]
+        return Held(
+            list(compress(self.gradients, kept)),
+            list(compress(self.places, kept)),
+            list(compress(self.parameters, kept)),
+        )

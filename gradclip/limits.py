@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ from torch import Tensor
 from .engines import norm_dtype
 from .engines.base import host_may_read
 from .errors import ArgumentError
+from .labels import NormLabels
 from .records import ClipRecord, clipped
-from .scopes import SHARED, GroupLabels
 from .step_gradients import StepGradients
 from .thresholds import StepContext, Threshold
+
+_LEARNING: WeakValueDictionary[int, Limits] = WeakValueDictionary()
+"""By the id of each threshold that learns, the one that serves it."""
 
 
 class Limits:
@@ -22,17 +26,35 @@ class Limits:
 
     Args:
         threshold: The clipper's threshold.
-        groups: The labels, with the thresholds of groups that have their own.
+        labels: The labels, with the thresholds of groups that have their own.
         device: Where norms will be.
+        order: p of the norms.
+
+    Raises:
+        ArgumentError: The threshold learns, and another clipper uses it.
     """
 
-    def __init__(self, threshold: Threshold, groups: GroupLabels, device: torch.device) -> None:
+    def __init__(
+        self, threshold: Threshold, labels: NormLabels, device: torch.device, order: float
+    ) -> None:
         self._threshold = threshold
-        self._groups = groups
-        self._observes = type(threshold).observe is not Threshold.observe
+        self._labels = labels
+        self._device = device
+        self._order = order
+        self._learns = type(threshold).observe is not Threshold.observe
         self._foreign = not type(threshold).__module__.startswith(f"{__package__}.")
         self._context: StepContext | None = None
-        threshold.start((SHARED,), device, norm_dtype(device))
+        self._started: tuple[str, ...] = ()
+        self._ruled: Tensor | None = None
+        self._own = torch.empty(0)
+        if self._learns:
+            self._claim()
+        self._follow_labels()
+
+    def release(self) -> None:
+        """Leave the threshold to another clipper."""
+        if _LEARNING.get(id(self._threshold)) is self:
+            del _LEARNING[id(self._threshold)]
 
     def at_step(self, gradients: StepGradients, norms: Tensor, step: int) -> Tensor:
         """Return the thresholds of all norms.
@@ -49,50 +71,84 @@ class Limits:
             ArgumentError: The threshold returned another shape, or on another device, or on the CPU
             a number that is no limit.
         """
-        present = _flags(gradients.present, norms.device)
-        if not self._groups.single:
-            norms, present = norms[self._groups.shared], present[self._groups.shared]
-        context = StepContext(step, present)
+        self._follow_labels()
+        weight_norms = gradients.weight_norms() if self._threshold.needs_weights else None
+        context = StepContext(step, gradients.present(), self._order, weight_norms)
+        if self._ruled is not None:
+            norms, context = norms[self._ruled], _part(context, self._ruled)
         # The norm of a part of the gradients is no example of what is to be expected.
-        self._context = context if self._observes and not gradients.partial else None
+        self._context = context if self._learns and not gradients.partial else None
         if not norms.numel():
-            return self._groups.thresholds(norms)
-        ruled = self._threshold.thresholds(norms, context)
+            return self._own
+        thresholds = self._threshold.thresholds(norms, context)
         if self._foreign:
-            _check(self._threshold, ruled, norms)
-        return self._groups.thresholds(ruled)
+            _check(self._threshold, thresholds, norms)
+        if self._ruled is None:
+            return thresholds
+        return self._own.index_copy(0, self._ruled, thresholds)
 
     def observe(self, record: ClipRecord) -> None:
-        """Let the threshold learn from the step that it was asked about, unless it was skipped."""
-        context, shared = self._context, self._groups.shared
-        if context is None or record.skipped is True or shared.start == record.norms.numel():
+        """Let the threshold learn from the step that it was asked about."""
+        context = self._context
+        if context is None or (record.skipped is True and not self._threshold.observes_skipped):
             return
-        for left_out in (record.skipped, record.overflow):
+        norms, coefficients = record.norms, record.coefficients
+        if self._ruled is not None:
+            norms, coefficients = norms[self._ruled], coefficients[self._ruled]
+        skipped = None if self._threshold.observes_skipped else record.skipped
+        for left_out in (skipped, record.overflow):
             if isinstance(left_out, Tensor):
                 context = replace(context, present=context.present & ~left_out)
-        norms, coefficients = record.norms[shared], record.coefficients[shared]
-        self._threshold.observe(norms, clipped(norms, coefficients), context)
+        if norms.numel():
+            self._threshold.observe(norms, clipped(norms, coefficients), context)
+
+    def _follow_labels(self) -> None:
+        """Start the threshold, again whenever there are new labels that it rules."""
+        names, limits = self._labels.names, self._labels.limits
+        if names is self._started:
+            return
+        ruled = [index for index, limit in enumerate(limits) if limit is None]
+        dtype = norm_dtype(self._device)
+        if len(ruled) < len(names):
+            own = [math.inf if limit is None else limit for limit in limits]
+            self._own = torch.tensor(own, dtype=dtype, device=self._device)
+            self._ruled = torch.tensor(ruled, dtype=torch.int64, device=self._device)
+        if ruled:
+            self._threshold.start(tuple(names[i] for i in ruled), self._device, dtype)
+        self._started = names
+
+    def _claim(self) -> None:
+        if id(self._threshold) in _LEARNING:
+            raise ArgumentError(
+                f"{self._threshold!r} learns from the norms of another clipper already, which this "
+                "one's would mix with: make one for each clipper, or detach() the other first."
+            )
+        _LEARNING[id(self._threshold)] = self
 
 
-def _check(threshold: Threshold, ruled: object, norms: Tensor) -> None:
+def _part(context: StepContext, ruled: Tensor) -> StepContext:
+    weights = context.weight_norms
+    return replace(
+        context,
+        present=context.present[ruled],
+        weight_norms=None if weights is None else weights[ruled],
+    )
+
+
+def _check(threshold: Threshold, found: object, norms: Tensor) -> None:
     """Check what a threshold of the user's own returned; its values only where nothing waits."""
     name = f"{type(threshold).__name__}.thresholds()"
-    if not isinstance(ruled, Tensor):
+    if not isinstance(found, Tensor):
         raise ArgumentError(
-            f"{name} returned a {type(ruled).__name__}: return a tensor of shape "
+            f"{name} returned a {type(found).__name__}: return a tensor of shape "
             f"{tuple(norms.shape)}."
         )
-    if ruled.shape != norms.shape or ruled.device != norms.device:
+    if found.shape != norms.shape or found.device != norms.device:
         raise ArgumentError(
-            f"{name} returned the shape {tuple(ruled.shape)} on {ruled.device}: return one "
+            f"{name} returned the shape {tuple(found.shape)} on {found.device}: return one "
             f"threshold for each norm, shape {tuple(norms.shape)} on {norms.device}."
         )
-    if host_may_read(ruled) and not all(limit >= 0 for limit in ruled.tolist()):
+    if host_may_read(found) and not bool((found >= 0).all()):
         raise ArgumentError(
-            f"{name} returned {ruled.tolist()}: return numbers >= 0, infinity for no limit."
+            f"{name} returned {found.tolist()}: return numbers >= 0, infinity for no limit."
         )
-
-
-@lru_cache(maxsize=8)
-def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)

@@ -1,45 +1,69 @@
-"""Names of parameters, for people who have to find them."""
+"""Names of parameters and groups, for people who have to find them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 MOST_NAMED = 10
 
 
-def parameter_names(
-    groups: Sequence[Mapping[str, Any]], model: nn.Module | None
-) -> list[tuple[str, Tensor]]:
-    """Return every parameter of an optimizer once, with its name.
+@dataclass(frozen=True, slots=True)
+class NamedParameter:
+    """A parameter of an optimizer."""
 
-    The name is the model's, else the one that the optimizer was given, else the place in the
-    optimizer's groups.
-    """
+    name: str
+    """The model's, else the one that the optimizer was given, else the place in the groups."""
+    parameter: Tensor
+    optimizer: int
+    """Number of the optimizer."""
+    group: int
+    """Number of its parameter group."""
+
+
+def named_parameters(
+    optimizers: Sequence[Optimizer], model: nn.Module | None
+) -> Iterator[NamedParameter]:
+    """Yield every parameter of the optimizers once, under a name that no other one has."""
     known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    named: dict[int, tuple[str, Tensor]] = {}
-    for number, group in enumerate(groups):
-        given = group.get("param_names") or [
-            f"group {number}, parameter {place}" for place in range(len(group["params"]))
-        ]
-        for name, parameter in zip(given, group["params"], strict=True):
-            named.setdefault(id(parameter), (known.get(id(parameter), name), parameter))
-    return list(named.values())
+    named: set[int] = set()
+    taken = set(known.values())
+    for number, optimizer in enumerate(optimizers):
+        for index, group in enumerate(optimizer.param_groups):
+            given = group.get("param_names") or []
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) in named:
+                    continue
+                name = known.get(id(parameter))
+                if name is None:
+                    within = group_name(optimizers, number, index)
+                    name = given[place] if place < len(given) else ""
+                    name = f"{within}, parameter {place}" if not name or name in taken else name
+                named.add(id(parameter))
+                taken.add(name)
+                yield NamedParameter(name, parameter, number, index)
 
 
-def describe_nonfinite(named: Sequence[tuple[str, Tensor]]) -> str:
+def group_name(optimizers: Sequence[Optimizer], optimizer: int, group: int) -> str:
+    """Return the name of a parameter group."""
+    several = f"optimizer {optimizer}, " if len(optimizers) > 1 else ""
+    return f"{several}group {group}"
+
+
+def describe_nonfinite(named: Sequence[NamedParameter]) -> str:
     """List the parameters whose gradients hold NaN or infinity, with how many. Host sync."""
     found = []
-    for name, parameter in named:
-        gradient = parameter.grad
+    for each in named:
+        gradient = each.parameter.grad
         if gradient is not None:
             values = gradient._values() if gradient.is_sparse else gradient
             count = int(values.numel() - torch.isfinite(values).sum())
             if count:
-                found.append(f"{name} ({count} of {values.numel()} elements)")
+                found.append(f"{each.name} ({count} of {values.numel()} elements)")
     if not found:
         return "none by itself: the sum of their powers exceeds the range of float64"
     more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .engines import engine_for, norm_dtype
-from .engines.base import INFINITY, root
 from .gradients import Bucket
+from .places import gathered
 
 
 def norms_of(
@@ -25,9 +25,9 @@ def norms_of(
     No host sync, unless gradients lie on several devices: then their sums meet on one.
 
     Args:
-        buckets: The gradients with their labels. Not written.
+        buckets: The gradients with the places of their norms. Not written.
         order: p of the p-norm, positive or infinity.
-        count: k, how many labels there are.
+        count: k, how many norms there are; 1 where the gradients have no places.
         device: Where the norms are wanted; by default where the first gradient is, else the CPU.
         engine: Which engine measures.
 
@@ -39,21 +39,19 @@ def norms_of(
         device = buckets[0].device if buckets else torch.device("cpu")
     if not buckets:
         return torch.zeros(count, dtype=norm_dtype(device), device=device)
-    if count == 1:
+    if not buckets[0].places:
         norms = [engine_for(engine, b.device).norm(b.measured, order) for b in buckets]
         if len(norms) == 1 and norms[0].device == device:
             return norms[0]
         norm: Tensor = torch.linalg.vector_norm(_together(norms, device), order, 0, keepdim=True)
         return norm
-    sums = [engine_for(engine, b.device).power_sums(b.measured, order) for b in buckets]
-    labels = [label for bucket in buckets for label in bucket.labels]
-    index = torch.tensor(labels, dtype=torch.int64, device=device)
-    totals = torch.zeros(count, dtype=norm_dtype(device), device=device)
-    if order == INFINITY:
-        return totals.scatter_reduce_(0, index, _together(sums, device), "amax")
-    return root(totals.index_add_(0, index, _together(sums, device)), order)
+    sums = [bucket.power_sums(engine, order) for bucket in buckets]
+    places = tuple(place for bucket in buckets for place in bucket.places)
+    return gathered(_together(sums, device), order, places, count)
 
 
 def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:
     """Bring what was measured on several devices to one."""
+    if len(values) == 1 and values[0].device == device:
+        return values[0]
     return torch.cat([value.to(device, norm_dtype(device)) for value in values])

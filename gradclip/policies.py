@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .coefficients import must_skip
 from .engines.base import host_may_read
 from .errors import NonFiniteGradientError, SkipLimitError
-from .naming import describe_nonfinite, parameter_names
+from .naming import describe_nonfinite, named_parameters
 from .records import ClipRecord
 from .settings import Settings
 from .step_gradients import StepGradients
@@ -47,16 +48,17 @@ def verdict(
 
 
 def nonfinite_error(
-    record: ClipRecord, groups: Sequence[Mapping[str, Any]], model: nn.Module | None
+    record: ClipRecord, optimizers: Sequence[Optimizer], model: nn.Module | None
 ) -> NonFiniteGradientError:
     """Return the error for a norm that is not finite, which names the parameters. Host sync."""
-    norms = record.norms.tolist()
-    found = str(norms[0]) if len(norms) == 1 else f"one of {norms}"
+    norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
+    found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
+    named = [*named_parameters(optimizers, model)]
     return NonFiniteGradientError(
         f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
-        f"{describe_nonfinite(parameter_names(groups, model))}. The step was not taken and the "
-        "gradients are as they were. Lower the learning rate or look at that step's batch; "
-        "nonfinite='zero' or 'skip' would go on."
+        f"{describe_nonfinite(named)}. The step was not taken and the gradients are as they were. "
+        "Lower the learning rate or look at that step's batch; nonfinite='zero' or 'skip' would go "
+        "on."
     )
 
 

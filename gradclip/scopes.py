@@ -1,145 +1,145 @@
-"""Which norm the gradients of a parameter group belong to."""
+"""Which gradients share a norm, as a labelling of the parameters."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import cast
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .checks import checked_bound
-from .errors import AttachError
+from .errors import ArgumentError
 
-KEY = "max_norm"
-"""The key of a parameter group that has a norm and a threshold of its own."""
+KINDS = ("global", "group", "parameter", "unit")
 SHARED = "global"
-"""The label of all groups without the key."""
-_ABSENT = object()
+"""The label of all gradients in scope "global"."""
+
+Label = str | None
+Labels = Label | Sequence[Label]
+"""One label for a parameter, None for never clipped, or one for each index of dimension 0."""
+Labelling = Callable[[str, Tensor], object]
 
 
-class GroupLabels:
-    """Labels of parameter groups: one shared by most, one for each group with a ``max_norm``.
+class Scope:
+    """Which gradients share a norm.
 
-    The keys are read when a group is first seen, and kept: loading the state of an optimizer
-    replaces its groups.
+    A scope gives every parameter a label; gradients with the same label share a norm.
+
+    >>> import gradclip
+    >>> gradclip.Scope("unit", exclude="head.*")
+    Scope('unit', exclude='head.*')
 
     Args:
-        optimizers: The optimizers, in the order in which their groups are counted.
+        kind: "global": all gradients. "group": those of each parameter group. "parameter": each
+            one has a norm of its own. "unit": each index of dimension 0 has, that is the row of a
+            matrix or the output filter of a convolution (of a transposed one the input filter);
+            gradients of less than two dimensions are one unit. Or a function of a parameter's
+            name and the parameter which returns its label, a string or a whole number, or None
+            for never clipped, in no norm; or a sequence, 1-d tensor or array of such labels, one
+            for each index of dimension 0. It is called once for each parameter.
+        exclude: What is never clipped and in no norm: names, in which ``*`` and ``?`` stand for
+            any letters and any letter; or a function of name and parameter that is true for them.
 
     Raises:
-        ArgumentError: A key that is no number >= 0 and not None.
+        ArgumentError: ``kind`` or ``exclude`` is none of these.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = optimizers
-        self._kept: list[list[Any]] = [[] for _ in optimizers]
-        self._warned: set[tuple[int, int, str]] = set()
-        self.names: tuple[str, ...] = ()
-        """The k labels, in the order of the norms."""
-        self.limits: tuple[float | None, ...] = ()
-        """For each label the threshold of its group; None where the clipper's threshold rules."""
-        self.indices: list[list[int | None]] = [[] for _ in optimizers]
-        """For each optimizer and group the index of its label; None where it is never clipped."""
-        self.single = True
-        """Whether all gradients share one norm, as they do without keys."""
-        self.refresh()
-        if not self.names:  # every group is left out: a norm of nothing
-            self.names, self.limits = (SHARED,), (None,)
+    def __init__(
+        self,
+        kind: str | Labelling = "global",
+        *,
+        exclude: str | Iterable[str] | Callable[[str, Tensor], object] = (),
+    ) -> None:
+        if isinstance(kind, type) or not (kind in KINDS or callable(kind)):
+            raise ArgumentError(
+                f"scope is {kind!r}: give one of {', '.join(map(repr, KINDS))}, a Scope, or a "
+                "function of a parameter's name and the parameter that returns a label."
+            )
+        self.kind = kind
+        self.exclude = exclude if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
+        self._patterns = (exclude,) if isinstance(exclude, str) else self.exclude
+        if not callable(self._patterns) and not all(isinstance(p, str) for p in self._patterns):
+            raise ArgumentError(
+                f"exclude is {exclude!r}: give names, or a function of name and parameter."
+            )
 
-    def refresh(self) -> None:
-        """Label the groups that were added since.
-
-        Raises:
-            ArgumentError: One of them has a key that is no number >= 0 and not None.
-            AttachError: Groups were taken away, so that it is not known whose keys are kept.
-        """
-        for number, optimizer in enumerate(self._optimizers):
-            groups, kept = optimizer.param_groups, self._kept[number]
-            if len(groups) < len(kept):
-                self._forget(number, len(groups))
-            while len(kept) < len(groups):
-                key = groups[len(kept)].get(KEY, _ABSENT)
-                if key is not _ABSENT and key is not None:
-                    name = self._name(number, len(kept))
-                    key = checked_bound(f"The {KEY} of {name}", key, none="never to clip it")
-                self.indices[number].append(self._label(number, len(kept), key))
-                kept.append(key)
-                self.single = self.single and key is _ABSENT
-            self.warn_of_lost_keys(optimizer)
+    def __repr__(self) -> str:
+        exclude = f", exclude={self.exclude!r}" if self.exclude else ""
+        return f"Scope({self.kind!r}{exclude})"
 
     @property
-    def shared(self) -> slice:
-        """The place of the norm that the clipper's own threshold rules; empty without one."""
-        at = self.names.index(SHARED) if SHARED in self.names else len(self.names)
-        return slice(at, at + 1)
+    def is_everything(self) -> bool:
+        """Whether all gradients share one norm, whatever their names."""
+        return self.kind == "global" and not self.exclude
 
-    def thresholds(self, ruled: Tensor) -> Tensor:
-        """Put what the clipper's threshold rules among the thresholds of groups.
+    def labels(self, name: str, parameter: Tensor, group: str) -> Labels:
+        """Return the label of a parameter, or those of the indices of its dimension 0.
 
         Args:
-            ruled: Shape (0,) or (1,).
+            name: Name of the parameter, which no other one has.
+            parameter: The parameter.
+            group: Name of its parameter group.
 
-        Returns:
-            Shape (k,), of the same device and dtype.
+        Raises:
+            ArgumentError: A function returned what is no label.
         """
-        if len(self.names) == ruled.numel():
-            return ruled
-        limits = _limits(self.limits, ruled.device, ruled.dtype)
-        at = self.shared
-        return torch.cat([limits[: at.start], ruled, limits[at.start + ruled.numel() :]])
+        if self._excludes(name, parameter):
+            return None
+        if callable(self.kind):
+            return _checked(self.kind(name, parameter), name, parameter)
+        if self.kind == "unit" and parameter.dim() > 1:
+            return [f"{name}[{index}]" for index in range(len(parameter))]
+        return {"global": SHARED, "group": group}.get(self.kind, name)
 
-    def warn_of_lost_keys(self, optimizer: Optimizer) -> None:
-        """Warn, once for each, of keys that are no longer what they were when they were read."""
-        groups = optimizer.param_groups
-        number = self._optimizers.index(optimizer)
-        for index, (group, kept) in enumerate(zip(groups, self._kept[number], strict=False)):
-            found = group.get(KEY, _ABSENT)
-            if found is kept or found == kept:
-                continue
-            seen = (number, index, repr(found))
-            if seen not in self._warned:
-                self._warned.add(seen)
-                warnings.warn(
-                    f"{self._name(number, index)} was attached with {_said(kept)} and now has "
-                    f"{_said(found)}, as after loading a checkpoint without it: the clipper keeps "
-                    "the first. To change it, detach() and attach a new clipper.",
-                    UserWarning,
-                    stacklevel=3,
+    def check_names(self, names: Sequence[str]) -> None:
+        """Check that every name to exclude is the name of something.
+
+        Raises:
+            ArgumentError: One matches no parameter.
+        """
+        for pattern in () if callable(self._patterns) else self._patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                some = ", ".join(names[:5])
+                raise ArgumentError(
+                    f"exclude={pattern!r} matches no parameter; there are {some or 'none'}"
+                    f"{', ...' if len(names) > 5 else ''}. Names are the model's with model=."
                 )
 
-    def _forget(self, number: int, groups: int) -> None:
-        if not self.single:
-            raise AttachError(
-                f"{type(self._optimizers[number]).__name__} had {len(self._kept[number])} "
-                f"parameter groups and has {groups}: which {KEY} belongs to which cannot be known. "
-                "detach() and attach a new clipper."
-            )
-        del self._kept[number][groups:], self.indices[number][groups:]
-
-    def _label(self, number: int, group: int, key: Any) -> int | None:
-        if key is None:
-            return None
-        name = SHARED if key is _ABSENT else self._name(number, group)
-        if name not in self.names:
-            self.names = (*self.names, name)
-            self.limits = (*self.limits, None if key is _ABSENT else key)
-        return self.names.index(name)
-
-    def _name(self, number: int, group: int) -> str:
-        several = f"optimizer {number}, " if len(self._optimizers) > 1 else ""
-        return f"{several}group {group}"
+    def _excludes(self, name: str, parameter: Tensor) -> bool:
+        if callable(self._patterns):
+            return bool(self._patterns(name, parameter))
+        return any(fnmatchcase(name, pattern) for pattern in self._patterns)
 
 
-@lru_cache(maxsize=8)
-def _limits(limits: tuple[float | None, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    known = [math.inf if limit is None else limit for limit in limits]
-    return torch.tensor(known, dtype=dtype, device=device)
+def scope_from(scope: object) -> Scope:
+    """Return the scope that a user's ``scope`` means.
+
+    Raises:
+        ArgumentError: It is none of kind, function and `Scope`.
+    """
+    return scope if isinstance(scope, Scope) else Scope(cast("str | Labelling", scope))
 
 
-def _said(key: Any) -> str:
-    return f"no {KEY}" if key is _ABSENT else f"{KEY}={key!r}"
+def _checked(found: object, name: str, parameter: Tensor) -> Labels:
+    to_list = getattr(found, "tolist", None)  # of a tensor or an array
+    found = found if to_list is None else to_list()
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        if parameter.dim() and len(found) == len(parameter):
+            return [_checked_one(label, name, parameter) for label in found]
+        raise _no_label(f"{len(found)} labels", name, parameter)
+    return _checked_one(found, name, parameter)
+
+
+def _checked_one(found: object, name: str, parameter: Tensor) -> Label:
+    if found is None or isinstance(found, str):
+        return found
+    if isinstance(found, int) and not isinstance(found, bool):
+        return str(found)
+    raise _no_label(repr(found), name, parameter)
+
+
+def _no_label(found: str, name: str, parameter: Tensor) -> ArgumentError:
+    return ArgumentError(
+        f"The scope gave {found} for {name} of shape {tuple(parameter.shape)}: give a string or a "
+        "whole number, None for never clipped, or one of these for each index of dimension 0."
+    )

@@ -10,7 +10,6 @@ from .errors import ArgumentError, NotAvailableError
 
 EXCEED = ("scale", "observe", "skip")
 NONFINITE = ("zero", "skip", "raise", "propagate")
-SCOPES = ("global", "group", "parameter", "unit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +66,8 @@ class Settings:
         return self.max_value is not None and self.exceed != "scale"
 
 
-def check_later_parts(*, scope: object, ranks: object) -> None:
+def check_later_parts(*, ranks: object) -> None:
     """Refuse, with a clear error, what the interface has and this version lacks."""
-    if isinstance(scope, str):
-        _one_of("scope", scope, SCOPES)
-    if scope != "global":
-        raise not_available(f"scope={scope!r}", "give scope='global'")
     if ranks is not None:
         raise not_available("ranks=", "leave it at None, and train in one process or under DDP")
 

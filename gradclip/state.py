@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,23 +10,45 @@ from .checks import checked_count
 from .errors import ArgumentError, StateError
 from .records import Counters
 
-KEYS = {"steps", "counters", "threshold"}
+SHOWN = 5
+"""Labels that an error names."""
+KEYS = {"steps", "counters", "labels", "threshold"}
 
 
-def parsed_state(state: Mapping[str, Any]) -> tuple[int, Counters]:
+def parsed_state(state: Mapping[str, Any], labels: Sequence[str]) -> tuple[int, Counters]:
     """Return steps and counters of a saved clipper.
 
+    Args:
+        state: The saved clipper.
+        labels: The labels of the clipper that it is for.
+
     Raises:
-        StateError: It is not what ``GradientClipper.state_dict`` returns.
+        StateError: It is not what ``GradientClipper.state_dict`` returns, or has other labels.
     """
     _check_keys("state", state, KEYS)
     _check_keys("state['counters']", state["counters"], {f.name for f in fields(Counters)})
+    _check_labels(state["labels"], labels)
     try:
         counts = {k: checked_count(k, v) for k, v in state["counters"].items()}
         steps = checked_count("steps", state["steps"])
     except ArgumentError as error:
         raise StateError(f"The state does not fit, {error} Nothing was loaded.") from None
     return steps, Counters(**counts)
+
+
+def _check_labels(found: object, needed: Sequence[str]) -> None:
+    if not isinstance(found, Sequence) or list(found) != list(needed):
+        raise StateError(
+            f"The state has the labels {_shortened(found)}, the clipper has {_shortened(needed)}: "
+            "give the clipper the scope, the model and the parameter groups it was saved with. "
+            "Nothing was loaded."
+        )
+
+
+def _shortened(labels: object) -> str:
+    if not isinstance(labels, Sequence) or len(labels) <= SHOWN:
+        return repr(labels)
+    return f"[{', '.join(map(repr, labels[:SHOWN]))}, ...] ({len(labels)} of them)"
 
 
 def _check_keys(name: str, found: object, needed: set[str]) -> None:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .engines import engine_for
 from .engines.base import host_may_read
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
 from .norms import norms_of
+from .places import Place, present
 from .settings import Settings
 
 
 class StepGradients:
-    """Gradients of any mixture of devices, dtypes and layouts, with the labels of their norms.
+    """Gradients of any mixture of devices, dtypes and layouts, with the places of their norms.
 
     Args:
         tensors: Distinct gradients.
-        labels: For each the index of its norm; None where there is one norm.
+        places: For each where its norms are; None where all share one.
         settings: How to measure and what may be written.
         count: k, how many norms there are.
         device: Where the norms are wanted.
+        parameters: The parameters of the gradients, where their norms will be asked for.
         scale: By what GradScaler has multiplied the gradients, one element; None for not at all.
         overflow: Where only the device knows it: whether GradScaler leaves the step out, one bool.
         partial: Whether an optimizer's gradients are missing, since GradScaler leaves out its step.
@@ -36,11 +38,12 @@ class StepGradients:
     def __init__(
         self,
         tensors: Sequence[Tensor],
-        labels: Sequence[int] | None,
+        places: Sequence[Place] | None,
         settings: Settings,
         count: int,
         device: torch.device,
         *,
+        parameters: Sequence[Tensor] = (),
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
         partial: bool = False,
@@ -50,20 +53,26 @@ class StepGradients:
         self.tensors = tensors
         self.overflow = overflow
         self.partial = partial
-        self._labels = labels
+        self._places = places
+        self._parameters = parameters
         self._settings = settings
         self._count = count
         self._device = device
         self._scale = scale
-        self._buckets = buckets_of(tensors, settings.norm_type, labels)
+        self._buckets = buckets_of(tensors, settings.norm_type, places)
 
-    @property
-    def present(self) -> tuple[bool, ...]:
-        """Which of the k norms have a gradient behind them."""
-        if self._labels is None:
-            return (bool(self.tensors),)
-        labels = set(self._labels)
-        return tuple(label in labels for label in range(self._count))
+    def present(self) -> Tensor:
+        """Tell which of the k norms have a gradient behind them; shape (k,), bool."""
+        if self._places is None:
+            return _flag(bool(self.tensors), self._device)
+        places = tuple(place for bucket in self._buckets for place in bucket.places)
+        return present(places, self._count, self._device)
+
+    def weight_norms(self) -> Tensor:
+        """Measure the norms of the parameters instead of their gradients; shape (k,)."""
+        weights = [parameter.data for parameter in self._parameters]
+        buckets = buckets_of(weights, self._settings.norm_type, self._places)
+        return self._measured(buckets)
 
     def norms(self) -> Tensor:
         """Measure the true norms, whatever scale the gradients carry; shape (k,)."""
@@ -93,7 +102,7 @@ class StepGradients:
         if not self._settings.writes:
             return self.norms_if_bounded(norms)
         if coalesce_(self.tensors):
-            self._buckets = buckets_of(self.tensors, self._settings.norm_type, self._labels)
+            self._buckets = buckets_of(self.tensors, self._settings.norm_type, self._places)
         return self._norms(self._clamped(self._buckets, self._bounds(norms, untouched)))
 
     def scale_(self, coefficients: Tensor) -> None:
@@ -101,19 +110,15 @@ class StepGradients:
         if self._count == 1 and host_may_read(coefficients) and coefficients.item() == 1:
             return
         for bucket in self._buckets:
-            engine = engine_for(self._settings.engine, bucket.device)
-            engine.scale_(bucket.written, bucket.spread(coefficients))
+            bucket.scale_(self._settings.engine, coefficients)
 
     def _norms(self, buckets: Sequence[Bucket]) -> Tensor:
-        settings = self._settings
-        norms = norms_of(
-            buckets,
-            settings.norm_type,
-            count=self._count,
-            device=self._device,
-            engine=settings.engine,
-        )
+        norms = self._measured(buckets)
         return norms if self._scale is None else norms / self._scale.to(norms)
+
+    def _measured(self, buckets: Sequence[Bucket]) -> Tensor:
+        order, engine = self._settings.norm_type, self._settings.engine
+        return norms_of(buckets, order, count=self._count, device=self._device, engine=engine)
 
     def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
         """Return ``max_value`` in the scale of the gradients, infinity for none; shape (k,)."""
@@ -127,6 +132,10 @@ class StepGradients:
 
     def _clamped(self, buckets: list[Bucket], bounds: Tensor) -> list[Bucket]:
         for bucket in buckets:
-            engine = engine_for(self._settings.engine, bucket.device)
-            engine.clamp_(bucket.written, bucket.spread(bounds))
+            bucket.clamp_(self._settings.engine, bounds)
         return buckets
+
+
+@lru_cache(maxsize=8)
+def _flag(value: bool, device: torch.device) -> Tensor:
+    return torch.tensor([value], device=device)

@@ -507,15 +507,7 @@ def test_a_bad_option_says_what_was_found_and_what_is_needed(option, needed):
     GradientClipper(optimizer, 1.0)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"scope": "parameter"},
-        {"scope": lambda name, parameter: name},
-        {"ranks": object()},
-    ],
-    ids=lambda option: next(iter(option)),
-)
+@pytest.mark.parametrize("option", [{"ranks": object()}], ids=lambda option: next(iter(option)))
 def test_what_this_version_lacks_says_so(option):
     optimizer = sgd(torch.tensor([3.0, 4.0]))
     with pytest.raises(NotAvailableError, match="not available in this version of gradclip"):

@@ -122,3 +122,20 @@ def test_two_optimizers_share_a_norm_and_a_step(two_optimizers):
         assert float(after) == min(float(before), 1.0)
     assert "100 steps with" in two_optimizers
     assert re.search(r"GradientClipper\((Muon|SGD), AdamW, Fixed", two_optimizers)
+
+
+@pytest.fixture(scope="module")
+def own_threshold(tmp_path_factory):
+    return run("own_threshold.py", cwd=tmp_path_factory.mktemp("own"))
+
+
+def test_a_threshold_of_ones_own_is_short_and_learns(own_threshold):
+    source = (EXAMPLES / "own_threshold.py").read_text()
+    body = re.search(r"^class \w+\(\w+\):\n(.*?)^\S", source, re.DOTALL | re.MULTILINE)[1]
+    code = re.sub(r'""".*?"""', "", body, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    limits = re.findall(r"norm +[\d.]+, threshold (\S+)", own_threshold)
+    assert limits[0] == "inf"
+    assert len(limits) == 10
+    assert all(0.5 <= float(limit) < 100 for limit in limits[1:])
+    assert 0 < int(re.search(r"(\d+)% of the steps were clipped", own_threshold)[1]) < 60

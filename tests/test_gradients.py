@@ -16,6 +16,7 @@ from gradclip.gradients import (
     gradients_of,
     parameters_of,
 )
+from gradclip.places import Place
 
 
 def test_one_bucket_for_each_device_and_dtype_in_order():
@@ -53,9 +54,14 @@ def test_the_modulus_of_a_large_complex_element_is_finite():
 
 
 def test_one_value_serves_all_and_several_are_spread_by_label():
-    [bucket] = buckets_of([torch.ones(1)] * 3, 2.0, [1, 0, 1])
-    assert bucket.spread(torch.tensor([0.5])).tolist() == [0.5]
-    assert bucket.spread(torch.tensor([0.5, 0.25])).tolist() == [0.25, 0.5, 0.25]
+    joint = [torch.ones(1) for _ in range(3)]
+    [bucket] = buckets_of(joint, 2.0)
+    bucket.scale_("auto", torch.tensor([0.5]))
+    assert [gradient.item() for gradient in joint] == [0.5] * 3
+    several = [torch.ones(1) for _ in range(3)]
+    [bucket] = buckets_of(several, 2.0, [Place(torch.tensor([label])) for label in (1, 0, 1)])
+    bucket.scale_("auto", torch.tensor([0.5, 0.25]))
+    assert [gradient.item() for gradient in several] == [0.25, 0.5, 0.25]
 
 
 def test_gradients_are_collected_once_each_from_all_groups():
@@ -86,8 +92,9 @@ def test_other_subclasses_are_clipped_as_what_they_are():
 
 def test_copies_leave_the_gradients_alone():
     gradient = torch.tensor([-3.0, 1.0, math.inf, math.nan], dtype=torch.float16)
-    [bucket] = copied(buckets_of([gradient], 2.0, [3]))
+    place = Place(torch.tensor([3]))
+    [bucket] = copied(buckets_of([gradient], 2.0, [place]))
     bucket.written[0].zero_()
-    assert bucket.labels == [3]
+    assert bucket.places == [place]
     assert bucket.measured[0].tolist() == [0.0] * 4
     assert gradient[:3].tolist() == [-3.0, 1.0, math.inf]

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from gradclip import ArgumentError, ClipRecord, Threshold
+from gradclip.labels import NormLabels
 from gradclip.limits import Limits
-from gradclip.scopes import GroupLabels
+from gradclip.places import Place
+from gradclip.scopes import Scope
 from gradclip.settings import Settings
 from gradclip.step_gradients import StepGradients
 
@@ -33,16 +35,17 @@ class Rule(Threshold):
         self.told.append((norms.tolist(), clipped_norms.tolist(), context.present.tolist()))
 
 
-def labels(*keys) -> GroupLabels:
+def labels(*keys) -> NormLabels:
     groups = [
         {"params": [nn.Parameter(torch.ones(1))], **({} if key is ... else {"max_norm": key})}
         for key in keys
     ]
-    return GroupLabels([torch.optim.SGD(groups, lr=1.0)])
+    return NormLabels([torch.optim.SGD(groups, lr=1.0)], Scope())
 
 
 def gradients(count: int, partial: bool = False) -> StepGradients:
-    tensors, places = [torch.ones(1) for _ in range(count)], list(range(count))
+    tensors = [torch.ones(1) for _ in range(count)]
+    places = [Place(torch.tensor([index])) for index in range(count)]
     return StepGradients(tensors, places, Settings(), count, CPU, partial=partial)
 
 
@@ -57,18 +60,18 @@ def record(*norms: float, **options) -> ClipRecord:
 
 def test_a_threshold_starts_with_the_label_that_it_rules():
     rule = Rule()
-    Limits(rule, labels(1.0, ...), CPU)
+    Limits(rule, labels(1.0, ...), CPU, 2.0)
     assert rule.started == (("global",), CPU, torch.float64)
 
 
 def test_thresholds_of_groups_stand_in_the_order_of_the_labels():
-    limits = Limits(Rule(), labels(1.0, ..., 0.25), CPU)
+    limits = Limits(Rule(), labels(1.0, ..., 0.25), CPU, 2.0)
     assert limits.at_step(gradients(3), double(8, 6, 4), 0).tolist() == [1.0, 3.0, 0.25]
 
 
 def test_what_was_allowed_is_told_with_what_came_of_it():
     rule = Rule()
-    limits = Limits(rule, labels(1.0, ...), CPU)
+    limits = Limits(rule, labels(1.0, ...), CPU, 2.0)
     limits.at_step(gradients(2), double(8, 6), 0)
     limits.observe(record(8, 6))
     assert rule.told == [([6.0], [3.0], [True])]
@@ -76,7 +79,7 @@ def test_what_was_allowed_is_told_with_what_came_of_it():
 
 def test_a_skipped_step_and_a_norm_of_a_part_are_not_told():
     rule = Rule()
-    limits = Limits(rule, labels(...), CPU)
+    limits = Limits(rule, labels(...), CPU, 2.0)
     limits.at_step(gradients(1), double(8), 0)
     limits.observe(record(8, skipped=True))
     limits.at_step(gradients(1, partial=True), double(8), 0)
@@ -88,7 +91,7 @@ def test_a_skipped_step_and_a_norm_of_a_part_are_not_told():
 @pytest.mark.parametrize("value", [True, False])
 def test_what_only_the_device_knows_is_told_as_absent(name, value):
     rule = Rule()
-    limits = Limits(rule, labels(...), CPU)
+    limits = Limits(rule, labels(...), CPU, 2.0)
     limits.at_step(gradients(1), double(8), 0)
     limits.observe(replace(record(8), **{name: torch.tensor(value)}))
     assert rule.told == [([8.0], [4.0], [not value])]
@@ -100,13 +103,13 @@ def test_another_shape_is_an_error(returned):
         def thresholds(self, norms, context):
             return returned
 
-    limits = Limits(Wrong(), labels(...), CPU)
+    limits = Limits(Wrong(), labels(...), CPU, 2.0)
     with pytest.raises(ArgumentError, match=r"Wrong.thresholds\(\) returned the shape .*\(1,\)"):
         limits.at_step(gradients(1), double(8), 0)
 
 
 def test_without_a_limit_of_its_own_a_label_has_that_of_the_rule():
-    limits = Limits(Rule(), labels(..., None), CPU)
+    limits = Limits(Rule(), labels(..., None), CPU, 2.0)
     assert limits.at_step(gradients(1), double(math.inf), 0).tolist() == [math.inf]
 
 
@@ -116,6 +119,6 @@ def test_what_is_no_limit_is_an_error(returned):
         def thresholds(self, norms, context):
             return returned
 
-    limits = Limits(Wrong(), labels(...), CPU)
+    limits = Limits(Wrong(), labels(...), CPU, 2.0)
     with pytest.raises(ArgumentError, match=r"Wrong.thresholds\(\) returned .*: return "):
         limits.at_step(gradients(1), double(8), 0)

@@ -5,25 +5,52 @@ import math
 import torch
 from torch import nn
 
-from gradclip.naming import describe_nonfinite, parameter_names
+from gradclip.naming import NamedParameter, describe_nonfinite, named_parameters
+
+
+def named(optimizers, model=None) -> list[str]:
+    return [each.name for each in named_parameters(optimizers, model)]
+
+
+def listed(*given: tuple[str, nn.Parameter]) -> list[NamedParameter]:
+    return [NamedParameter(name, parameter, 0, 0) for name, parameter in given]
 
 
 def test_names_come_from_the_model_then_the_optimizer_then_the_place():
     model = nn.Linear(2, 1)
     outside = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([{"params": [*model.parameters()]}, {"params": [outside]}])
-    places = [name for name, _ in parameter_names(optimizer.param_groups, None)]
-    assert places == ["group 0, parameter 0", "group 0, parameter 1", "group 1, parameter 0"]
-    named = [name for name, _ in parameter_names(optimizer.param_groups, model)]
-    assert named == ["weight", "bias", "group 1, parameter 0"]
+    assert named([optimizer]) == [
+        "group 0, parameter 0",
+        "group 0, parameter 1",
+        "group 1, parameter 0",
+    ]
+    assert named([optimizer], model) == ["weight", "bias", "group 1, parameter 0"]
     given = torch.optim.SGD([("first", outside)])
-    assert [name for name, _ in parameter_names(given.param_groups, None)] == ["first"]
+    assert named([given]) == ["first"]
 
 
 def test_a_parameter_in_two_places_is_named_once():
     weight = nn.Parameter(torch.ones(1))
-    groups = [{"params": [weight]}, {"params": [weight]}]
-    assert [name for name, _ in parameter_names(groups, None)] == ["group 0, parameter 0"]
+    optimizers = [torch.optim.SGD([weight]), torch.optim.SGD([weight])]
+    assert named(optimizers) == ["optimizer 0, group 0, parameter 0"]
+
+
+def test_no_two_parameters_have_the_same_name():
+    model, other = nn.Linear(2, 1), nn.Linear(2, 1, bias=False)
+    optimizers = [
+        torch.optim.SGD(model.parameters()),
+        torch.optim.SGD(other.named_parameters()),
+        torch.optim.SGD([("w", nn.Parameter(torch.ones(1)))]),
+        torch.optim.SGD([("w", nn.Parameter(torch.ones(1)))]),
+    ]
+    assert named(optimizers, model) == [
+        "weight",
+        "bias",
+        "optimizer 1, group 0, parameter 0",
+        "w",
+        "optimizer 3, group 0, parameter 0",
+    ]
 
 
 def bad(*values: float) -> nn.Parameter:
@@ -33,20 +60,20 @@ def bad(*values: float) -> nn.Parameter:
 
 
 def test_the_description_counts_elements_and_leaves_good_ones_out():
-    named = [("a", bad(1.0, math.nan, math.inf)), ("b", bad(1.0)), ("c", nn.Parameter(bad(1.0)))]
-    assert describe_nonfinite(named) == "a (2 of 3 elements)"
+    given = [("a", bad(1.0, math.nan, math.inf)), ("b", bad(1.0)), ("c", nn.Parameter(bad(1.0)))]
+    assert describe_nonfinite(listed(*given)) == "a (2 of 3 elements)"
 
 
 def test_sparse_gradients_are_looked_into():
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.sparse_coo_tensor([[0, 2]], [1.0, math.nan], (3,))
-    assert describe_nonfinite([("s", parameter)]) == "s (1 of 2 elements)"
+    assert describe_nonfinite(listed(("s", parameter))) == "s (1 of 2 elements)"
 
 
 def test_a_long_list_is_cut():
-    named = [(f"p{i}", bad(math.nan)) for i in range(12)]
-    assert describe_nonfinite(named).endswith("p9 (1 of 1 elements) and 2 more")
+    given = [(f"p{i}", bad(math.nan)) for i in range(12)]
+    assert describe_nonfinite(listed(*given)).endswith("p9 (1 of 1 elements) and 2 more")
 
 
 def test_a_sum_out_of_range_is_told_from_bad_elements():
-    assert "exceeds the range of float64" in describe_nonfinite([("a", bad(1.0))])
+    assert "exceeds the range of float64" in describe_nonfinite(listed(("a", bad(1.0))))

@@ -7,6 +7,7 @@ import torch
 
 from gradclip.gradients import buckets_of
 from gradclip.norms import norms_of
+from gradclip.places import Place
 
 
 @pytest.mark.parametrize("engine", ["reference", "operators"])
@@ -15,7 +16,7 @@ def test_each_label_has_the_norm_of_its_gradients(engine, order):
     kinds = [torch.float32, torch.float64, torch.float32, torch.bfloat16]
     gradients = [torch.randn(50).to(kind) for kind in kinds]
     labels = [2, 0, 0, 2]
-    buckets = buckets_of(gradients, order, labels)
+    buckets = buckets_of(gradients, order, [Place(torch.tensor([label])) for label in labels])
     found = norms_of(buckets, order, count=3, engine=engine)
     for label in range(3):
         mine = [g.double() for g, of in zip(gradients, labels, strict=True) if of == label]
@@ -32,7 +33,8 @@ def test_without_gradients_every_norm_is_zero(count):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_leaves_the_others(order, bad):
     gradients = [torch.tensor([1.0, bad]), torch.tensor([2.0])]
-    found = norms_of(buckets_of(gradients, order, [0, 1]), order, count=2)
+    places = [Place(torch.tensor([label])) for label in (0, 1)]
+    found = norms_of(buckets_of(gradients, order, places), order, count=2)
     assert not math.isfinite(found[0].item())
     assert found[1].item() == 2.0
 

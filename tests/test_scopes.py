@@ -1,267 +1,561 @@
+"""Which gradients share a norm, seen through the clipper and held against norms by hand."""
+
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from gradclip import ArgumentError, AttachError, GradientClipper, Sink, Threshold
+import gradclip
+from gradclip import ArgumentError, GradientClipper, GradientError, Scope
+
+ENGINES = ["reference", "operators"]
 
 
-def parameter(*gradient: float) -> nn.Parameter:
-    made = nn.Parameter(torch.ones(len(gradient)))
-    made.grad = torch.tensor(gradient)
-    return made
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Return a convolution, two matrices and a scalar, with gradients of unlike sizes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(300, 5), nn.Linear(5, 2)).to(dtype)
+    model.scale = nn.Parameter(torch.tensor(1.0, dtype=dtype))
+    for parameter in model.parameters():
+        factors = torch.rand(len(parameter) if parameter.dim() else 1, dtype=torch.float64) * 2
+        shape = (-1, *[1] * (parameter.dim() - 1)) if parameter.dim() else ()
+        gradient = torch.randn(parameter.shape, dtype=torch.float64)
+        parameter.grad = (gradient * factors.view(shape)).to(dtype)
+    return model
 
 
-def norms(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Norm of the first gradient of every group."""
-    return [group["params"][0].grad.norm().item() for group in optimizer.param_groups]
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
-def three_groups(**options) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [parameter(3.0, 4.0)], "max_norm": 0.5},
-        {"params": [parameter(6.0, 8.0)]},
-        {"params": [parameter(30.0, 40.0)], "max_norm": None},
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.double().clone() for name, p in model.named_parameters()}
+
+
+def units(gradient: torch.Tensor) -> list[torch.Tensor]:
+    return list(gradient) if gradient.dim() > 1 else [gradient]
+
+
+def clipped(gradient: torch.Tensor, threshold: float, order: float = 2.0) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(gradient, order)
+    return gradient * min(1.0, threshold / norm.item())
+
+
+PARTS = {
+    "global": lambda found: [list(found.values())],
+    "group": lambda found: [list(found.values())],
+    "parameter": lambda found: [[gradient] for gradient in found.values()],
+    "unit": lambda found: [[unit] for gradient in found.values() for unit in units(gradient)],
+}
+"""What shares a norm, in views of the gradients."""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", list(PARTS))
+def test_every_part_is_clipped_by_its_own_norm(kind, dtype, order, engine):
+    model = network(dtype)
+    needed = gradients(model)
+    parts = PARTS[kind](needed)
+    norms = [
+        torch.linalg.vector_norm(torch.cat([p.flatten() for p in part]), order).item()
+        for part in parts
     ]
-    return torch.optim.SGD(groups, lr=1.0, **options)
-
-
-def test_a_group_with_the_key_has_a_norm_and_a_threshold_of_its_own():
-    optimizer = three_groups()
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.5, 1.0, 50.0], rel=1e-6)
-    assert clipper.labels == ("group 0", "global")
-    assert clipper.last.norm.tolist() == [5.0, 10.0]
-    assert clipper.last.threshold.tolist() == [0.5, 1.0]
-    assert clipper.last.clipped_norm.tolist() == pytest.approx([0.5, 1.0])
-    assert clipper.clip_rate() == 1.0
-
-
-def test_groups_without_the_key_share_one_norm():
-    groups = [{"params": [parameter(g)]} for g in (3.0, 4.0)]
-    groups.insert(1, {"params": [parameter(7.0)], "max_norm": 2})
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.6, 2.0, 0.8], rel=1e-6)
-    assert clipper.labels == ("global", "group 1")
-
-
-def test_one_norm_left_is_a_record_of_0d_tensors():
-    optimizer = torch.optim.SGD(
-        [{"params": [parameter(3.0, 4.0)]}, {"params": [parameter(9.0)], "max_norm": None}], lr=1.0
+    threshold = sorted(norms)[len(norms) // 2] * 0.9
+    clipper = GradientClipper(
+        sgd(model), threshold, scope=kind, model=model, norm_type=order, engine=engine
     )
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
-    assert clipper.last.norm.shape == ()
-    assert clipper.last.norm.item() == 5.0
-    assert norms(optimizer) == pytest.approx([1.0, 9.0])
+    before = [p.grad.clone() for p in model.parameters()]
+    clipper.step()
+    assert clipper.last.norm.reshape(-1).tolist() == pytest.approx(norms, rel=1e-6)
+    for part, norm in zip(parts, norms, strict=True):
+        for view in part:
+            view.mul_(min(1.0, threshold / norm))
+    tolerance = 2.0**-7 if dtype is torch.bfloat16 else 1e-6
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad.double(), needed[name], rtol=tolerance, atol=0, msg=name
+        )
+    unclipped = [norm <= threshold for norm in norms]
+    if kind == "parameter":
+        for parameter, old, whole in zip(model.parameters(), before, unclipped, strict=True):
+            assert torch.equal(parameter.grad, old) == whole
+            assert (parameter.grad._version == 0) == whole  # not written at all
 
 
-def test_where_no_group_is_clipped_the_record_says_so():
-    optimizer = torch.optim.SGD([{"params": [parameter(3.0)], "max_norm": None}], lr=1.0)
-    clipper = GradientClipper(optimizer, 1.0)
+def test_labels_are_names():
+    model = network()
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": [*model[2].parameters()]}], lr=0.0
+    )
+
+    def labels(scope):
+        with GradientClipper(optimizer, 1.0, scope=scope, model=model) as clipper:
+            return clipper.labels
+
+    assert labels("global") == ("global",)
+    assert labels("group") == ("group 0", "group 1")
+    assert labels("parameter") == ("0.weight", "0.bias", "2.weight", "2.bias")
+    rows = [f"{name}.weight[{row}]" for name, count in (("0", 4), ("2", 2)) for row in range(count)]
+    assert labels("unit") == (*rows[:4], "0.bias", *rows[4:], "2.bias")
+    assert labels(lambda name, parameter: name.split(".")[1]) == ("weight", "bias")
+    assert labels(lambda name, parameter: parameter.dim()) == ("4", "1", "2")
+
+
+def test_without_a_model_parameters_are_numbered():
+    optimizer = sgd(network())
+    clipper = GradientClipper(optimizer, 1.0, scope="parameter")
+    assert clipper.labels[:2] == ("group 0, parameter 0", "group 0, parameter 1")
+
+
+def test_parameters_of_several_optimizers_are_told_apart():
+    optimizers = [sgd(network()), sgd(network())]
+    clipper = GradientClipper(optimizers, 1.0, scope="parameter")
+    assert len(clipper.labels) == len(set(clipper.labels)) == 14
+    groups = GradientClipper([sgd(network()), sgd(network())], 1.0, scope="group")
+    assert groups.labels == ("optimizer 0, group 0", "optimizer 1, group 0")
+
+
+@pytest.mark.parametrize(
+    "exclude",
+    ["1.*", ["1.weight", "1.bias"], lambda name, parameter: name.startswith("1.")],
+    ids=["pattern", "names", "predicate"],
+)
+@pytest.mark.parametrize("kind", [*PARTS, lambda name, parameter: "one"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_excluded_is_in_no_norm_and_never_written(kind, exclude, engine):
+    model = network()
+    model[1].weight.grad[0, 0] = math.nan
+    before = gradients(model)
+    optimizer = sgd(model)
+    scope = Scope(kind, exclude=exclude)
+    clipper = GradientClipper(
+        optimizer, 0.01, scope=scope, model=model, nonfinite="raise", engine=engine
+    )
     optimizer.step()
-    assert norms(optimizer) == [3.0]
+    assert not any(label.startswith("1.") for label in clipper.labels)
+    after = gradients(model)
+    for name, gradient in before.items():
+        if name.startswith("1."):
+            assert torch.equal(after[name].nan_to_num(), gradient.nan_to_num())
+            assert model.get_parameter(name).grad._version <= 1
+        else:
+            assert after[name].norm() <= 0.01 * math.sqrt(len(units(gradient))) * (1 + 1e-6)
+
+
+def test_an_exclusion_that_matches_nothing_is_an_error():
+    model = network()
+    with pytest.raises(
+        ArgumentError, match=r"exclude='haed.\*' matches no parameter; there are scale, 0"
+    ):
+        GradientClipper(sgd(model), 1.0, scope=Scope(exclude="haed.*"), model=model)
+    with pytest.raises(ArgumentError, match="Names are the model's with model="):
+        GradientClipper(sgd(model), 1.0, scope=Scope(exclude="1.*"))
+    GradientClipper(sgd(model), 1.0, scope=Scope(exclude="1.*"), model=model)
+
+
+def test_where_everything_is_excluded_the_record_says_so():
+    model = network()
+    clipper = GradientClipper(sgd(model), 1.0, scope=Scope("unit", exclude="*"), model=model)
+    before = gradients(model)
+    clipper.step()
     assert clipper.last.norm.item() == 0.0
-    optimizer.add_param_group({"params": [parameter(4.0)]})
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([3.0, 1.0])
+    assert all(torch.equal(before[name], g) for name, g in gradients(model).items())
 
 
-def test_where_all_have_keys_the_threshold_of_the_clipper_is_not_asked():
-    class Unasked(Threshold):
-        def thresholds(self, norms, context):
-            pytest.fail("asked")
+@pytest.mark.parametrize("given", ["globe", "", 3, None, Scope, ["unit"]])
+def test_what_is_no_scope_is_refused(given):
+    with pytest.raises(ArgumentError, match="scope is .*: give one of 'global', 'group', 'param"):
+        GradientClipper(sgd(network()), 1.0, scope=given)
 
-        def observe(self, norms, clipped_norms, context):
-            pytest.fail("told")
 
-    optimizer = torch.optim.SGD(
-        [{"params": [parameter(float(n))], "max_norm": n / 4} for n in (4, 8)], lr=1.0
+@pytest.mark.parametrize("exclude", [3, [3], ["a", None]])
+def test_what_is_no_exclusion_is_refused(exclude):
+    with pytest.raises((ArgumentError, TypeError), match="exclude is|not iterable"):
+        Scope(exclude=exclude)
+
+
+def test_a_scope_shows_itself():
+    assert repr(Scope("unit")) == "Scope('unit')"
+    assert repr(Scope("unit", exclude="head.*")) == "Scope('unit', exclude='head.*')"
+
+
+# A function as scope
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, "array"])
+def test_models_along_dimension_0_are_clipped_one_by_one(kind, engine):
+    seeds, threshold = 7, 1.0
+    torch.manual_seed(1)
+    shapes = {"matrices": (seeds, 3, 50), "biases": (seeds, 4), "scales": (seeds,)}
+    batched = nn.ParameterDict({k: nn.Parameter(torch.zeros(s)) for k, s in shapes.items()})
+    factors = torch.logspace(-2, 2, seeds)
+    for parameter in batched.values():
+        shape = (-1, *[1] * (parameter.dim() - 1))
+        parameter.grad = torch.randn(parameter.shape) * factors.view(shape)
+    needed = [{k: p.grad[seed].double() for k, p in batched.items()} for seed in range(seeds)]
+
+    def of_seed(name, parameter):
+        found = range(len(parameter))
+        if kind == "array":
+            return torch.tensor(found).numpy()
+        return kind(found)
+
+    clipper = GradientClipper(sgd(batched), threshold, scope=of_seed, engine=engine)
+    assert clipper.labels == tuple(map(str, range(seeds)))
+    clipper.step()
+    for seed, parts in enumerate(needed):
+        norm = torch.cat([part.flatten() for part in parts.values()]).norm()
+        assert clipper.last.norm[seed].item() == pytest.approx(norm.item(), rel=1e-6)
+        for name, part in parts.items():
+            expected = part * min(1.0, threshold / norm.item())
+            torch.testing.assert_close(
+                batched[name].grad[seed].double(), expected, rtol=1e-6, atol=0
+            )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_without_a_label_are_left_alone(engine):
+    weight = nn.Parameter(torch.zeros(4, 2))
+    weight.grad = torch.tensor([[3.0, 4.0], [math.nan, 1.0], [6.0, 8.0], [30.0, 40.0]])
+    before = weight.grad.clone()
+    clipper = GradientClipper(
+        torch.optim.SGD([weight], lr=0.0),
+        1.0,
+        scope=lambda name, parameter: ["a", None, "a", "b"],
+        max_value=35.0,
+        nonfinite="raise",
+        engine=engine,
     )
-    clipper = GradientClipper(optimizer, Unasked())
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([1.0, 2.0])
-    assert clipper.labels == ("group 0", "group 1")
+    clipper.step()
+    assert clipper.last.norm.tolist() == pytest.approx([125**0.5, 50.0])
+    assert torch.equal(weight.grad[1].nan_to_num(), before[1].nan_to_num())
+    assert weight.grad[[0, 2]].norm().item() == pytest.approx(1.0)
+    assert weight.grad[3].norm().item() == pytest.approx(1.0)
 
 
-def test_without_a_threshold_of_the_clipper_groups_keep_theirs():
-    optimizer = three_groups()
-    clipper = GradientClipper(optimizer, None)
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.5, 10.0, 50.0])
-    assert clipper.last.threshold.tolist() == [0.5, math.inf]
+def test_one_label_for_some_of_the_rows_is_one_norm():
+    weight = nn.Parameter(torch.zeros(3, 1))
+    weight.grad = torch.tensor([[3.0], [100.0], [4.0]])
+    scope = Scope(lambda name, parameter: ["a", None, "a"])
+    clipper = GradientClipper(torch.optim.SGD([weight], lr=0.0), 1.0, scope=scope)
+    clipper.step()
+    assert clipper.last.norm.item() == 5.0
+    assert weight.grad.flatten().tolist() == pytest.approx([0.6, 100.0, 0.8])
 
 
-def test_a_threshold_of_ones_own_sees_the_shared_norm_alone():
-    class Half(Threshold):
-        def __init__(self) -> None:
-            self.seen = []
+def test_a_label_may_span_rows_and_whole_parameters():
+    weight, bias = nn.Parameter(torch.zeros(2, 1)), nn.Parameter(torch.zeros(1))
+    weight.grad, bias.grad = torch.tensor([[3.0], [7.0]]), torch.tensor([4.0])
+    clipper = GradientClipper(
+        torch.optim.SGD([weight, bias], lr=0.0),
+        1.0,
+        scope=lambda name, parameter: ["a", "b"] if parameter.dim() > 1 else "a",
+    )
+    clipper.step()
+    assert clipper.last.norm.tolist() == [5.0, 7.0]
+    assert [*weight.grad.flatten().tolist(), bias.grad.item()] == pytest.approx([0.6, 1.0, 0.8])
 
-        def thresholds(self, norms, context):
-            assert context.present.tolist() == [True]
-            return norms / 2
 
-        def observe(self, norms, clipped_norms, context):
-            self.seen.append((norms.tolist(), clipped_norms.tolist()))
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (1.5, r"gave 1.5 for group 0, parameter 0 of shape \(2, 3\)"),
+        (True, "gave True for"),
+        (object, "gave <class 'object'> for"),
+        ([1, 2, 3], r"gave 3 labels for .* of shape \(2, 3\)"),
+        ([1, 2.5], "gave 2.5 for"),
+        ([], "gave 0 labels for"),
+    ],
+)
+def test_what_is_no_label_is_an_error(label, said):
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.full((2, 3), 9.0)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    with pytest.raises(ArgumentError, match=f"The scope {said}.*: give a string or a whole number"):
+        GradientClipper(optimizer, 1.0, scope=lambda name, parameter: label)
+    GradientClipper(optimizer, 1.0)
 
-    optimizer, rule = three_groups(), Half()
-    GradientClipper(optimizer, rule)
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.5, 5.0, 50.0])
-    assert rule.seen == [([10.0], [5.0])]
+
+def test_a_scalar_has_no_rows_to_label():
+    scalar = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ArgumentError, match=r"gave 1 labels for .* of shape \(\)"):
+        GradientClipper(torch.optim.SGD([scalar], lr=0.0), 1.0, scope=lambda name, p: [1])
+
+
+# Kinds of gradients
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize("max_value", [None, 4.0])
+def test_rows_of_sparse_gradients_are_units(engine, coalesced, max_value):
+    table = nn.Parameter(torch.ones(5, 2))
+    indices = torch.tensor([[3, 0, 3]])
+    values = torch.tensor([[1.0, 1.0], [0.3, 0.4], [2.0, 3.0]])
+    table.grad = torch.sparse_coo_tensor(indices, values, (5, 2))
+    if coalesced:
+        table.grad = table.grad.coalesce()
+    clipper = GradientClipper(
+        torch.optim.SGD([table], lr=0.0), 1.0, scope="unit", max_value=max_value, engine=engine
+    )
+    clipper.step()
+    assert clipper.last.norm.tolist() == pytest.approx([0.5, 0.0, 0.0, 5.0, 0.0])
+    dense = table.grad.to_dense()
+    assert dense[0].tolist() == pytest.approx([0.3, 0.4])
+    assert dense[3].tolist() == pytest.approx([0.6, 0.8])
+    assert dense[[1, 2, 4]].count_nonzero() == 0
+    assert table.grad._nnz() == (2 if coalesced or max_value else 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_of_complex_gradients_are_units(engine):
+    weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
+    weight.grad = torch.tensor([[3 + 4j, 0], [0.3j, 0.4]])
+    clipper = GradientClipper(torch.optim.SGD([weight], lr=0.0), 1.0, scope="unit", engine=engine)
+    clipper.step()
+    assert clipper.last.norm.tolist() == pytest.approx([5.0, 0.5])
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.6 + 0.8j, 0], [0.3j, 0.4]]))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced", "within"])
+def test_rows_of_any_layout_are_units(engine, layout):
+    torch.manual_seed(2)
+    if layout == "transposed":
+        gradient = torch.randn(30, 8).t()
+    elif layout == "channels_last":
+        gradient = torch.randn(8, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        gradient = torch.randn(16, 60)[::2, 10:40]
+    else:
+        gradient = torch.randn(8, 1).expand(8, 30)
+    around = gradient._base.clone() if layout == "sliced" else None
+    needed = torch.stack([clipped(row, 0.9) for row in gradient.double()])
+    weight = nn.Parameter(torch.zeros(gradient.shape))
+    weight.grad = gradient
+    GradientClipper(torch.optim.SGD([weight], lr=0.0), 0.9, scope="unit", engine=engine).step()
+    torch.testing.assert_close(gradient.double(), needed, rtol=1e-6, atol=0)
+    if around is not None:
+        assert torch.equal(gradient._base[1::2], around[1::2])
+        assert torch.equal(gradient._base[:, 40:], around[:, 40:])
+
+
+@pytest.mark.parametrize("scope", ["unit", lambda name, parameter: range(4)])
+def test_rows_that_share_memory_are_refused(scope):
+    weight, other = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(4, 3))
+    weight.grad, other.grad = torch.full((4, 3), 9.0), torch.full((3,), 9.0).expand(4, 3)
+    optimizer = torch.optim.SGD([weight, other], lr=0.0)
+    with (
+        GradientClipper(optimizer, 1.0, scope=scope),
+        pytest.raises(GradientError, match=r"strides \(0, 1\).*share memory.*make it contiguous"),
+    ):
+        optimizer.step()
+    assert bool((weight.grad == 9).all())
+    assert bool((other.grad == 9).all())
+    GradientClipper(optimizer, 1.0, scope="parameter").step()
+    assert other.grad.norm().item() == pytest.approx(1.0)
+
+
+def test_tensors_without_rows_or_elements_are_units_too():
+    parameters = [nn.Parameter(torch.ones(s)) for s in ((0, 3), (3, 0), (0,), (), (2, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    clipper = GradientClipper(torch.optim.SGD(parameters, lr=0.0), 1.0, scope="unit")
+    clipper.step()
+    assert clipper.last.norm.tolist() == pytest.approx([0, 0, 0, 0, 2, 8**0.5, 8**0.5])
+    assert parameters[-1].grad.norm(dim=1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_tied_gradients_belong_to_the_first():
+    shared = torch.tensor([3.0, 4.0])
+    one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    one.grad = other.grad = shared
+    clipper = GradientClipper(torch.optim.SGD([one, other], lr=0.0), 1.0, scope="parameter")
+    clipper.step()
+    assert clipper.last.norm.tolist() == [5.0, 0.0]
+    assert shared.tolist() == pytest.approx([0.6, 0.8])
+
+
+# Beside everything else
 
 
 @pytest.mark.parametrize("policy", ["zero", "skip", "propagate"])
-def test_a_norm_that_is_not_finite_concerns_its_own_group(policy):
-    optimizer = three_groups()
-    optimizer.param_groups[0]["params"][0].grad[0] = math.nan
-    clipper = GradientClipper(optimizer, 1.0, nonfinite=policy)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_row_that_is_not_finite_concerns_its_own_norm(policy, engine):
+    weight = nn.Parameter(torch.zeros(3, 2))
+    weight.grad = torch.tensor([[3.0, 4.0], [math.nan, 4.0], [0.3, 0.4]])
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    clipper = GradientClipper(
+        optimizer, 1.0, scope="unit", nonfinite=policy, max_value=3.5, engine=engine
+    )
     optimizer.step()
-    shared = 10.0 if policy == "skip" else 1.0
-    assert norms(optimizer)[1:] == pytest.approx([shared, 50.0])
-    assert norms(optimizer)[0] == 0.0 if policy == "zero" else math.isnan(norms(optimizer)[0])
+    first = [3.0, 4.0] if policy == "skip" else [0.6508, 0.7593]  # bounded to [3, 3.5] first
+    assert weight.grad[0].tolist() == pytest.approx(first, rel=1e-3)
+    assert weight.grad[1].nan_to_num(7.0).tolist() == ([0, 0] if policy == "zero" else [7, 4])
+    assert weight.grad[2].tolist() == pytest.approx([0.3, 0.4])
     assert clipper.skipped == (policy == "skip")
-    assert clipper.clip_rate() == (0.0 if policy == "skip" else 1.0)
+    assert clipper.last.nonfinite.tolist() == [False, True, False]
 
 
-def test_a_group_outside_every_norm_does_not_hide_or_cause_anything():
-    optimizer = three_groups()
-    optimizer.param_groups[2]["params"][0].grad[0] = math.nan
-    clipper = GradientClipper(optimizer, 1.0, nonfinite="raise", exceed="skip", max_value=100.0)
+def test_the_error_names_the_parameter_and_says_how_many_norms():
+    model = network()
+    model[1].weight.grad[2:4, 0] = math.inf
+    optimizer = sgd(model)
+    GradientClipper(optimizer, 1.0, scope="unit", model=model, nonfinite="raise")
+    with pytest.raises(
+        gradclip.NonFiniteGradientError,
+        match=r"not finite for 2 labels at step 0, .*: 1.weight \(2 of 1500 elements\)",
+    ):
+        optimizer.step()
+
+
+def test_groups_with_their_own_threshold_stand_beside_any_scope():
+    model = network()
+    optimizer = torch.optim.SGD(
+        [
+            {"params": model[0].parameters()},
+            {"params": model[1].parameters(), "max_norm": 0.5},
+            {"params": model[2].parameters(), "max_norm": None},
+            {"params": [model.scale]},
+        ],
+        lr=0.0,
+    )
+    before = gradients(model)
+    clipper = GradientClipper(optimizer, 0.1, scope="parameter", model=model)
+    clipper.step()
+    assert clipper.labels == ("0.weight", "0.bias", "group 1", "scale")
+    assert clipper.last.threshold.tolist() == [0.1, 0.1, 0.5, 0.1]
+    after = gradients(model)
+    assert after["0.weight"].norm().item() == pytest.approx(0.1, rel=1e-6)
+    own = torch.cat([after["1.weight"].flatten(), after["1.bias"]])
+    assert own.norm().item() == pytest.approx(0.5, rel=1e-6)
+    assert torch.equal(after["2.weight"], before["2.weight"])
+
+
+@pytest.mark.parametrize("scope", ["group", "parameter", "unit", lambda name, parameter: "x"])
+def test_what_is_added_later_gets_labels_of_its_own(scope):
+    model, later = network(), nn.Linear(4, 3)
+    optimizer = sgd(model)
+    clipper = GradientClipper(optimizer, 1.0, scope=scope)
     optimizer.step()
-    assert not clipper.last.nonfinite.any()
-    assert clipper.skipped == 1  # the two norms exceed their thresholds
-
-
-@pytest.mark.parametrize("key", [-1.0, math.nan, math.inf, True, "1", torch.tensor(1.0)])
-def test_an_impossible_key_is_refused_with_the_group_it_was_found_in(key):
-    optimizer = torch.optim.SGD([parameter(3.0, 4.0)], lr=1.0)
-    optimizer.add_param_group({"params": [parameter(1.0)], "max_norm": key})
-    with pytest.raises(ArgumentError, match="The max_norm of group 1 is .*: give a "):
-        GradientClipper(optimizer, 1.0)
-    optimizer.param_groups[1]["max_norm"] = 1.0
-    GradientClipper(optimizer, 1.0)
-
-
-def test_a_group_that_is_added_is_read_at_the_next_step():
-    optimizer = torch.optim.SGD([parameter(3.0, 4.0)], lr=1.0)
-    clipper = GradientClipper(optimizer, 1.0)
+    old = clipper.labels
+    for parameter in later.parameters():
+        parameter.grad = torch.full_like(parameter, 5.0)
+    optimizer.add_param_group({"params": later.weight})
+    optimizer.param_groups[0]["params"].append(later.bias)
     optimizer.step()
-    optimizer.add_param_group({"params": [parameter(8.0)], "max_norm": 2.0})
+    new = clipper.labels
+    assert new[: len(old)] == old
+    added = {"group": 1, "parameter": 2, "unit": 4}
+    assert len(new) - len(old) == (added[scope] if isinstance(scope, str) else 0)
+    bound = 1.0 if scope != "unit" else 3**0.5
+    assert later.weight.grad.norm().item() <= bound * (1 + 1e-6)
+
+
+def test_a_parameter_in_place_of_another_has_its_label():
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    optimizer = torch.optim.SGD([first], lr=0.0)
+    clipper = GradientClipper(optimizer, 1.0, scope="parameter")
     optimizer.step()
-    assert norms(optimizer) == pytest.approx([1.0, 2.0])
-    assert clipper.labels == ("global", "group 1")
-    assert clipper.last.norm.tolist() == pytest.approx([1.0, 8.0])
-    optimizer.add_param_group({"params": [parameter(9.0)], "max_norm": -2.0})
-    before = norms(optimizer)
+    optimizer.param_groups[0]["params"][0] = second
+    optimizer.step()
+    assert clipper.labels == ("group 0, parameter 0",)
+    assert clipper.last.norm.item() == 4.0
+    assert second.grad.item() == 1.0
+
+
+@pytest.mark.parametrize("scope", ["parameter", "unit"])
+def test_parameters_that_moved_onto_the_name_of_another_are_an_error(scope):
+    first, second, third = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    for parameter in (first, second, third):
+        parameter.grad = torch.tensor([9.0])
+    optimizer = torch.optim.SGD([first, second], lr=0.0)
+    GradientClipper(optimizer, 1.0, scope=scope)
+    optimizer.param_groups[0]["params"][:] = [second, third]
+    with pytest.raises(gradclip.AttachError, match="group 0, parameter 1 is the name of 2 of them"):
+        optimizer.step()
+    assert [second.grad.item(), third.grad.item()] == [9.0, 9.0]
+
+
+def test_groups_that_are_taken_away_are_an_error_where_they_are_numbered():
+    model = network()
+    groups = [{"params": model[i].parameters()} for i in range(3)]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    GradientClipper(optimizer, 1.0, scope="group")
+    del optimizer.param_groups[1]
+    with pytest.raises(gradclip.AttachError, match="SGD had 3 parameter groups and has 2"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("scope", ["parameter", "unit"])
+def test_an_added_group_that_cannot_be_labelled_changes_nothing(scope):
+    weight, later = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
+    weight.grad, later.grad = torch.full((2, 2), 9.0), torch.full((2, 2), 9.0)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+
+    def only_known(name, parameter):
+        return range(2) if parameter is weight else 1.5
+
+    clipper = GradientClipper(optimizer, 1.0, scope=only_known)
+    optimizer.add_param_group({"params": [later]})
     for _ in range(2):
-        with pytest.raises(ArgumentError, match="The max_norm of group 2 is -2.0"):
+        with pytest.raises(ArgumentError, match="The scope gave 1.5"):
             optimizer.step()
-    assert norms(optimizer) == before
+    assert clipper.labels == ("0", "1")
+    assert weight.grad[0, 0].item() == 9.0
 
 
-@pytest.mark.parametrize("change", ["drop", "change", "add"])
-def test_a_checkpoint_that_changes_a_key_gets_a_warning_and_changes_nothing(change):
-    optimizer = three_groups()
-    clipper = GradientClipper(optimizer, 1.0)
-    state = copy.deepcopy(optimizer.state_dict())
-    if change == "drop":
-        del state["param_groups"][2]["max_norm"]
-        said = "group 2 was attached with max_norm=None and now has no max_norm"
-    elif change == "change":
-        state["param_groups"][0]["max_norm"] = 7.0
-        said = "group 0 was attached with max_norm=0.5 and now has max_norm=7.0"
-    else:
-        state["param_groups"][1]["max_norm"] = 3.0
-        said = "group 1 was attached with no max_norm and now has max_norm=3.0"
-    with pytest.warns(UserWarning, match=said):
-        optimizer.load_state_dict(state)
-    optimizer.step()
-    optimizer.load_state_dict(state)  # said once
-    assert norms(optimizer) == pytest.approx([0.5, 1.0, 50.0])
-    assert clipper.labels == ("group 0", "global")
-
-
-def test_a_key_that_was_changed_by_hand_gets_a_warning_too():
-    optimizer = three_groups()
-    GradientClipper(optimizer, 1.0)
-    optimizer.param_groups[0]["max_norm"] = 2.0
-    with pytest.warns(UserWarning, match="group 0 was attached with max_norm=0.5 and now has"):
-        optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.5, 1.0, 50.0])
-
-
-def test_a_checkpoint_with_the_same_keys_gets_no_warning():
-    optimizer = three_groups()
-    GradientClipper(optimizer, 1.0)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.5, 1.0, 50.0])
-
-
-def test_groups_that_are_taken_away_are_forgotten_where_none_has_a_key():
-    groups = [{"params": [parameter(g)]} for g in (3.0, 4.0)]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
-    del optimizer.param_groups[0]
-    optimizer.step()
-    assert clipper.last.norm.item() == pytest.approx(0.8)
-    optimizer.add_param_group({"params": [parameter(6.0)], "max_norm": 2.0})
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.8, 2.0])
-
-
-def test_groups_that_are_taken_away_are_an_error_where_keys_are_kept():
-    optimizer = three_groups()
-    GradientClipper(optimizer, 1.0)
-    del optimizer.param_groups[0]
-    with pytest.raises(AttachError, match="SGD had 3 parameter groups and has 2: .* attach a new"):
-        optimizer.step()
-    assert norms(optimizer) == [10.0, 50.0]
-
-
-def test_after_detaching_no_key_matters():
-    optimizer = three_groups()
-    GradientClipper(optimizer, 1.0).detach()
-    state = optimizer.state_dict()
-    del state["param_groups"][0]["max_norm"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.load_state_dict(state)
-        optimizer.step()
-
-
-def test_a_sink_gets_the_total_and_no_threshold_where_there_are_several():
-    class Rows(Sink):
+@pytest.mark.parametrize("scope", ["group", "parameter", "unit"])
+def test_the_log_has_the_total_over_all_norms(scope):
+    class Rows(gradclip.Sink):
         def __init__(self) -> None:
             self.rows = []
 
         def write(self, steps):
             self.rows += steps
 
-    optimizer, sink = three_groups(), Rows()
-    clipper = GradientClipper(optimizer, 1.0, log=sink)
-    optimizer.step()
-    clipper.close()
-    assert sink.rows[0].norm == pytest.approx(125**0.5)
-    assert sink.rows[0].clipped_norm == pytest.approx(1.25**0.5)
-    assert sink.rows[0].threshold is None
-
-
-def test_groups_of_several_optimizers_are_told_apart():
-    one, other = three_groups(), three_groups()
-    clipper = GradientClipper([one, other], 1.0)
+    model, sink = network(), Rows()
+    total = torch.cat([g.flatten() for g in gradients(model).values()]).norm().item()
+    clipper = GradientClipper(sgd(model), 0.5, scope=scope, log=sink)
     clipper.step()
-    assert clipper.labels == ("optimizer 0, group 0", "global", "optimizer 1, group 0")
-    for optimizer in (one, other):
-        assert norms(optimizer) == pytest.approx([0.5, 0.5**0.5, 50.0], rel=1e-6)
+    clipper.close()
+    assert sink.rows[0].norm == pytest.approx(total)
+    left = torch.cat([g.flatten() for g in gradients(model).values()]).norm().item()
+    assert sink.rows[0].clipped_norm == pytest.approx(left)
+
+
+@pytest.mark.parametrize("scope", ["parameter", "unit"])
+def test_several_optimizers_share_the_norms_of_any_scope(scope):
+    model, twin = network(), network()
+    optimizers = [
+        torch.optim.SGD([model[0].weight, model[1].weight], lr=0.0),
+        torch.optim.SGD(
+            [model[0].bias, model[1].bias, *model[2].parameters(), model.scale], lr=0.0
+        ),
+    ]
+    clipper = GradientClipper(optimizers, 0.5, scope=scope, model=model)
+    clipper.step()
+    GradientClipper(sgd(twin), 0.5, scope=scope, model=twin).step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
     assert clipper.steps == 1
+
+
+@pytest.mark.parametrize("scope", ["group", "parameter", "unit", lambda name, p: range(len(p))])
+def test_nothing_is_read_on_the_host(scope):
+    with torch.device("meta"):
+        model = nn.Linear(3, 4)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    optimizer = sgd(model)
+    clipper = GradientClipper(optimizer, 1.0, scope=scope, max_value=0.5)
+    optimizer.step()
+    assert clipper.last.norm.device.type == "meta"
+    clipper._close.detach()  # tensors without data could not be counted at the end

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradclip import GradientError
+from gradclip.places import Place
 from gradclip.settings import Settings
 from gradclip.step_gradients import StepGradients
 
@@ -14,7 +15,8 @@ CPU = torch.device("cpu")
 
 def gradients(*tensors: torch.Tensor, labels=None, count=1, scale=None, **settings):
     scale = None if scale is None else torch.tensor(scale)
-    return StepGradients(list(tensors), labels, Settings(**settings), count, CPU, scale=scale)
+    places = None if labels is None else [Place(torch.tensor([label])) for label in labels]
+    return StepGradients(list(tensors), places, Settings(**settings), count, CPU, scale=scale)
 
 
 def test_norms_are_true_whatever_the_scale():
@@ -27,14 +29,14 @@ def test_each_label_has_its_norm_and_its_coefficient():
     tensors = [torch.tensor([3.0]), torch.tensor([5.0]), torch.tensor([4.0])]
     found = gradients(*tensors, labels=[2, 0, 2], count=3)
     assert found.norms().tolist() == [5.0, 0.0, 5.0]
-    assert found.present == (True, False, True)
+    assert found.present().tolist() == [True, False, True]
     found.scale_(torch.tensor([0.5, 0.0, 0.1], dtype=torch.float64))
     assert [tensor.item() for tensor in tensors] == pytest.approx([0.3, 2.5, 0.4])
 
 
 def test_without_gradients_nothing_is_present():
     found = gradients()
-    assert found.present == (False,)
+    assert found.present().tolist() == [False]
     assert found.norms().tolist() == [0.0]
 
 

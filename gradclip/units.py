@@ -1,0 +1,87 @@
+"""Adaptive gradient clipping without a hook: each unit by the norm of its weights."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .checks import checked_order
+from .coefficients import clip_coefficients
+from .functional import TensorOrTensors, listed_parameters
+from .gradients import buckets_of
+from .norms import norms_of
+from .places import Place, Places, present
+from .thresholds import RelativeToWeights, StepContext
+from .untracked import untracked
+
+
+@untracked
+def clip_grad_units_(
+    parameters: TensorOrTensors,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    norm_type: float = 2.0,
+) -> Tensor:
+    """Clip the gradient of each unit relative to the norm of its weights, in place.
+
+    Adaptive gradient clipping (AGC): a unit is the row of a matrix, the filter of a convolution or
+    the whole of a bias, and its gradient is scaled to ``clip_factor * max(norm of its weights,
+    eps)`` where it is longer. Brock, De, Smith and Simonyan, "High-performance large-scale image
+    recognition without normalization" (2021), https://arxiv.org/abs/2102.06171. There the last
+    linear layer is left out: give the parameters of the others.
+
+    Units whose norm is not finite stay as they are. No host sync on a CUDA device, unless
+    gradients lie on several devices. To clip and log at every step of an optimizer, give
+    `GradientClipper` the scope "unit" and `gradclip.thresholds.RelativeToWeights`.
+
+    >>> import torch, gradclip
+    >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+    >>> weight.grad = torch.tensor([[0.03, 0.0], [0.03, 0.0]])
+    >>> norm = gradclip.clip_grad_units_([weight])
+    >>> weight.grad
+    tensor([[0.0300, 0.0000],
+            [0.0050, 0.0000]])
+
+    Args:
+        parameters: A tensor or an iterable of tensors, read once; those without a gradient are
+            passed over, those given twice count once.
+        clip_factor: Largest ratio of the norm of the gradient to that of the weights, above 0.
+        eps: Smallest norm that weights count with, so that those which begin at zero can learn.
+        norm_type: p of the p-norm, positive or inf.
+
+    Returns:
+        The norm of all gradients together before clipping, 0-d.
+
+    Raises:
+        ArgumentError: ``clip_factor``, ``eps`` or ``norm_type`` is no such number.
+        GradientError: A gradient whose dtype or layout cannot be clipped.
+    """
+    order, rule = checked_order(norm_type), RelativeToWeights(clip_factor, eps)
+    held = {id(p.grad): (p.grad, p.data) for p in listed_parameters(parameters)}
+    pairs = [(gradient, weight) for gradient, weight in held.values() if gradient is not None]
+    gradients = [gradient for gradient, _ in pairs]
+    places, count = _unit_places(tuple(gradient.shape for gradient in gradients))
+    buckets = buckets_of(gradients, order, places)
+    norms = norms_of(buckets, order, count=count)
+    weights = buckets_of([weight for _, weight in pairs], order, places)
+    weight_norms = norms_of(weights, order, count=count, device=norms.device)
+    context = StepContext(0, present(places, count, norms.device), order, weight_norms)
+    coefficients = clip_coefficients(norms, rule.thresholds(norms, context), erase=False)
+    for bucket in buckets:
+        bucket.scale_("auto", coefficients)
+    total: Tensor = torch.linalg.vector_norm(norms, order)
+    return total
+
+
+@lru_cache(maxsize=16)
+def _unit_places(shapes: tuple[torch.Size, ...]) -> tuple[Places, int]:
+    """Return the places of tensors of these shapes, each unit a norm of its own, and how many."""
+    places, count = [], 0
+    for shape in shapes:
+        rows = len(shape) > 1
+        units = shape[0] if rows else 1
+        places.append(Place(torch.arange(count, count + units, device="cpu"), rows))
+        count += units
+    return tuple(places), count

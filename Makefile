@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: demo test test-slow lint types bench wheel clean
+.PHONY: demo test test-slow lint types bench bench-thresholds wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m gradclip demo
@@ -23,6 +23,12 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.clip
+
+# timm wants torchvision, of which its one file for AGC needs nothing.
+bench-thresholds: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
+	    autoclip zclip smartclip timm
+	$(BIN)/python -m benchmarks.thresholds
 
 wheel: $(STAMP)
 	rm -rf dist

@@ -11,61 +11,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradclip
+from benchmarks.gradients import Gradients, Still, machine
 from benchmarks.shapes import SETS
 from benchmarks.timing import interleaved_medians
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REGIMES = {"under": 1e9, "clipping": 1.0}
-POOL = 2
-
-
-class Still(torch.optim.Optimizer):
-    """An optimizer whose step does nothing, so that what its hooks cost can be seen."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Do nothing."""
-
-
-class Gradients:
-    """Parameters whose gradients are rewritten from a pool."""
-
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.parameters = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
-        for parameter in self.parameters:
-            parameter.grad = torch.empty_like(parameter)
-        self._pool = itertools.cycle(
-            [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(POOL)]
-        )
-
-    def rewrite(self) -> None:
-        """Write the next gradients of the pool."""
-        for parameter, source in zip(self.parameters, next(self._pool), strict=True):
-            parameter.grad.copy_(source)
-
-    @property
-    def bytes(self) -> int:
-        """Size of all gradients."""
-        return sum(p.numel() * p.element_size() for p in self.parameters)
-
-    def error(self) -> float:
-        """Relative error of gradclip's norm against float64."""
-        exact = sum(p.grad.double().square().sum().item() for p in self.parameters) ** 0.5
-        found = gradclip.get_total_norm([p.grad for p in self.parameters]).item()
-        return abs(found / exact - 1)
 
 
 def read_bandwidth(seconds: float) -> float:
@@ -165,16 +123,6 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({"machine": machine(), "rows": rows, "logging_us": logging}))
     else:
         print_tables(rows, logging, bandwidth)
-
-
-def machine() -> dict[str, object]:
-    """Describe what the figures were measured on."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 def print_tables(rows: list[dict[str, Any]], logging: dict[str, float], bandwidth: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MUL
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda code: code.split("\n")[0])
 def test_the_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = nn.Linear(3, 1)
+    model = nn.Sequential(OrderedDict(body=nn.Linear(3, 2), head=nn.Linear(2, 1)))
     names = {
         "gradclip": gradclip,
         "GradientClipper": gradclip.GradientClipper,

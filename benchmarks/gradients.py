@@ -1,0 +1,63 @@
+"""What benchmarks clip: parameters with fresh gradients, and an optimizer that does nothing."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import gradclip
+
+POOL = 2
+
+
+class Still(torch.optim.Optimizer):
+    """An optimizer whose step does nothing, so that what its hooks cost can be seen."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Do nothing."""
+
+
+class Gradients:
+    """Parameters whose gradients are rewritten from a pool."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.parameters = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
+        for parameter in self.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        self._pool = itertools.cycle(
+            [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(POOL)]
+        )
+
+    def rewrite(self) -> None:
+        """Write the next gradients of the pool."""
+        for parameter, source in zip(self.parameters, next(self._pool), strict=True):
+            parameter.grad.copy_(source)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all gradients."""
+        return sum(p.numel() * p.element_size() for p in self.parameters)
+
+    def error(self) -> float:
+        """Relative error of gradclip's norm against float64."""
+        exact = sum(p.grad.double().square().sum().item() for p in self.parameters) ** 0.5
+        found = gradclip.get_total_norm([p.grad for p in self.parameters]).item()
+        return abs(found / exact - 1)
+
+
+def machine() -> dict[str, object]:
+    """Describe what the figures were measured on."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -1,0 +1,250 @@
+"""Cost of every rule for thresholds and of every scope, beside other packages.
+
+    python -m benchmarks.thresholds [--seconds 5] [--steps 100 10000 1000000]
+
+Three tables. The first: what a rule adds to a step, for k norms, after a history of so many
+steps. The history is made with k = 1; larger k get that state once for each norm, since only its
+length could make a rule slower. The second: steps with different scopes on the same gradients. The
+third: steps of other packages on the same gradients, each where it is installed (see
+`benchmarks/packages.py`). Ratios are of medians that were measured in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradclip
+from benchmarks.gradients import Gradients, Still, machine
+from benchmarks.packages import PEERS, peer
+from benchmarks.shapes import SETS
+from benchmarks.timing import interleaved_medians
+from gradclip.coefficients import clip_coefficients
+from gradclip.thresholds import (
+    Fixed,
+    GrowthLimit,
+    MeanDeviation,
+    MedianDeviation,
+    MovingAverage,
+    Percentile,
+    RelativeToWeights,
+    Schedule,
+    StepContext,
+    Threshold,
+    ZScore,
+)
+
+CPU = torch.device("cpu")
+RULES: dict[str, Callable[[], Threshold]] = {
+    "Fixed": lambda: Fixed(1.0),
+    "Schedule": lambda: Schedule(lambda step: 1.0 + 1.0 / (step + 1)),
+    "RelativeToWeights": RelativeToWeights,
+    "GrowthLimit": GrowthLimit,
+    "MovingAverage": MovingAverage,
+    "ZScore": ZScore,
+    "MeanDeviation": MeanDeviation,
+    "MedianDeviation": MedianDeviation,
+    "Percentile": Percentile,
+    "Percentile, window 100": lambda: Percentile(window=100),
+}
+LIKE_PEERS = {
+    "autoclip QuantileClip": ("global", Percentile),
+    "smartclip AutoClip": ("global", Percentile),
+    "zclip ZClip": ("global", ZScore),
+    "smartclip ZScoreClip": ("global", ZScore),
+    "timm adaptive_clip_grad": ("unit", RelativeToWeights),
+}
+"""The scope and the rule that are nearest to what a peer does."""
+
+
+class History:
+    """A rule that is fed norms as a clipper feeds it."""
+
+    def __init__(self, rule: Threshold, count: int) -> None:
+        self.rule = rule
+        rule.start([f"norm {index}" for index in range(count)], CPU, torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        self._norms = itertools.cycle(
+            [1 + torch.rand(count, dtype=torch.float64, generator=generator) for _ in range(512)]
+        )
+        self._weights = torch.ones(count, dtype=torch.float64)
+        self._present = torch.ones(count, dtype=torch.bool)
+        self._coefficients = torch.ones(count, dtype=torch.float64)
+        self.steps = 0
+
+    def step(self) -> None:
+        """Ask for the thresholds of a step and observe what is made of it."""
+        norms, context = self._next()
+        thresholds = self.rule.thresholds(norms, context)
+        coefficients = clip_coefficients(norms, thresholds, erase=True)
+        self.rule.observe(norms, norms * coefficients, context)
+
+    def bare_step(self) -> None:
+        """Do the same without a rule."""
+        norms, _ = self._next()
+        coefficients = clip_coefficients(norms, self._weights, erase=True)
+        _ = norms * coefficients
+
+    def grown_to(self, steps: int) -> History:
+        """Go on until so many steps were made."""
+        while self.steps < steps:
+            self.step()
+        return self
+
+    def repeated(self, count: int, make: Callable[[], Threshold]) -> History:
+        """Return a rule for so many norms, each of which has the state that this one has."""
+        wide = History(make(), count)
+        state = self.rule.state_dict()
+        wide.rule.load_state_dict({name: _repeated(each, count) for name, each in state.items()})
+        wide.steps = self.steps
+        return wide
+
+    def _next(self) -> tuple[Tensor, StepContext]:
+        self.steps += 1
+        return next(self._norms), StepContext(self.steps, self._present, 2.0, self._weights)
+
+
+def _repeated(value: Any, count: int) -> Any:
+    if isinstance(value, dict):
+        return {name: _repeated(each, count) for name, each in value.items()}
+    return torch.cat([value] * count) if isinstance(value, Tensor) else value
+
+
+def measure_rules(
+    counts: list[int], steps: list[int], seconds: float
+) -> dict[tuple[str, int], list[float]]:
+    """Return what each rule adds to a step, in microseconds, for k norms after so many steps."""
+    added: dict[tuple[str, int], list[float]] = {}
+    for name, make in RULES.items():
+        history = History(make(), 1)
+        histories = {n: history.grown_to(n).rule.state_dict() for n in steps}
+        for count in counts:
+            rivals: dict[str, Callable[[], object]] = {}
+            for n, state in histories.items():
+                grown = History(make(), 1)
+                grown.rule.load_state_dict(state)
+                grown.steps = n
+                rivals[str(n)] = grown.repeated(count, make).step
+            rivals["bare"] = History(Fixed(1.0), count).bare_step
+            medians = interleaved_medians(rivals, lambda: None, seconds, calls=10)
+            added[name, count] = [(medians[str(n)] - medians["bare"]) * 1e6 for n in steps]
+    return added
+
+
+def measure_scopes(name: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    """Time a step of each scope, half of whose norms are above their thresholds or none."""
+    gradients = Gradients(SETS[name](), dtype)
+    rivals: dict[str, Callable[[], object]] = {}
+    clippers = []
+    for scope in ("global", "parameter", "unit"):
+        for regime, rule in (("under", 1e9), ("clipping", Halving())):
+            optimizer = Still(gradients.parameters)
+            clippers.append(gradclip.GradientClipper(optimizer, rule, scope=scope))
+            rivals[f"{scope}, {regime}"] = optimizer.step
+    return interleaved_medians(rivals, gradients.rewrite, seconds)
+
+
+class Halving(Threshold):
+    """Clips every second norm, to half of it."""
+
+    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Threshold.thresholds`."""
+        thresholds = norms.clone()
+        thresholds[::2] *= 0.5
+        return thresholds
+
+
+def measure_peers(name: str, seconds: float) -> dict[str, dict[str, float]]:
+    """Time each peer beside the nearest pair of scope and rule, after 200 steps of both."""
+    found = {}
+    for other in PEERS:
+        gradients = Gradients(SETS[name](), torch.float32)
+        theirs = peer(other, gradients.parameters)
+        if theirs is None:
+            continue
+        scope, rule = LIKE_PEERS[other]
+        optimizer = Still(gradients.parameters)
+        rivals = {"theirs": theirs, "hook": optimizer.step}
+        if scope == "unit":
+            units = functools.partial(gradclip.clip_grad_units_, gradients.parameters)
+            rivals["clip_grad_units_"] = units
+        with gradclip.GradientClipper(optimizer, rule(), scope=scope):
+            for _ in range(200 if name == "small" else 20):
+                gradients.rewrite()
+                for step in rivals.values():
+                    step()
+            found[other] = interleaved_medians(rivals, gradients.rewrite, seconds)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=5.0, help="per row")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 10_000, 1_000_000])
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 150, 10_000])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["small", "resnet50"])
+    options = parser.parse_args(argv)
+    torch.set_grad_enabled(False)
+    try:
+        print(", ".join(f"{key} {value}" for key, value in machine().items()))
+        print_rules(options.counts, options.steps, options.seconds)
+        for name in options.sets:
+            print_scopes(name, options.seconds)
+            print_peers(name, options.seconds)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def print_rules(counts: list[int], steps: list[int], seconds: float) -> None:
+    """Print what rules add to a step, and that they take no more memory with time."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = measure_rules(counts, steps, seconds)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    columns = " | ".join(f"after {n:,} steps" for n in steps)
+    print(f"\n| rule, added us a step | k | {columns} |\n|---|---|{'---|' * len(steps)}")
+    for (name, count), added in rows.items():
+        print(f"| {name} | {count:,} | {' | '.join(f'{each:.0f}' for each in added)} |")
+    print(
+        f"\nmost memory of the process while these were measured: {grown:.0f} MB more than before"
+    )
+
+
+def print_scopes(name: str, seconds: float) -> None:
+    """Print what scopes cost, as ratios to the scope of all gradients."""
+    print(f"\n| {name}, scope | dtype | under | half of the norms above |\n|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        medians = measure_scopes(name, dtype, seconds)
+        for scope in ("global", "parameter", "unit"):
+            ratios = [
+                medians[f"{scope}, {regime}"] / medians[f"global, {regime}"]
+                for regime in ("under", "clipping")
+            ]
+            short = str(dtype).removeprefix("torch.")
+            print(f"| {scope} | {short} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+
+
+def print_peers(name: str, seconds: float) -> None:
+    """Print steps of gradclip as ratios to those of other packages."""
+    print(f"\n| {name}, beside | theirs, us | hook | clip_grad_units_ |\n|---|---|---|---|")
+    found = measure_peers(name, seconds)
+    for other in PEERS:
+        if other not in found:
+            print(f"| {other} | not installed | | |")
+            continue
+        medians = found[other]
+        theirs = medians["theirs"]
+        units = medians.get("clip_grad_units_")
+        last = f"{units / theirs:.2f}" if units is not None else ""
+        print(f"| {other} | {theirs * 1e6:.0f} | {medians['hook'] / theirs:.2f} | {last} |")
+
+
+if __name__ == "__main__":
+    main()

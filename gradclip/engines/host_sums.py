@@ -13,7 +13,8 @@ dimension 0, or a single one with all elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -237,6 +238,7 @@ def _converted(table: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield part.copy_(widened(block) if hidden else block)
 
 
+@lru_cache(maxsize=1024)
 def _width(columns: int) -> int:
     """Return how long the pieces of a row are: long, and such that nothing is left over."""
     if columns <= ROW:
@@ -258,9 +260,12 @@ def _counts(tensors: Sequence[Tensor], rows: bool) -> list[int]:
     return [len(tensor) for tensor in tensors] if rows else [1] * len(tensors)
 
 
-def _repeated(values: list[int], counts: list[int]) -> Tensor:
-    """Return integers, each as often as its count says."""
+def _repeated(values: Iterable[int], counts: Iterable[int]) -> Tensor:
+    """Return integers, each as often as its count says. Not to be written."""
+    return _repeated_once(tuple(values), tuple(counts))
+
+
+@lru_cache(maxsize=64)
+def _repeated_once(values: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
     integers = torch.tensor(values, dtype=torch.int64, device="cpu")
-    if max(counts) == 1 == min(counts):
-        return integers
     return integers.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))

@@ -20,6 +20,11 @@ _Change = Callable[[list[Tensor], list[Tensor]], object]
 
 def scale_(tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool) -> None:
     """Multiply tensors, or their rows, where the coefficient does not round to 1."""
+    if coefficients.numel() == 1 and all(map(is_plain, tensors)):
+        coefficient = coefficients.item()
+        if coefficient >= SMALLEST_NORMAL:
+            _scale_together_(tensors, coefficient)
+            return
     if not coefficients.numel():
         return
     factors = coefficients
@@ -28,6 +33,17 @@ def scale_(tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool) -> No
     if tensors[0].dtype is not torch.float64:
         factors = factors.float()
     _change_where_(factors != 1, tensors, factors, torch._foreach_mul_, rows)
+
+
+def _scale_together_(tensors: Sequence[Tensor], coefficient: float) -> None:
+    """Multiply all tensors by one number: the usual case, in which every call counts."""
+    wide = tensors[0].dtype is torch.float64
+    # A 0-d tensor is not rounded to the gradients' dtype, as a Python number is for float16.
+    dtype = torch.float64 if wide else torch.float32
+    factor = torch.scalar_tensor(coefficient, dtype=dtype, device="cpu")
+    if factor.item() != 1:
+        # Backwards, since the last ones were measured last and may still be in cache.
+        torch._foreach_mul_(tensors[::-1], factor)
 
 
 def _scale_by_extremes_(tensors: Sequence[Tensor], coefficients: Tensor, rows: bool) -> Tensor:

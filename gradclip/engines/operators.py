@@ -16,9 +16,6 @@ from torch import Tensor
 
 from . import device, host_sums, host_writing
 from .base import Engine
-from .host_sums import ROW
-
-__all__ = ["ROW", "OperatorsEngine"]
 
 
 class OperatorsEngine(Engine):
@@ -61,8 +58,3 @@ def _without_autocast() -> AbstractContextManager[object]:
     return (
         torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
     )
-
-
-def _row_norms(values: Tensor, order: float) -> Tensor:
-    # Where tests/test_numerics.py finds what is `host_sums.piece_norms` by now.
-    return host_sums.piece_norms(values.unsqueeze(0), order)

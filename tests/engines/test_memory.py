@@ -98,6 +98,9 @@ APART = {
         torch.arange(48.0).view(2, 2, 3, 4).contiguous(memory_format=torch.channels_last)
     ),
     "sliced": lambda: torch.arange(24.0).view(4, 6)[1:3, ::2],
+    "transposed and expanded within a row": lambda: (
+        torch.arange(12.0).view(3, 4).t().unsqueeze(1).expand(4, 2, 3)
+    ),
 }
 TOGETHER = {
     "expanded": lambda: torch.arange(4.0).expand(3, 4),

@@ -17,6 +17,7 @@ from .thresholds import RelativeToWeights, StepContext
 from .untracked import untracked
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # runs beside a compiled step
 @untracked
 def clip_grad_units_(
     parameters: TensorOrTensors,

@@ -126,3 +126,11 @@ def test_impossible_numbers_are_refused(name, bad):
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(GradientError, match="Found a str among the parameters"):
         gradclip.clip_grad_units_(["weight"])
+
+
+def test_a_compiled_function_clips_as_another():
+    ours, compiled = network(), network()
+    gradclip.clip_grad_units_(ours)
+    torch.compile(lambda: gradclip.clip_grad_units_(compiled), backend="eager")()
+    for one, other in zip(ours, compiled, strict=True):
+        assert torch.equal(one.grad, other.grad)

@@ -238,7 +238,6 @@ def _converted(table: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield part.copy_(widened(block) if hidden else block)
 
 
-@lru_cache(maxsize=1024)
 def _width(columns: int) -> int:
     """Return how long the pieces of a row are: long, and such that nothing is left over."""
     if columns <= ROW:
@@ -262,10 +261,14 @@ def _counts(tensors: Sequence[Tensor], rows: bool) -> list[int]:
 
 def _repeated(values: Iterable[int], counts: Iterable[int]) -> Tensor:
     """Return integers, each as often as its count says. Not to be written."""
-    return _repeated_once(tuple(values), tuple(counts))
+    # The compiler traces through a cache, and warns of it.
+    make = _repeated_anew if torch.compiler.is_compiling() else _repeated_once
+    return make(tuple(values), tuple(counts))
 
 
-@lru_cache(maxsize=64)
-def _repeated_once(values: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
+def _repeated_anew(values: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
     integers = torch.tensor(values, dtype=torch.int64, device="cpu")
     return integers.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+
+
+_repeated_once = lru_cache(maxsize=64)(_repeated_anew)

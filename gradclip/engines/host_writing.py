@@ -43,7 +43,7 @@ def _scale_together_(tensors: Sequence[Tensor], coefficient: float) -> None:
     factor = torch.scalar_tensor(coefficient, dtype=dtype, device="cpu")
     if factor.item() != 1:
         # Backwards, since the last ones were measured last and may still be in cache.
-        torch._foreach_mul_(tensors[::-1], factor)
+        torch._foreach_mul_([*reversed(tensors)], factor)
 
 
 def _scale_by_extremes_(tensors: Sequence[Tensor], coefficients: Tensor, rows: bool) -> Tensor:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.thresholds [--seconds 5] [--steps 100 10000 1000000]
 
-Three tables. The first: what a rule adds to a step, for k norms, after a history of so many
+Four tables. The first: what a rule adds to a step, for k norms, after a history of so many
 steps. The history is made with k = 1; larger k get that state once for each norm, since only its
-length could make a rule slower. The second: steps with different scopes on the same gradients. The
-third: steps of other packages on the same gradients, each where it is installed (see
+length could make a rule slower. The second: the same in whole steps of a small model, k = 1, weight
+norms included. The third: steps with different scopes on the same gradients. The
+fourth: steps of other packages on the same gradients, each where it is installed (see
 `benchmarks/packages.py`). Ratios are of medians that were measured in turn.
 """
 
@@ -138,6 +139,21 @@ def measure_rules(
     return added
 
 
+def measure_steps(seconds: float) -> dict[str, float]:
+    """Time whole steps of the small set with each rule, after 300 of them; in seconds."""
+    gradients = Gradients(SETS["small"](), torch.float32)
+    rivals: dict[str, Callable[[], object]] = {}
+    for name, make in RULES.items():
+        optimizer = Still(gradients.parameters)
+        gradclip.GradientClipper(optimizer, make())
+        rivals[name] = optimizer.step
+    for _ in range(300):
+        gradients.rewrite()
+        for step in rivals.values():
+            step()
+    return interleaved_medians(rivals, gradients.rewrite, seconds)
+
+
 def measure_scopes(name: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
     """Time a step of each scope, half of whose norms are above their thresholds or none."""
     gradients = Gradients(SETS[name](), dtype)
@@ -196,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print(", ".join(f"{key} {value}" for key, value in machine().items()))
         print_rules(options.counts, options.steps, options.seconds)
+        print_steps(options.seconds)
         for name in options.sets:
             print_scopes(name, options.seconds)
             print_peers(name, options.seconds)
@@ -215,6 +232,26 @@ def print_rules(counts: list[int], steps: list[int], seconds: float) -> None:
     print(
         f"\nmost memory of the process while these were measured: {grown:.0f} MB more than before"
     )
+
+
+def print_steps(seconds: float) -> None:
+    """Print what rules add to whole steps, beside torch's own clipping and one addition."""
+    medians = measure_steps(seconds)
+    parameters = Gradients(SETS["small"](), torch.float32).parameters
+    one = torch.ones(1)
+    rivals = {
+        "torch": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e9),
+        "addition": lambda: one + one,
+    }
+    known = interleaved_medians(rivals, lambda: None, seconds, calls=10)
+    print(
+        f"\nclip_grad_norm_ of torch on the small set takes {known['torch'] * 1e6:.0f} us here, the "
+        f"addition of two numbers {known['addition'] * 1e6:.1f} us\n"
+    )
+    print("| small, whole steps | added to Fixed, us | of torch's clip |\n|---|---|---|")
+    for name, median in medians.items():
+        added = median - medians["Fixed"]
+        print(f"| {name} | {added * 1e6:.0f} | {added / known['torch']:.2f} |")
 
 
 def print_scopes(name: str, seconds: float) -> None:

@@ -145,6 +145,7 @@ class GradientClipper:
             Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
             for each in optimizers
         ]
+        self._limits.claim()
 
     # The pipeline
 
@@ -288,6 +289,7 @@ class GradientClipper:
             "steps": self.steps,
             "counters": asdict(self._recorder.counters),
             "labels": list(self.labels),
+            "rule": type(self._threshold).__name__,
             "threshold": self._threshold.state_dict(),
         }
 
@@ -298,7 +300,7 @@ class GradientClipper:
             StateError: It is no such state, or of another threshold or other labels; nothing was
                 changed.
         """
-        steps, counters = parsed_state(state, self.labels)
+        steps, counters = parsed_state(state, self.labels, type(self._threshold).__name__)
         self._threshold.load_state_dict(state["threshold"])
         self.steps, self._recorder.counters = steps, counters
 

@@ -151,13 +151,19 @@ def copied(buckets: Iterable[Bucket]) -> list[Bucket]:
 
 def _add_place(bucket: Bucket, gradient: Tensor, place: Place) -> None:
     measured = written = place
+    if place.rows and len(place.labels) != gradient.shape[0]:
+        raise GradientError(
+            f"Found a gradient of shape {tuple(gradient.shape)}, whose parameter had "
+            f"{len(place.labels)} indices of dimension 0 when they were labelled: detach() and "
+            "attach a new clipper after parameters were resized."
+        )
     if place.rows and gradient.is_sparse:
         # What is measured and written holds the values alone.
         measured = _place_of_values(place, gradient.coalesce().indices())
         written = _place_of_values(place, gradient._indices())
     elif place.rows and rows_share_memory(gradient):
         raise GradientError(
-            f"Found a gradient of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
+            f"Found a tensor of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
             "in which indices of dimension 0 share memory and cannot be scaled apart: make it "
             "contiguous(), or give its parameter one norm."
         )

@@ -131,7 +131,7 @@ class JointGradients:
 
     def _step_gradients(self, held: Held, **options: Any) -> StepGradients:
         labels, parameters = self._labels, held.parameters if self._weighed else ()
-        joint = self._everything or (labels.single and not self._weighed)
+        joint = self._everything or labels.single
         return StepGradients(
             held.gradients,
             None if joint else held.places,

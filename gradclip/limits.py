@@ -47,9 +47,17 @@ class Limits:
         self._started: tuple[str, ...] = ()
         self._ruled: Tensor | None = None
         self._own = torch.empty(0)
-        if self._learns:
-            self._claim()
+        if id(threshold) in _LEARNING:
+            raise ArgumentError(
+                f"{threshold!r} learns from the norms of another clipper already, which this "
+                "one's would mix with: make one for each clipper, or detach() the other first."
+            )
         self._follow_labels()
+
+    def claim(self) -> None:
+        """Take a threshold that learns for this clipper alone."""
+        if self._learns:
+            _LEARNING[id(self._threshold)] = self
 
     def release(self) -> None:
         """Leave the threshold to another clipper."""
@@ -80,27 +88,34 @@ class Limits:
         self._context = context if self._learns and not gradients.partial else None
         if not norms.numel():
             return self._own
-        thresholds = self._threshold.thresholds(norms, context)
-        if self._foreign:
-            _check(self._threshold, thresholds, norms)
+        thresholds = self._asked(norms, context)
         if self._ruled is None:
             return thresholds
         return self._own.index_copy(0, self._ruled, thresholds)
 
     def observe(self, record: ClipRecord) -> None:
         """Let the threshold learn from the step that it was asked about."""
-        context = self._context
-        if context is None or (record.skipped is True and not self._threshold.observes_skipped):
+        context, observes_skipped = self._context, self._threshold.observes_skipped
+        if context is None or (record.skipped is True and not observes_skipped):
             return
-        norms, coefficients = record.norms, record.coefficients
+        clipped_norms = _clipped_norms(record)
+        norms = record.norms
         if self._ruled is not None:
-            norms, coefficients = norms[self._ruled], coefficients[self._ruled]
-        skipped = None if self._threshold.observes_skipped else record.skipped
-        for left_out in (skipped, record.overflow):
+            norms, clipped_norms = norms[self._ruled], clipped_norms[self._ruled]
+        for left_out in (None if observes_skipped else record.skipped, record.overflow):
             if isinstance(left_out, Tensor):
                 context = replace(context, present=context.present & ~left_out)
         if norms.numel():
-            self._threshold.observe(norms, clipped(norms, coefficients), context)
+            if self._foreign:
+                norms, context = norms.clone(), _copied(context)
+            self._threshold.observe(norms, clipped_norms, context)
+
+    def _asked(self, norms: Tensor, context: StepContext) -> Tensor:
+        if not self._foreign:
+            return self._threshold.thresholds(norms, context)
+        # What a user's own threshold may write to is its own.
+        found = self._threshold.thresholds(norms.clone(), _copied(context))
+        return _checked(self._threshold, found, norms)
 
     def _follow_labels(self) -> None:
         """Start the threshold, again whenever there are new labels that it rules."""
@@ -113,17 +128,8 @@ class Limits:
             own = [math.inf if limit is None else limit for limit in limits]
             self._own = torch.tensor(own, dtype=dtype, device=self._device)
             self._ruled = torch.tensor(ruled, dtype=torch.int64, device=self._device)
-        if ruled:
-            self._threshold.start(tuple(names[i] for i in ruled), self._device, dtype)
+        self._threshold.start(tuple(names[i] for i in ruled), self._device, dtype)
         self._started = names
-
-    def _claim(self) -> None:
-        if id(self._threshold) in _LEARNING:
-            raise ArgumentError(
-                f"{self._threshold!r} learns from the norms of another clipper already, which this "
-                "one's would mix with: make one for each clipper, or detach() the other first."
-            )
-        _LEARNING[id(self._threshold)] = self
 
 
 def _part(context: StepContext, ruled: Tensor) -> StepContext:
@@ -135,20 +141,36 @@ def _part(context: StepContext, ruled: Tensor) -> StepContext:
     )
 
 
-def _check(threshold: Threshold, found: object, norms: Tensor) -> None:
+def _copied(context: StepContext) -> StepContext:
+    return replace(context, present=context.present.clone())
+
+
+def _clipped_norms(record: ClipRecord) -> Tensor:
+    """Return the norms after scaling; of a skipped step what scaling would have made of them."""
+    scaled = clipped(record.norms, record.coefficients)
+    if record.skipped is False:
+        return scaled
+    held = torch.minimum(record.norms, record.thresholds)
+    return held if record.skipped is True else torch.where(record.skipped, held, scaled)
+
+
+def _checked(threshold: Threshold, found: object, norms: Tensor) -> Tensor:
     """Check what a threshold of the user's own returned; its values only where nothing waits."""
     name = f"{type(threshold).__name__}.thresholds()"
-    if not isinstance(found, Tensor):
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.is_sparse:
+        kind = f"tensor of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
         raise ArgumentError(
-            f"{name} returned a {type(found).__name__}: return a tensor of shape "
-            f"{tuple(norms.shape)}."
+            f"{name} returned a {kind}: return a dense tensor of shape {tuple(norms.shape)} and "
+            f"dtype {norms.dtype}."
         )
     if found.shape != norms.shape or found.device != norms.device:
         raise ArgumentError(
             f"{name} returned the shape {tuple(found.shape)} on {found.device}: return one "
             f"threshold for each norm, shape {tuple(norms.shape)} on {norms.device}."
         )
-    if host_may_read(found) and not bool((found >= 0).all()):
+    # Where the norm is not finite, another rule decides.
+    if host_may_read(found) and not bool(((found >= 0) | ~norms.isfinite()).all()):
         raise ArgumentError(
             f"{name} returned {found.tolist()}: return numbers >= 0, infinity for no limit."
         )
+    return found.to(norms.dtype)

@@ -97,7 +97,7 @@ def _labels(places: Places, device: torch.device) -> _Labels:
     indices = _joined(places)
     complete = bool((indices != NOWHERE).all())
     counting_up = bool((indices == torch.arange(indices.numel(), device="cpu")).all())
-    return _Labels(indices.to(device), complete, counting_up)
+    return _Labels(_sent(indices, device), complete, counting_up)
 
 
 @lru_cache(maxsize=16)
@@ -106,14 +106,19 @@ def _segments(places: Places, count: int, device: torch.device) -> tuple[Tensor,
     indices = _joined(places)
     sources = indices.argsort(stable=True)[int((indices == NOWHERE).sum()) :]
     lengths = torch.bincount(indices[sources], minlength=count)
-    return sources.to(device), lengths.to(device)
+    return _sent(sources, device), _sent(lengths, device)
 
 
 @lru_cache(maxsize=16)
 def _present(places: Places, count: int, device: torch.device) -> Tensor:
     flags = torch.zeros(count + 1, dtype=torch.bool, device="cpu")
     flags[_joined(places)] = True  # the last one is that of rows that belong nowhere
-    return flags[:count].to(device)
+    return _sent(flags[:count], device)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    # CUDA keeps what it is still to copy from ordinary memory, so that nothing waits for it.
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def _joined(places: Sequence[Place]) -> Tensor:

@@ -56,15 +56,13 @@ class Scope:
                 "function of a parameter's name and the parameter that returns a label."
             )
         self.kind = kind
-        self.exclude = exclude if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
-        self._patterns = (exclude,) if isinstance(exclude, str) else self.exclude
-        if not callable(self._patterns) and not all(isinstance(p, str) for p in self._patterns):
-            raise ArgumentError(
-                f"exclude is {exclude!r}: give names, or a function of name and parameter."
-            )
+        self.exclude = exclude if callable(exclude) else _names(exclude)
 
     def __repr__(self) -> str:
-        exclude = f", exclude={self.exclude!r}" if self.exclude else ""
+        shown: object = self.exclude
+        if isinstance(shown, tuple) and len(shown) == 1:
+            [shown] = shown
+        exclude = f", exclude={shown!r}" if shown else ""
         return f"Scope({self.kind!r}{exclude})"
 
     @property
@@ -97,8 +95,8 @@ class Scope:
         Raises:
             ArgumentError: One matches no parameter.
         """
-        for pattern in () if callable(self._patterns) else self._patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+        for pattern in () if callable(self.exclude) else self.exclude:
+            if not any(_matches(name, pattern) for name in names):
                 some = ", ".join(names[:5])
                 raise ArgumentError(
                     f"exclude={pattern!r} matches no parameter; there are {some or 'none'}"
@@ -106,9 +104,9 @@ class Scope:
                 )
 
     def _excludes(self, name: str, parameter: Tensor) -> bool:
-        if callable(self._patterns):
-            return bool(self._patterns(name, parameter))
-        return any(fnmatchcase(name, pattern) for pattern in self._patterns)
+        if callable(self.exclude):
+            return bool(self.exclude(name, parameter))
+        return any(_matches(name, pattern) for pattern in self.exclude)
 
 
 def scope_from(scope: object) -> Scope:
@@ -120,10 +118,25 @@ def scope_from(scope: object) -> Scope:
     return scope if isinstance(scope, Scope) else Scope(cast("str | Labelling", scope))
 
 
+def _names(exclude: object) -> tuple[str, ...]:
+    names = (exclude,) if isinstance(exclude, str) else exclude
+    if isinstance(names, Iterable):
+        names = tuple(names)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise ArgumentError(
+        f"exclude is {exclude!r}: give a name or several, or a function of name and parameter."
+    )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
 def _checked(found: object, name: str, parameter: Tensor) -> Labels:
     to_list = getattr(found, "tolist", None)  # of a tensor or an array
     found = found if to_list is None else to_list()
-    if isinstance(found, Sequence) and not isinstance(found, str):
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes | bytearray):
         if parameter.dim() and len(found) == len(parameter):
             return [_checked_one(label, name, parameter) for label in found]
         raise _no_label(f"{len(found)} labels", name, parameter)
@@ -131,8 +144,10 @@ def _checked(found: object, name: str, parameter: Tensor) -> Labels:
 
 
 def _checked_one(found: object, name: str, parameter: Tensor) -> Label:
-    if found is None or isinstance(found, str):
-        return found
+    if found is None:
+        return None
+    if isinstance(found, str):
+        return str.__str__(found)  # not a subclass, which could not be loaded again
     if isinstance(found, int) and not isinstance(found, bool):
         return str(found)
     raise _no_label(repr(found), name, parameter)

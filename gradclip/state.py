@@ -12,21 +12,30 @@ from .records import Counters
 
 SHOWN = 5
 """Labels that an error names."""
-KEYS = {"steps", "counters", "labels", "threshold"}
+KEYS = {"steps", "counters", "labels", "rule", "threshold"}
 
 
-def parsed_state(state: Mapping[str, Any], labels: Sequence[str]) -> tuple[int, Counters]:
+def parsed_state(
+    state: Mapping[str, Any], labels: Sequence[str], rule: str
+) -> tuple[int, Counters]:
     """Return steps and counters of a saved clipper.
 
     Args:
         state: The saved clipper.
         labels: The labels of the clipper that it is for.
+        rule: Name of the class of its threshold.
 
     Raises:
-        StateError: It is not what ``GradientClipper.state_dict`` returns, or has other labels.
+        StateError: It is not what ``GradientClipper.state_dict`` returns, or has other labels or
+            another threshold.
     """
     _check_keys("state", state, KEYS)
     _check_keys("state['counters']", state["counters"], {f.name for f in fields(Counters)})
+    if state["rule"] != rule:
+        raise StateError(
+            f"The threshold is {rule} and the state is of {state['rule']!r}: load it into a "
+            "clipper with the threshold it was saved from. Nothing was loaded."
+        )
     _check_labels(state["labels"], labels)
     try:
         counts = {k: checked_count(k, v) for k, v in state["counters"].items()}
@@ -40,8 +49,8 @@ def _check_labels(found: object, needed: Sequence[str]) -> None:
     if not isinstance(found, Sequence) or list(found) != list(needed):
         raise StateError(
             f"The state has the labels {_shortened(found)}, the clipper has {_shortened(needed)}: "
-            "give the clipper the scope, the model and the parameter groups it was saved with. "
-            "Nothing was loaded."
+            "give the clipper the scope, the model and the parameter groups it was saved with, in "
+            "the order in which they were added. Nothing was loaded."
         )
 
 

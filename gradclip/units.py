@@ -14,6 +14,7 @@ from .gradients import buckets_of
 from .norms import norms_of
 from .places import Place, Places, present
 from .thresholds import RelativeToWeights, StepContext
+from .thresholds.arguments import checked_positive
 from .untracked import untracked
 
 
@@ -59,7 +60,8 @@ def clip_grad_units_(
         ArgumentError: ``clip_factor``, ``eps`` or ``norm_type`` is no such number.
         GradientError: A gradient whose dtype or layout cannot be clipped.
     """
-    order, rule = checked_order(norm_type), RelativeToWeights(clip_factor, eps)
+    order, factor = checked_order(norm_type), checked_positive("clip_factor", clip_factor)
+    rule = RelativeToWeights(factor, eps)
     held = {id(p.grad): (p.grad, p.data) for p in listed_parameters(parameters)}
     pairs = [(gradient, weight) for gradient, weight in held.values() if gradient is not None]
     gradients = [gradient for gradient, _ in pairs]

@@ -77,6 +77,17 @@ def test_what_was_allowed_is_told_with_what_came_of_it():
     assert rule.told == [([6.0], [3.0], [True])]
 
 
+@pytest.mark.parametrize("skipped", [True, torch.tensor(True)])
+def test_a_rule_that_asks_is_told_of_a_skipped_step_what_scaling_would_have_made(skipped):
+    rule = Rule()
+    rule.observes_skipped = True
+    limits = Limits(rule, labels(...), CPU, 2.0)
+    limits.at_step(gradients(1), double(8), 0)
+    found = replace(record(8, skipped=skipped), coefficients=double(1))
+    limits.observe(found)
+    assert rule.told == [([8.0], [4.0], [True])]
+
+
 def test_a_skipped_step_and_a_norm_of_a_part_are_not_told():
     rule = Rule()
     limits = Limits(rule, labels(...), CPU, 2.0)
@@ -113,7 +124,10 @@ def test_without_a_limit_of_its_own_a_label_has_that_of_the_rule():
     assert limits.at_step(gradients(1), double(math.inf), 0).tolist() == [math.inf]
 
 
-@pytest.mark.parametrize("returned", [double(math.nan), double(-1), 1.0, None, [1.0]])
+@pytest.mark.parametrize(
+    "returned",
+    [double(math.nan), double(-1), 1.0, None, [1.0], torch.tensor([1]), torch.tensor([True])],
+)
 def test_what_is_no_limit_is_an_error(returned):
     class Wrong(Rule):
         def thresholds(self, norms, context):
@@ -122,3 +136,40 @@ def test_what_is_no_limit_is_an_error(returned):
     limits = Limits(Wrong(), labels(...), CPU, 2.0)
     with pytest.raises(ArgumentError, match=r"Wrong.thresholds\(\) returned .*: return "):
         limits.at_step(gradients(1), double(8), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_thresholds_of_another_precision_are_converted(dtype):
+    class Narrow(Rule):
+        def thresholds(self, norms, context):
+            return (norms / 2).to(dtype)
+
+    found = Limits(Narrow(), labels(...), CPU, 2.0).at_step(gradients(1), double(8), 0)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [4.0]
+
+
+def test_where_the_norm_is_not_finite_a_threshold_may_be_nan():
+    limits = Limits(Rule(), labels(...), CPU, 2.0)
+    assert math.isnan(limits.at_step(gradients(1), double(math.nan), 0).item())
+
+
+def test_what_a_rule_of_ones_own_writes_to_is_its_own():
+    class Careless(Rule):
+        def thresholds(self, norms, context):
+            context.present.zero_()
+            return norms.mul_(0.5)
+
+        def observe(self, norms, clipped_norms, context):
+            super().observe(norms, clipped_norms, context)
+            context.present.zero_()
+            norms.zero_()
+
+    rule, norms, found = Careless(), double(8), record(8)
+    limits = Limits(rule, labels(...), CPU, 2.0)
+    for _ in range(2):
+        assert limits.at_step(gradients(1), norms, 0).tolist() == [4.0]
+        limits.observe(found)
+    assert norms.tolist() == [8.0]
+    assert found.norms.tolist() == [8.0]
+    assert rule.told == [([8.0], [4.0], [True])] * 2

@@ -151,6 +151,12 @@ def test_a_state_of_other_labels_or_another_rule_is_refused_and_changes_nothing(
         StateError, match=r"has the labels \['0.weight', .*, the clipper has \['0.w"
     ):
         others["labels"].clipper.load_state_dict(saved)
+    scheduled, fixed = (Run("global", RULES[name]()) for name in ("Schedule", "Fixed"))
+    with pytest.raises(StateError, match="The threshold is Schedule and the state is of 'Fixed'"):
+        scheduled.clipper.load_state_dict(fixed.clipper.state_dict())
+    for wrong in (None, [], 7, {"a": 1}):
+        with pytest.raises(StateError, match="Fixed keeps no state, found .* Nothing was loaded"):
+            fixed.clipper.load_state_dict({**fixed.clipper.state_dict(), "threshold": wrong})
     del saved["labels"]
     with pytest.raises(StateError, match="needed are the keys"):
         state.clipper.load_state_dict(saved)
@@ -167,6 +173,39 @@ def test_a_rule_that_learns_serves_one_clipper_at_a_time(rule):
             GradientClipper(torch.optim.SGD([weight], lr=0.1), shared)
         first.detach()
     GradientClipper(torch.optim.SGD([weight], lr=0.1), shared)
+
+
+def test_a_rule_is_free_after_a_clipper_that_could_not_be_made():
+    rule, weight = Percentile(), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(ArgumentError) as kept:
+        GradientClipper(optimizer, rule, log=5)
+    GradientClipper(optimizer, rule)
+    assert kept.value is not None
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_a_rule_with_nothing_to_rule_is_saved_and_loaded(rule):
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "max_norm": key} for key in (1.0, None)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    clipper = GradientClipper(optimizer, RULES[rule]())
+    clipper.step()
+    clipper.load_state_dict(clipper.state_dict())
+    late = nn.Parameter(torch.ones(1))
+    late.grad = torch.tensor([9.0])
+    optimizer.add_param_group({"params": [late]})
+    clipper.step()
+    assert clipper.last.norm[1].item() == 9.0
+
+
+def test_what_looks_like_a_threshold_is_told_how_to_be_one():
+    class Duck:
+        def thresholds(self, norms, context):
+            return norms
+
+    weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(ArgumentError, match="max_norm is a Duck, .*: derive its class from gradc"):
+        GradientClipper(torch.optim.SGD([weight], lr=0.1), Duck())
 
 
 def test_a_rule_is_free_again_when_its_clipper_is_gone():
@@ -309,18 +348,61 @@ def test_one_spike_blinds_the_mean_and_not_the_median(exceed):
     assert (blinded.skipped, seeing.skipped) == ((1, 2) if skipping else (0, 0))
 
 
-def test_skipped_spikes_leave_no_trace_in_rules_that_do_not_observe_them():
-    spiky = feed(ZScore(), [*ORDINARY, 100.0, *ORDINARY], exceed="skip")
-    calm = feed(ZScore(), [*ORDINARY, *ORDINARY], exceed="skip")
-    assert spiky.skipped == 1
-    assert torch.equal(spiky.last.thresholds, calm.last.thresholds)
+@pytest.mark.parametrize("rule", [ZScore, MovingAverage, GrowthLimit])
+def test_a_skipped_step_is_learned_from_as_if_it_had_been_scaled(rule):
+    norms = [*(norm / 2 for norm in ORDINARY), 100.0, 0.4, 60.0, *ORDINARY]
+    skipping = feed(rule(), norms, exceed="skip")
+    scaling = feed(rule(), norms)
+    assert skipping.skipped >= 1
+    assert torch.equal(skipping.last.thresholds, scaling.last.thresholds)
 
 
-def test_a_level_that_rises_for_good_is_followed_while_skipping():
-    clipper = feed(MeanDeviation(window=32), [*ORDINARY, *([40.0] * 40)], exceed="skip")
-    assert clipper.last.skipped is False
-    clipper = feed(MedianDeviation(window=32), [*ORDINARY, *([40.0] * 40)], exceed="skip")
-    assert clipper.last.skipped is False
+def test_a_rule_of_ones_own_is_not_told_of_skipped_steps_unless_it_asks():
+    class Told(Threshold):
+        def __init__(self, observes_skipped: bool) -> None:
+            self.observes_skipped, self.told = observes_skipped, []
+
+        def thresholds(self, norms, context):
+            return torch.full_like(norms, 2.0)
+
+        def observe(self, norms, clipped_norms, context):
+            self.told.append((norms.item(), clipped_norms.item()))
+
+    for observes, told in ((False, [(1.0, 1.0)]), (True, [(1.0, 1.0), (5.0, 2.0)])):
+        rule = Told(observes)
+        feed(rule, [1.0, 5.0], exceed="skip")
+        assert rule.told == told
+
+
+RISING = [*ORDINARY, *(3 * norm for norm in ORDINARY), *(3 * norm for norm in ORDINARY)]
+
+
+@pytest.mark.parametrize(
+    "rule", [Percentile(90, window=50), MeanDeviation(), MedianDeviation(), GrowthLimit()], ids=repr
+)
+def test_norms_that_rise_for_good_are_followed_while_skipping(rule):
+    clipper = feed(rule, RISING, exceed="skip")
+    skipped = clipper.skipped
+    for norm in RISING[-50:]:
+        clipper._given[0].param_groups[0]["params"][0].grad = torch.tensor([norm])
+        clipper.step()
+    assert clipper.skipped - skipped < 40
+
+
+@pytest.mark.parametrize("rule", [MedianDeviation, ZScore, MovingAverage, GrowthLimit])
+def test_units_that_are_mostly_idle_still_learn(rule):
+    table = nn.Parameter(torch.zeros(10, 2))
+    optimizer = torch.optim.SGD([table], lr=0.0)
+    GradientClipper(optimizer, rule(), scope="unit")
+    generator = torch.Generator().manual_seed(0)
+    erased = 0
+    for step in range(300):
+        table.grad = torch.zeros(10, 2)
+        busy = torch.randperm(10, generator=generator)[:3]
+        table.grad[busy] = torch.rand(3, 2, generator=generator) + 0.5
+        optimizer.step()
+        erased += int((table.grad[busy].norm(dim=1) == 0).sum()) if step > 100 else 0
+    assert erased == 0
 
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name not in ("Fixed", "Schedule")])

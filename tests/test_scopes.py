@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import Enum
 
 import pytest
 import torch
@@ -173,14 +174,22 @@ def test_what_is_no_scope_is_refused(given):
         GradientClipper(sgd(network()), 1.0, scope=given)
 
 
-@pytest.mark.parametrize("exclude", [3, [3], ["a", None]])
+@pytest.mark.parametrize("exclude", [3, None, [3], ["a", None]])
 def test_what_is_no_exclusion_is_refused(exclude):
-    with pytest.raises((ArgumentError, TypeError), match="exclude is|not iterable"):
+    with pytest.raises(ArgumentError, match="exclude is .*: give a name or several, or a function"):
         Scope(exclude=exclude)
+
+
+def test_brackets_in_a_name_are_brackets():
+    parameters = [("a[0]", nn.Parameter(torch.zeros(1))), ("a0", nn.Parameter(torch.zeros(1)))]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    clipper = GradientClipper(optimizer, 1.0, scope=Scope("parameter", exclude="a[0]"))
+    assert clipper.labels == ("a0",)
 
 
 def test_a_scope_shows_itself():
     assert repr(Scope("unit")) == "Scope('unit')"
+    assert repr(Scope("unit", exclude=["a", "b"])) == "Scope('unit', exclude=('a', 'b'))"
     assert repr(Scope("unit", exclude="head.*")) == "Scope('unit', exclude='head.*')"
 
 
@@ -268,6 +277,7 @@ def test_a_label_may_span_rows_and_whole_parameters():
         (1.5, r"gave 1.5 for group 0, parameter 0 of shape \(2, 3\)"),
         (True, "gave True for"),
         (object, "gave <class 'object'> for"),
+        (b"ab", "gave b'ab' for"),
         ([1, 2, 3], r"gave 3 labels for .* of shape \(2, 3\)"),
         ([1, 2.5], "gave 2.5 for"),
         ([], "gave 0 labels for"),
@@ -280,6 +290,30 @@ def test_what_is_no_label_is_an_error(label, said):
     with pytest.raises(ArgumentError, match=f"The scope {said}.*: give a string or a whole number"):
         GradientClipper(optimizer, 1.0, scope=lambda name, parameter: label)
     GradientClipper(optimizer, 1.0)
+
+
+def test_labels_are_plain_strings():
+    class Part(str, Enum):
+        HEAD = "head"
+
+    weight = nn.Parameter(torch.zeros(1))
+    clipper = GradientClipper(
+        torch.optim.SGD([weight], lr=0.0), 1.0, scope=lambda name, parameter: Part.HEAD
+    )
+    assert clipper.labels == ("head",)
+    assert type(clipper.labels[0]) is str
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_parameter_that_was_resized_is_an_error(rows):
+    one, other = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.SGD([one, other], lr=0.0)
+    GradientClipper(optimizer, 1.0, scope="unit")
+    one.data = torch.zeros(rows, 2)
+    one.grad, other.grad = torch.ones(rows, 2), torch.full((2, 2), 9.0)
+    with pytest.raises(GradientError, match=rf"of shape \({rows}, 2\), whose parameter had 2 ind"):
+        optimizer.step()
+    assert bool((other.grad == 9).all())
 
 
 def test_a_scalar_has_no_rows_to_label():

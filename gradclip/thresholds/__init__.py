@@ -50,6 +50,11 @@ def threshold_from(max_norm: object) -> Threshold:
             f"max_norm is the class {max_norm.__name__} itself: give an instance, "
             f"{max_norm.__name__}(...)."
         )
+    if callable(getattr(max_norm, "thresholds", None)):
+        raise ArgumentError(
+            f"max_norm is a {type(max_norm).__name__}, which is no Threshold: derive its class "
+            "from gradclip.Threshold."
+        )
     if callable(max_norm):
         return Schedule(max_norm)
     return Fixed(max_norm)  # type: ignore[arg-type]  # checked there

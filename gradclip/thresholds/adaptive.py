@@ -29,12 +29,17 @@ class AdaptiveThreshold(Rule):
     - A norm enters the state only where it and its clipped norm are finite and the label had a
       gradient.
     - Labels that appear later start fresh; the others go on bit for bit.
+    - A skipped step is observed as if it had been scaled instead.
+
+    A rule that goes from a detached clipper to another with the same labels takes along what it
+    has learned.
 
     Args:
         cap: The threshold is never above it; None for no cap.
         floor: The threshold is never below it; None for no floor.
     """
 
+    observes_skipped = True
     observes_zeros: bool = True
     """Whether norms that are 0 after clipping are observed; False for a rule that one such norm
     would hold at 0 for ever."""

@@ -38,7 +38,8 @@ class Threshold(ABC):
     needs_weights: bool = False
     """Whether ``context.weight_norms`` is wanted, which costs a reading of the parameters."""
     observes_skipped: bool = False
-    """Whether norms of steps that were skipped are observed too."""
+    """Whether norms of steps that were skipped are observed too, with the clipped norms that
+    scaling would have made. Without it what it skips is never followed."""
 
     def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Prepare for k norms; may do nothing.
@@ -88,9 +89,9 @@ class Threshold(ABC):
         Raises:
             StateError: It does not belong to this rule; nothing was changed.
         """
-        if state:
+        if not isinstance(state, Mapping) or state:
             raise StateError(
-                f"{type(self).__name__} keeps no state, found the keys {sorted(state)}: "
+                f"{type(self).__name__} keeps no state, found {state!r:.200}: "
                 "load the state into a clipper with the threshold it was saved from. Nothing was "
                 "loaded."
             )

@@ -31,8 +31,6 @@ class DeviationThreshold(WindowThreshold):
         ArgumentError: A number that cannot be meant.
     """
 
-    observes_skipped = True
-
     def __init__(
         self,
         factor: float,

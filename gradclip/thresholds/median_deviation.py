@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,9 @@ class MedianDeviation(DeviationThreshold):
 
     It observes norms as measured, those of skipped steps too: a level that rises for good is
     followed once it fills half the window, and a spike moves a median by one place whatever its
-    size. There is no limit before norm number ``warmup``, the current one counted, and never one
-    before the third.
+    size. Where the median is 0, as of units that are mostly idle, there is no limit: it would
+    erase what they learn from. There is no limit before norm number ``warmup``, the current one
+    counted, and never one before the third.
 
     Memory: ``k window`` norms and ``k`` counts.
 
@@ -54,7 +57,8 @@ class MedianDeviation(DeviationThreshold):
         median = _median(window, middle)
         # Half of the norms lie between the median and the largest number, which free places hold:
         # these are never nearer than the distance in the middle.
-        return median, _median((window - median.unsqueeze(1)).abs(), middle)
+        deviation = _median((window - median.unsqueeze(1)).abs(), middle)
+        return torch.where(median > 0, median, math.inf), deviation
 
 
 def _median(norms: Tensor, middle: Tensor) -> Tensor:

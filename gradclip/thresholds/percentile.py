@@ -29,6 +29,9 @@ class Percentile(WindowThreshold):
     is not clipped. A current norm that is not finite, or without a gradient behind it, is left
     out; without any norm there is no limit.
 
+    Norms of 0 count as the paper has it: where more of them than the percentile are 0, as in units
+    that are mostly idle, the threshold is 0 and erases the others. ``floor=`` prevents it.
+
     Memory: ``k (2 window + 1)`` norms and ``k`` counts.
 
     Args:

@@ -43,8 +43,8 @@ def checked_state(rule: str, needed: Mapping[str, Tensor], found: object) -> dic
 
 
 def _checked(name: str, like: Tensor, found: object) -> Tensor:
-    if not isinstance(found, Tensor):
-        raise _refused(f"{name} is a {type(found).__name__}, not a tensor")
+    if not isinstance(found, Tensor) or found.is_meta or found.layout is not torch.strided:
+        raise _refused(f"{name} is a {type(found).__name__}, not a dense tensor with values")
     if found.shape != like.shape:
         raise _refused(
             f"{name} has the shape {tuple(found.shape)} and needs {tuple(like.shape)}, which are "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_bound
+from ..errors import ArgumentError
 from .base import StepContext
 from .rule import Rule
 
@@ -34,6 +35,11 @@ class Schedule(Rule):
         floor: float | None = None,
     ) -> None:
         super().__init__(cap=cap, floor=floor)
+        if not callable(function) or isinstance(function, type):
+            raise ArgumentError(
+                f"Schedule got {function!r}: give a function of the step that returns a number "
+                ">= 0, or None for no limit."
+            )
         self.function = function
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:

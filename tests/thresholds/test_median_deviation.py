@@ -16,7 +16,7 @@ def oracle(factor, window, warmup):
             if len(past) + 1 >= max(warmup, 3):
                 median = statistics.median(last)
                 deviation = statistics.median(abs(each - median) for each in last)
-                limit = median + factor * deviation
+                limit = median + factor * deviation if median > 0 else math.inf
             expected.append(limit)
             if norm is not None and math.isfinite(norm):
                 past.append(norm)
@@ -56,7 +56,7 @@ def test_a_level_that_rises_for_good_is_followed(driver):
 def test_a_distance_larger_than_that_of_a_free_place_keeps_its_rank(driver):
     run = driver(MedianDeviation(1.0, window=10, warmup=3))
     run.run([[0.0], [1.2e308], [1.2e308], [0.0], [0.0]])
-    assert run.run([[1.0]]) == [[0.0]]
+    assert run.run([[1.0]]) == [[math.inf]]  # a median of 0 sets no limit
     run.run([[1.2e308]] * 3)  # now the median is 1.2e308 and three of eight are that far away
     assert run.run([[1.0]])[0][0] == pytest.approx(1.2e308)
 

@@ -27,7 +27,8 @@ def test_the_error_says_what_was_found_and_what_is_needed(wrong, message, driver
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("mean", 1.0, "ZScore's 'mean' is a float, not a tensor: load"),
+        ("mean", 1.0, "ZScore's 'mean' is a float, not a dense tensor with values: load"),
+        ("mean", torch.zeros(1, device="meta"), "not a dense tensor with values: load"),
         ("mean", torch.zeros(2), r"'mean' has the shape \(2,\) and needs \(1,\), which are the nu"),
         ("mean", torch.zeros(1).long(), "'mean' is of torch.int64 and needs torch.float64: load"),
         ("mean", -torch.ones(1), "'mean' holds numbers that are negative, not finite or endless"),

@@ -245,8 +245,8 @@ def print_steps(seconds: float) -> None:
     }
     known = interleaved_medians(rivals, lambda: None, seconds, calls=10)
     print(
-        f"\nclip_grad_norm_ of torch on the small set takes {known['torch'] * 1e6:.0f} us here, the "
-        f"addition of two numbers {known['addition'] * 1e6:.1f} us\n"
+        f"\nclip_grad_norm_ of torch on the small set takes {known['torch'] * 1e6:.0f} us here, "
+        f"the addition of two numbers {known['addition'] * 1e6:.1f} us\n"
     )
     print("| small, whole steps | added to Fixed, us | of torch's clip |\n|---|---|---|")
     for name, median in medians.items():

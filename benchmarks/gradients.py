@@ -29,7 +29,9 @@ class Gradients:
     """Parameters whose gradients are rewritten from a pool."""
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.parameters = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
+        self.parameters = [
+            nn.Parameter(torch.randn(shape).mul_(0.05).to(dtype)) for shape in shapes
+        ]
         for parameter in self.parameters:
             parameter.grad = torch.empty_like(parameter)
         self._pool = itertools.cycle(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import checked_count
 from .arguments import checked_positive
+from .arithmetic import is_number
 from .base import StepContext
 from .window import COUNTS, WindowThreshold
 
@@ -46,11 +49,23 @@ class DeviationThreshold(WindowThreshold):
         super().__init__(self.window, cap=cap, floor=floor)
 
     @abstractmethod
+    def of_numbers(self, norms: NDArray[Any]) -> tuple[float, float]:
+        """Return both for two or more norms of one label."""
+
+    def _limit_of_one(self) -> float:
+        if self.state[COUNTS].item() < max(self.warmup, 3) - 1:
+            return math.inf
+        centre, deviation = self.of_numbers(self.kept_numbers())
+        return centre + self.factor * deviation
+
+    @abstractmethod
     def centre_and_deviation(self) -> tuple[Tensor, Tensor]:
         """Return both for the norms in the window; of shape (k,), anything before the third."""
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:
         """See `Rule.limits`."""
+        if is_number(norms):
+            return norms.new_tensor([self._limit_of_one()])
         centre, deviation = self.centre_and_deviation()
         active = self.state[COUNTS] >= max(self.warmup, 3) - 1  # the current one counts too
         return torch.where(active, centre + self.factor * deviation, math.inf)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .deviation import DeviationThreshold
@@ -44,6 +48,13 @@ class MeanDeviation(DeviationThreshold):
         floor: float | None = None,
     ) -> None:
         super().__init__(factor, window, warmup, cap=cap, floor=floor)
+
+    def of_numbers(self, norms: NDArray[Any]) -> tuple[float, float]:
+        """See `DeviationThreshold.of_numbers`."""
+        kept = norms.tolist()
+        mean = sum(kept) / len(kept)
+        squares = sum((norm - mean) * (norm - mean) for norm in kept)
+        return mean, math.sqrt(squares / (len(kept) - 1))
 
     def centre_and_deviation(self) -> tuple[Tensor, Tensor]:
         """See `DeviationThreshold.centre_and_deviation`."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .deviation import DeviationThreshold
@@ -50,6 +53,11 @@ class MedianDeviation(DeviationThreshold):
     ) -> None:
         super().__init__(factor, window, warmup, cap=cap, floor=floor)
 
+    def of_numbers(self, norms: NDArray[Any]) -> tuple[float, float]:
+        """See `DeviationThreshold.of_numbers`."""
+        median = _median_of(norms)
+        return median if median > 0 else math.inf, _median_of(abs(norms - median))
+
     def centre_and_deviation(self) -> tuple[Tensor, Tensor]:
         """See `DeviationThreshold.centre_and_deviation`."""
         window, count = self.state[WINDOW], self.kept()
@@ -65,3 +73,9 @@ def _median(norms: Tensor, middle: Tensor) -> Tensor:
     """Return the mean of the two order statistics of each row whose ranks are in ``middle``."""
     lower, upper = norms.sort(dim=1).values.gather(1, middle).unbind(dim=1)
     return lower + (upper - lower) / 2
+
+
+def _median_of(norms: NDArray[Any]) -> float:
+    ordered, count = np.sort(norms), len(norms)
+    lower, upper = ordered[(count - 1) // 2].item(), ordered[count // 2].item()
+    return float(lower + (upper - lower) / 2)

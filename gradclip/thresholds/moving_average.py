@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..checks import checked_count
 from .adaptive import AdaptiveThreshold
 from .arguments import checked_decay, checked_positive
+from .arithmetic import is_number, where
 from .base import StepContext
 
 
@@ -69,16 +71,22 @@ class MovingAverage(AdaptiveThreshold):
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:
         """See `Rule.limits`."""
+        if is_number(norms) and self.state["counts"].item() >= self.warmup:
+            return torch.full_like(norms, self.factor * self.state["average"].item())
         warm = self.state["counts"] < self.warmup
         shared = self._shared_limits(norms, context.order)
         return torch.where(warm, shared, self.factor * self.state["average"])
 
     def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
         """See `AdaptiveThreshold.learn`."""
-        average, counts = self.state["average"], self.state["counts"]
-        smallest = torch.where(counts > 0, torch.minimum(average, clipped_norms), clipped_norms)
-        moved = self.decay * average + (1 - self.decay) * clipped_norms
-        moved = torch.where(counts < self.warmup, smallest, moved)
+        norm: Any = clipped_norms
+        average: Any = self.state["average"]
+        counts: Any = self.state["counts"]
+        if is_number(norms):
+            norm, average, counts = norm.item(), average.item(), counts.item()
+        smallest = where((counts > 0) & (average < norm), average, norm)
+        moved = self.decay * average + (1 - self.decay) * norm
+        moved = where(counts < self.warmup, smallest, moved)
         self.put(observed, average=moved, counts=counts + 1)
 
     def _shared_limits(self, norms: Tensor, order: float) -> Tensor:

@@ -75,6 +75,17 @@ class Ordered:
         for part in zip(*parts, strict=True):
             _replace(*part)
 
+    def replace_one_(self, leaving: float, entering: float) -> None:
+        """Do what `replace_` does for a single row on the CPU."""
+        row = self._bounded.numpy()[0, 1:-2]
+        old, new = row.searchsorted([leaving, entering]).tolist()
+        if new > old:
+            row[old : new - 1] = row[old + 1 : new]
+            row[new - 1] = entering
+        else:
+            row[new + 1 : old + 1] = row[new:old]
+            row[new] = entering
+
 
 def _replace(bounded: Tensor, leaving: Tensor, entering: Tensor) -> None:
     below, above = bounded[:, :-2], bounded[:, 1:-1]

@@ -91,6 +91,10 @@ class Percentile(WindowThreshold):
         position = (count - 1) * (self.percentile / 100)
         return position // 1, position % 1
 
+    def replaced_one(self, oldest: float, newest: float) -> None:
+        """See `WindowThreshold.replaced_one`."""
+        self._ordered.replace_one_(oldest, newest)
+
     def replaced(self, oldest: Tensor, newest: Tensor) -> None:
         """See `WindowThreshold.replaced`."""
         self._ordered.replace_(oldest, newest)

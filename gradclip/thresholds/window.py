@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .adaptive import AdaptiveThreshold
+from .arithmetic import is_number
 
 WINDOW, COUNTS = "window", "counts"
 
@@ -52,6 +55,12 @@ class WindowThreshold(AdaptiveThreshold):
     def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
         """See `AdaptiveThreshold.learn`: each norm takes the place of the oldest of its label."""
         window, counts = self.state[WINDOW], self.state[COUNTS]
+        if is_number(norms) and observed is None:
+            ring, place = window.numpy()[0], counts.item() % self._length
+            oldest, ring[place] = ring[place].item(), norms.item()
+            self.replaced_one(oldest, ring[place].item())
+            counts += 1
+            return
         places = (counts % self._length).unsqueeze(1)
         oldest, newest = window.gather(1, places), norms.unsqueeze(1)
         if observed is not None:
@@ -66,9 +75,17 @@ class WindowThreshold(AdaptiveThreshold):
         A free place that was taken is the largest number of the dtype.
         """
 
+    def replaced_one(self, oldest: float, newest: float) -> None:
+        """Hear the same where there is one label on the CPU."""
+
     def kept(self) -> Tensor:
         """Return how many norms of each label the window holds; shape (k,), int64."""
         return self.state[COUNTS].clamp(max=self._length)
+
+    def kept_numbers(self) -> NDArray[Any]:
+        """Return the norms that the window holds, where there is one label on the CPU."""
+        count = self.state[COUNTS].item()
+        return self.state[WINDOW].numpy()[0, : min(int(count), self._length)]
 
     def filled(self) -> Tensor:
         """Return which places are taken; shape (k, length), bool."""

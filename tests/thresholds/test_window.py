@@ -11,6 +11,10 @@ from gradclip.thresholds.window import WindowThreshold
 FREE = torch.finfo(torch.float64).max
 
 
+def double(value: float) -> torch.Tensor:
+    return torch.tensor([[value]], dtype=torch.float64)
+
+
 class Plain(WindowThreshold):
     heard = ()
 
@@ -19,6 +23,9 @@ class Plain(WindowThreshold):
 
     def replaced(self, oldest, newest):
         self.heard = (*self.heard, (oldest.squeeze(1).tolist(), newest.squeeze(1).tolist()))
+
+    def replaced_one(self, oldest, newest):
+        self.replaced(double(oldest), double(newest))
 
 
 def test_the_newest_norm_takes_the_place_of_the_oldest(driver):

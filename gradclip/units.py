@@ -18,7 +18,6 @@ from .thresholds.arguments import checked_positive
 from .untracked import untracked
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # runs beside a compiled step
 @untracked
 def clip_grad_units_(
     parameters: TensorOrTensors,

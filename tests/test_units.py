@@ -128,6 +128,7 @@ def test_what_is_no_tensor_is_refused():
         gradclip.clip_grad_units_(["weight"])
 
 
+@pytest.mark.filterwarnings("ignore:.*Dynamo detected a call to a `functools.lru_cache`")
 def test_a_compiled_function_clips_as_another():
     ours, compiled = network(), network()
     gradclip.clip_grad_units_(ours)

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradclip
+from gradclip import get_total_norm
 from gradclip.engines.host_sums import ROW, piece_norms
+from gradclip.engines.operators import OperatorsEngine
 
 UNIT = {
     torch.float64: 2.0**-53,
@@ -443,3 +445,22 @@ def test_few_large_elements_before_many_small_ones_keep_the_bound(dtype, large, 
     gradient.view(-1, period)[:, :large] = 100.0
     norm = gradclip.get_total_norm([gradient]).item()
     assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scope", ["rows", "whole"])
+def test_one_element_far_larger_than_the_others_keeps_the_bound(dtype, scope):
+    # The worst of many: what is far smaller is rounded alike every time it is added.
+    bases = torch.linspace(1, 2, 200, dtype=torch.float64)[:, None]
+    for size in (100, 380, 610, 870, 960):
+        for first in (1, 2):
+            values = bases.expand(200, 256).clone()
+            values[:, :first] *= size
+            gradient = values.to(dtype)
+            if scope == "rows":
+                found = OperatorsEngine().power_sums([gradient], 2.0, rows=True).sqrt()
+                needed = gradient.double().norm(dim=1)
+            else:
+                found = torch.stack([get_total_norm([row.repeat(40)]) for row in gradient[::20]])
+                needed = gradient.double()[::20].norm(dim=1) * 40**0.5
+            assert (found / needed - 1).abs().max().item() <= 1e-6

@@ -1,11 +1,11 @@
 """Power sums and norms on the CPU, where the host may look at values, with one read.
 
-Large tensors are condensed first. A piece of at most 256 elements becomes its norm, in the
+Large tensors are condensed first. A piece of at most 128 elements becomes its norm, in the
 gradient's own vector code at memory speed; a sum of so few squares keeps 1e-6 on constant data
-too, where the rounding of longer runs adds up. In half precision it becomes its mean and its
-deviation. These are then summed in float64, as small tensors are from their first element on.
-What comes out of range of float32 (too large, or so small that squares vanish) is summed once
-more in float64.
+too, where the rounding of longer runs adds up. In half precision a piece of at most 192 elements
+becomes its mean and its deviation. These are then summed in float64, as small tensors are from
+their first element on. What comes out of range of float32 (too large, or so small that squares
+vanish) is summed once more in float64.
 
 A large tensor is a table here, and each of its rows has a sum: one row for each index of
 dimension 0, or a single one with all elements.
@@ -29,9 +29,12 @@ from .memory import as_it_lies, blocks, flat, rows_at_once, table
 HALVES = (torch.bfloat16, torch.float16)
 QUICK = (1, 2, INFINITY)
 """Orders whose sums may begin in float32: the powers of others leave its range too easily."""
-ROW = 256
-"""Elements summed in float32 before float64 takes over."""
-NARROW = 128
+ROW = 128
+"""Elements summed in float32 before float64 takes over: of twice as many, one that is a thousand
+times as large as the others costs more than 1e-6."""
+HALF_ROW = 192
+"""The same of half precision, whose moments cost the more the shorter they are."""
+NARROW = 96
 """Shorter pieces of half precision are converted: their moments would cost more."""
 SMALL = 8192
 """Tensors up to this length are converted to float64 as they are: cheaper than condensing."""
@@ -185,9 +188,9 @@ def _condensed(table: Tensor, order: float, exact: bool) -> Iterator[_Condensed]
 
 
 def piece_norms(table: Tensor, order: float) -> Tensor:
-    """Return the norms of all pieces of at most 256 elements, shape (rows, pieces of a row)."""
+    """Return the norms of all pieces of at most 128 elements, shape (rows, pieces of a row)."""
     rows, columns = table.shape
-    count, rest = divmod(columns, width := _width(columns))
+    count, rest = divmod(columns, width := _width(columns, ROW))
     body = table[:, :-rest] if rest else table
     norms = _last_norms(body.view(rows, count, width), order)
     if not rest:
@@ -209,7 +212,7 @@ def _moments(table: Tensor) -> Iterator[_Condensed]:
     The statistics of batch normalisation read half precision and add up in float32.
     """
     columns = table.shape[1]
-    width = _width(columns)
+    width = _width(columns, HALF_ROW)
     if width < NARROW or columns % width:
         for block in _converted(table, torch.float32):
             norms = piece_norms(block, 2.0).flatten()
@@ -238,11 +241,12 @@ def _converted(table: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield part.copy_(widened(block) if hidden else block)
 
 
-def _width(columns: int) -> int:
+def _width(columns: int, longest: int) -> int:
     """Return how long the pieces of a row are: long, and such that nothing is left over."""
-    if columns <= ROW:
+    if columns <= longest:
         return columns
-    return next((width for width in range(ROW, NARROW - 1, -1) if columns % width == 0), ROW)
+    even = (width for width in range(longest, longest // 2 - 1, -1) if columns % width == 0)
+    return next(even, longest)
 
 
 def _single_row(tensor: Tensor) -> Tensor:
@@ -271,4 +275,4 @@ def _repeated_anew(values: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
     return integers.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
 
 
-_repeated_once = lru_cache(maxsize=64)(_repeated_anew)
+_repeated_once = lru_cache(maxsize=16)(_repeated_anew)

@@ -95,11 +95,12 @@ def test_measuring_float64_writes_nothing_into_it():
         assert bool((given[0] == -3).all())
 
 
+@pytest.mark.parametrize("longest", [host_sums.ROW, host_sums.HALF_ROW])
 @pytest.mark.parametrize("columns", [1, 7, 147, 256, 257, 509, 521, 576, 1000, 4608, 9001])
-def test_pieces_are_short_and_many_shapes_leave_no_rest(columns):
-    width = host_sums._width(columns)
-    assert 1 <= width <= host_sums.ROW
-    assert columns % width == 0 or columns in (257, 509, 521, 9001)
+def test_pieces_are_short_and_many_shapes_leave_no_rest(columns, longest):
+    width = host_sums._width(columns, longest)
+    assert 1 <= width <= longest
+    assert columns % width == 0 or columns in (147, 257, 509, 521, 9001)
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])

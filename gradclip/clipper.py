@@ -125,7 +125,6 @@ class GradientClipper:
         check_later_parts(ranks=ranks)
         self._settings = Settings(norm_type, max_value, exceed, nonfinite, skip_limit, engine)
         self._threshold = threshold_from(max_norm)
-        self._model = model
         optimizers = clippable(optimizer, skips=self._settings.skips)
         self._given = listed(optimizer)
         self._labels = NormLabels(optimizers, scope_from(scope), model)
@@ -134,7 +133,7 @@ class GradientClipper:
             optimizers, grad_scaler, self._settings, self._labels, weighed=weighed
         )
         self._limits = Limits(
-            self._threshold, self._labels, self._joint.devices[0], self._settings.norm_type
+            self._threshold, self._labels, self._joint.device, self._settings.norm_type
         )
         self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
         self._close = weakref.finalize(self, self._recorder.close)
@@ -167,7 +166,8 @@ class GradientClipper:
         reduction = reduced(coefficients, bounded, norms)
         step, now, overflow = self._steps, time.time(), gradients.overflow
         record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow)
-        self._keep(gradients, record)
+        self._joint.cover(gradients.tensors, record)
+        self._pending = record
         if skip is True:
             self._stop(optimizer, record)
         return record
@@ -180,16 +180,12 @@ class GradientClipper:
 
     # Its parts
 
-    def _keep(self, gradients: StepGradients, record: ClipRecord) -> None:
-        self._joint.cover(gradients.tensors, record)
-        self._pending = record
-
     def _stop(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Raise for a skipped step where the policy is to; it counts all the same."""
         settings, limit = self._settings, self._settings.skip_limit
         if settings.raises and not bool(record.norms.isfinite().all()):
             self._finish(optimizer, record)
-            raise nonfinite_error(record, self._joint.optimizers, self._model)
+            raise nonfinite_error(record, self._labels.parameters())
         if limit is not None and self._recorder.counters.skipped_in_a_row + 1 >= limit:
             self._finish(optimizer, record)
             raise skip_limit_error(limit, record.step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -56,10 +56,17 @@ class JointGradients:
         self._coverage = Coverage() if len(optimizers) > 1 else None
 
     @property
+    def device(self) -> torch.device:
+        """Where the norms are: with the first parameter."""
+        first = next(_parameters_held(self.optimizers), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @property
     def devices(self) -> list[torch.device]:
-        """Where parameters are; the norms are where the first of them is."""
-        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
-        return list({p.device: None for p in parameters_of(groups)}) or [torch.device("cpu")]
+        """Where norms and parameters are, each device once."""
+        return list(
+            {self.device: None, **{p.device: None for p in _parameters_held(self.optimizers)}}
+        )
 
     def at_step(self, stepping: Optimizer, changes: Changes) -> StepGradients | ClipRecord | None:
         """Return what is to be clipped before a step.
@@ -137,15 +144,14 @@ class JointGradients:
             None if joint else held.places,
             self._settings,
             len(labels.names),
-            self.devices[0],
+            self.device,
             parameters=parameters,
             **options,
         )
 
     def _held_by(self, optimizers: Sequence[Optimizer]) -> Held:
         """Return the distinct gradients of optimizers that belong to some norm."""
-        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-        parameters = parameters_of(groups)
+        parameters = _parameters_held(optimizers)
         if self._everything:
             return Held(gradients_of(parameters))
         held, seen = Held(), set()
@@ -184,3 +190,7 @@ class Held:
             list(compress(self.places, kept)),
             list(compress(self.parameters, kept)),
         )
+
+
+def _parameters_held(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
+    return parameters_of(group for optimizer in optimizers for group in optimizer.param_groups)

@@ -48,15 +48,12 @@ class NormLabels:
         """The k labels, in the order of the norms."""
         self.limits: tuple[float | None, ...] = ()
         """For each label the threshold of its group; None where the clipper's threshold rules."""
+        self.everything = scope.is_everything
+        """Whether all gradients share one norm, so that no place need be looked up."""
         self.single = True
         """Whether there is one label, and all that is labelled belongs to it."""
         self.refresh()
         scope.check_names([each.name for each in self._named()])
-
-    @property
-    def everything(self) -> bool:
-        """Whether all gradients share one norm, so that no place need be looked up."""
-        return self._scope.is_everything and not self._keys.given
 
     def refresh(self) -> None:
         """Label the groups and parameters that were added since.
@@ -72,6 +69,10 @@ class NormLabels:
         if count != self._parameters:
             self._label_new()
             self._parameters = count
+
+    def parameters(self) -> list[NamedParameter]:
+        """Return the parameters whose gradients belong to some norm."""
+        return [each for each in self._named() if self.place_of(each.parameter) is not None]
 
     def place_of(self, parameter: Tensor) -> Place | None:
         """Return where the norms of a parameter's gradient are; None where it is in none.
@@ -100,6 +101,7 @@ class NormLabels:
             table.index_of(SHARED)  # everything is left out: a norm of nothing
         self._known, self._indices, self.limits = known, table.indices, tuple(table.limits)
         self.names = tuple(label for _, label in table.indices)
+        self.everything = self._scope.is_everything and not self._keys.given
         kept = [each.place for each in known.values() if each.place is not None]
         self.single = len(self.names) == 1 and not any(place.rows for place in kept)
 

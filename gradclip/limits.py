@@ -46,7 +46,7 @@ class Limits:
         self._context: StepContext | None = None
         self._started: tuple[str, ...] = ()
         self._ruled: Tensor | None = None
-        self._own = torch.empty(0)
+        self._own = torch.empty(0, device="cpu")
         if id(threshold) in _LEARNING:
             raise ArgumentError(
                 f"{threshold!r} learns from the norms of another clipper already, which this "

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from .coefficients import must_skip
 from .engines.base import host_may_read
 from .errors import NonFiniteGradientError, SkipLimitError
-from .naming import describe_nonfinite, named_parameters
+from .naming import NamedParameter, describe_nonfinite
 from .records import ClipRecord
 from .settings import Settings
 from .step_gradients import StepGradients
@@ -48,17 +47,21 @@ def verdict(
 
 
 def nonfinite_error(
-    record: ClipRecord, optimizers: Sequence[Optimizer], model: nn.Module | None
+    record: ClipRecord, parameters: Sequence[NamedParameter]
 ) -> NonFiniteGradientError:
-    """Return the error for a norm that is not finite, which names the parameters. Host sync."""
+    """Return the error for a norm that is not finite, which names the parameters. Host sync.
+
+    Args:
+        record: The step.
+        parameters: Those whose gradients were measured.
+    """
     norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
     found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
-    named = [*named_parameters(optimizers, model)]
     return NonFiniteGradientError(
         f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
-        f"{describe_nonfinite(named)}. The step was not taken and the gradients are as they were. "
-        "Lower the learning rate or look at that step's batch; nonfinite='zero' or 'skip' would go "
-        "on."
+        f"{describe_nonfinite(parameters)}. The step was not taken and the gradients are as they "
+        "were. Lower the learning rate or look at that step's batch; nonfinite='zero' or 'skip' "
+        "would go on."
     )
 
 

@@ -449,6 +449,18 @@ def test_the_error_names_the_parameter_and_says_how_many_norms():
         optimizer.step()
 
 
+def test_the_error_does_not_name_what_is_in_no_norm():
+    model = network()
+    for name in ("0.weight", "1.weight"):
+        model.get_parameter(name).grad.fill_(math.nan)
+    optimizer = sgd(model)
+    scope = Scope("parameter", exclude="0.*")
+    GradientClipper(optimizer, 1.0, scope=scope, model=model, nonfinite="raise")
+    with pytest.raises(gradclip.NonFiniteGradientError, match="parameters: 1.weight") as found:
+        optimizer.step()
+    assert "0.weight" not in str(found.value)
+
+
 def test_groups_with_their_own_threshold_stand_beside_any_scope():
     model = network()
     optimizer = torch.optim.SGD(

@@ -2,16 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.complete
+NATIVE := .venv/.native
+READY := $(STAMP) $(NATIVE)
 
 .PHONY: demo test test-slow lint types bench bench-thresholds wheel clean
 
-demo: $(STAMP)
+demo: $(READY)
 	$(BIN)/python -m gradclip demo
 
-test: $(STAMP)
+test: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-slow: $(STAMP)
+test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(STAMP)
@@ -21,11 +23,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(READY)
 	$(BIN)/python -m benchmarks.clip
 
 # timm wants torchvision, of which its one file for AGC needs nothing.
-bench-thresholds: $(STAMP)
+bench-thresholds: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 	    autoclip zclip smartclip timm
 	$(BIN)/python -m benchmarks.thresholds
@@ -42,7 +44,13 @@ $(STAMP): pyproject.toml constraints.txt
 	    $(PYTHON) -m pip --python .venv/bin/python install pip; \
 	} || { echo "No pip for .venv: install your system's python3-venv or python3-pip." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(NATIVE)
+
+# The library of the native engine, anew when its source is newer.
+$(NATIVE): setup.py gradclip/engines/_native.c gradclip/engines/_native_kernels.h | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f gradclip/engines/_native.so

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .changes import Changes
 from .coverage import Coverage
+from .engines import engine_for
 from .engines.base import host_may_read
 from .gradients import gradients_held, gradients_of, parameters_of
 from .labels import NormLabels
@@ -37,6 +38,9 @@ class JointGradients:
         settings: How to measure and what may be written.
         labels: The labels of the norms.
         weighed: Whether the norms of the parameters will be asked for.
+
+    Raises:
+        EngineUnavailableError: The engine does not serve a device of the parameters.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class JointGradients:
         self._weighed = weighed
         self._scaling = JointScaling(grad_scaler)
         self._coverage = Coverage() if len(optimizers) > 1 else None
+        for device in self.devices:
+            engine_for(settings.engine, device)
 
     @property
     def device(self) -> torch.device:

@@ -15,13 +15,17 @@ import gradclip
 from gradclip import (
     ArgumentError,
     AttachError,
+    EngineUnavailableError,
     GradClipError,
     GradientClipper,
     NonFiniteGradientError,
     NotAvailableError,
     StateError,
     Threshold,
+    engines,
 )
+
+BEST = engines.engine_for("auto", torch.device("cpu")).name
 
 
 def parameters(*gradients: torch.Tensor) -> list[nn.Parameter]:
@@ -515,10 +519,22 @@ def test_what_this_version_lacks_says_so(option):
     GradientClipper(optimizer, 1.0)
 
 
-@pytest.mark.parametrize("engine", ["native", "triton"])
-def test_an_engine_that_is_not_there_is_an_error_and_not_replaced(engine):
-    with pytest.raises(gradclip.EngineUnavailableError, match=f"engine='{engine}' is not avail"):
-        GradientClipper(sgd(torch.ones(1)), 1.0, engine=engine)
+def test_an_engine_that_is_not_there_is_an_error_and_not_replaced(monkeypatch):
+    with pytest.raises(EngineUnavailableError, match="engine='triton' is not available"):
+        GradientClipper(sgd(torch.ones(1)), 1.0, engine="triton")
+    monkeypatch.delitem(engines._ENGINES, "native", raising=False)
+    monkeypatch.setitem(engines._MISSING, "native", "engine='native' is not available: reason")
+    with pytest.raises(EngineUnavailableError, match="engine='native' is not available: reason"):
+        GradientClipper(sgd(torch.ones(1)), 1.0, engine="native")
+
+
+def test_an_engine_that_cannot_serve_the_parameters_is_refused():
+    optimizer = sgd(torch.ones(1))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1, device="meta"))]})
+    if "native" in engines._ENGINES:
+        with pytest.raises(EngineUnavailableError, match="engine='native' serves the CPU"):
+            GradientClipper(optimizer, 1.0, engine="native")
+    GradientClipper(optimizer, 1.0)
 
 
 def test_positional_options_are_refused():
@@ -526,12 +542,12 @@ def test_positional_options_are_refused():
         GradientClipper(sgd(torch.ones(1)), 1.0, 2.0)
 
 
-@pytest.mark.parametrize("engine", ["reference", "operators", "auto"])
+@pytest.mark.parametrize("engine", [*engines._ENGINES, "auto"])
 def test_an_engine_asked_for_by_name_serves(engine):
     optimizer = sgd(torch.tensor([3.0, 4.0]))
     clipper = GradientClipper(optimizer, 1.0, engine=engine)
     optimizer.step()
-    assert clipper.engine == ("operators" if engine == "auto" else engine)
+    assert clipper.engine == (BEST if engine == "auto" else engine)
     assert measured_norm(optimizer) == pytest.approx(1.0, rel=1e-6)
 
 
@@ -704,7 +720,7 @@ def test_a_clipper_nobody_holds_goes_on_clipping_and_dies_with_its_optimizer():
 
 def test_the_representation_names_optimizer_threshold_and_engine():
     clipper = GradientClipper(sgd(torch.ones(1)), 1.0)
-    assert repr(clipper) == "GradientClipper(SGD, Fixed(1.0), steps=0, engine='operators')"
+    assert repr(clipper) == f"GradientClipper(SGD, Fixed(1.0), steps=0, engine='{BEST}')"
 
 
 def test_every_error_is_one_of_ours():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import ArgumentError, EngineUnavailableError
+from . import native
 from .base import Engine, norm_dtype
 from .operators import OperatorsEngine
 from .reference import ReferenceEngine
@@ -14,7 +15,17 @@ __all__ = ["Engine", "check_engine_name", "engine_for", "norm_dtype"]
 _ENGINES: dict[str, Engine] = {
     engine.name: engine for engine in (OperatorsEngine(), ReferenceEngine())
 }
-_PLANNED = ("native", "triton")
+_MISSING: dict[str, str] = {
+    "triton": "engine='triton' is not available in this version of gradclip: give engine='auto'."
+}
+"""Why an engine is not there."""
+_BEST = {}
+"""By the type of a device, what serves it best; torch operators serve the others."""
+
+try:
+    _ENGINES["native"] = _BEST["cpu"] = native.NativeEngine(native.load())
+except EngineUnavailableError as error:
+    _MISSING["native"] = str(error)
 
 
 def check_engine_name(name: object) -> str:
@@ -26,19 +37,25 @@ def check_engine_name(name: object) -> str:
     """
     if name == "auto" or name in _ENGINES:
         return str(name)
-    if name in _PLANNED:
-        raise EngineUnavailableError(
-            f"engine={name!r} is not available in this version of gradclip: "
-            f"give engine='auto' or one of {', '.join(map(repr, _ENGINES))}."
-        )
+    if name in _MISSING:
+        raise EngineUnavailableError(_MISSING[str(name)])
     raise ArgumentError(
         f"engine={name!r} names no engine: give 'auto' or one of "
-        f"{', '.join(map(repr, (*_ENGINES, *_PLANNED)))}."
+        f"{', '.join(map(repr, (*_ENGINES, *_MISSING)))}."
     )
 
 
 def engine_for(name: str, device: torch.device) -> Engine:
-    """Return the engine that serves a device; only ``"auto"`` chooses."""
+    """Return the engine that serves a device; only ``"auto"`` chooses.
+
+    Raises:
+        EngineUnavailableError: The engine does not serve such a device.
+    """
     if name == "auto":
-        return _ENGINES["operators"]
+        return _BEST.get(device.type, _ENGINES["operators"])
+    if name == "native" and device.type != "cpu":
+        raise EngineUnavailableError(
+            f"engine='native' serves the CPU, and there are gradients on {device}: give "
+            "engine='auto', which chooses for each device."
+        )
     return _ENGINES[name]

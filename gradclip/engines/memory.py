@@ -85,25 +85,42 @@ def flat(tensor: Tensor) -> Tensor:
 
     A view, unless elements share places or have gaps between them.
     """
+    view = flat_view(tensor)
+    return tensor.contiguous().view(-1) if view is None else view
+
+
+def flat_view(tensor: Tensor) -> Tensor | None:
+    """Return `flat` if it is a view, else None."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     if not _is_dense(tensor.shape, tensor.stride()):
-        return tensor.contiguous().view(-1)
+        return None
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def table(tensor: Tensor) -> Tensor:
-    """Return the rows of a tensor that is not empty, each contiguous in whatever order it lies.
+    """Return the rows of a tensor, each contiguous in whatever order it lies.
 
     A view of shape (rows, columns), unless elements of a row share places or have gaps between
     them.
     """
-    rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
+    view = table_view(tensor)
+    return tensor.contiguous().view(_table_shape(tensor)) if view is None else view
+
+
+def table_view(tensor: Tensor) -> Tensor | None:
+    """Return `table` if it is a view, else None."""
     if tensor.is_contiguous():
-        return tensor.view(rows, columns)
+        return tensor.view(_table_shape(tensor))
     if not _is_dense(tensor.shape[1:], tensor.stride()[1:]):
-        return tensor.contiguous().view(rows, columns)
-    return tensor.as_strided((rows, columns), (tensor.stride(0), 1), tensor.storage_offset())
+        return None
+    strides = (tensor.stride(0), 1)
+    return tensor.as_strided(_table_shape(tensor), strides, tensor.storage_offset())
+
+
+def _table_shape(tensor: Tensor) -> tuple[int, int]:
+    rows = tensor.shape[0]
+    return rows, tensor.numel() // max(rows, 1)
 
 
 def rows_at_once(columns: int) -> int:

@@ -1,0 +1,448 @@
+/* The loops over elements, compiled by _native.c once for each instruction set.
+ *
+ * KERNEL(name) stands for a function of one instruction set. No kernel looks at alignment, and
+ * each adds up in the same order in every instruction set, so that all of them find the same bits.
+ *
+ * Quick sums run in float32 for BLOCK elements, 8 to a lane, then in float64. One rounding of the
+ * square and ten of sums make the norm err by 11 / 2 * 2**-24 = 3.3e-7 at most, on any data. What
+ * may have left the range of float32 is summed exactly by the caller's choice: in float64 from the
+ * first element on, where the square of a float32 is exact and always in range.
+ */
+
+/* All ones where a number is above a limit, both below 2**31. As a comparison it would be taken
+ * apart into single numbers by compilers whose registers are narrower. */
+#define ABOVE(bits, limit) ((u32v)((i32v)((limit) - (bits)) >> 31))
+
+/* Reading: two vectors from PAIR elements, in an order that is always the same. ----------------- */
+
+INLINE void KERNEL(read_float32)(const float *x, f32v *one, f32v *other)
+{
+    memcpy(one, x, sizeof *one);
+    memcpy(other, x + LANES, sizeof *other);
+}
+
+INLINE void KERNEL(read_bfloat16)(const uint16_t *x, f32v *one, f32v *other)
+{
+    u32v pairs; /* a bfloat16 is the upper half of a float32 */
+    memcpy(&pairs, x, sizeof pairs);
+    *one = (f32v)(pairs << 16);
+    *other = (f32v)(pairs & 0xffff0000u);
+}
+
+#ifdef WITH_F16C
+INLINE void KERNEL(read_float16)(const uint16_t *x, f32v *one, f32v *other)
+{
+#ifdef WITH_AVX512
+    *one = (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+    *other = (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x + 1));
+#else
+    const __m128i *eighths = (const __m128i *)x;
+    __m256 wide[4];
+    for (int part = 0; part < 4; part++)
+        wide[part] = _mm256_cvtph_ps(_mm_loadu_si128(eighths + part));
+    memcpy(one, wide, sizeof *one);
+    memcpy(other, wide + 2, sizeof *other);
+#endif
+}
+#else
+INLINE void KERNEL(widen_float16)(const u32v *halves, f32v *out)
+{
+    u32v magnitude = *halves & 0x7fff, sign = (*halves & 0x8000) << 16;
+    u32v normal = (magnitude << 13) + (112u << 23);
+    normal += ABOVE(magnitude, 0x7bff) & (112u << 23); /* infinity and NaN */
+    /* What has no exponent is read as the fraction of 2**-14, which is then taken away. */
+    f32v fraction = (f32v)((magnitude << 13) | (113u << 23)) - 0x1p-14f;
+    u32v small = ~ABOVE(magnitude, 0x3ff);
+    *out = (f32v)(((small & (u32v)fraction) | (~small & normal)) | sign);
+}
+
+INLINE void KERNEL(read_float16)(const uint16_t *x, f32v *one, f32v *other)
+{
+    u16v halves[2];
+    u32v wide[2];
+    memcpy(halves, x, sizeof halves);
+    for (int part = 0; part < 2; part++)
+        wide[part] = __builtin_convertvector(halves[part], u32v);
+    KERNEL(widen_float16)(wide, one);
+    KERNEL(widen_float16)(wide + 1, other);
+}
+#endif
+
+/* Writing what was read, rounded to nearest even; NaN stays NaN. ------------------------------- */
+
+INLINE void KERNEL(write_float32)(float *x, const f32v *one, const f32v *other)
+{
+    memcpy(x, one, sizeof *one);
+    memcpy(x + LANES, other, sizeof *other);
+}
+
+INLINE void KERNEL(round_bfloat16)(const f32v *values, u32v *out)
+{
+    u32v bits = (u32v)*values;
+    u32v nan = ABOVE(bits & 0x7fffffff, 0x7f800000);
+    u32v rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    *out = ((nan & (bits | 0x400000)) | (~nan & rounded)) & 0xffff0000u;
+}
+
+INLINE void KERNEL(write_bfloat16)(uint16_t *x, const f32v *one, const f32v *other)
+{
+    u32v lower, upper;
+    KERNEL(round_bfloat16)(one, &lower);
+    KERNEL(round_bfloat16)(other, &upper);
+    upper |= lower >> 16;
+    memcpy(x, &upper, sizeof upper);
+}
+
+#ifdef WITH_F16C
+INLINE void KERNEL(write_float16)(
+    uint16_t *x, const f32v *one, const f32v *other)
+{
+#ifdef WITH_AVX512
+    __m256i *halves = (__m256i *)x;
+    _mm256_storeu_si256(halves, _mm512_cvtps_ph((__m512)*one, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(halves + 1, _mm512_cvtps_ph((__m512)*other, _MM_FROUND_TO_NEAREST_INT));
+#else
+    __m128i *eighths = (__m128i *)x;
+    __m256 wide[4];
+    memcpy(wide, one, sizeof *one);
+    memcpy(wide + 2, other, sizeof *other);
+    for (int part = 0; part < 4; part++)
+        _mm_storeu_si128(eighths + part, _mm256_cvtps_ph(wide[part], _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+#else
+INLINE void KERNEL(round_float16)(const f32v *values, u32v *out)
+{
+    u32v bits = (u32v)*values, magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    u32v normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    /* The last place of numbers from 0.5 on is the smallest float16. */
+    u32v fraction = (u32v)((f32v)magnitude + 0.5f) - (126u << 23);
+    u32v small = ~ABOVE(magnitude, (113 << 23) - 1);
+    u32v infinite = ABOVE(magnitude, 0x7f7fffff);
+    u32v nan = ABOVE(magnitude, 0x7f800000);
+    u32v special = 0x7c00 | (nan & (0x200 | ((magnitude >> 13) & 0x3ff)));
+    u32v finite = (small & fraction) | (~small & normal);
+    *out = sign | (infinite & special) | (~infinite & finite);
+}
+
+INLINE void KERNEL(write_float16)(uint16_t *x, const f32v *one, const f32v *other)
+{
+    u16v halves[2];
+    u32v wide[2];
+    KERNEL(round_float16)(one, wide);
+    KERNEL(round_float16)(other, wide + 1);
+    for (int part = 0; part < 2; part++)
+        halves[part] = __builtin_convertvector(wide[part], u16v);
+    memcpy(x, halves, sizeof halves);
+}
+#endif
+
+/* Quick sums. ---------------------------------------------------------------------------------- */
+
+#define SQUARE(v) ((v) * (v))
+#define MAGNITUDE(v) ((f32v)((u32v)(v) & 0x7fffffff))
+#define ADD_PAIR(NAME, TERM, x, one, other)                                                       \
+    do {                                                                                          \
+        f32v first, second;                                                                       \
+        KERNEL(read_##NAME)(x, &first, &second);                                                  \
+        one += TERM(first);                                                                       \
+        other += TERM(second);                                                                    \
+    } while (0)
+
+#define QUICK_SUM(TYPE, NAME, WHAT, TERM)                                                         \
+    FUNCTION double KERNEL(quick_##WHAT##_##NAME)(const void *data, int64_t n)                    \
+    {                                                                                             \
+        const TYPE *x = data;                                                                     \
+        f64v sums[4] = {{0}};                                                                     \
+        while (n > 0) {                                                                           \
+            f32v a = {0}, b = {0}, c = {0}, d = {0};                                              \
+            half_f32v halves[2];                                                                  \
+            int64_t left = n < BLOCK ? n : BLOCK;                                                 \
+            n -= left;                                                                            \
+            for (; left >= 2 * PAIR; left -= 2 * PAIR, x += 2 * PAIR) {                           \
+                ADD_PAIR(NAME, TERM, x, a, b);                                                    \
+                ADD_PAIR(NAME, TERM, x + PAIR, c, d);                                             \
+            }                                                                                     \
+            if (left >= PAIR) {                                                                   \
+                ADD_PAIR(NAME, TERM, x, a, b);                                                    \
+                left -= PAIR, x += PAIR;                                                          \
+            }                                                                                     \
+            if (left > 0) {                                                                       \
+                TYPE rest[PAIR] = {0};                                                            \
+                memcpy(rest, x, (size_t)left * sizeof *x);                                        \
+                ADD_PAIR(NAME, TERM, rest, c, d);                                                 \
+            }                                                                                     \
+            a = (a + b) + (c + d);                                                                \
+            memcpy(halves, &a, sizeof a);                                                         \
+            sums[0] += __builtin_convertvector(halves[0], f64v);                                  \
+            sums[1] += __builtin_convertvector(halves[1], f64v);                                  \
+        }                                                                                         \
+        return added(sums);                                                                       \
+    }
+
+QUICK_SUM(float, float32, squares, SQUARE)
+QUICK_SUM(uint16_t, bfloat16, squares, SQUARE)
+QUICK_SUM(uint16_t, float16, squares, SQUARE)
+QUICK_SUM(float, float32, magnitudes, MAGNITUDE)
+QUICK_SUM(uint16_t, bfloat16, magnitudes, MAGNITUDE)
+QUICK_SUM(uint16_t, float16, magnitudes, MAGNITUDE)
+
+/* Exact sums. ---------------------------------------------------------------------------------- */
+
+#define READ_WIDE(TYPE, NAME)                                                                     \
+    INLINE void KERNEL(read_wide_##NAME)(const TYPE *x, f64v *out)                                \
+    {                                                                                             \
+        f32v pair[2];                                                                             \
+        half_f32v halves[4];                                                                      \
+        KERNEL(read_##NAME)(x, pair, pair + 1);                                                   \
+        memcpy(halves, pair, sizeof pair);                                                        \
+        for (int part = 0; part < 4; part++)                                                      \
+            out[part] = __builtin_convertvector(halves[part], f64v);                              \
+    }
+
+READ_WIDE(float, float32)
+READ_WIDE(uint16_t, bfloat16)
+READ_WIDE(uint16_t, float16)
+
+INLINE void KERNEL(read_wide_float64)(const double *x, f64v *out)
+{
+    memcpy(out, x, PAIR * sizeof *x);
+}
+
+#define WIDE_MAGNITUDE(v) ((f64v)((u64v)(v) & INT64_MAX))
+#define ADD_WIDE(NAME, TERM, x, sums)                                                             \
+    do {                                                                                          \
+        f64v values[4];                                                                           \
+        KERNEL(read_wide_##NAME)(x, values);                                                      \
+        for (int part = 0; part < 4; part++)                                                      \
+            sums[part] += TERM(values[part]);                                                     \
+    } while (0)
+
+#define WIDE_SUM(TYPE, NAME, WHAT, TERM)                                                          \
+    FUNCTION double KERNEL(WHAT##_##NAME)(const void *data, int64_t n)                            \
+    {                                                                                             \
+        const TYPE *x = data;                                                                     \
+        TYPE rest[PAIR] = {0};                                                                    \
+        f64v sums[4] = {{0}};                                                                     \
+        for (; n >= PAIR; n -= PAIR, x += PAIR)                                                   \
+            ADD_WIDE(NAME, TERM, x, sums);                                                        \
+        memcpy(rest, x, (size_t)n * sizeof *x);                                                   \
+        ADD_WIDE(NAME, TERM, rest, sums);                                                         \
+        return added(sums);                                                                       \
+    }
+
+WIDE_SUM(float, float32, squares, SQUARE)
+WIDE_SUM(double, float64, squares, SQUARE)
+WIDE_SUM(uint16_t, bfloat16, squares, SQUARE)
+WIDE_SUM(uint16_t, float16, squares, SQUARE)
+WIDE_SUM(float, float32, magnitudes, WIDE_MAGNITUDE)
+WIDE_SUM(double, float64, magnitudes, WIDE_MAGNITUDE)
+WIDE_SUM(uint16_t, bfloat16, magnitudes, WIDE_MAGNITUDE)
+WIDE_SUM(uint16_t, float16, magnitudes, WIDE_MAGNITUDE)
+
+/* Where a mask is all ones the first, else the second. */
+#define CHOOSE(mask, first, second)                                                               \
+    ((f64v)(((u64v)(first) & (u64v)(mask)) | ((u64v)(second) & ~(u64v)(mask))))
+
+/* Raise magnitudes to a positive power, to within 1e-12, where pow() would take them one by one:
+ * log2(m) = 2 / ln(2) * atanh((m - 1) / (m + 1)), and the Taylor series of 2**y. */
+INLINE void KERNEL(raise)(f64v *values, double order)
+{
+    static const double atanh_series[] = {1 / 21., 1 / 19., 1 / 17., 1 / 15., 1 / 13., 1 / 11.,
+                                          1 / 9.,  1 / 7.,  1 / 5.,  1 / 3.,  1.};
+    static const double exp2_series[] = {
+        0x1.c3bd650fc2983p-36, 0x1.e8cac7351bb22p-32, 0x1.e4cf5158b8ec7p-28, 0x1.b5253d395e7c1p-24,
+        0x1.62c0223a5c822p-20, 0x1.ffcbfc588b0c5p-17, 0x1.430912f86c786p-13, 0x1.5d87fe78a6730p-10,
+        0x1.3b2ab6fba4e77p-7,  0x1.c6b08d704a0bfp-5,  0x1.ebfbdff82c58ep-3,  0x1.62e42fefa39efp-1,
+        1.0};
+    const uint64_t root_half = 0x3fe6a09e667f3bcd, bias = 1023ull << 52;
+    f64v log = {0}, power = {0}, most = log + 1100;
+    u64v small = (u64v)(*values < 0x1p-1022);
+    u64v bits = (u64v)CHOOSE(small, *values * 0x1p54, *values);
+    u64v exponent = (bits - root_half + bias) >> 52; /* and 1023 */
+    f64v mantissa = (f64v)(bits + bias - (exponent << 52)); /* from the root of 1/2 to that of 2 */
+    f64v part = (mantissa - 1) / (mantissa + 1), square = part * part;
+    for (int term = 0; term < 11; term++)
+        log = log * square + atanh_series[term];
+    log *= part * 0x1.71547652b82fep+1;
+    log += (f64v)(exponent | 0x4330000000000000) - (0x1p52 + 1023); /* as a number behind 2**52 */
+    log -= CHOOSE(small, power + 54, power);
+    log *= order;
+    log = CHOOSE(log < -most, -most, CHOOSE(log > most, most, log));
+    f64v whole = log + 0x1.8p52; /* rounds to a whole number, kept in the last bits */
+    f64v rest = log - (whole - 0x1.8p52);
+    for (int term = 0; term < 13; term++)
+        power = power * rest + exp2_series[term];
+    /* In two steps, for what has no exponent of its own. */
+    u64v steps = ((u64v)whole + 2 * 1100) & 0xffff, half = steps >> 1;
+    power *= (f64v)((half + (1023 - 1100)) << 52);
+    power *= (f64v)((steps - half + (1023 - 1100)) << 52);
+    *values = CHOOSE((*values > 0) & (*values < INFINITY), power, *values);
+}
+
+#define ADD_POWERS(NAME, x, sums, order)                                                          \
+    do {                                                                                          \
+        f64v values[4];                                                                           \
+        KERNEL(read_wide_##NAME)(x, values);                                                      \
+        for (int part = 0; part < 4; part++) {                                                    \
+            values[part] = WIDE_MAGNITUDE(values[part]);                                          \
+            KERNEL(raise)(values + part, order);                                                  \
+            sums[part] += values[part];                                                           \
+        }                                                                                         \
+    } while (0)
+
+#define POWER_SUM(TYPE, NAME)                                                                     \
+    FUNCTION double KERNEL(powers_##NAME)(const void *data, int64_t n, double order)              \
+    {                                                                                             \
+        const TYPE *x = data;                                                                     \
+        TYPE rest[PAIR] = {0};                                                                    \
+        f64v sums[4] = {{0}};                                                                     \
+        for (; n >= PAIR; n -= PAIR, x += PAIR)                                                   \
+            ADD_POWERS(NAME, x, sums, order);                                                     \
+        memcpy(rest, x, (size_t)n * sizeof *x);                                                   \
+        ADD_POWERS(NAME, rest, sums, order);                                                      \
+        return added(sums);                                                                       \
+    }
+
+POWER_SUM(float, float32)
+POWER_SUM(double, float64)
+POWER_SUM(uint16_t, bfloat16)
+POWER_SUM(uint16_t, float16)
+
+/* The largest magnitude, found by bits: NaN is above infinity, and nothing is flushed. --------- */
+
+#define LARGEST(TYPE, NAME, BITS, MAGNITUDE_BITS)                                                 \
+    FUNCTION double KERNEL(largest_##NAME)(const void *data, int64_t n)                           \
+    {                                                                                             \
+        const BITS *x = data;                                                                     \
+        BITS largest = 0;                                                                         \
+        TYPE some[PAIR] = {0};                                                                    \
+        f64v wide[4];                                                                             \
+        for (int64_t place = 0; place < n; place++) {                                             \
+            BITS bits = (BITS)(x[place] & MAGNITUDE_BITS);                                        \
+            largest = bits > largest ? bits : largest;                                            \
+        }                                                                                         \
+        memcpy(some, &largest, sizeof largest);                                                   \
+        KERNEL(read_wide_##NAME)(some, wide);                                                     \
+        return wide[0][0];                                                                        \
+    }
+
+LARGEST(float, float32, int32_t, INT32_MAX)
+LARGEST(double, float64, int64_t, INT64_MAX)
+LARGEST(uint16_t, bfloat16, int16_t, INT16_MAX)
+LARGEST(uint16_t, float16, int16_t, INT16_MAX)
+
+/* Scaling. ------------------------------------------------------------------------------------- */
+
+/* A product with what is no normal float32, which is less exact. */
+INLINE void KERNEL(multiply_by_tiny)(f32v *values, double coefficient)
+{
+    float lanes[LANES];
+    memcpy(lanes, values, sizeof lanes);
+    for (int lane = 0; lane < LANES; lane++)
+        lanes[lane] = (float)(lanes[lane] * coefficient);
+    memcpy(values, lanes, sizeof lanes);
+}
+
+INLINE void KERNEL(multiply)(f32v *values, double coefficient)
+{
+    *values *= (float)coefficient;
+}
+
+#define SCALE_BY(TYPE, NAME, MULTIPLY)                                                            \
+    INLINE void KERNEL(MULTIPLY##_pair_##NAME)(TYPE *x, double coefficient)                       \
+    {                                                                                             \
+        f32v one, other;                                                                          \
+        KERNEL(read_##NAME)(x, &one, &other);                                                     \
+        KERNEL(MULTIPLY)(&one, coefficient);                                                      \
+        KERNEL(MULTIPLY)(&other, coefficient);                                                    \
+        KERNEL(write_##NAME)(x, &one, &other);                                                    \
+    }                                                                                             \
+    FUNCTION void KERNEL(MULTIPLY##_all_##NAME)(TYPE *x, int64_t n, double coefficient)           \
+    {                                                                                             \
+        TYPE rest[PAIR] = {0};                                                                    \
+        for (; n >= PAIR; n -= PAIR, x += PAIR)                                                   \
+            KERNEL(MULTIPLY##_pair_##NAME)(x, coefficient);                                       \
+        memcpy(rest, x, (size_t)n * sizeof *x);                                                   \
+        KERNEL(MULTIPLY##_pair_##NAME)(rest, coefficient);                                        \
+        memcpy(x, rest, (size_t)n * sizeof *x);                                                   \
+    }
+
+#define SCALE(TYPE, NAME)                                                                         \
+    SCALE_BY(TYPE, NAME, multiply)                                                                \
+    SCALE_BY(TYPE, NAME, multiply_by_tiny)                                                        \
+    FUNCTION void KERNEL(scale_##NAME)(void *data, int64_t n, double coefficient)                 \
+    {                                                                                             \
+        if (coefficient < SMALLEST_NORMAL)                                                        \
+            KERNEL(multiply_by_tiny_all_##NAME)(data, n, coefficient);                            \
+        else                                                                                      \
+            KERNEL(multiply_all_##NAME)(data, n, coefficient);                                    \
+    }
+
+SCALE(float, float32)
+SCALE(uint16_t, bfloat16)
+SCALE(uint16_t, float16)
+
+FUNCTION void KERNEL(scale_float64)(void *data, int64_t n, double coefficient)
+{
+    double *x = data;
+    for (int64_t place = 0; place < n; place++)
+        x[place] *= coefficient;
+}
+
+/* Limits, by bits again. ----------------------------------------------------------------------- */
+
+#define LIMIT(NAME, TYPE, MAGNITUDE_BITS)                                                         \
+    FUNCTION int KERNEL(exceeds_##NAME)(                                                          \
+        const void *data, int64_t n, int64_t bound, int64_t infinity)                             \
+    {                                                                                             \
+        const TYPE *x = data, least = (TYPE)bound, most = (TYPE)infinity;                         \
+        TYPE found = 0;                                                                           \
+        for (int64_t place = 0; place < n; place++) {                                             \
+            TYPE bits = (TYPE)(x[place] & MAGNITUDE_BITS);                                        \
+            found = (TYPE)(found | ((bits > least) & (bits <= most)));                            \
+        }                                                                                         \
+        return found != 0;                                                                        \
+    }                                                                                             \
+    FUNCTION void KERNEL(limit_##NAME)(                                                           \
+        void *data, int64_t n, int64_t bound, int64_t infinity)                                   \
+    {                                                                                             \
+        TYPE *x = data, least = (TYPE)bound, most = (TYPE)infinity;                               \
+        for (int64_t place = 0; place < n; place++) {                                             \
+            TYPE bits = (TYPE)(x[place] & MAGNITUDE_BITS);                                        \
+            TYPE limited = (TYPE)((x[place] & ~MAGNITUDE_BITS) | least);                          \
+            x[place] = (bits > least) & (bits <= most) ? limited : x[place];                      \
+        }                                                                                         \
+    }
+
+LIMIT(2, int16_t, INT16_MAX)
+LIMIT(4, int32_t, INT32_MAX)
+LIMIT(8, int64_t, INT64_MAX)
+
+/* All of them. --------------------------------------------------------------------------------- */
+
+#define KERNELS(NAME, BYTES, INFINITY_BITS, QUICK_MAGNITUDES, QUICK_SQUARES)                      \
+    {                                                                                             \
+        .size = BYTES,                                                                            \
+        .infinity = INFINITY_BITS,                                                                \
+        .magnitudes = KERNEL(magnitudes_##NAME),                                                  \
+        .squares = KERNEL(squares_##NAME),                                                        \
+        .powers = KERNEL(powers_##NAME),                                                          \
+        .quick_magnitudes = QUICK_MAGNITUDES,                                                     \
+        .quick_squares = QUICK_SQUARES,                                                           \
+        .largest = KERNEL(largest_##NAME),                                                        \
+        .scale = KERNEL(scale_##NAME),                                                            \
+        .exceeds = KERNEL(exceeds_##BYTES),                                                       \
+        .limit = KERNEL(limit_##BYTES),                                                           \
+    }
+
+#define QUICK_KERNELS(NAME, BYTES, INFINITY_BITS)                                                 \
+    KERNELS(NAME, BYTES, INFINITY_BITS, KERNEL(quick_magnitudes_##NAME),                          \
+            KERNEL(quick_squares_##NAME))
+
+static const struct kernels KERNEL(kernels)[] = {
+    [FLOAT32] = QUICK_KERNELS(float32, 4, 0x7f800000),
+    [FLOAT64] = KERNELS(float64, 8, 0x7ff0000000000000, NULL, NULL),
+    [BFLOAT16] = QUICK_KERNELS(bfloat16, 2, 0x7f80),
+    [FLOAT16] = QUICK_KERNELS(float16, 2, 0x7c00),
+};

@@ -1,0 +1,210 @@
+"""The engine in C for the CPU: one read at memory speed, and little else for a few small tensors.
+
+The library beside this file knows addresses and lengths alone; what it is to know of a tensor is
+found out here. It is built from ``_native.c`` at install where there is a C compiler. What has no
+address, or gaps between its elements, is left to the engine of torch operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from itertools import compress
+from pathlib import Path
+from struct import pack
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from ..errors import EngineUnavailableError
+from .base import Engine, rounded_bounds
+from .bits import INTEGERS
+from .memory import as_it_lies, flat, flat_view, table, table_view
+from .operators import OperatorsEngine
+
+ABI = 1
+"""What the library that fits this file says of itself."""
+LIBRARY = Path(__file__).with_name("_native.so")
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+OK, NO_MEMORY = 0, -1
+BEST = 2
+"""The highest level of instruction sets."""
+PLAIN = {Tensor, nn.Parameter}
+"""Types of tensors that have the memory they say."""
+
+_OPERATORS = OperatorsEngine()
+_NUMBERS = torch.empty(0, dtype=torch.float64, device="cpu")
+
+
+class NativeEngine(Engine):
+    """Measures with one read and writes only what changes, in C.
+
+    Args:
+        library: What `load` returns.
+    """
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
+        """See `Engine.power_sums`."""
+        sums = _NUMBERS.new_empty(sum(map(len, tensors)) if rows else len(tensors))
+        lie = _lie(tensors, rows, table if rows else flat)
+        if self._done(self._library.gradclip_power_sums, lie, order, sums.data_ptr()):
+            return sums
+        return _OPERATORS.power_sums(tensors, order, rows=rows)
+
+    def norm(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+        """See `Engine.norm`."""
+        norm = _NUMBERS.new_empty(1)
+        lie = _lie(tensors, False, flat)
+        if self._done(self._library.gradclip_norm, lie, order, norm.data_ptr()):
+            return norm
+        return _OPERATORS.norm(tensors, order)
+
+    def scale_(
+        self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
+    ) -> None:
+        """See `Engine.scale_`."""
+        values = coefficients.to(torch.float64).contiguous()
+        if not self._written(self._library.gradclip_scale, tensors, values, rows):
+            _one_by_one(self.scale_, _OPERATORS.scale_, tensors, coefficients, rows)
+
+    def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
+        """See `Engine.clamp_`."""
+        dtype = tensors[0].dtype
+        rounded = rounded_bounds(bounds, dtype).to(dtype)
+        bits = rounded.view(INTEGERS[rounded.element_size()]).to(torch.int64)
+        if not self._written(self._library.gradclip_clamp, tensors, bits, rows):
+            _one_by_one(self.clamp_, _OPERATORS.clamp_, tensors, bounds, rows)
+
+    def _written(
+        self, verb: Callable[..., int], tensors: Sequence[Tensor], numbers: Tensor, rows: bool
+    ) -> bool:
+        """Let the library write into tensors; tell whether it could."""
+        lie = _lie(tensors, rows, table_view if rows else flat_view)
+        if lie is None:
+            return False
+        flags = ctypes.create_string_buffer(len(tensors))
+        if not self._done(verb, lie, numbers.data_ptr(), numbers.numel(), flags):
+            return False
+        # Autograd cannot see what was written by address.
+        increment_version([*compress(tensors, flags.raw)])
+        return True
+
+    def _done(self, verb: Callable[..., int], lie: _Lie | None, *arguments: object) -> bool:
+        """Call the library; tell whether it could take what lies there."""
+        if lie is None:
+            return False
+        status = verb(*lie[:4], *arguments, torch.get_num_threads())
+        if status == NO_MEMORY:
+            raise MemoryError("There is no memory for the sums of the gradients' parts.")
+        return status == OK
+
+
+_Lie = tuple[bytes, int, bool, int, Sequence[Tensor]]
+"""How tensors lie: the library's table, their count, whether of rows, the dtype, what holds it."""
+
+
+def _lie(
+    tensors: Sequence[Tensor], rows: bool, seen: Callable[[Tensor], Tensor | None]
+) -> _Lie | None:
+    """Describe memory for the library.
+
+    Args:
+        tensors: Of one dtype.
+        rows: Whether row by row.
+        seen: Makes what is not contiguous so, or returns None if it cannot.
+
+    Returns:
+        None where a tensor has no memory that can be described.
+    """
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
+        return None
+    views: Sequence[Tensor | None] = tensors
+    if rows or not all(map(Tensor.is_contiguous, tensors)):
+        views = [seen(as_it_lies(tensor)) for tensor in tensors]
+    held = [view for view in views if view is not None]
+    if len(held) < len(tensors):
+        return None
+    count = len(held)
+    try:
+        numbers = [view.data_ptr() for view in held]
+    except RuntimeError:  # within a transformation of torch.func
+        return None
+    if rows:
+        shapes = [view.shape for view in held]
+        numbers += [columns for _, columns in shapes]
+        numbers += [number for number, _ in shapes]
+        numbers += [view.stride(0) for view in held]
+    else:
+        numbers += [view.numel() for view in held]
+    return pack(f"{len(numbers)}q", *numbers), count, rows, DTYPES[tensors[0].dtype], held
+
+
+def _one_by_one(
+    verb: Callable[..., None],
+    otherwise: Callable[..., None],
+    tensors: Sequence[Tensor],
+    numbers: Tensor,
+    rows: bool,
+) -> None:
+    """Call a verb for each tensor with its own numbers, and another for what it cannot take."""
+    if len(tensors) == 1:
+        otherwise(tensors, numbers, rows=rows)
+        return
+    counts = [len(tensor) if rows else 1 for tensor in tensors]
+    each = [numbers] * len(tensors) if numbers.numel() == 1 else numbers.split(counts)
+    for tensor, own in zip(tensors, each, strict=True):
+        verb([tensor], own, rows=rows)
+
+
+def load() -> ctypes.CDLL:
+    """Load the library, with the threads of the OpenMP runtime that torch has loaded.
+
+    Raises:
+        EngineUnavailableError: It was not built, or it does not fit.
+    """
+    if not LIBRARY.exists():
+        raise _unavailable("there was no C compiler when gradclip was installed")
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        abi = library.gradclip_abi()
+    except (OSError, AttributeError) as error:
+        raise _unavailable(f"its library cannot be loaded ({error})") from error
+    if abi != ABI:
+        raise _unavailable(f"its library is of another version ({abi}, needed is {ABI})")
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    table = (ctypes.c_char_p, count, number, number)
+    library.gradclip_power_sums.argtypes = (*table, ctypes.c_double, pointer, number)
+    library.gradclip_norm.argtypes = (*table, ctypes.c_double, pointer, number)
+    library.gradclip_scale.argtypes = (*table, pointer, count, ctypes.c_char_p, number)
+    library.gradclip_clamp.argtypes = (*table, pointer, count, ctypes.c_char_p, number)
+    library.gradclip_use_threads_of(_entry_of_threads())
+    library.gradclip_choose(BEST)
+    return library
+
+
+def _entry_of_threads() -> ctypes.c_void_p:
+    """Find what starts threads in the OpenMP runtime that torch runs on; null where none does.
+
+    Looked up among what torch's own library depends on, and loaded already: any other runtime
+    would bring threads of its own.
+    """
+    try:
+        torch_library = ctypes.CDLL(torch._C.__file__, os.RTLD_NOLOAD | os.RTLD_LAZY)
+        return ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return ctypes.c_void_p(None)
+
+
+def _unavailable(reason: str) -> EngineUnavailableError:
+    return EngineUnavailableError(
+        f"engine='native' is not available: {reason}. Install a C compiler (Debian: apt-get "
+        "install gcc), then gradclip again with 'pip install --force-reinstall --no-deps "
+        "--no-binary gradclip gradclip'; or give engine='auto', which takes torch operators."
+    )

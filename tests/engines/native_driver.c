@@ -1,0 +1,205 @@
+/* Runs the C code of the native engine without Python, for the sanitizers and for processors that
+ * are emulated: every verb, around every boundary, in buffers that end where the elements do.
+ *
+ * Prints a checksum of all results, which no instruction set and no number of threads may change.
+ */
+
+#include "../../gradclip/engines/_native.c"
+
+#include <pthread.h>
+#include <stdio.h>
+
+static const int64_t LENGTHS[] = {
+    0, 1, 2, 7, 31, 32, 33, 63, 64, 65, 511, 512, 513, 700, 8191, 8192, 8193, 8800,
+    16383, 16384, 16385, 24577, 33000, 131072, 300001,
+};
+enum { COUNT = sizeof LENGTHS / sizeof *LENGTHS, SHIFTS = 3, DTYPES = 4 };
+static const double ORDERS[] = {1, 2, 3, 0.5, INFINITY};
+static const int64_t SIZES[DTYPES] = {4, 8, 2, 2};
+
+static uint64_t checksum;
+
+static void note(const void *data, size_t bytes)
+{
+    for (size_t place = 0; place < bytes; place++)
+        checksum = (checksum ^ ((const unsigned char *)data)[place]) * 1099511628211u;
+}
+
+static void demand(int held, const char *what, int dtype, int64_t length, double detail)
+{
+    if (held)
+        return;
+    fprintf(stderr, "%s: dtype %d, %lld elements, %g\n", what, dtype, (long long)length, detail);
+    exit(1);
+}
+
+static uint64_t state;
+
+static uint64_t random_bits(void)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    return state ^= state << 17;
+}
+
+static double value_of(const char *element, int dtype)
+{
+    float single;
+    double value;
+    uint16_t half;
+    uint32_t bits;
+    if (dtype == FLOAT64) {
+        memcpy(&value, element, sizeof value);
+        return value;
+    }
+    if (dtype == FLOAT32) {
+        memcpy(&single, element, sizeof single);
+        return single;
+    }
+    memcpy(&half, element, sizeof half);
+    if (dtype == BFLOAT16) {
+        bits = (uint32_t)half << 16;
+        memcpy(&single, &bits, sizeof single);
+        return single;
+    }
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    value = exponent == 31  ? (mantissa ? NAN : INFINITY)
+            : exponent == 0 ? ldexp(mantissa, -24)
+                            : ldexp(1024 + mantissa, exponent - 25);
+    return half & 0x8000 ? -value : value;
+}
+
+/* Moderate numbers, denormal ones among them, and with some a large one. */
+static void fill(char *data, int64_t n, int dtype)
+{
+    for (int64_t place = 0; place < n; place++) {
+        uint64_t bits = random_bits();
+        double number = ldexp((double)(bits >> 11), -53) - 0.5;
+        float single = (float)(place % 97 == 5 ? ldexp(number, -140) : number);
+        uint32_t word;
+        memcpy(&word, &single, sizeof word);
+        uint16_t half = dtype == BFLOAT16 ? (uint16_t)(word >> 16)
+                                          : (uint16_t)((bits & 0x83ff) | (bits >> 20) % 15 << 10);
+        const void *source = dtype == FLOAT64   ? (const void *)&number
+                             : dtype == FLOAT32 ? (const void *)&single
+                                                : (const void *)&half;
+        memcpy(data + place * SIZES[dtype], source, (size_t)SIZES[dtype]);
+    }
+}
+
+static double naive(const char *data, int64_t n, int dtype, double order)
+{
+    double sum = 0, largest = 0;
+    for (int64_t place = 0; place < n; place++) {
+        double magnitude = fabs(value_of(data + place * SIZES[dtype], dtype));
+        sum += order == INFINITY ? 0 : pow(magnitude, order);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return order == INFINITY ? largest : sum;
+}
+
+static int close_to(double found, double needed)
+{
+    return fabs(found - needed) <= 1e-6 * fabs(needed);
+}
+
+static void check(int dtype, int64_t n, int64_t shift, int threads)
+{
+    int64_t size = SIZES[dtype], columns = n / 5;
+    char *memory = malloc((size_t)((shift + n) * size) + 1), *data = memory + shift * size;
+    char *copy = malloc((size_t)(n * size) + 1), written = 0;
+    int64_t whole[] = {(int64_t)(uintptr_t)data, n};
+    int64_t rows[] = {(int64_t)(uintptr_t)data, columns, 5, columns};
+    double sums[5], each[5] = {1, 0.5, 0, 1e-40, 0.999};
+    fill(data, n, dtype);
+    memcpy(copy, data, (size_t)(n * size));
+    for (size_t which = 0; which < sizeof ORDERS / sizeof *ORDERS; which++) {
+        double order = ORDERS[which];
+        demand(gradclip_power_sums(whole, 1, 0, dtype, order, sums, threads) == OK, "sum", dtype, n,
+               order);
+        demand(close_to(sums[0], naive(data, n, dtype, order)), "sum", dtype, n, order);
+        note(sums, sizeof *sums);
+        gradclip_norm(whole, 1, 0, dtype, order, sums, threads);
+        note(sums, sizeof *sums);
+        gradclip_power_sums(rows, 1, 1, dtype, order, sums, threads);
+        for (int row = 0; row < 5; row++)
+            demand(close_to(sums[row], naive(data + row * columns * size, columns, dtype, order)),
+                   "row", dtype, n, order);
+        note(sums, sizeof sums);
+    }
+    demand(!memcmp(copy, data, (size_t)(n * size)), "measuring wrote", dtype, n, 0);
+    gradclip_scale(whole, 1, 0, dtype, (double[]){1}, 1, &written, threads);
+    demand(!written && !memcmp(copy, data, (size_t)(n * size)), "1 wrote", dtype, n, 0);
+    gradclip_scale(rows, 1, 1, dtype, each, 5, &written, threads);
+    demand(written == (columns > 0), "scaled rows", dtype, n, 0);
+    demand(!memcmp(copy, data, (size_t)(columns * size)), "row of 1 wrote", dtype, n, 0);
+    for (int64_t place = 2 * columns; place < 3 * columns; place++)
+        demand(value_of(data + place * size, dtype) == 0, "row of 0", dtype, n, 0);
+    note(data, (size_t)(n * size));
+    gradclip_scale(whole, 1, 0, dtype, (double[]){0.3}, 1, &written, threads);
+    note(data, (size_t)(n * size));
+    int64_t bound[] = {dtype == FLOAT32 ? 0x3d800000 : dtype == FLOAT64 ? 0x3fb0000000000000
+                       : dtype == BFLOAT16 ? 0x3d80 : 0x2c00}; /* 1 / 16 */
+    gradclip_clamp(whole, 1, 0, dtype, bound, 1, &written, threads);
+    demand(naive(data, n, dtype, INFINITY) <= 1 / 16., "limit", dtype, n, 0);
+    note(data, (size_t)(n * size));
+    written = 0;
+    gradclip_clamp(whole, 1, 0, dtype, bound, 1, &written, threads);
+    demand(!written, "what fits was written", dtype, n, 0);
+    free(memory);
+    free(copy);
+}
+
+/* As GOMP_parallel, without what it keeps. */
+
+struct call {
+    void (*function)(void *);
+    void *data;
+};
+
+static void *call(void *given)
+{
+    struct call *call = given;
+    call->function(call->data);
+    return NULL;
+}
+
+static void run_in_threads(void (*function)(void *), void *data, unsigned count, unsigned flags)
+{
+    struct call given = {function, data};
+    pthread_t threads[8];
+    (void)flags;
+    for (unsigned thread = 1; thread < count; thread++)
+        pthread_create(threads + thread, NULL, call, &given);
+    function(data);
+    for (unsigned thread = 1; thread < count; thread++)
+        pthread_join(threads[thread], NULL);
+}
+
+/* An argument leaves out longer lengths: emulated processors are slow. */
+int main(int count, char **arguments)
+{
+    int64_t longest = count > 1 ? atoll(arguments[1]) : INT64_MAX;
+    uint64_t first = 0;
+    void (*entry)(void (*)(void *), void *, unsigned, unsigned) = run_in_threads;
+    void *pointer;
+    memcpy(&pointer, &entry, sizeof pointer);
+    gradclip_use_threads_of(pointer);
+    for (int level = 0; level <= 2; level++)
+        for (int threads = 1; threads <= 3; threads += 2) {
+            if (gradclip_choose(level) != level)
+                continue;
+            checksum = 14695981039346656037u;
+            state = 88172645463325252u;
+            for (int dtype = 0; dtype < DTYPES; dtype++)
+                for (int which = 0; which < COUNT && LENGTHS[which] <= longest; which++)
+                    for (int64_t shift = 0; shift < SHIFTS; shift++)
+                        check(dtype, LENGTHS[which], shift, threads);
+            printf("level %d, threads %d: ", level, threads);
+            printf("%016llx\n", (unsigned long long)checksum);
+            first = first ? first : checksum;
+            demand(checksum == first, "other bits", level, threads, 0);
+        }
+    puts("ok");
+    return 0;
+}

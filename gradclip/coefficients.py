@@ -11,7 +11,7 @@ from torch import Tensor
 from .engines.base import host_may_read
 
 
-def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
+def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) -> Tensor:
     """Return ``min(1, threshold / norm)`` for every norm.
 
     The formula of Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
@@ -19,7 +19,8 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
 
     Args:
         norms: Shape (k,), not negative; NaN and infinity are not finite.
-        thresholds: Shape (k,), not negative, infinity for none, same device and dtype.
+        thresholds: Shape (k,), not negative, infinity for none, same device and dtype; or one
+            number for all.
         erase: Whether the coefficient of a norm that is not finite is 0, which erases its
             gradients, or 1, which leaves them as they are.
 
@@ -28,7 +29,8 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor, erase: bool) -> Tensor:
     """
     if norms.numel() == 1 and host_may_read(norms):
         # The usual case, in which numbers are several times as fast as operators.
-        coefficient = _coefficient(norms.item(), thresholds.item(), erase)
+        threshold = thresholds if isinstance(thresholds, float) else thresholds.item()
+        coefficient = _coefficient(norms.item(), threshold, erase)
         return _one(norms.dtype) if coefficient == 1 else torch.full_like(norms, coefficient)
     exceeded = torch.where(norms > thresholds, thresholds / norms, 1.0)
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .checks import checked_bound, checked_order
@@ -147,7 +147,7 @@ def get_total_norm(
     """
     order = checked_order(norm_type)
     buckets = buckets_of(distinct(_listed(tensors)), order)
-    return _norms(buckets, order, error_if_nonfinite).squeeze(0)
+    return _norm(buckets, order, error_if_nonfinite)
 
 
 @untracked
@@ -178,7 +178,7 @@ def clip_grads_with_norm_(
             f"total_norm is {total_norm!r}: give the tensor of one element that "
             "get_total_norm() returned."
         )
-    _scale_(buckets_of(_gradients_of(parameters), 2.0), total_norm.reshape(1), limit)
+    _scale_(buckets_of(_gradients_of(parameters), 2.0), total_norm, limit)
 
 
 def clip_backward(
@@ -251,26 +251,26 @@ def _clip_norm_(
     limit = checked_bound("max_norm", max_norm, infinite=True)
     order = checked_order(norm_type)
     buckets = buckets_of(gradients, order)
-    norms = _norms(buckets, order, error_if_nonfinite)
-    _scale_(buckets, norms, limit)
-    return norms.squeeze(0)
+    norm = _norm(buckets, order, error_if_nonfinite)
+    _scale_(buckets, norm, limit)
+    return norm
 
 
-def _norms(buckets: list[Bucket], order: float, error_if_nonfinite: bool) -> Tensor:
-    norms = norms_of(buckets, order)
-    if error_if_nonfinite and not bool(norms.isfinite().all()):
+def _norm(buckets: list[Bucket], order: float, error_if_nonfinite: bool) -> Tensor:
+    norm = norms_of(buckets, order, scalar=True)
+    if error_if_nonfinite and not bool(norm.isfinite()):
         raise NonFiniteGradientError(
-            f"The norm of the gradients is {norms.item()}: it must be finite with "
+            f"The norm of the gradients is {norm.item()}: it must be finite with "
             "error_if_nonfinite=True. The gradients are as they were; error_if_nonfinite=False "
             "returns such a norm instead."
         )
-    return norms
+    return norm
 
 
-def _scale_(buckets: list[Bucket], norms: Tensor, limit: float) -> None:
-    if limit == math.inf or (host_may_read(norms) and norms.item() <= limit):
+def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
+    if limit == math.inf or (host_may_read(norm) and norm.item() <= limit):
         return
-    coefficients = clip_coefficients(norms, torch.full_like(norms, limit), erase=False)
+    coefficients = clip_coefficients(norm, limit, erase=False).view(1)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
 
@@ -286,12 +286,13 @@ def listed_parameters(parameters: TensorOrTensors) -> list[Tensor]:
         GradientError: One of them is no tensor.
     """
     listed = _listed(parameters)
-    strange = [type(parameter) for parameter in listed if not isinstance(parameter, Tensor)]
-    if strange:
-        raise GradientError(
-            f"Found a {strange[0].__name__} among the parameters: give tensors only, as "
-            "model.parameters() does."
-        )
+    if not {*map(type, listed)} <= {Tensor, nn.Parameter}:
+        for parameter in listed:
+            if not isinstance(parameter, Tensor):
+                raise GradientError(
+                    f"Found a {type(parameter).__name__} among the parameters: give tensors only, "
+                    "as model.parameters() does."
+                )
     return listed
 
 

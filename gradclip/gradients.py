@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ from .places import Place, spread
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
 
+# One call into C for all tensors costs less than a line of Python for each.
+_ORDINARY = {Tensor}
+_PARAMETERS = itemgetter("params")
+_GRADIENT = attrgetter("grad")
+_FACTS = attrgetter("dtype", "device", "layout")
+
 
 @dataclass(slots=True)
 class Bucket:
@@ -32,8 +39,8 @@ class Bucket:
     """
 
     device: torch.device
-    measured: list[Tensor] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
+    measured: list[Tensor]
+    written: list[Tensor]
     places: list[Place] = field(default_factory=list)
     """Where the norms of what is measured are; empty where all share one."""
     written_places: list[Place] = field(default_factory=list)
@@ -56,19 +63,22 @@ class Bucket:
         engine_for(engine, self.device).clamp_(self.written, values, rows=self.rows)
 
     def _spread(self, values: Tensor, otherwise: float) -> Tensor:
-        values = values.to(self.device)
+        if values.device != self.device:
+            values = values.to(self.device)
         return spread(values, tuple(self.written_places), otherwise) if self.places else values
 
 
 def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
-    """Yield every parameter of an optimizer's parameter groups, in order."""
-    for group in groups:
-        yield from group["params"]
+    """Return every parameter of an optimizer's parameter groups, in order."""
+    return chain.from_iterable(map(_PARAMETERS, groups))
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the gradients that are there, each object once however many parameters share it."""
-    return distinct([grad for p in parameters if (grad := p.grad) is not None])
+    found = [*map(_GRADIENT, parameters)]
+    if {*map(type, found)} != _ORDINARY:
+        found = [gradient for gradient in found if gradient is not None]
+    return distinct(found)
 
 
 def gradients_held(optimizer: Optimizer) -> list[Tensor]:
@@ -76,13 +86,15 @@ def gradients_held(optimizer: Optimizer) -> list[Tensor]:
     return gradients_of(parameters_of(optimizer.param_groups))
 
 
-def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+def distinct(tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors, each object once, in the order in which they come first."""
+    if len({*map(id, tensors)}) == len(tensors):
+        return tensors
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def buckets_of(
-    gradients: Iterable[Tensor], order: float, places: Iterable[Place] | None = None
+    gradients: Sequence[Tensor], order: float, places: Iterable[Place] | None = None
 ) -> list[Bucket]:
     """Sort gradients into buckets.
 
@@ -95,6 +107,10 @@ def buckets_of(
         GradientError: A dtype or layout that cannot be clipped rightly, or rows that share memory.
         NotAvailableError: Gradients that are sharded over several processes.
     """
+    if places is None:
+        bucket = _bucket_of_all(gradients)
+        if bucket is not None:
+            return [bucket]
     buckets: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
     strided, given = torch.strided, repeat(None) if places is None else places
     for gradient, place in zip(gradients, given, strict=False):
@@ -106,12 +122,24 @@ def buckets_of(
         key = (gradient.device, gradient.dtype, rows)
         bucket = buckets.get(key)
         if bucket is None:
-            bucket = buckets[key] = Bucket(gradient.device, rows=rows)
+            bucket = buckets[key] = Bucket(gradient.device, [], [], rows=rows)
         bucket.measured.append(measured)
         bucket.written.append(written)
         if place is not None:
             _add_place(bucket, gradient, place)
     return list(buckets.values())
+
+
+def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
+    """Return the bucket that takes all: the usual case, told by two passes in C."""
+    if {*map(type, gradients)} != _ORDINARY:
+        return None
+    facts = {*map(_FACTS, gradients)}
+    dtype, device, layout = next(iter(facts))
+    if len(facts) > 1 or dtype not in REAL or layout is not torch.strided:
+        return None
+    listed = [*gradients]
+    return Bucket(device, listed, listed)
 
 
 def refuse_unordered(gradients: Iterable[Tensor]) -> None:

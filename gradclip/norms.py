@@ -19,6 +19,7 @@ def norms_of(
     count: int = 1,
     device: torch.device | None = None,
     engine: str = "auto",
+    scalar: bool = False,
 ) -> Tensor:
     """Measure one norm per label.
 
@@ -30,20 +31,24 @@ def norms_of(
         count: k, how many norms there are; 1 where the gradients have no places.
         device: Where the norms are wanted; by default where the first gradient is, else the CPU.
         engine: Which engine measures.
+        scalar: Whether a single norm is wanted 0-d.
 
     Returns:
-        Shape (k,), float64 (float32 where the device has no float64); 0 for a label without
-        gradients, NaN or infinity where the gradients are not finite.
+        Shape (k,), or () for a scalar, float64 (float32 where the device has no float64); 0 for a
+        label without gradients, NaN or infinity where the gradients are not finite.
     """
+    if len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device):
+        serving = engine_for(engine, buckets[0].device)
+        return serving.norm(buckets[0].measured, order, scalar=scalar)
     if device is None:
         device = buckets[0].device if buckets else torch.device("cpu")
     if not buckets:
-        return torch.zeros(count, dtype=norm_dtype(device), device=device)
+        shape = () if scalar else (count,)
+        return torch.zeros(shape, dtype=norm_dtype(device), device=device)
     if not buckets[0].places:
         norms = [engine_for(engine, b.device).norm(b.measured, order) for b in buckets]
-        if len(norms) == 1 and norms[0].device == device:
-            return norms[0]
-        norm: Tensor = torch.linalg.vector_norm(_together(norms, device), order, 0, keepdim=True)
+        together = _together(norms, device)
+        norm: Tensor = torch.linalg.vector_norm(together, order, 0, keepdim=not scalar)
         return norm
     sums = [bucket.power_sums(engine, order) for bucket in buckets]
     places = tuple(place for bucket in buckets for place in bucket.places)

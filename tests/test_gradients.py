@@ -69,7 +69,7 @@ def test_gradients_are_collected_once_each_from_all_groups():
     first.grad = second.grad = torch.ones(1)
     groups = [{"params": [first, idle]}, {"params": [second, first]}]
     assert gradients_of(parameters_of(groups)) == [first.grad]
-    assert distinct(iter([first, second, first])) == [first, second]
+    assert distinct([first, second, first]) == [first, second]
 
 
 def test_sharded_gradients_are_refused_without_importing_their_module(monkeypatch):

@@ -1,14 +1,9 @@
 /* Gradients on the CPU: power sums, scaling and limits, over addresses and lengths.
  *
- * Plain C, loaded by native.py through ctypes: nothing here knows torch or Python. Every function
- * takes what lies in memory as a table of int64 numbers, made by native.py:
- *
- *     count addresses, then count lengths                                for whole tensors
- *     count addresses, lengths of a row, numbers of rows, row distances  for rows
- *
- * Lengths and distances are counted in elements. What is summed is cut into pieces of CHUNK
- * elements, and the sums of pieces are added in their order, so that neither the number of threads
- * nor their luck changes a bit. Functions return OK, or why they did nothing at all.
+ * Plain C, loaded by native.py through ctypes: nothing here knows torch or Python. What is summed is
+ * cut into pieces of CHUNK elements, and the sums of pieces are added in their order, so that
+ * neither the number of threads nor their luck changes a bit. Functions return OK, or why they did
+ * nothing at all.
  */
 
 #include <math.h>
@@ -167,10 +162,18 @@ enum { USUAL, FLUSHING };
 
 /* Work, cut into pieces. ----------------------------------------------------------------------- */
 
-/* One call: the table, and what is done to each piece of a row. */
+/* What native.py packs: one pointer is quicker to hand over than many numbers. */
+struct request {
+    int64_t dtype, threads, by_rows;
+    double order; /* of a sum, else unused */
+    int64_t count;
+    int64_t table[]; /* count addresses, count lengths; of rows also their numbers and distances */
+};
+
+/* One call, and what is done to each piece of a row. Lengths are counted in elements. */
 struct job {
     const int64_t *addresses, *lengths, *rows, *distances;
-    int64_t count;
+    int64_t count, threads;
     const struct kernels *kernels;
     /* Returns the sum of a piece, or whether it was written. */
     double (*work)(const struct job *, void *piece, int64_t length, int64_t row);
@@ -320,7 +323,7 @@ EXPORTED void gradclip_use_threads_of(void *entry)
     owner = getpid();
 }
 
-static int run_large(struct job *job, int threads)
+static int run_large(struct job *job)
 {
     int64_t units = 0, rows = 0, count = job->count;
     for (int64_t tensor = 0; tensor < count; tensor++)
@@ -338,7 +341,7 @@ static int run_large(struct job *job, int threads)
         rows += rows_of(job, tensor);
     }
     job->first_unit[count] = units;
-    threads = (int)at_most(units, threads);
+    int64_t threads = at_most(units, job->threads);
     if (parallel && threads > 1 && getpid() == owner)
         parallel(work_on_units, job, (unsigned)threads, 0);
     else
@@ -349,7 +352,7 @@ static int run_large(struct job *job, int threads)
     return OK;
 }
 
-static int run(struct job *job, int threads)
+static int run(struct job *job)
 {
     int64_t bytes = 0;
     for (int64_t tensor = 0; tensor < job->count; tensor++) {
@@ -359,7 +362,7 @@ static int run(struct job *job, int threads)
         bytes += own;
     }
     if (bytes >= THREADED)
-        return run_large(job, threads);
+        return run_large(job);
     control before = GET_CONTROL();
     SET_CONTROL(USUAL);
     run_small(job);
@@ -367,15 +370,19 @@ static int run(struct job *job, int threads)
     return OK;
 }
 
-static struct job job_of(const int64_t *table, int64_t count, int rows, int dtype)
+static struct job job_of(const struct request *request)
 {
-    struct job job = {.addresses = table, .lengths = table + count, .count = count};
-    if (rows) {
-        job.rows = table + 2 * count;
-        job.distances = table + 3 * count;
-    }
-    job.kernels = &chosen[dtype];
-    return job;
+    const int64_t *table = request->table, count = request->count;
+    return (struct job){
+        .addresses = table,
+        .lengths = table + count,
+        .rows = request->by_rows ? table + 2 * count : NULL,
+        .distances = request->by_rows ? table + 3 * count : NULL,
+        .count = count,
+        .threads = request->threads,
+        .kernels = &chosen[request->dtype],
+        .order = request->order,
+    };
 }
 
 /* Sums. ---------------------------------------------------------------------------------------- */
@@ -411,27 +418,26 @@ static double largest(const struct job *job, void *piece, int64_t length, int64_
 }
 
 /* The power sum of each tensor, or of each row, in float64; for infinity the largest magnitude. */
-EXPORTED int gradclip_power_sums(
-    const int64_t *table, int64_t count, int rows, int dtype, double order, double *sums,
-    int threads)
+EXPORTED int gradclip_power_sums(const struct request *request, double *sums)
 {
-    struct job job = job_of(table, count, rows, dtype);
-    job.order = order;
+    struct job job = job_of(request);
     job.sums = sums;
-    job.work = order == 1 || order == 2 ? sum_of : order == INFINITY ? largest : sum_of_powers;
-    return run(&job, threads);
+    job.work = job.order == 1 || job.order == 2 ? sum_of
+               : job.order == INFINITY          ? largest
+                                                : sum_of_powers;
+    return run(&job);
 }
 
 /* The norm of all tensors together, which are not divided into rows. */
-EXPORTED int gradclip_norm(
-    const int64_t *table, int64_t count, int rows, int dtype, double order, double *norm,
-    int threads)
+EXPORTED int gradclip_norm(const struct request *request, double *norm)
 {
     enum { FEW = 64 };
-    double few[FEW], *sums = count > FEW ? malloc((size_t)count * sizeof *sums) : few, total = 0;
+    int64_t count = request->count;
+    double few[FEW], *sums = count > FEW ? malloc((size_t)count * sizeof *sums) : few;
+    double total = 0, order = request->order;
     if (!sums)
         return NO_MEMORY;
-    int status = gradclip_power_sums(table, count, rows, dtype, order, sums, threads);
+    int status = gradclip_power_sums(request, sums);
     for (int64_t tensor = 0; status == OK && tensor < count; tensor++)
         total = combined(total, sums[tensor], order);
     if (sums != few)
@@ -472,27 +478,25 @@ static double limit_piece(const struct job *job, void *piece, int64_t length, in
 /* Multiply each tensor, or each row, by its coefficient in [0, 1]; what rounds to 1 is not touched,
  * 0 writes zeros over whatever was there. Tells of each tensor whether it was written. */
 EXPORTED int gradclip_scale(
-    const int64_t *table, int64_t count, int rows, int dtype, const double *coefficients,
-    int64_t coefficient_count, char *written, int threads)
+    const struct request *request, const double *coefficients, int64_t number, char *written)
 {
-    struct job job = job_of(table, count, rows, dtype);
+    struct job job = job_of(request);
     job.work = scale_piece;
     job.numbers = coefficients;
-    job.one_number = coefficient_count == 1;
+    job.one_number = number == 1;
     job.written = written;
-    return run(&job, threads);
+    return run(&job);
 }
 
 /* Limit each tensor, or each row, to magnitudes of which the bits are at most those of its bound;
  * NaN stays. Tells of each tensor whether it was written, which it is only where it does not fit. */
 EXPORTED int gradclip_clamp(
-    const int64_t *table, int64_t count, int rows, int dtype, const int64_t *bounds,
-    int64_t bound_count, char *written, int threads)
+    const struct request *request, const int64_t *bounds, int64_t number, char *written)
 {
-    struct job job = job_of(table, count, rows, dtype);
+    struct job job = job_of(request);
     job.work = limit_piece;
     job.numbers = bounds;
-    job.one_number = bound_count == 1;
+    job.one_number = number == 1;
     job.written = written;
-    return run(&job, threads);
+    return run(&job);
 }

@@ -44,20 +44,21 @@ class Engine(ABC):
             infinite; the sum of no elements is 0.
         """
 
-    def norm(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+    def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:
         """Return the norm of all tensors together, the usual case, which may have a shorter way.
 
         Args:
             tensors: n >= 1 gradients of one device and dtype. Not written.
             order: p of the p-norm, positive or infinity.
+            scalar: Whether a 0-d tensor is wanted.
 
         Returns:
-            Shape (1,), otherwise as `power_sums`.
+            Shape (1,) or (), otherwise as `power_sums`.
         """
         sums = self.power_sums(tensors, order)
         if order == INFINITY:
-            return sums.amax(0, keepdim=True)
-        return root(sums.sum(0, keepdim=True), order)
+            return sums.amax(0, keepdim=not scalar)
+        return root(sums.sum(0, keepdim=not scalar), order)
 
     @abstractmethod
     def scale_(

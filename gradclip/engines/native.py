@@ -31,11 +31,14 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 OK, NO_MEMORY = 0, -1
 BEST = 2
 """The highest level of instruction sets."""
+BATCH = 32
 PLAIN = {Tensor, nn.Parameter}
 """Types of tensors that have the memory they say."""
 
 _OPERATORS = OperatorsEngine()
 _NUMBERS = torch.empty(0, dtype=torch.float64, device="cpu")
+_FRESH: tuple[list[Tensor], list[Tensor]] = [], []
+"""Tensors for one number that nobody has yet: of shape (1,), and 0-d."""
 
 
 class NativeEngine(Engine):
@@ -52,26 +55,28 @@ class NativeEngine(Engine):
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
+        request, _held = _request(tensors, rows, table if rows else flat, order)
         sums = _NUMBERS.new_empty(sum(map(len, tensors)) if rows else len(tensors))
-        lie = _lie(tensors, rows, table if rows else flat)
-        if self._done(self._library.gradclip_power_sums, lie, order, sums.data_ptr()):
+        if request and _done(self._library.gradclip_power_sums(request, sums.data_ptr())):
             return sums
         return _OPERATORS.power_sums(tensors, order, rows=rows)
 
-    def norm(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+    def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:
         """See `Engine.norm`."""
-        norm = _NUMBERS.new_empty(1)
-        lie = _lie(tensors, False, flat)
-        if self._done(self._library.gradclip_norm, lie, order, norm.data_ptr()):
-            return norm
-        return _OPERATORS.norm(tensors, order)
+        request, _held = _request(tensors, False, flat, order)
+        if request:
+            norm = _new_number(scalar)
+            if _done(self._library.gradclip_norm(request, norm.data_ptr())):
+                return norm
+        return _OPERATORS.norm(tensors, order, scalar=scalar)
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
     ) -> None:
         """See `Engine.scale_`."""
-        values = coefficients.to(torch.float64).contiguous()
-        if not self._written(self._library.gradclip_scale, tensors, values, rows):
+        if coefficients.dtype is not torch.float64 or not coefficients.is_contiguous():
+            coefficients = coefficients.to(torch.float64).contiguous()
+        if not self._written(self._library.gradclip_scale, tensors, coefficients, rows):
             _one_by_one(self.scale_, _OPERATORS.scale_, tensors, coefficients, rows)
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
@@ -86,64 +91,81 @@ class NativeEngine(Engine):
         self, verb: Callable[..., int], tensors: Sequence[Tensor], numbers: Tensor, rows: bool
     ) -> bool:
         """Let the library write into tensors; tell whether it could."""
-        lie = _lie(tensors, rows, table_view if rows else flat_view)
-        if lie is None:
+        request, _held = _request(tensors, rows, table_view if rows else flat_view)
+        if request is None:
             return False
         flags = ctypes.create_string_buffer(len(tensors))
-        if not self._done(verb, lie, numbers.data_ptr(), numbers.numel(), flags):
+        if not _done(verb(request, numbers.data_ptr(), numbers.numel(), flags)):
             return False
         # Autograd cannot see what was written by address.
         increment_version([*compress(tensors, flags.raw)])
         return True
 
-    def _done(self, verb: Callable[..., int], lie: _Lie | None, *arguments: object) -> bool:
-        """Call the library; tell whether it could take what lies there."""
-        if lie is None:
-            return False
-        status = verb(*lie[:4], *arguments, torch.get_num_threads())
-        if status == NO_MEMORY:
-            raise MemoryError("There is no memory for the sums of the gradients' parts.")
-        return status == OK
+
+def _new_number(scalar: bool) -> Tensor:
+    """Return a fresh tensor for one number.
+
+    Made in batches: to make one costs 2 us, but among other code, which has taken its place in the
+    caches, several times as much as to measure a few small gradients.
+    """
+    try:
+        return _FRESH[scalar].pop()
+    except IndexError:
+        shape = () if scalar else (1,)
+        if not torch.is_inference_mode_enabled():  # what is made there is of use only there
+            _FRESH[scalar].extend(_NUMBERS.new_empty(shape) for _ in range(BATCH))
+        return _NUMBERS.new_empty(shape)
 
 
-_Lie = tuple[bytes, int, bool, int, Sequence[Tensor]]
-"""How tensors lie: the library's table, their count, whether of rows, the dtype, what holds it."""
+def _done(status: int) -> bool:
+    """Tell whether the library could take what lies there."""
+    if status == NO_MEMORY:
+        raise MemoryError("There is no memory for the sums of the gradients' parts.")
+    return status == OK
 
 
-def _lie(
-    tensors: Sequence[Tensor], rows: bool, seen: Callable[[Tensor], Tensor | None]
-) -> _Lie | None:
-    """Describe memory for the library.
+_Request = tuple[bytes | None, Sequence[Tensor]]
+
+
+def _request(
+    tensors: Sequence[Tensor],
+    rows: bool,
+    seen: Callable[[Tensor], Tensor | None],
+    order: float = 0.0,
+) -> _Request:
+    """Describe to the library what lies where, as its ``struct request``.
 
     Args:
         tensors: Of one dtype.
         rows: Whether row by row.
         seen: Makes what is not contiguous so, or returns None if it cannot.
+        order: p of a sum.
 
     Returns:
-        None where a tensor has no memory that can be described.
+        The request, None where a tensor has no memory that can be described; and the tensors that
+        have this memory, to be kept as long as it is used.
     """
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
-        return None
-    views: Sequence[Tensor | None] = tensors
+        return None, tensors
+    held = tensors
     if rows or not all(map(Tensor.is_contiguous, tensors)):
         views = [seen(as_it_lies(tensor)) for tensor in tensors]
-    held = [view for view in views if view is not None]
-    if len(held) < len(tensors):
-        return None
-    count = len(held)
+        held = [view for view in views if view is not None]
+    count = len(tensors)
+    if len(held) < count:
+        return None, tensors
     try:
-        numbers = [view.data_ptr() for view in held]
+        numbers = [*map(Tensor.data_ptr, held)]
     except RuntimeError:  # within a transformation of torch.func
-        return None
+        return None, tensors
     if rows:
-        shapes = [view.shape for view in held]
-        numbers += [columns for _, columns in shapes]
-        numbers += [number for number, _ in shapes]
+        numbers += [view.shape[1] for view in held]
+        numbers += map(len, held)
         numbers += [view.stride(0) for view in held]
     else:
-        numbers += [view.numel() for view in held]
-    return pack(f"{len(numbers)}q", *numbers), count, rows, DTYPES[tensors[0].dtype], held
+        numbers += map(Tensor.numel, held)
+    dtype, threads = DTYPES[tensors[0].dtype], torch.get_num_threads()
+    return pack(f"3qdq{len(numbers)}q", dtype, threads, rows, order, count, *numbers), held
 
 
 def _one_by_one(
@@ -178,12 +200,11 @@ def load() -> ctypes.CDLL:
         raise _unavailable(f"its library cannot be loaded ({error})") from error
     if abi != ABI:
         raise _unavailable(f"its library is of another version ({abi}, needed is {ABI})")
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    table = (ctypes.c_char_p, count, number, number)
-    library.gradclip_power_sums.argtypes = (*table, ctypes.c_double, pointer, number)
-    library.gradclip_norm.argtypes = (*table, ctypes.c_double, pointer, number)
-    library.gradclip_scale.argtypes = (*table, pointer, count, ctypes.c_char_p, number)
-    library.gradclip_clamp.argtypes = (*table, pointer, count, ctypes.c_char_p, number)
+    request, numbers = ctypes.c_char_p, ctypes.c_void_p
+    library.gradclip_power_sums.argtypes = (request, numbers)
+    library.gradclip_norm.argtypes = (request, numbers)
+    library.gradclip_scale.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
+    library.gradclip_clamp.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
     library.gradclip_use_threads_of(_entry_of_threads())
     library.gradclip_choose(BEST)
     return library

@@ -30,12 +30,14 @@ class OperatorsEngine(Engine):
         with _without_autocast():
             return host_sums.power_sums(tensors, order, rows=rows)
 
-    def norm(self, tensors: Sequence[Tensor], order: float) -> Tensor:
+    def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:
         """See `Engine.norm`."""
-        if not tensors[0].is_cpu:
-            return device.norm(tensors, order)
-        with _without_autocast():
-            return host_sums.norm(tensors, order)
+        if tensors[0].is_cpu:
+            with _without_autocast():
+                norm = host_sums.norm(tensors, order)
+        else:
+            norm = device.norm(tensors, order)
+        return norm.squeeze(0) if scalar else norm
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False

@@ -69,19 +69,16 @@ static double value_of(const char *element, int dtype)
     return half & 0x8000 ? -value : value;
 }
 
-/* Room for the table of one tensor. */
-struct whole_request {
-    struct request request;
-    int64_t table[4];
-};
-
+/* Ask about one tensor. */
 static struct request *asked(
-    struct whole_request *room, const int64_t *table, int64_t by_rows, int dtype, double order,
-    int64_t threads)
+    const int64_t *table, int64_t by_rows, int dtype, double order, int64_t threads)
 {
-    room->request = (struct request){dtype, threads, by_rows, order, 1};
-    memcpy(room->request.table, table, sizeof room->table);
-    return &room->request;
+    static struct request *request;
+    if (!request)
+        request = malloc(sizeof *request + 4 * sizeof *table);
+    *request = (struct request){dtype, threads, by_rows, order, 1};
+    memcpy(request->table, table, 4 * sizeof *table);
+    return request;
 }
 
 /* Moderate numbers, denormal ones among them, and with some a large one. */
@@ -123,7 +120,6 @@ static void check(int dtype, int64_t n, int64_t shift, int threads)
     int64_t size = SIZES[dtype], columns = n / 5;
     char *memory = malloc((size_t)((shift + n) * size) + 1), *data = memory + shift * size;
     char *copy = malloc((size_t)(n * size) + 1), written = 0;
-    struct whole_request room;
     int64_t whole[4] = {(int64_t)(uintptr_t)data, n};
     int64_t rows[] = {(int64_t)(uintptr_t)data, columns, 5, columns};
     double sums[5], each[5] = {1, 0.5, 0, 1e-40, 0.999};
@@ -131,36 +127,36 @@ static void check(int dtype, int64_t n, int64_t shift, int threads)
     memcpy(copy, data, (size_t)(n * size));
     for (size_t which = 0; which < sizeof ORDERS / sizeof *ORDERS; which++) {
         double order = ORDERS[which];
-        demand(gradclip_power_sums(asked(&room, whole, 0, dtype, order, threads), sums) == OK, "sum", dtype, n,
+        demand(gradclip_power_sums(asked(whole, 0, dtype, order, threads), sums) == OK, "sum", dtype, n,
                order);
         demand(close_to(sums[0], naive(data, n, dtype, order)), "sum", dtype, n, order);
         note(sums, sizeof *sums);
-        gradclip_norm(asked(&room, whole, 0, dtype, order, threads), sums);
+        gradclip_norm(asked(whole, 0, dtype, order, threads), sums);
         note(sums, sizeof *sums);
-        gradclip_power_sums(asked(&room, rows, 1, dtype, order, threads), sums);
+        gradclip_power_sums(asked(rows, 1, dtype, order, threads), sums);
         for (int row = 0; row < 5; row++)
             demand(close_to(sums[row], naive(data + row * columns * size, columns, dtype, order)),
                    "row", dtype, n, order);
         note(sums, sizeof sums);
     }
     demand(!memcmp(copy, data, (size_t)(n * size)), "measuring wrote", dtype, n, 0);
-    gradclip_scale(asked(&room, whole, 0, dtype, 0, threads), (double[]){1}, 1, &written);
+    gradclip_scale(asked(whole, 0, dtype, 0, threads), (double[]){1}, 1, &written);
     demand(!written && !memcmp(copy, data, (size_t)(n * size)), "1 wrote", dtype, n, 0);
-    gradclip_scale(asked(&room, rows, 1, dtype, 0, threads), each, 5, &written);
+    gradclip_scale(asked(rows, 1, dtype, 0, threads), each, 5, &written);
     demand(written == (columns > 0), "scaled rows", dtype, n, 0);
     demand(!memcmp(copy, data, (size_t)(columns * size)), "row of 1 wrote", dtype, n, 0);
     for (int64_t place = 2 * columns; place < 3 * columns; place++)
         demand(value_of(data + place * size, dtype) == 0, "row of 0", dtype, n, 0);
     note(data, (size_t)(n * size));
-    gradclip_scale(asked(&room, whole, 0, dtype, 0, threads), (double[]){0.3}, 1, &written);
+    gradclip_scale(asked(whole, 0, dtype, 0, threads), (double[]){0.3}, 1, &written);
     note(data, (size_t)(n * size));
     int64_t bound[] = {dtype == FLOAT32 ? 0x3d800000 : dtype == FLOAT64 ? 0x3fb0000000000000
                        : dtype == BFLOAT16 ? 0x3d80 : 0x2c00}; /* 1 / 16 */
-    gradclip_clamp(asked(&room, whole, 0, dtype, 0, threads), bound, 1, &written);
+    gradclip_clamp(asked(whole, 0, dtype, 0, threads), bound, 1, &written);
     demand(naive(data, n, dtype, INFINITY) <= 1 / 16., "limit", dtype, n, 0);
     note(data, (size_t)(n * size));
     written = 0;
-    gradclip_clamp(asked(&room, whole, 0, dtype, 0, threads), bound, 1, &written);
+    gradclip_clamp(asked(whole, 0, dtype, 0, threads), bound, 1, &written);
     demand(!written, "what fits was written", dtype, n, 0);
     free(memory);
     free(copy);

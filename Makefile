@@ -23,8 +23,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Counts instructions too, for which valgrind must be there.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.clip
+	$(BIN)/python -m benchmarks.clip --instructions
 
 # timm wants torchvision, of which its one file for AGC needs nothing.
 bench-thresholds: $(READY)

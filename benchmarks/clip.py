@@ -1,9 +1,10 @@
 """Cost of clipping against torch's clip_grad_norm_, and the error of the norm.
 
-    python -m benchmarks.clip [--sets small lstm] [--seconds 5] [--json]
+    python -m benchmarks.clip [--sets small lstm] [--seconds 5] [--instructions] [--json]
 
 Prints times as ratios to torch's default in the same run: on a shared machine only ratios mean
-something. Gradients are rewritten from a pool before every timed call.
+something. Gradients are rewritten from a pool before every timed call. "function" and "hook" are
+gradclip with the engine that serves the CPU, "operators" is the function with torch operators.
 """
 
 from __future__ import annotations
@@ -11,26 +12,27 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import tempfile
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradclip
+from benchmarks import instructions
+from benchmarks.bandwidth import read_bandwidth
 from benchmarks.gradients import Gradients, Still, machine
 from benchmarks.shapes import SETS
 from benchmarks.timing import interleaved_medians
+from gradclip import engines
+from gradclip.engines import engine_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REGIMES = {"under": 1e9, "clipping": 1.0}
-
-
-def read_bandwidth(seconds: float) -> float:
-    """Return bytes per second of the fastest read of 400 MB that torch offers."""
-    data = torch.ones(100_000_000)
-    readers = {"dot": lambda: torch.dot(data, data), "aminmax": lambda: torch.aminmax(data)}
-    return 4e8 / min(interleaved_medians(readers, lambda: None, seconds).values())
+RIVALS = ("foreach", "function", "operators", "hook")
 
 
 def measure_set(name: str, dtype: str, seconds: float, bandwidth: float) -> list[dict[str, Any]]:
@@ -39,7 +41,7 @@ def measure_set(name: str, dtype: str, seconds: float, bandwidth: float) -> list
     rows = []
     for regime, max_norm in REGIMES.items():
         medians = medians_of_rivals(gradients, max_norm, seconds)
-        reference = medians.pop("torch")
+        reference = medians["torch"]
         gradients.rewrite()
         rows.append(
             {
@@ -47,8 +49,8 @@ def measure_set(name: str, dtype: str, seconds: float, bandwidth: float) -> list
                 "dtype": dtype,
                 "regime": regime,
                 "torch_us": reference * 1e6,
-                **{rival: median / reference for rival, median in medians.items()},
-                "read_share": gradients.bytes / medians["function"] / bandwidth,
+                **{name: medians[name] / reference for name in RIVALS},
+                "read_share": gradients.bytes / medians["engine"] / bandwidth,
                 "error": gradients.error(),
             }
         )
@@ -60,14 +62,67 @@ def medians_of_rivals(gradients: Gradients, max_norm: float, seconds: float) -> 
     parameters = gradients.parameters
     optimizer = Still(parameters)
     theirs = torch.nn.utils.clip_grad_norm_
+    held = [parameter.grad for parameter in parameters]
+    serving = engine_for("auto", torch.device("cpu"))
     rivals = {
         "torch": lambda: theirs(parameters, max_norm),
         "foreach": lambda: theirs(parameters, max_norm, foreach=True),
         "function": lambda: gradclip.clip_grad_norm_(parameters, max_norm),
+        "operators": lambda: by_operators(lambda: gradclip.clip_grad_norm_(parameters, max_norm)),
         "hook": optimizer.step,
+        "engine": lambda: serving.norm(held, 2.0),
     }
     with gradclip.GradientClipper(optimizer, max_norm):
         return interleaved_medians(rivals, gradients.rewrite, seconds)
+
+
+def by_operators(call: Callable[[], object]) -> None:
+    """Call with torch operators serving the CPU."""
+    chosen, engines._BEST = engines._BEST, {}
+    call()
+    engines._BEST = chosen
+
+
+def measure_orders(name: str, seconds: float) -> dict[str, float]:
+    """Measure clipping by other norms of a set of gradients, under the threshold, as ratios."""
+    gradients = Gradients(SETS[name](), torch.float32)
+    parameters = gradients.parameters
+    found = {}
+    for order in (1.0, math.inf):
+        rivals = {
+            module.__name__: lambda module=module, order=order: module.clip_grad_norm_(
+                parameters, 1e9, order
+            )
+            for module in (torch.nn.utils, gradclip)
+        }
+        medians = interleaved_medians(rivals, gradients.rewrite, seconds)
+        found[str(order)] = medians["gradclip"] / medians["torch.nn.utils"]
+    return found
+
+
+def measure_training(seconds: float) -> dict[str, float]:
+    """Measure whole training steps of an LSTM, forward and backward by torch, in milliseconds.
+
+    Between two clippings torch's threads work, and between two steps of torch ours do.
+    """
+    model = nn.LSTM(128, 256, num_layers=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    inputs = torch.randn(20, 16, 128)
+
+    def train(clip: Callable[[Iterable[nn.Parameter], float], object]) -> None:
+        optimizer.zero_grad()
+        model(inputs)[0].square().mean().backward()
+        clip(model.parameters(), 1e-3)
+        optimizer.step()
+
+    rivals = {
+        "no clipping": lambda: train(lambda parameters, max_norm: None),
+        "torch": lambda: train(torch.nn.utils.clip_grad_norm_),
+        "gradclip": lambda: train(gradclip.clip_grad_norm_),
+        "gradclip, torch operators": lambda: by_operators(lambda: train(gradclip.clip_grad_norm_)),
+    }
+    medians = interleaved_medians(rivals, lambda: None, seconds)
+    return {name: taken * 1e3 for name, taken in medians.items()}
 
 
 def measure_logging(seconds: float) -> dict[str, float]:
@@ -109,34 +164,49 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=5.0, help="per row")
+    parser.add_argument("--instructions", action="store_true", help="count them, with valgrind")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
-    bandwidth = read_bandwidth(min(options.seconds, 2.0))
+    bandwidth, reader = read_bandwidth(min(options.seconds, 2.0))
     rows = [
         row
         for name in options.sets
         for dtype in options.dtypes
         for row in measure_set(name, dtype, options.seconds, bandwidth)
     ]
+    orders = measure_orders(options.sets[-1], options.seconds)
+    training = measure_training(options.seconds)
     logging = measure_logging(options.seconds)
+    counted = instructions.count() if options.instructions else {}
     if options.json:
-        print(json.dumps({"machine": machine(), "rows": rows, "logging_us": logging}))
-    else:
-        print_tables(rows, logging, bandwidth)
-
-
-def print_tables(rows: list[dict[str, Any]], logging: dict[str, float], bandwidth: float) -> None:
-    """Print Markdown tables."""
+        measured = {"rows": rows, "orders": orders, "training_ms": training, "logging_us": logging}
+        print(json.dumps({"machine": machine(), **measured, "instructions": counted}))
+        return
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(
-        f"read bandwidth {bandwidth / 1e9:.1f} GB/s; ratios to torch's default, lower is faster\n"
+        f"read bandwidth {bandwidth / 1e9:.1f} GB/s, by {reader}; ratios to torch's default, lower "
+        "is faster\n"
     )
-    print("| set | dtype | regime | torch, us | foreach | function | hook | of bandwidth | error |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print_tables(rows, logging)
+    for order, ratio in orders.items():
+        print(f"clipping {options.sets[-1]} by its {order}-norm takes {ratio:.2f} of torch's time")
+    print("\n| training step of an LSTM | ms | of that without clipping |")
+    print("|---|---|---|")
+    for name, taken in training.items():
+        print(f"| {name} | {taken:.2f} | {taken / training['no clipping']:.3f} |")
+    if counted:
+        instructions.print_table(counted)
+
+
+def print_tables(rows: list[dict[str, Any]], logging: dict[str, float]) -> None:
+    """Print Markdown tables."""
+    names = ["set", "dtype", "regime", "torch, us", *RIVALS, "of bandwidth", "error"]
+    print(f"| {' | '.join(names)} |")
+    print("|---" * len(names) + "|")
     for row in rows:
         print(
             f"| {row['set']} | {row['dtype']} | {row['regime']} | {row['torch_us']:.0f} "
-            f"| {row['foreach']:.2f} | {row['function']:.2f} | {row['hook']:.2f} "
+            f"| {' | '.join(f'{row[name]:.2f}' for name in RIVALS)} "
             f"| {row['read_share']:.0%} | {row['error']:.0e} |"
         )
     print("\n| small set, clipping and an empty step, under the threshold | us | ratio |")

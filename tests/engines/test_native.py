@@ -245,6 +245,17 @@ def test_only_what_was_written_has_a_new_version(engine):
     assert inferred.tolist() == [0.5] * 3
 
 
+def test_what_inference_mode_makes_stays_there(engine):
+    native._FRESH[0].clear()
+    native._FRESH[1].clear()
+    with torch.inference_mode():
+        assert engine.norm([torch.tensor([3.0, 4.0])], 2.0, scalar=True).is_inference()
+    norms = [engine.norm([torch.tensor([3.0, 4.0])], 2.0, scalar=True) for _ in range(40)]
+    assert not any(norm.is_inference() for norm in norms)
+    assert {norm.item() for norm in norms} == {5.0}
+    assert len({norm.data_ptr() for norm in norms}) == 40
+
+
 # What it leaves to torch operators
 
 

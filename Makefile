@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@ $(NATIVE)
 
 # The library of the native engine, anew when its source is newer.
-$(NATIVE): setup.py gradclip/engines/_native.c gradclip/engines/_native_kernels.h | $(STAMP)
+$(NATIVE): setup.py $(wildcard gradclip/engines/_native*.[ch]) | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -13,7 +13,7 @@ ENGINES = "gradclip/engines/"
 LIBRARY = Extension(
     "gradclip.engines._native",
     sources=[ENGINES + "_native.c"],
-    depends=[ENGINES + "_native_kernels.h"],
+    depends=[ENGINES + f"_native_{part}.h" for part in ("elements", "kernels", "work")],
     libraries=["m"],
     extra_compile_args=[
         *("-std=gnu11", "-O3", "-g0", "-fvisibility=hidden"),

@@ -1,0 +1,213 @@
+/* A call's work, cut into pieces that threads share.
+ *
+ * A piece is CHUNK elements of a row, or fewer. The sums of pieces are kept and added in their
+ * order, so that neither the number of threads nor their luck changes a bit.
+ */
+
+/* What native.py packs: one pointer is quicker to hand over than many numbers. */
+struct request {
+    int64_t dtype, threads, by_rows;
+    double order; /* of a sum, else unused */
+    int64_t count;
+    int64_t table[]; /* count addresses, count lengths; of rows also their numbers and distances */
+};
+
+/* One call, and what is done to each piece of a row. Lengths are counted in elements. */
+struct job {
+    const int64_t *addresses, *lengths, *rows, *distances;
+    int64_t count, threads;
+    const struct kernels *kernels;
+    /* Returns the sum of a piece, or whether it was written. */
+    double (*work)(const struct job *, void *piece, int64_t length, int64_t row);
+    double order;
+    double *sums;        /* of rows; absent where pieces are written */
+    const void *numbers; /* coefficients, or the bits of bounds */
+    int one_number;      /* whether the first serves all rows */
+    char *written;       /* for each tensor, whether it was */
+
+    /* Of large jobs: */
+    int64_t *first_unit; /* of each tensor, and how many there are in all */
+    int64_t *first_row;  /* of each tensor */
+    double *parts;       /* sums of pieces */
+    int64_t next;        /* how many units were taken */
+};
+
+static int64_t rows_of(const struct job *job, int64_t tensor)
+{
+    return job->rows ? job->rows[tensor] : 1;
+}
+
+static char *address_of(const struct job *job, int64_t tensor, int64_t row)
+{
+    int64_t distance = job->rows ? row * job->distances[tensor] : 0;
+    return (char *)(uintptr_t)job->addresses[tensor] + distance * job->kernels->size;
+}
+
+static int64_t at_most(int64_t most, int64_t number)
+{
+    return number < most ? number : most;
+}
+
+static double combined(double one, double other, double order)
+{
+    if (order < INFINITY)
+        return one + other;
+    return other > one || other != other ? other : one;
+}
+
+static void keep(struct job *job, int64_t tensor, int64_t row, double found)
+{
+    if (job->sums)
+        job->sums[row] = found;
+    else if (found != 0)
+        __atomic_store_n(&job->written[tensor], 1, __ATOMIC_RELAXED);
+}
+
+static double work_on_row(struct job *job, int64_t tensor, int64_t row, int64_t place)
+{
+    char *data = address_of(job, tensor, row);
+    double found = 0;
+    for (int64_t left = job->lengths[tensor]; left > 0; left -= CHUNK) {
+        double part = job->work(job, data, at_most(CHUNK, left), place);
+        found = combined(found, part, job->order);
+        data += CHUNK * job->kernels->size;
+    }
+    return found;
+}
+
+static void run_small(struct job *job)
+{
+    int64_t place = 0;
+    for (int64_t tensor = 0; tensor < job->count; tensor++)
+        for (int64_t row = 0; row < rows_of(job, tensor); row++, place++)
+            keep(job, tensor, place, work_on_row(job, tensor, row, place));
+}
+
+/* A unit is a piece of a long row, or as many short rows as make up a piece. */
+
+static int64_t units_in_row(const struct job *job, int64_t tensor)
+{
+    return (job->lengths[tensor] + CHUNK - 1) / CHUNK;
+}
+
+static int64_t rows_in_unit(const struct job *job, int64_t tensor)
+{
+    return CHUNK / (job->lengths[tensor] + !job->lengths[tensor]);
+}
+
+static int64_t units_of(const struct job *job, int64_t tensor)
+{
+    int64_t rows = rows_of(job, tensor), together = rows_in_unit(job, tensor);
+    return together ? (rows + together - 1) / together : rows * units_in_row(job, tensor);
+}
+
+static void work_on_unit(struct job *job, int64_t tensor, int64_t unit)
+{
+    int64_t together = rows_in_unit(job, tensor), first = job->first_row[tensor];
+    if (together) {
+        int64_t end = at_most(rows_of(job, tensor), (unit + 1) * together);
+        for (int64_t row = unit * together; row < end; row++)
+            keep(job, tensor, first + row, work_on_row(job, tensor, row, first + row));
+        return;
+    }
+    int64_t row = unit / units_in_row(job, tensor), start = unit % units_in_row(job, tensor) * CHUNK;
+    char *piece = address_of(job, tensor, row) + start * job->kernels->size;
+    double found = job->work(job, piece, at_most(CHUNK, job->lengths[tensor] - start), first + row);
+    if (job->sums)
+        job->parts[job->first_unit[tensor] + unit] = found;
+    else
+        keep(job, tensor, first + row, found);
+}
+
+/* What every thread does: take units until none is left. */
+static void work_on_units(void *given)
+{
+    struct job *job = given;
+    control before = GET_CONTROL();
+    SET_CONTROL(USUAL);
+    int64_t units = job->first_unit[job->count], taken;
+    while ((taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < units) {
+        /* Writing goes backwards: what was measured last may still be in cache. */
+        int64_t unit = job->sums ? taken : units - 1 - taken, low = 0, high = job->count;
+        while (high - low > 1) {
+            int64_t middle = low + (high - low) / 2;
+            *(job->first_unit[middle] <= unit ? &low : &high) = middle;
+        }
+        work_on_unit(job, low, unit - job->first_unit[low]);
+    }
+    SET_CONTROL(before);
+}
+
+static void add_up_long_rows(struct job *job)
+{
+    for (int64_t tensor = 0; tensor < job->count; tensor++) {
+        if (rows_in_unit(job, tensor))
+            continue;
+        const double *part = job->parts + job->first_unit[tensor];
+        for (int64_t row = 0; row < rows_of(job, tensor); row++) {
+            double sum = 0;
+            for (int64_t unit = 0; unit < units_in_row(job, tensor); unit++)
+                sum = combined(sum, *part++, job->order);
+            job->sums[job->first_row[tensor] + row] = sum;
+        }
+    }
+}
+
+/* The OpenMP runtime that the program already has, found by native.py: GOMP_parallel runs a
+ * function in so many threads. Its threads do not survive a fork, and a child waits for them. */
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+static pid_t owner;
+
+/* Null for one thread. */
+EXPORTED void gradclip_use_threads_of(void *entry)
+{
+    memcpy(&parallel, &entry, sizeof entry);
+    owner = getpid();
+}
+
+static int run_large(struct job *job)
+{
+    int64_t units = 0, rows = 0, count = job->count;
+    for (int64_t tensor = 0; tensor < count; tensor++)
+        units += units_of(job, tensor);
+    job->first_unit = malloc((size_t)(2 * count + 1 + units) * sizeof *job->first_unit);
+    if (!job->first_unit)
+        return NO_MEMORY;
+    job->first_row = job->first_unit + count + 1;
+    job->parts = (double *)(job->first_row + count);
+    units = 0;
+    for (int64_t tensor = 0; tensor < count; tensor++) {
+        job->first_unit[tensor] = units;
+        job->first_row[tensor] = rows;
+        units += units_of(job, tensor);
+        rows += rows_of(job, tensor);
+    }
+    job->first_unit[count] = units;
+    int64_t threads = at_most(units, job->threads);
+    if (parallel && threads > 1 && getpid() == owner)
+        parallel(work_on_units, job, (unsigned)threads, 0);
+    else
+        work_on_units(job);
+    if (job->sums)
+        add_up_long_rows(job);
+    free(job->first_unit);
+    return OK;
+}
+
+static int run(struct job *job)
+{
+    int64_t bytes = 0;
+    for (int64_t tensor = 0; tensor < job->count; tensor++) {
+        int64_t own = rows_of(job, tensor) * job->lengths[tensor] * job->kernels->size;
+        if (own > 0 && !job->addresses[tensor])
+            return NO_ADDRESS;
+        bytes += own;
+    }
+    if (bytes >= THREADED)
+        return run_large(job);
+    control before = GET_CONTROL();
+    SET_CONTROL(USUAL);
+    run_small(job);
+    SET_CONTROL(before);
+    return OK;
+}

@@ -28,7 +28,7 @@ def checked_bound(
     """
     number = _real(name, value, "a number >= 0")
     if number >= 0 and (infinite or number < math.inf):
-        return number
+        return abs(number)  # -0.0 among them
     mend = "a finite number >= 0" + ("" if infinite else f", or None {none}")
     raise ArgumentError(f"{name} is {value!r}: give {mend}.")
 

@@ -25,13 +25,17 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
             gradients, or 1, which leaves them as they are.
 
     Returns:
-        Shape (k,) in [0, 1]; exactly 1 where the norm is at most its threshold. No host sync.
+        Shape (k,), also of one 0-d norm, in [0, 1]; exactly 1 where the norm is at most its
+        threshold. No host sync.
     """
     if norms.numel() == 1 and host_may_read(norms):
         # The usual case, in which numbers are several times as fast as operators.
         threshold = thresholds if isinstance(thresholds, float) else thresholds.item()
         coefficient = _coefficient(norms.item(), threshold, erase)
-        return _one(norms.dtype) if coefficient == 1 else torch.full_like(norms, coefficient)
+        if coefficient == 1:
+            return _one(norms.dtype)
+        # A plain tensor, whatever kind of tensor a user's norm is.
+        return torch.full((1,), coefficient, dtype=norms.dtype, device="cpu")
     exceeded = torch.where(norms > thresholds, thresholds / norms, 1.0)
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)
 

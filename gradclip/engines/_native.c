@@ -228,8 +228,10 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm)
     int64_t count = request->count;
     double few[FEW], *sums = count > FEW ? malloc((size_t)count * sizeof *sums) : few;
     double total = 0, order = request->order;
-    if (!sums || !norm)
-        return norm ? NO_MEMORY : NO_ADDRESS;
+    if (!sums)
+        return NO_MEMORY;
+    control before = GET_CONTROL();
+    SET_CONTROL(USUAL);
     int status = gradclip_power_sums(request, sums);
     for (int64_t tensor = 0; status == OK && tensor < count; tensor++)
         total = combined(total, sums[tensor], order);
@@ -239,6 +241,9 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm)
         total = sqrt(total);
     else if (order != 1 && order < INFINITY)
         total = pow(total, 1 / order);
+    SET_CONTROL(before);
+    if (!norm)
+        return NO_ADDRESS;
     *norm = total;
     return status;
 }
@@ -273,6 +278,8 @@ static double limit_piece(const struct job *job, void *piece, int64_t length, in
 EXPORTED int gradclip_scale(
     const struct request *request, const double *coefficients, int64_t number, char *written)
 {
+    if (!coefficients && number)
+        return NO_ADDRESS;
     struct job job = job_of(request);
     job.work = scale_piece;
     job.numbers = coefficients;
@@ -286,6 +293,8 @@ EXPORTED int gradclip_scale(
 EXPORTED int gradclip_clamp(
     const struct request *request, const int64_t *bounds, int64_t number, char *written)
 {
+    if (!bounds && number)
+        return NO_ADDRESS;
     struct job job = job_of(request);
     job.work = limit_piece;
     job.numbers = bounds;

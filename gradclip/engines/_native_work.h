@@ -203,11 +203,13 @@ static int run(struct job *job)
             return NO_ADDRESS;
         bytes += own;
     }
-    if (bytes >= THREADED)
-        return run_large(job);
     control before = GET_CONTROL();
     SET_CONTROL(USUAL);
-    run_small(job);
+    int status = OK;
+    if (bytes >= THREADED)
+        status = run_large(job);
+    else
+        run_small(job);
     SET_CONTROL(before);
-    return OK;
+    return status;
 }

@@ -31,6 +31,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 OK, NO_MEMORY = 0, -1
 BEST = 2
 """The highest level of instruction sets."""
+LOW = 1 << 32
+"""Few addresses are lower, those of tensors without memory among them."""
 BATCH = 32
 PLAIN = {Tensor, nn.Parameter}
 """Types of tensors that have the memory they say."""
@@ -57,7 +59,7 @@ class NativeEngine(Engine):
         """See `Engine.power_sums`."""
         request, _held = _request(tensors, rows, table if rows else flat, order)
         sums = _NUMBERS.new_empty(sum(map(len, tensors)) if rows else len(tensors))
-        if request and _done(self._library.gradclip_power_sums(request, sums.data_ptr())):
+        if request and _done(self._library.gradclip_power_sums(request, _address(sums))):
             return sums
         return _OPERATORS.power_sums(tensors, order, rows=rows)
 
@@ -66,7 +68,7 @@ class NativeEngine(Engine):
         request, _held = _request(tensors, False, flat, order)
         if request:
             norm = _new_number(scalar)
-            if _done(self._library.gradclip_norm(request, norm.data_ptr())):
+            if _done(self._library.gradclip_norm(request, _address(norm))):
                 return norm
         return _OPERATORS.norm(tensors, order, scalar=scalar)
 
@@ -95,7 +97,7 @@ class NativeEngine(Engine):
         if request is None:
             return False
         flags = ctypes.create_string_buffer(len(tensors))
-        if not _done(verb(request, numbers.data_ptr(), numbers.numel(), flags)):
+        if not _done(verb(request, _address(numbers), numbers.numel(), flags)):
             return False
         # Autograd cannot see what was written by address.
         increment_version([*compress(tensors, flags.raw)])
@@ -113,10 +115,25 @@ def _new_number(scalar: bool) -> Tensor:
     except IndexError:
         made = [_NUMBERS.new_empty(() if scalar else (1,)) for _ in range(BATCH)]
         number = made.pop()
-        # What is made in inference mode, or under another mode, is of use only there.
-        if type(number) is Tensor and not number.is_inference():
+        # What is made in inference mode, or within torch.func, is of use only there.
+        if _address(number) and not number.is_inference():
             _FRESH[scalar].extend(made)
         return number
+
+
+def _address(numbers: Tensor) -> int:
+    """Return where numbers lie; 0, which the library refuses, where they have no memory."""
+    if type(numbers) is not Tensor:
+        return 0
+    try:
+        return numbers.data_ptr()
+    except RuntimeError:  # within a transformation of torch.func
+        return 0
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Tell whether the address of a tensor is more than its distance from the null pointer."""
+    return tensor.data_ptr() != tensor.storage_offset() * tensor.element_size()
 
 
 def _done(status: int) -> bool:
@@ -166,6 +183,10 @@ def _request(
         numbers = [*map(Tensor.data_ptr, held)]
     except RuntimeError:  # within a transformation of torch.func
         return None, tensors
+    if min(numbers, default=LOW) < LOW:
+        filled = [view for view in held if view.numel()]
+        if not all(map(_has_memory, filled)):
+            return None, tensors
     if rows:
         numbers += [view.shape[1] for view in held]
         numbers += map(len, held)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from gradclip import EngineUnavailableError
+from gradclip import EngineUnavailableError, clip_grad_value_
 from gradclip.engines import host_writing, native
 from gradclip.engines.reference import ReferenceEngine
 
@@ -256,6 +256,21 @@ def test_what_inference_mode_makes_stays_there(engine):
     assert len({norm.data_ptr() for norm in norms}) == 40
 
 
+def test_what_a_transformation_makes_stays_there(engine):
+    seen, inside = torch.tensor([3.0, 4.0]), []
+
+    def loss(x):
+        inside.append(engine.norm([seen], 2.0, scalar=True).item())
+        inside.append(engine.power_sums([seen], 2.0).sum().item())
+        return (x * x).sum()
+
+    native._FRESH[1].clear()
+    torch.func.grad(loss)(torch.ones(2))
+    assert inside == [5.0, 25.0]
+    for _ in range(40):
+        assert engine.norm([seen], 2.0, scalar=True).item() == 5.0
+
+
 # What it leaves to torch operators
 
 
@@ -263,6 +278,14 @@ def test_tensors_without_memory_of_their_own_are_left_to_torch_operators(engine)
     nothing = torch._efficientzerotensor((4,))
     assert engine.norm([nothing, torch.ones(9)], 2.0).item() == 3.0
     assert engine.power_sums([nothing], 2.0).tolist() == [0.0]
+    assert engine.norm([torch._efficientzerotensor((10,))[3:]], 2.0).item() == 0.0
+
+    def halve(x):
+        part = (x * 2)[3:]
+        engine.scale_([part], torch.tensor([0.5], dtype=torch.float64))
+        return part
+
+    assert torch.func.functionalize(halve)(torch.ones(5)).tolist() == [1.0, 1.0]
 
     class Named(torch.Tensor):
         pass
@@ -271,6 +294,39 @@ def test_tensors_without_memory_of_their_own_are_left_to_torch_operators(engine)
     assert engine.norm([named], 2.0).item() == 5.0
     engine.scale_([named], torch.tensor([0.5], dtype=torch.float64))
     assert named.tolist() == [1.5, 2.0]
+
+
+def test_numbers_without_memory_are_left_to_torch_operators(engine):
+    class Named(torch.Tensor):
+        pass
+
+    for verb in (engine.scale_, engine.clamp_):
+        tensors = [torch.ones(3), torch.ones(2)]
+        verb(tensors, torch.tensor([0.5], dtype=torch.float64).as_subclass(Named))
+        assert [tensor.tolist() for tensor in tensors] == [[0.5] * 3, [0.5] * 2]
+        verb(tensors, torch._efficientzerotensor((1,), dtype=torch.float64))
+        assert [tensor.tolist() for tensor in tensors] == [[0.0] * 3, [0.0] * 2]
+
+
+def test_a_bound_of_minus_zero_is_zero(engine):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    clip_grad_value_([weight], -0.0)
+    assert weight.grad._version == 0
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_roots_are_taken_of_denormal_sums(engine, flush):
+    smallest, wide = torch.tensor([2.0**-149]), torch.tensor([1e-310], dtype=torch.float64)
+    if flush and not torch.set_flush_denormal(True):
+        pytest.skip("denormals cannot be flushed on this processor")
+    try:
+        seventh = engine.norm([smallest], 7.0).item()
+        largest = engine.norm([wide], math.inf).item()
+    finally:
+        torch.set_flush_denormal(False)
+    assert seventh == pytest.approx(2.0**-149, rel=1e-6, abs=0)
+    assert largest == 1e-310
 
 
 def test_within_a_transformation_of_torch_func_there_is_no_memory(engine):

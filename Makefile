@@ -23,7 +23,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# Counts instructions too, for which valgrind must be there.
+# Counts instructions too, where valgrind is there.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.clip --instructions
 

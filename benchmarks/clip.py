@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     orders = measure_orders(options.sets[-1], options.seconds)
     training = measure_training(options.seconds)
     logging = measure_logging(options.seconds)
-    counted = instructions.count() if options.instructions else {}
+    counted = instructions.count() if options.instructions and instructions.available() else {}
     if options.json:
         measured = {"rows": rows, "orders": orders, "training_ms": training, "logging_us": logging}
         print(json.dumps({"machine": machine(), **measured, "instructions": counted}))
@@ -196,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {name} | {taken:.2f} | {taken / training['no clipping']:.3f} |")
     if counted:
         instructions.print_table(counted)
+    elif options.instructions:
+        print(f"\ninstructions were not counted: {instructions.MISSING}")
 
 
 def print_tables(rows: list[dict[str, Any]], logging: dict[str, float]) -> None:

@@ -28,6 +28,7 @@ from gradclip import engines
 
 SUMMARY = re.compile(r"^(?:summary|totals): (\d+)", re.MULTILINE)
 WARMING = 20
+MISSING = "valgrind is not there: install it (Debian: apt-get install valgrind)."
 
 
 def available() -> bool:
@@ -96,7 +97,7 @@ def main() -> None:
         run_inside(options.calls)
         return
     if not available():
-        sys.exit("valgrind is not there: install it (Debian: apt-get install valgrind).")
+        sys.exit(MISSING)
     print_table(count(options.calls))
 
 

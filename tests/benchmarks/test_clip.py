@@ -64,6 +64,12 @@ def test_instructions_repeat_exactly_and_are_fewer_than_torchs():
     assert instructions.count(calls=32)["function"] == counted["function"]
 
 
+def test_without_valgrind_the_rest_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(instructions, "available", lambda: False)
+    clip.main(["--sets", "small", "--dtypes", "float32", "--seconds", "0.1", "--instructions"])
+    assert "instructions were not counted: valgrind is not there" in capsys.readouterr().out
+
+
 def test_every_timed_call_is_prepared_for():
     calls = []
     rivals = {name: (lambda name=name: calls.append(name)) for name in "ab"}

@@ -25,8 +25,7 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
             gradients, or 1, which leaves them as they are.
 
     Returns:
-        Shape (k,), also of one 0-d norm, in [0, 1]; exactly 1 where the norm is at most its
-        threshold. No host sync.
+        Shape (k,) in [0, 1]; exactly 1 where the norm is at most its threshold. No host sync.
     """
     if norms.numel() == 1 and host_may_read(norms):
         # The usual case, in which numbers are several times as fast as operators.

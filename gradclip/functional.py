@@ -270,7 +270,7 @@ def _norm(buckets: list[Bucket], order: float, error_if_nonfinite: bool) -> Tens
 def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
     if limit == math.inf or (host_may_read(norm) and norm.item() <= limit):
         return
-    coefficients = clip_coefficients(norm, limit, erase=False).reshape(1)
+    coefficients = clip_coefficients(norm.reshape(1), limit, erase=False)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
 

@@ -19,7 +19,7 @@ _MISSING: dict[str, str] = {
     "triton": "engine='triton' is not available in this version of gradclip: give engine='auto'."
 }
 """Why an engine is not there."""
-_BEST = {}
+_BEST: dict[str, Engine] = {}
 """By the type of a device, what serves it best; torch operators serve the others."""
 
 try:

@@ -49,8 +49,8 @@ typedef uint64_t u64v __attribute__((vector_size(4 * LANES)));
 struct kernels {
     int64_t size;     /* bytes of an element */
     int64_t infinity; /* its bits */
-    double (*magnitudes)(const void *, int64_t);
-    double (*squares)(const void *, int64_t);
+    double (*magnitudes)(const void *, int64_t, double order);
+    double (*squares)(const void *, int64_t, double order);
     double (*powers)(const void *, int64_t, double order);
     double (*quick_magnitudes)(const void *, int64_t);
     double (*quick_squares)(const void *, int64_t);
@@ -181,11 +181,13 @@ static struct job job_of(const struct request *request)
 static double sum_of(const struct job *job, void *piece, int64_t length, int64_t row)
 {
     const struct kernels *kernels = job->kernels;
-    int squares = job->order == 2;
+    double order = job->order;
     (void)row;
-    if (length > SHORT && kernels->size < 8) {
+    if (order != 1 && order != 2)
+        return kernels->powers(piece, length, order);
+    if (length > SHORT && kernels->quick_squares) {
         SET_CONTROL(FLUSHING);
-        double sum = (squares ? kernels->quick_squares : kernels->quick_magnitudes)(piece, length);
+        double sum = (order == 2 ? kernels->quick_squares : kernels->quick_magnitudes)(piece, length);
         SET_CONTROL(USUAL);
         if (sum >= VANISHING && sum < INFINITY)
             return sum;
@@ -193,13 +195,7 @@ static double sum_of(const struct job *job, void *piece, int64_t length, int64_t
         if (sum == 0 && kernels->largest(piece, length) == 0)
             return 0;
     }
-    return (squares ? kernels->squares : kernels->magnitudes)(piece, length);
-}
-
-static double sum_of_powers(const struct job *job, void *piece, int64_t length, int64_t row)
-{
-    (void)row;
-    return job->kernels->powers(piece, length, job->order);
+    return (order == 2 ? kernels->squares : kernels->magnitudes)(piece, length, order);
 }
 
 static double largest(const struct job *job, void *piece, int64_t length, int64_t row)
@@ -215,9 +211,7 @@ EXPORTED int gradclip_power_sums(const struct request *request, double *sums)
         return NO_ADDRESS;
     struct job job = job_of(request);
     job.sums = sums;
-    job.work = job.order == 1 || job.order == 2 ? sum_of
-               : job.order == INFINITY          ? largest
-                                                : sum_of_powers;
+    job.work = job.order < INFINITY ? sum_of : largest;
     return run(&job);
 }
 
@@ -226,8 +220,10 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm)
 {
     enum { FEW = 64 };
     int64_t count = request->count;
-    double few[FEW], *sums = count > FEW ? malloc((size_t)count * sizeof *sums) : few;
-    double total = 0, order = request->order;
+    double few[FEW], total = 0, order = request->order;
+    if (!norm)
+        return NO_ADDRESS;
+    double *sums = count > FEW ? malloc((size_t)count * sizeof *sums) : few;
     if (!sums)
         return NO_MEMORY;
     control before = GET_CONTROL();
@@ -235,16 +231,14 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm)
     int status = gradclip_power_sums(request, sums);
     for (int64_t tensor = 0; status == OK && tensor < count; tensor++)
         total = combined(total, sums[tensor], order);
-    if (sums != few)
-        free(sums);
     if (order == 2)
         total = sqrt(total);
     else if (order != 1 && order < INFINITY)
         total = pow(total, 1 / order);
-    SET_CONTROL(before);
-    if (!norm)
-        return NO_ADDRESS;
     *norm = total;
+    SET_CONTROL(before);
+    if (sums != few)
+        free(sums);
     return status;
 }
 
@@ -273,32 +267,32 @@ static double limit_piece(const struct job *job, void *piece, int64_t length, in
     return 1;
 }
 
+static int written_by(
+    const struct request *request, double (*work)(const struct job *, void *, int64_t, int64_t),
+    const void *numbers, int64_t number_count, char *written)
+{
+    if (!numbers && number_count)
+        return NO_ADDRESS;
+    struct job job = job_of(request);
+    job.work = work;
+    job.numbers = numbers;
+    job.one_number = number_count == 1;
+    job.written = written;
+    return run(&job);
+}
+
 /* Multiply each tensor, or each row, by its coefficient in [0, 1]; what rounds to 1 is not touched,
  * 0 writes zeros over whatever was there. Tells of each tensor whether it was written. */
 EXPORTED int gradclip_scale(
-    const struct request *request, const double *coefficients, int64_t number, char *written)
+    const struct request *request, const double *coefficients, int64_t count, char *written)
 {
-    if (!coefficients && number)
-        return NO_ADDRESS;
-    struct job job = job_of(request);
-    job.work = scale_piece;
-    job.numbers = coefficients;
-    job.one_number = number == 1;
-    job.written = written;
-    return run(&job);
+    return written_by(request, scale_piece, coefficients, count, written);
 }
 
 /* Limit each tensor, or each row, to magnitudes of which the bits are at most those of its bound;
  * NaN stays. Tells of each tensor whether it was written, which it is only where it does not fit. */
 EXPORTED int gradclip_clamp(
-    const struct request *request, const int64_t *bounds, int64_t number, char *written)
+    const struct request *request, const int64_t *bounds, int64_t count, char *written)
 {
-    if (!bounds && number)
-        return NO_ADDRESS;
-    struct job job = job_of(request);
-    job.work = limit_piece;
-    job.numbers = bounds;
-    job.one_number = number == 1;
-    job.written = written;
-    return run(&job);
+    return written_by(request, limit_piece, bounds, count, written);
 }

@@ -57,53 +57,35 @@
         return added(sums);                                                                       \
     }
 
-QUICK_SUM(float, float32, squares, SQUARE)
-QUICK_SUM(uint16_t, bfloat16, squares, SQUARE)
-QUICK_SUM(uint16_t, float16, squares, SQUARE)
-QUICK_SUM(float, float32, magnitudes, MAGNITUDE)
-QUICK_SUM(uint16_t, bfloat16, magnitudes, MAGNITUDE)
-QUICK_SUM(uint16_t, float16, magnitudes, MAGNITUDE)
+#define QUICK_SUMS(TYPE, NAME)                                                                    \
+    QUICK_SUM(TYPE, NAME, magnitudes, MAGNITUDE)                                                  \
+    QUICK_SUM(TYPE, NAME, squares, SQUARE)
+
+QUICK_SUMS(float, float32)
+QUICK_SUMS(uint16_t, bfloat16)
+QUICK_SUMS(uint16_t, float16)
 
 /* Exact sums. ---------------------------------------------------------------------------------- */
 
-#define WIDE_MAGNITUDE(v) ((f64v)((u64v)(v) & INT64_MAX))
-#define ADD_WIDE(NAME, TERM, x, sums)                                                             \
-    do {                                                                                          \
-        f64v values[4];                                                                           \
-        KERNEL(read_wide_##NAME)(x, values);                                                      \
-        for (int part = 0; part < 4; part++)                                                      \
-            sums[part] += TERM(values[part]);                                                     \
-    } while (0)
+INLINE void KERNEL(to_magnitudes)(f64v *values, double order)
+{
+    (void)order;
+    *values = (f64v)((u64v)*values & INT64_MAX);
+}
 
-#define WIDE_SUM(TYPE, NAME, WHAT, TERM)                                                          \
-    FUNCTION double KERNEL(WHAT##_##NAME)(const void *data, int64_t n)                            \
-    {                                                                                             \
-        const TYPE *x = data;                                                                     \
-        TYPE rest[PAIR] = {0};                                                                    \
-        f64v sums[4] = {{0}};                                                                     \
-        for (; n >= PAIR; n -= PAIR, x += PAIR)                                                   \
-            ADD_WIDE(NAME, TERM, x, sums);                                                        \
-        memcpy(rest, x, (size_t)n * sizeof *x);                                                   \
-        ADD_WIDE(NAME, TERM, rest, sums);                                                         \
-        return added(sums);                                                                       \
-    }
-
-WIDE_SUM(float, float32, squares, SQUARE)
-WIDE_SUM(double, float64, squares, SQUARE)
-WIDE_SUM(uint16_t, bfloat16, squares, SQUARE)
-WIDE_SUM(uint16_t, float16, squares, SQUARE)
-WIDE_SUM(float, float32, magnitudes, WIDE_MAGNITUDE)
-WIDE_SUM(double, float64, magnitudes, WIDE_MAGNITUDE)
-WIDE_SUM(uint16_t, bfloat16, magnitudes, WIDE_MAGNITUDE)
-WIDE_SUM(uint16_t, float16, magnitudes, WIDE_MAGNITUDE)
+INLINE void KERNEL(to_squares)(f64v *values, double order)
+{
+    (void)order;
+    *values *= *values;
+}
 
 /* Where a mask is all ones the first, else the second. */
 #define CHOOSE(mask, first, second)                                                               \
     ((f64v)(((u64v)(first) & (u64v)(mask)) | ((u64v)(second) & ~(u64v)(mask))))
 
-/* Raise magnitudes to a positive power, to within 1e-12, where pow() would take them one by one:
+/* To within 1e-12, where pow() would take them one by one:
  * log2(m) = 2 / ln(2) * atanh((m - 1) / (m + 1)), and the Taylor series of 2**y. */
-INLINE void KERNEL(raise)(f64v *values, double order)
+INLINE void KERNEL(to_powers)(f64v *values, double order)
 {
     static const double atanh_series[] = {1 / 21., 1 / 19., 1 / 17., 1 / 15., 1 / 13., 1 / 11.,
                                           1 / 9.,  1 / 7.,  1 / 5.,  1 / 3.,  1.};
@@ -114,6 +96,7 @@ INLINE void KERNEL(raise)(f64v *values, double order)
         1.0};
     const uint64_t root_half = 0x3fe6a09e667f3bcd, bias = 1023ull << 52;
     f64v log = {0}, power = {0}, most = log + 1100;
+    KERNEL(to_magnitudes)(values, order);
     u64v small = (u64v)(*values < 0x1p-1022);
     u64v bits = (u64v)CHOOSE(small, *values * 0x1p54, *values);
     u64v exponent = (bits - root_half + bias) >> 52; /* and 1023 */
@@ -137,34 +120,38 @@ INLINE void KERNEL(raise)(f64v *values, double order)
     *values = CHOOSE((*values > 0) & (*values < INFINITY), power, *values);
 }
 
-#define ADD_POWERS(NAME, x, sums, order)                                                          \
+#define ADD_EXACT(NAME, WHAT, x, order, sums)                                                     \
     do {                                                                                          \
         f64v values[4];                                                                           \
         KERNEL(read_wide_##NAME)(x, values);                                                      \
         for (int part = 0; part < 4; part++) {                                                    \
-            values[part] = WIDE_MAGNITUDE(values[part]);                                          \
-            KERNEL(raise)(values + part, order);                                                  \
+            KERNEL(to_##WHAT)(values + part, order);                                              \
             sums[part] += values[part];                                                           \
         }                                                                                         \
     } while (0)
 
-#define POWER_SUM(TYPE, NAME)                                                                     \
-    FUNCTION double KERNEL(powers_##NAME)(const void *data, int64_t n, double order)              \
+#define EXACT_SUM(TYPE, NAME, WHAT)                                                               \
+    FUNCTION double KERNEL(WHAT##_##NAME)(const void *data, int64_t n, double order)              \
     {                                                                                             \
         const TYPE *x = data;                                                                     \
         TYPE rest[PAIR] = {0};                                                                    \
         f64v sums[4] = {{0}};                                                                     \
         for (; n >= PAIR; n -= PAIR, x += PAIR)                                                   \
-            ADD_POWERS(NAME, x, sums, order);                                                     \
+            ADD_EXACT(NAME, WHAT, x, order, sums);                                                \
         memcpy(rest, x, (size_t)n * sizeof *x);                                                   \
-        ADD_POWERS(NAME, rest, sums, order);                                                      \
+        ADD_EXACT(NAME, WHAT, rest, order, sums);                                                 \
         return added(sums);                                                                       \
     }
 
-POWER_SUM(float, float32)
-POWER_SUM(double, float64)
-POWER_SUM(uint16_t, bfloat16)
-POWER_SUM(uint16_t, float16)
+#define EXACT_SUMS(TYPE, NAME)                                                                    \
+    EXACT_SUM(TYPE, NAME, magnitudes)                                                             \
+    EXACT_SUM(TYPE, NAME, squares)                                                                \
+    EXACT_SUM(TYPE, NAME, powers)
+
+EXACT_SUMS(float, float32)
+EXACT_SUMS(double, float64)
+EXACT_SUMS(uint16_t, bfloat16)
+EXACT_SUMS(uint16_t, float16)
 
 /* The largest magnitude, found by bits: NaN is above infinity, and nothing is flushed. --------- */
 

@@ -58,9 +58,10 @@ class NativeEngine(Engine):
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
         request, _held = _request(tensors, rows, table if rows else flat, order)
-        sums = _NUMBERS.new_empty(sum(map(len, tensors)) if rows else len(tensors))
-        if request and _done(self._library.gradclip_power_sums(request, _address(sums))):
-            return sums
+        if request:
+            sums = _NUMBERS.new_empty(sum(map(len, tensors)) if rows else len(tensors))
+            if _done(self._library.gradclip_power_sums(request, _address(sums))):
+                return sums
         return _OPERATORS.power_sums(tensors, order, rows=rows)
 
     def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:

@@ -4,6 +4,9 @@ All norms are measured with float64 accumulation, whatever the gradients' dtype,
 plain 0-d float64 tensors (float32 where the device has no float64) on the first gradient's
 device. Gradients below the threshold are not written. On a CUDA device nothing waits for it,
 unless ``error_if_nonfinite`` is true or the gradients lie on several devices.
+
+In what ``torch.compile`` makes, each but `clip_backward` is one operator, of `compiled`: it does
+what is done elsewhere, bit by bit, also with ``fullgraph=True``.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from .checks import checked_bound, checked_order
 from .coefficients import clip_coefficients
+from .compiled import norm_like, nothing, operator
 from .engines.base import host_may_read
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
-from .gradients import Bucket, buckets_of, coalesce_, distinct, gradients_of, refuse_unordered
+from .gradients import Bucket, buckets_of, coalesce_, distinct, refuse_unordered
 from .norms import norms_of
-from .untracked import untracked
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
 TensorOrTensors = Tensor | Iterable[Tensor]
 
 
-@untracked
 def clip_grad_norm_(
     parameters: TensorOrTensors,
     max_norm: float,
@@ -67,10 +69,10 @@ def clip_grad_norm_(
         GradientError: A gradient whose dtype or layout cannot be clipped.
         NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
     """
-    return _clip_norm_(_gradients_of(parameters), max_norm, norm_type, error_if_nonfinite)
+    limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
+    return _clip_norm_(listed_gradients(parameters), limit, order, error_if_nonfinite)
 
 
-@untracked
 def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Clip the norm of gradients that are given as tensors, in place.
 
@@ -89,10 +91,10 @@ def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float 
         ArgumentError: ``max_norm`` or ``norm_type`` is no such number.
         GradientError: A gradient whose dtype or layout cannot be clipped.
     """
-    return _clip_norm_(distinct(_listed(tensors)), max_norm, norm_type, error_if_nonfinite=False)
+    limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
+    return _clip_norm_(_listed(tensors), limit, order, False)
 
 
-@untracked
 def clip_grad_value_(
     parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None
 ) -> None:
@@ -111,16 +113,9 @@ def clip_grad_value_(
         GradientError: A gradient that is complex, or whose dtype or layout cannot be clipped.
     """
     bound = checked_bound("clip_value", clip_value, infinite=True)
-    gradients = _gradients_of(parameters)
-    refuse_unordered(gradients)
-    buckets = buckets_of(gradients, math.inf)  # refuses before anything is written
-    if coalesce_(gradients):
-        buckets = buckets_of(gradients, math.inf)
-    for bucket in buckets:
-        bucket.clamp_("auto", torch.full((1,), bound, dtype=torch.float64, device=bucket.device))
+    _clip_value_(listed_gradients(parameters), bound)
 
 
-@untracked
 def get_total_norm(
     tensors: TensorOrTensors,
     norm_type: float = 2.0,
@@ -146,11 +141,12 @@ def get_total_norm(
         NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
     """
     order = checked_order(norm_type)
-    buckets = buckets_of(distinct(_listed(tensors)), order)
-    return _norm(buckets, order, error_if_nonfinite)
+    if error_if_nonfinite:
+        # What writes nothing the compiler leaves out, error and all, where the norm is not used.
+        return _clip_norm_(_listed(tensors), math.inf, order, True)
+    return _total_norm(_listed(tensors), order)
 
 
-@untracked
 def clip_grads_with_norm_(
     parameters: TensorOrTensors,
     max_norm: float,
@@ -178,7 +174,7 @@ def clip_grads_with_norm_(
             f"total_norm is {total_norm!r}: give the tensor of one element that "
             "get_total_norm() returned."
         )
-    _scale_(buckets_of(_gradients_of(parameters), 2.0), total_norm, limit)
+    _clip_with_norm_(listed_gradients(parameters), limit, total_norm)
 
 
 def clip_backward(
@@ -245,26 +241,41 @@ class _ClipBackward(torch.autograd.Function):
         return copy, None, None, None
 
 
-def _clip_norm_(
-    gradients: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
-) -> Tensor:
-    limit = checked_bound("max_norm", max_norm, infinite=True)
-    order = checked_order(norm_type)
-    buckets = buckets_of(gradients, order)
-    norm = _norm(buckets, order, error_if_nonfinite)
-    _scale_(buckets, norm, limit)
-    return norm
-
-
-def _norm(buckets: list[Bucket], order: float, error_if_nonfinite: bool) -> Tensor:
+@operator(
+    "clip_norm_(Tensor(a!)[] gradients, float limit, float order, bool finite) -> Tensor", norm_like
+)
+def _clip_norm_(gradients: list[Tensor], limit: float, order: float, finite: bool) -> Tensor:
+    buckets = buckets_of(distinct(gradients), order)
     norm = norms_of(buckets, order, scalar=True)
-    if error_if_nonfinite and not bool(norm.isfinite()):
+    if finite and not bool(norm.isfinite()):
         raise NonFiniteGradientError(
             f"The norm of the gradients is {norm.item()}: it must be finite with "
             "error_if_nonfinite=True. The gradients are as they were; error_if_nonfinite=False "
             "returns such a norm instead."
         )
+    _scale_(buckets, norm, limit)
     return norm
+
+
+@operator("total_norm(Tensor[] tensors, float order) -> Tensor", norm_like)
+def _total_norm(tensors: list[Tensor], order: float) -> Tensor:
+    return norms_of(buckets_of(distinct(tensors), order), order, scalar=True)
+
+
+@operator("clip_with_norm_(Tensor(a!)[] gradients, float limit, Tensor norm) -> ()", nothing)
+def _clip_with_norm_(gradients: list[Tensor], limit: float, norm: Tensor) -> None:
+    _scale_(buckets_of(distinct(gradients), 2.0), norm, limit)
+
+
+@operator("clip_value_(Tensor(a!)[] gradients, float bound) -> ()", nothing)
+def _clip_value_(gradients: list[Tensor], bound: float) -> None:
+    gradients = distinct(gradients)
+    refuse_unordered(gradients)
+    buckets = buckets_of(gradients, math.inf)  # refuses before anything is written
+    if coalesce_(gradients):
+        buckets = buckets_of(gradients, math.inf)
+    for bucket in buckets:
+        bucket.clamp_("auto", torch.full((1,), bound, dtype=torch.float64, device=bucket.device))
 
 
 def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
@@ -296,5 +307,6 @@ def listed_parameters(parameters: TensorOrTensors) -> list[Tensor]:
     return listed
 
 
-def _gradients_of(parameters: TensorOrTensors) -> list[Tensor]:
-    return gradients_of(listed_parameters(parameters))
+def listed_gradients(parameters: TensorOrTensors) -> list[Tensor]:
+    """Return the gradients that parameters have; one object as often as they share it."""
+    return [g for p in listed_parameters(parameters) for g in [p.grad] if g is not None]

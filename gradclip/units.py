@@ -9,16 +9,15 @@ from torch import Tensor
 
 from .checks import checked_order
 from .coefficients import clip_coefficients
-from .functional import TensorOrTensors, listed_parameters
+from .compiled import norm_like, operator
+from .functional import TensorOrTensors, listed_gradients, listed_parameters
 from .gradients import buckets_of
 from .norms import norms_of
 from .places import Place, Places, present
 from .thresholds import RelativeToWeights, StepContext
 from .thresholds.arguments import checked_positive
-from .untracked import untracked
 
 
-@untracked
 def clip_grad_units_(
     parameters: TensorOrTensors,
     clip_factor: float = 0.01,
@@ -60,15 +59,27 @@ def clip_grad_units_(
         GradientError: A gradient whose dtype or layout cannot be clipped.
     """
     order, factor = checked_order(norm_type), checked_positive("clip_factor", clip_factor)
+    RelativeToWeights(factor, eps)  # refuses
+    trained = [p for p in listed_parameters(parameters) if p.grad is not None]
+    return _clip_units_(listed_gradients(trained), trained, factor, eps, order)
+
+
+@operator(
+    "clip_units_(Tensor(a!)[] gradients, Tensor[] weights, float factor, float eps, float order)"
+    " -> Tensor",
+    norm_like,
+)
+def _clip_units_(
+    gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
+) -> Tensor:
     rule = RelativeToWeights(factor, eps)
-    held = {id(p.grad): (p.grad, p.data) for p in listed_parameters(parameters)}
-    pairs = [(gradient, weight) for gradient, weight in held.values() if gradient is not None]
-    gradients = [gradient for gradient, _ in pairs]
+    held = {id(g): (g, w.data) for g, w in zip(gradients, weights, strict=True)}
+    gradients = [gradient for gradient, _ in held.values()]
     places, count = _unit_places(tuple(gradient.shape for gradient in gradients))
     buckets = buckets_of(gradients, order, places)
     norms = norms_of(buckets, order, count=count)
-    weights = buckets_of([weight for _, weight in pairs], order, places)
-    weight_norms = norms_of(weights, order, count=count, device=norms.device)
+    held_weights = buckets_of([weight for _, weight in held.values()], order, places)
+    weight_norms = norms_of(held_weights, order, count=count, device=norms.device)
     context = StepContext(0, present(places, count, norms.device), order, weight_norms)
     coefficients = clip_coefficients(norms, rule.thresholds(norms, context), erase=False)
     for bucket in buckets:

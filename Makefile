@@ -5,16 +5,38 @@ STAMP := .venv/.complete
 NATIVE := .venv/.native
 READY := $(STAMP) $(NATIVE)
 
-.PHONY: demo test test-slow lint types bench bench-thresholds wheel clean
+# Triton looks at this when a kernel is defined: interpreted and compiled kernels need a process each.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
+
+.PHONY: demo test test-slow test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds \
+    wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
 
+# The interpreted kernels meanwhile, and their output at the end.
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
+	@log=$$(mktemp); $(INTERPRETED) -m "interpreted and not slow" tests/engines >$$log 2>&1 & \
+	other=$$!; $(BIN)/python -m pytest -q -m "not slow"; failed=$$?; \
+	wait $$other || failed=1; echo "Triton kernels, interpreted:"; tail -n 60 $$log; rm $$log; \
+	exit $$failed
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+	$(INTERPRETED) -m "interpreted and slow" tests/engines
+
+# On a machine with a CUDA device; PYTHON_CUDA is one that has torch, Triton and pytest.
+PYTHON_CUDA ?= python3
+test-cuda:
+	$(PYTHON_CUDA) -m pytest -q -m cuda
+
+# The same kernels, with every address they touch checked.
+test-cuda-memory:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
+	    $(PYTHON_CUDA) -m pytest -q -m "cuda and not slow" tests/engines
+
+bench-cuda:
+	$(PYTHON_CUDA) -m benchmarks.cuda
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .engines import engine_for
+from .engines.base import Batch
 from .engines.memory import rows_share_memory
 from .errors import GradientError, NotAvailableError
 from .places import Place, spread
@@ -138,7 +139,7 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
     dtype, device, layout = next(iter(facts))
     if len(facts) > 1 or dtype not in REAL or layout is not torch.strided:
         return None
-    listed = [*gradients]
+    listed = Batch(gradients)
     return Bucket(device, listed, listed)
 
 

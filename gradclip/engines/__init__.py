@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..errors import ArgumentError, EngineUnavailableError
@@ -12,12 +14,13 @@ from .reference import ReferenceEngine
 
 __all__ = ["Engine", "check_engine_name", "engine_for", "norm_dtype"]
 
+OLDEST_TRITON = (3, 2)
+"""That of torch 2.6; with older ones the kernels were not tried."""
+
 _ENGINES: dict[str, Engine] = {
     engine.name: engine for engine in (OperatorsEngine(), ReferenceEngine())
 }
-_MISSING: dict[str, str] = {
-    "triton": "engine='triton' is not available in this version of gradclip: give engine='auto'."
-}
+_MISSING: dict[str, str] = {}
 """Why an engine is not there."""
 _BEST: dict[str, Engine] = {}
 """By the type of a device, what serves it best; torch operators serve the others."""
@@ -35,13 +38,15 @@ def check_engine_name(name: object) -> str:
         ArgumentError: It names no engine.
         EngineUnavailableError: It names an engine that this installation lacks.
     """
+    if name == "triton":
+        _load_triton()
     if name == "auto" or name in _ENGINES:
         return str(name)
     if name in _MISSING:
         raise EngineUnavailableError(_MISSING[str(name)])
     raise ArgumentError(
         f"engine={name!r} names no engine: give 'auto' or one of "
-        f"{', '.join(map(repr, (*_ENGINES, *_MISSING)))}."
+        "'operators', 'reference', 'native', 'triton'."
     )
 
 
@@ -51,11 +56,38 @@ def engine_for(name: str, device: torch.device) -> Engine:
     Raises:
         EngineUnavailableError: The engine does not serve such a device.
     """
-    if name == "auto":
-        return _BEST.get(device.type, _ENGINES["operators"])
-    if name == "native" and device.type != "cpu":
-        raise EngineUnavailableError(
-            f"engine='native' serves the CPU, and there are gradients on {device}: give "
-            "engine='auto', which chooses for each device."
+    if name != "auto":
+        engine = _ENGINES[name]
+        reason = engine.unserved(device)
+        if reason is not None:
+            raise EngineUnavailableError(reason)
+        return engine
+    if device.type == "cuda":
+        _load_triton()
+    best = _BEST.get(device.type)
+    return _ENGINES["operators"] if best is None or best.unserved(device) else best
+
+
+@lru_cache(maxsize=1)
+def _load_triton() -> None:
+    """Put the engine of Triton kernels, whose import takes a while, among the others."""
+    remedy = (
+        "Install a newer torch with its CUDA packages, which bring Triton; or give engine='auto', "
+        "which takes torch operators."
+    )
+    try:
+        import triton
+    except ImportError as error:
+        _MISSING["triton"] = f"engine='triton' is not available: {error}. {remedy}"
+        return
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        _MISSING["triton"] = (
+            f"engine='triton' is not available: Triton {triton.__version__} is installed, needed "
+            f"is {'.'.join(map(str, OLDEST_TRITON))} or newer. {remedy}"
         )
-    return _ENGINES[name]
+        return
+    from .triton import INTERPRETED, TritonEngine
+
+    _ENGINES["triton"] = TritonEngine()
+    if not INTERPRETED:
+        _BEST["cuda"] = _ENGINES["triton"]

@@ -16,6 +16,15 @@ from torch import Tensor
 INFINITY = math.inf
 
 
+class Batch(list[Tensor]):
+    """Tensors that are measured first and written after, with nothing changed between.
+
+    An engine may note on it what it has found out about them.
+    """
+
+    note: object = None
+
+
 class Engine(ABC):
     """Verbs over gradients of one device and one dtype.
 
@@ -27,6 +36,10 @@ class Engine(ABC):
 
     name: str
     """What a user types for ``engine=`` and reads in ``clipper.engine``."""
+
+    def unserved(self, device: torch.device) -> str | None:
+        """Return why a device is not served, as an error says it; None where it is."""
+        return None
 
     @abstractmethod
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+LOW = 1 << 32
+"""Few addresses are lower, those of tensors without memory among them."""
+PLAIN = {Tensor, nn.Parameter}
+"""Types of tensors that have the memory they say."""
 CHUNK = 1 << 18
 """Elements to work on at a time, a multiple of what is summed at once."""
 
@@ -116,6 +120,44 @@ def table_view(tensor: Tensor) -> Tensor | None:
         return None
     strides = (tensor.stride(0), 1)
     return tensor.as_strided(_table_shape(tensor), strides, tensor.storage_offset())
+
+
+def addresses_of(
+    tensors: Sequence[Tensor], rows: bool, seen: Callable[[Tensor], Tensor | None]
+) -> tuple[list[int], Sequence[Tensor]] | None:
+    """Return where tensors begin, for code that knows addresses and lengths alone.
+
+    Args:
+        tensors: Any.
+        rows: Whether row by row.
+        seen: Makes what is not contiguous so, or returns None if it cannot.
+
+    Returns:
+        The addresses, and the tensors that have this memory, to be kept as long as it is used;
+        None where a tensor has no memory that can be described.
+    """
+    # Dynamo, which traces when it is compiling, would stop at an address.
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
+        return None
+    held = tensors
+    if rows or not all(map(Tensor.is_contiguous, tensors)):
+        views = [seen(as_it_lies(tensor)) for tensor in tensors]
+        held = [view for view in views if view is not None]
+    if len(held) < len(tensors):
+        return None
+    try:
+        addresses = [*map(Tensor.data_ptr, held)]
+    except RuntimeError:  # within a transformation of torch.func
+        return None
+    if min(addresses, default=LOW) < LOW and not all(map(_has_memory, held)):
+        return None
+    return addresses, held
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Tell whether the address of a tensor is more than its distance from the null pointer."""
+    away = tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr() != away or not tensor.numel()
 
 
 def _table_shape(tensor: Tensor) -> tuple[int, int]:

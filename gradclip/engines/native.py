@@ -15,13 +15,13 @@ from pathlib import Path
 from struct import pack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..errors import EngineUnavailableError
 from .base import Engine, rounded_bounds
 from .bits import INTEGERS
-from .memory import as_it_lies, flat, flat_view, table, table_view
+from .memory import addresses_of, flat, flat_view, table, table_view
 from .operators import OperatorsEngine
 
 ABI = 1
@@ -31,11 +31,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 OK, NO_MEMORY = 0, -1
 BEST = 2
 """The highest level of instruction sets."""
-LOW = 1 << 32
-"""Few addresses are lower, those of tensors without memory among them."""
 BATCH = 32
-PLAIN = {Tensor, nn.Parameter}
-"""Types of tensors that have the memory they say."""
 
 _OPERATORS = OperatorsEngine()
 _NUMBERS = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -54,6 +50,15 @@ class NativeEngine(Engine):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+
+    def unserved(self, device: torch.device) -> str | None:
+        """See `Engine.unserved`."""
+        if device.type == "cpu":
+            return None
+        return (
+            f"engine='native' serves the CPU, and there are gradients on {device}: give "
+            "engine='auto', which chooses for each device."
+        )
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
@@ -132,11 +137,6 @@ def _address(numbers: Tensor) -> int:
         return 0
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Tell whether the address of a tensor is more than its distance from the null pointer."""
-    return tensor.data_ptr() != tensor.storage_offset() * tensor.element_size()
-
-
 def _done(status: int) -> bool:
     """Tell whether the library could take what lies there."""
     if status == NO_MEMORY:
@@ -171,23 +171,10 @@ def _request(
     and 1.1 for the lengths, each in one call from C; 0.9 to pack them, for which the call itself
     takes one argument less each. The rest: 1 us for ctypes, 1.5 for the sums, 1.3 for the result.
     """
-    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
+    found = addresses_of(tensors, rows, seen)
+    if found is None:
         return None, tensors
-    held = tensors
-    if rows or not all(map(Tensor.is_contiguous, tensors)):
-        views = [seen(as_it_lies(tensor)) for tensor in tensors]
-        held = [view for view in views if view is not None]
-    count = len(tensors)
-    if len(held) < count:
-        return None, tensors
-    try:
-        numbers = [*map(Tensor.data_ptr, held)]
-    except RuntimeError:  # within a transformation of torch.func
-        return None, tensors
-    if min(numbers, default=LOW) < LOW:
-        filled = [view for view in held if view.numel()]
-        if not all(map(_has_memory, filled)):
-            return None, tensors
+    numbers, held = found
     if rows:
         numbers += [view.shape[1] for view in held]
         numbers += map(len, held)
@@ -195,7 +182,7 @@ def _request(
     else:
         numbers += map(Tensor.numel, held)
     dtype, threads = DTYPES[tensors[0].dtype], torch.get_num_threads()
-    return pack(f"3qdq{len(numbers)}q", dtype, threads, rows, order, count, *numbers), held
+    return pack(f"3qdq{len(numbers)}q", dtype, threads, rows, order, len(held), *numbers), held
 
 
 def _one_by_one(

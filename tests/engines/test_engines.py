@@ -1,10 +1,28 @@
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
 from gradclip import ArgumentError, EngineUnavailableError, engines
 from gradclip.engines import check_engine_name, engine_for, norm_dtype
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """The choice of engines before Triton was looked for."""
+    monkeypatch.setattr(engines, "_ENGINES", {**engines._ENGINES})
+    monkeypatch.setattr(engines, "_MISSING", {})
+    monkeypatch.setattr(engines, "_BEST", {**engines._BEST})
+    for chosen, key in ((engines._ENGINES, "triton"), (engines._BEST, "cuda")):
+        chosen.pop(key, None)
+    engines._load_triton.cache_clear()
+    yield
+    engines._load_triton.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["auto", "operators", "reference"])
@@ -13,12 +31,54 @@ def test_the_names_of_engines_that_are_there_are_accepted(name):
 
 
 def test_an_engine_that_is_asked_for_and_not_there_is_an_error(monkeypatch):
-    with pytest.raises(EngineUnavailableError, match="engine='triton' is not available"):
-        check_engine_name("triton")
     monkeypatch.setattr(engines, "_ENGINES", {})
     monkeypatch.setitem(engines._MISSING, "native", "engine='native' is not available: reason")
     with pytest.raises(EngineUnavailableError, match="engine='native' is not available: reason"):
         check_engine_name("native")
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_without_triton_its_engine_is_refused_and_torch_operators_serve_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(EngineUnavailableError, match=r"not available: import of triton.*Install"):
+        check_engine_name("triton")
+    assert engine_for("auto", CUDA).name == "operators"
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_triton_that_is_too_old_is_refused_with_its_version(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.1.0+git"))
+    with pytest.raises(EngineUnavailableError, match=r"Triton 3.1.0\+git is .* needed is 3.2 or"):
+        check_engine_name("triton")
+    assert engine_for("auto", CUDA).name == "operators"
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_triton_serves_cuda_devices_that_it_compiles_for(monkeypatch):
+    from gradclip.engines import triton
+
+    for capability, name in (((9, 0), "triton"), ((7, 0), "triton"), ((6, 1), "operators")):
+        monkeypatch.setattr(triton, "_capability", lambda device, found=capability: found)
+        assert engine_for("auto", CUDA).name == name
+        if name == "triton":
+            assert engine_for("triton", CUDA).name == "triton"
+        else:
+            with pytest.raises(EngineUnavailableError, match="7.0 or newer, and cuda:0 has 6.1"):
+                engine_for("triton", CUDA)
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_triton_asked_for_by_name_serves_no_cpu():
+    check_engine_name("triton")
+    with pytest.raises(EngineUnavailableError, match="of type cuda, and there are gradients on cp"):
+        engine_for("triton", torch.device("cpu"))
+
+
+def test_nothing_looks_for_triton_before_it_is_needed(unloaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert check_engine_name("auto") == "auto"
+    engine_for("auto", torch.device("cpu"))
+    assert "triton" not in engines._MISSING
 
 
 @pytest.mark.parametrize("name", ["fast", None, 1, ""])
@@ -33,6 +93,11 @@ def test_only_auto_chooses(native_engine):
     assert engine_for("auto", torch.device("meta")).name == "operators"
     for name in ("native", "operators", "reference"):
         assert engine_for(name, cpu).name == name
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps", "hpu", "meta"])
+def test_torch_operators_serve_every_other_device(kind):
+    assert engine_for("auto", torch.device(kind)).name == "operators"
 
 
 def test_without_the_native_engine_torch_operators_serve_the_cpu(monkeypatch):

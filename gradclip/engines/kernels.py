@@ -1,0 +1,364 @@
+"""The Triton kernels, and nothing else.
+
+What lies where comes in three tables of int64. ``addresses``: of each tensor. ``pieces``: four
+numbers each, the index of its tensor, its first element, its length, and the index of its strip,
+which is what has a number of its own: a tensor or a row. ``starts``: the first piece of each
+program, and the end of the last. See `gradclip.engines.plan`.
+
+State is float64 throughout: partial sums, results, coefficients and bounds. Elements of float16,
+bfloat16 and float32 are squared and added up in float32 first, at most 16 to a lane, and whatever
+leaves the range of float32 is read again in float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOW = tl.constexpr(2.0**-80)
+"""A piece whose squares add up to less may have lost some to underflow."""
+HIGH = tl.constexpr(2.0**126)
+"""A piece whose powers add up to more may have overflowed."""
+SMALL = tl.constexpr(2.0**-100)
+"""Coefficients below are not rounded to float32."""
+LARGEST = tl.constexpr(float("inf"))
+FIELDS = tl.constexpr(4)
+COMBINED = tl.constexpr(1024)
+"""Partial sums to add up at a time."""
+
+
+# State float64; reads every byte once (twice where a piece left the range of float32).
+@triton.jit
+def power_sums(
+    addresses,
+    pieces,
+    starts,
+    sums,
+    arrived,
+    norm,
+    ORDER: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOTAL: tl.constexpr,
+):
+    """Write the power sum of each piece to ``sums``; or of each program, and the norm of all."""
+    program = tl.program_id(0)
+    total = tl.full((), 0.0, tl.float64)
+    for piece in range(tl.load(starts + program), tl.load(starts + program + 1)):
+        address, length, _ = _piece(addresses, pieces, piece, ELEMENT)
+        part = _power_sum(address, length, ORDER, ELEMENT, BLOCK)
+        if TOTAL:
+            total = _combined(total, part, ORDER)
+        else:
+            tl.store(sums + piece, part)
+    if TOTAL:
+        tl.store(sums + program, total)
+        # Whoever comes last adds up what all have written, always in the same order.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            total = _combined_all(sums, 0, tl.num_programs(0), ORDER)
+            tl.store(norm, _root(total, ORDER))
+            tl.store(arrived, 0)
+
+
+# State float64; reads 8 bytes per piece.
+@triton.jit
+def strip_sums(sums, first_pieces, results, ORDER: tl.constexpr):
+    """Write the power sum of each strip to ``results``, from those of its pieces."""
+    strip = tl.program_id(0)
+    first, end = tl.load(first_pieces + strip), tl.load(first_pieces + strip + 1)
+    tl.store(results + strip, _combined_all(sums, first, end, ORDER))
+
+
+# State float64. Scaling reads and writes every byte, but none where the coefficient rounds to 1;
+# limiting reads every byte, but none where the bound is infinite, and writes the blocks beyond it.
+@triton.jit(do_not_specialize=["programs", "grouped"])
+def change(
+    addresses,
+    pieces,
+    starts,
+    numbers,
+    programs,
+    grouped,
+    LIMIT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Multiply every piece by the number of its strip, or by the one that all share.
+
+    With LIMIT, limit its elements to that instead. Each program has the work of ``grouped``
+    programs of the plan. The last comes first: what was measured last is still in the cache.
+    """
+    number = tl.load(numbers)
+    if SHARED:
+        if _leaves(number, LIMIT, ELEMENT):
+            return
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)) * grouped
+    end = tl.load(starts + tl.minimum(program + grouped, programs))
+    for back in range(end - tl.load(starts + program)):
+        address, length, strip = _piece(addresses, pieces, end - 1 - back, ELEMENT)
+        if not SHARED:
+            number = tl.load(numbers + strip)
+        if not _leaves(number, LIMIT, ELEMENT):
+            _change_piece(address, length, number, LIMIT, ELEMENT, BLOCK)
+
+
+# No state; writes 8 bytes per address. For captured graphs, in which numbers given to a kernel are
+# kept, while memory on the host might be gone when the graph is replayed.
+@triton.jit(do_not_specialize=["first", "a", "b", "c", "d", "e", "f", "g", "h"])
+def write_addresses(addresses, first, a, b, c, d, e, f, g, h):
+    """Write eight addresses into the table."""
+    to = addresses + first
+    tl.store(to, a)
+    tl.store(to + 1, b)
+    tl.store(to + 2, c)
+    tl.store(to + 3, d)
+    tl.store(to + 4, e)
+    tl.store(to + 5, f)
+    tl.store(to + 6, g)
+    tl.store(to + 7, h)
+
+
+# Their parts
+
+
+@triton.jit
+def _piece(addresses, pieces, piece, ELEMENT: tl.constexpr):
+    """Return the address of a piece, its length and its strip."""
+    fields = pieces + piece * FIELDS
+    size: tl.constexpr = 8 if ELEMENT == tl.float64 else (4 if ELEMENT == tl.float32 else 2)
+    address = tl.load(addresses + tl.load(fields)) + tl.load(fields + 1) * size
+    return address, tl.load(fields + 2), tl.load(fields + 3)
+
+
+@triton.jit
+def _pointer(address, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a pointer, from which 16 bytes are read at a time where it is said to be aligned.
+
+    bfloat16 is read as integers: older devices do not know it, and the interpreter truncates it.
+    """
+    pointer = address.to(tl.pointer_type(tl.int16 if ELEMENT == tl.bfloat16 else ELEMENT))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def _read(stored, ELEMENT: tl.constexpr, STATE: tl.constexpr):
+    """Return the numbers that elements are."""
+    if ELEMENT == tl.bfloat16:
+        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(STATE)
+    else:
+        return stored.to(STATE)
+
+
+@triton.jit
+def _rounded(numbers, ELEMENT: tl.constexpr):
+    """Return the elements that are nearest to numbers, of two the even one."""
+    if ELEMENT == tl.bfloat16:
+        bits = numbers.to(tl.float32).to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(numbers == numbers, nearest, (bits >> 16) | 0x40).to(tl.int16)
+    else:
+        return numbers.to(ELEMENT)
+
+
+@triton.jit
+def _power_sum(address, length, ORDER: tl.constexpr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the power sum of a piece; whatever its alignment, the lanes are the same."""
+    if ORDER == LARGEST:
+        return _largest(address, length, ELEMENT, BLOCK)
+    wide: tl.constexpr = ELEMENT == tl.float64 or (ORDER != 1.0 and ORDER != 2.0)
+    state: tl.constexpr = tl.float64 if wide else tl.float32
+    if address % 16 == 0:
+        lanes, most = _lanes(address, True, length, ORDER, ELEMENT, state, BLOCK)
+    else:
+        lanes, most = _lanes(address, False, length, ORDER, ELEMENT, state, BLOCK)
+    total = tl.sum(lanes.to(tl.float64), 0)
+    if not wide and ELEMENT != tl.float16:
+        lost = (ORDER == 2.0) & (total < LOW) & (tl.max(most, 0) > 0)
+        if lost | (not (total < HIGH)):
+            again, _ = _lanes(address, False, length, ORDER, ELEMENT, tl.float64, BLOCK)
+            total = tl.sum(again, 0)
+    return total
+
+
+@triton.jit
+def _lanes(
+    address,
+    ALIGNED: tl.constexpr,
+    length,
+    ORDER: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the power sum of every BLOCK-th element, and the largest."""
+    lane = tl.arange(0, BLOCK)
+    at = _pointer(address, ELEMENT, ALIGNED) + lane
+    sums = tl.zeros([BLOCK], STATE)
+    most = tl.zeros([BLOCK], STATE)
+    whole = length // BLOCK
+    for block in range(whole):
+        magnitude = tl.abs(_read(tl.load(at + block * BLOCK), ELEMENT, STATE))
+        sums += _power(magnitude, ORDER)
+        most = tl.maximum(most, magnitude)
+    rest = whole * BLOCK
+    if rest < length:
+        elements = tl.load(at + rest, mask=lane < length - rest, other=0)
+        magnitude = tl.abs(_read(elements, ELEMENT, STATE))
+        sums += _power(magnitude, ORDER)
+        most = tl.maximum(most, magnitude)
+    return sums, most
+
+
+@triton.jit
+def _power(magnitude, ORDER: tl.constexpr):
+    if ORDER == 1.0:
+        return magnitude
+    elif ORDER == 2.0:
+        return magnitude * magnitude
+    else:
+        return tl.exp2(ORDER * tl.log2(magnitude))
+
+
+@triton.jit
+def _largest(address, length, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the largest magnitude, NaN if there is one: its bits are the largest integer."""
+    if address % 16 == 0:
+        most = _largest_bits(address, True, length, ELEMENT, BLOCK)
+    else:
+        most = _largest_bits(address, False, length, ELEMENT, BLOCK)
+    bits = tl.max(most, 0)
+    if ELEMENT == tl.bfloat16:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(tl.float64)
+    else:
+        return bits.to(most.dtype).to(ELEMENT, bitcast=True).to(tl.float64)
+
+
+@triton.jit
+def _largest_bits(
+    address, ALIGNED: tl.constexpr, length, ELEMENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    if ELEMENT == tl.float64:
+        integer: tl.constexpr = tl.int64
+        magnitude: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+    elif ELEMENT == tl.float32:
+        integer: tl.constexpr = tl.int32
+        magnitude: tl.constexpr = 0x7FFFFFFF
+    else:
+        integer: tl.constexpr = tl.int16
+        magnitude: tl.constexpr = 0x7FFF
+    lane = tl.arange(0, BLOCK)
+    at = _pointer(address, integer, ALIGNED) + lane
+    most = tl.zeros([BLOCK], integer)
+    whole = length // BLOCK
+    for block in range(whole):
+        most = tl.maximum(most, tl.load(at + block * BLOCK) & magnitude)
+    rest = whole * BLOCK
+    if rest < length:
+        bits = tl.load(at + rest, mask=lane < length - rest, other=0)
+        most = tl.maximum(most, bits & magnitude)
+    return most
+
+
+@triton.jit
+def _combined(one, other, ORDER: tl.constexpr):
+    """Return the power sum of what two power sums, none negative, are of."""
+    if ORDER == LARGEST:
+        most = tl.maximum(one.to(tl.int64, bitcast=True), other.to(tl.int64, bitcast=True))
+        return most.to(tl.float64, bitcast=True)
+    else:
+        return one + other
+
+
+@triton.jit
+def _combined_all(sums, first, end, ORDER: tl.constexpr):
+    """Return the power sum of what all of a range of power sums are of."""
+    lane = tl.arange(0, COMBINED)
+    lanes = tl.zeros([COMBINED], tl.float64)
+    for at in range(first, end, COMBINED):
+        # Written by other programs just now: not to be had from this one's own cache.
+        part = tl.load(sums + at + lane, mask=at + lane < end, other=0.0, cache_modifier=".cg")
+        lanes = _combined(lanes, part, ORDER)
+    if ORDER == LARGEST:
+        return tl.max(lanes.to(tl.int64, bitcast=True), 0).to(tl.float64, bitcast=True)
+    else:
+        return tl.sum(lanes, 0)
+
+
+@triton.jit
+def _root(power_sum, ORDER: tl.constexpr):
+    if ORDER == LARGEST or ORDER == 1.0:
+        return power_sum
+    elif ORDER == 2.0:
+        return tl.sqrt(power_sum)
+    else:
+        return tl.exp2(tl.log2(power_sum) / ORDER)
+
+
+@triton.jit
+def _leaves(number, LIMIT: tl.constexpr, ELEMENT: tl.constexpr):
+    """Tell whether a coefficient, or a bound, leaves everything as it is."""
+    if LIMIT:
+        return number == LARGEST
+    elif ELEMENT == tl.float64:
+        return number >= 1.0
+    else:
+        return number >= 1.0 - 2.0**-25
+
+
+@triton.jit
+def _change_piece(
+    address,
+    length,
+    number,
+    LIMIT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Change whole blocks, and the rest in smaller ones, which take fewer registers."""
+    narrow = number.to(tl.float64 if ELEMENT == tl.float64 else tl.float32)
+    # In float32 the least coefficients would be rounded to zero.
+    if (not LIMIT) & (number < SMALL):
+        _change(address, False, 0, length, number, LIMIT, ELEMENT, BLOCK // 8)
+    elif address % 16 == 0:
+        whole = length // BLOCK * BLOCK
+        _change(address, False, whole, length, narrow, LIMIT, ELEMENT, BLOCK // 8)
+        _change(address, True, 0, whole, narrow, LIMIT, ELEMENT, BLOCK)
+    else:
+        _change(address, False, 0, length, narrow, LIMIT, ELEMENT, BLOCK // 4)
+
+
+@triton.jit
+def _change(
+    address,
+    ALIGNED: tl.constexpr,
+    first,
+    end,
+    number,
+    LIMIT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Change some elements of a piece, in the dtype of the number, the last block first.
+
+    If it is aligned, these are whole blocks. Finite bounds are exact in the dtype of the elements.
+    """
+    lane = tl.arange(0, BLOCK)
+    begin = _pointer(address, ELEMENT, ALIGNED) + first
+    blocks = (end - first + BLOCK - 1) // BLOCK
+    for back in range(blocks):
+        skipped = (blocks - 1 - back) * BLOCK
+        at = begin + skipped + lane
+        inside = None if ALIGNED else lane < end - first - skipped
+        stored = tl.load(at, mask=inside, other=None if ALIGNED else 0)
+        elements = _read(stored, ELEMENT, number.dtype)
+        if not LIMIT:
+            # Zeros even where the element is NaN or infinite.
+            product = tl.where(number == 0, 0.0, elements * number)
+            tl.store(at, _rounded(product, ELEMENT), mask=inside)
+        elif tl.max((tl.abs(elements) > number).to(tl.int32), 0) > 0:
+            # NaN is not larger than anything, and stays.
+            lower = tl.where(elements < -number, -number, elements)
+            limited = tl.where(lower > number, number, lower)
+            tl.store(at, _rounded(limited, ELEMENT), mask=inside)

@@ -49,11 +49,13 @@ class Gradients:
         """Size of all gradients."""
         return sum(p.numel() * p.element_size() for p in self.parameters)
 
-    def error(self) -> float:
-        """Relative error of gradclip's norm against float64."""
-        exact = sum(p.grad.double().square().sum().item() for p in self.parameters) ** 0.5
-        found = gradclip.get_total_norm([p.grad for p in self.parameters]).item()
-        return abs(found / exact - 1)
+    def norm(self) -> float:
+        """Measure the norm in float64."""
+        return sum(p.grad.double().square().sum().item() for p in self.parameters) ** 0.5
+
+    def error(self, measure: Callable[..., torch.Tensor] = gradclip.get_total_norm) -> float:
+        """Relative error of gradclip's norm, or of another's, against float64."""
+        return abs(measure([p.grad for p in self.parameters]).item() / self.norm() - 1)
 
 
 def machine() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Shapes of the gradients of four models, built in code."""
+"""Shapes of the gradients of models, built in code."""
 
 from __future__ import annotations
 
@@ -33,14 +33,48 @@ def resnet50() -> list[Shape]:
     return [*shapes, (1000, 2048), (1000,)]
 
 
-def gpt2() -> list[Shape]:
-    """GPT-2 124M, 148 tensors."""
-    wide = 768
+def gpt2(
+    layers: int = 12, wide: int = 768, vocabulary: int = 50257, positions: int = 1024
+) -> list[Shape]:
+    """GPT-2, 12 tensors a layer and 4; by default that of 124M."""
     layer: list[Shape] = [
         *[(wide,), (wide,), (3 * wide, wide), (3 * wide,), (wide, wide), (wide,)],
         *[(wide,), (wide,), (4 * wide, wide), (4 * wide,), (wide, 4 * wide), (wide,)],
     ]
-    return [(50257, wide), (1024, wide), *(layer * 12), (wide,), (wide,)]
+    return [(vocabulary, wide), (positions, wide), *(layer * layers), (wide,), (wide,)]
+
+
+def gpt2_xl() -> list[Shape]:
+    """GPT-2 XL, 580 tensors, 1.56e9 elements."""
+    return gpt2(layers=48, wide=1600)
+
+
+def llama3(
+    layers: int = 32,
+    wide: int = 4096,
+    narrow: int = 1024,
+    inner: int = 14336,
+    vocabulary: int = 128256,
+) -> list[Shape]:
+    """Llama 3, 9 tensors a layer and 3; by default that of 8B, 8.03e9 elements.
+
+    Args:
+        layers: How many there are.
+        wide: Size of the residual stream, and of all queries.
+        narrow: Size of all keys, and of all values.
+        inner: Size inside a feed-forward part.
+        vocabulary: Rows of the embedding, and of the head, which is not tied to it.
+    """
+    layer: list[Shape] = [
+        *[(wide, wide), (narrow, wide), (narrow, wide), (wide, wide)],
+        *[(inner, wide), (inner, wide), (wide, inner), (wide,), (wide,)],
+    ]
+    return [(vocabulary, wide), *(layer * layers), (wide,), (vocabulary, wide)]
+
+
+def tiny(count: int = 1000) -> list[Shape]:
+    """Many vectors of 1 to 256 elements, which cost the host more than the device."""
+    return [(1 + 37 * place % 256,) for place in range(count)]
 
 
 SETS = {"small": small, "lstm": lstm, "resnet50": resnet50, "gpt2": gpt2}

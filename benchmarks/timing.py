@@ -6,12 +6,24 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+Timer = Callable[[Callable[[], object], Callable[[], None]], float]
+"""Given what to call and what to do before: the seconds that the call took."""
+
+
+def by_clock(call: Callable[[], object], prepare: Callable[[], None]) -> float:
+    """Time a call by the clock, in seconds, after preparing for it."""
+    prepare()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
 
 def interleaved_medians(
     rivals: Mapping[str, Callable[[], object]],
     prepare: Callable[[], None],
     seconds: float,
     calls: int = 1,
+    timer: Timer = by_clock,
 ) -> dict[str, float]:
     """Return the median time of each rival in seconds a call.
 
@@ -21,6 +33,7 @@ def interleaved_medians(
         prepare: Called before every timed call, outside the timed part.
         seconds: How long to go on; at least 5 rounds are made.
         calls: Calls whose mean is one measurement, for what is paid once in many calls.
+        timer: How one call is timed.
     """
     names = list(rivals)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -29,17 +42,8 @@ def interleaved_medians(
     while rounds < 6 or time.perf_counter() < end:
         first = rounds % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(_mean_of(calls, rivals[name], prepare))
+            taken = sum(timer(rivals[name], prepare) for _ in range(calls))
+            times[name].append(taken / calls)
         rounds += 1
     # The first round pays for what is allocated once.
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
-
-
-def _mean_of(calls: int, rival: Callable[[], object], prepare: Callable[[], None]) -> float:
-    taken = 0.0
-    for _ in range(calls):
-        prepare()
-        start = time.perf_counter()
-        rival()
-        taken += time.perf_counter() - start
-    return taken / calls

@@ -1,0 +1,183 @@
+"""What `benchmarks.cuda` measured, as Markdown, beside what was aimed at."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from gradclip.engines import engine_for
+
+RIVALS = ("compiled", "apex", "transformer engine", "gradclip", "hook")
+TOY = (
+    "**No CUDA device: toys on the CPU, timed by the clock. These numbers mean nothing; they show "
+    "that the benchmark runs.**"
+)
+UNDER, UNDER_TINY, CLIPPING, HOST_TINY = 0.40, 0.50, 1.0, 0.50
+NORM_SHARE, NORM_BYTES = 0.85, 5e8
+TRAINING = 0.01
+LOGGED = "GradientClipper with log"
+
+
+def interpreted() -> bool:
+    """Tell whether Triton kernels are interpreted, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe what the figures are measured on."""
+    on_device = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_device else "cpu",
+        "meaningless": not on_device,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "engine": engine_for("auto", device).name,
+        "interpreted": interpreted(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what was aimed at beside what was measured, and whether that was met.
+
+    What was not measured is left out.
+    """
+    found = [target for row in result["rows"] for target in _targets_of(row)]
+    if result["training"]:
+        overhead = result["training"]["overhead"][LOGGED]
+        what = "clip and log, added to a training step"
+        found.append(_target(what, "<=", TRAINING, overhead))
+    return found
+
+
+def _targets_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    name, regime, tiny = row["set"], row["regime"], row["set"] == "tiny"
+    if "gradclip" not in row["device_ratio"]:
+        return
+    if regime == "norm":
+        if row["bytes"] >= NORM_BYTES:
+            yield _target(f"{name}, norm, of bandwidth", ">=", NORM_SHARE, row["share"]["gradclip"])
+        return
+    limit = CLIPPING if regime == "clipping" else UNDER_TINY if tiny else UNDER
+    device, host = row["device_ratio"]["gradclip"], row["host_ratio"]["gradclip"]
+    yield _target(f"{name}, {regime}, device, of torch's", "<=", limit, device)
+    if tiny:
+        yield _target(f"{name}, {regime}, host, of torch's", "<=", HOST_TINY, host)
+
+
+def _target(what: str, sign: str, limit: float, measured: float) -> dict[str, Any]:
+    met = measured <= limit if sign == "<=" else measured >= limit
+    return {"what": what, "sign": sign, "limit": limit, "measured": measured, "met": met}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the report."""
+    about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    parts = [about]
+    if result["machine"]["meaningless"]:
+        parts.insert(0, TOY)
+    if "copy_bandwidth" in result:
+        parts.append(f"copy bandwidth {result['copy_bandwidth'] / 1e9:,.4g} GB/s, read and written")
+    if result["rows"]:
+        parts += [_device_table(result["rows"]), _host_table(result["rows"])]
+    if any(result["left_out"].values()):
+        parts.append(_left_out(result["left_out"]))
+    if result["training"]:
+        parts.append(_training_table(result["training"]))
+    if result["targets"]:
+        parts.append(_targets_table(result["targets"]))
+    return "\n\n".join(parts)
+
+
+def _device_table(rows: list[dict[str, Any]]) -> str:
+    """Times on the device, as ratios to torch's."""
+    first = ["device", "dtype", "regime", "torch, ms"]
+    last = ["gradclip, ms", "of bandwidth", "error", "torch's error"]
+    return _table(
+        [*first, *RIVALS, *last],
+        [
+            [
+                *[row["set"], row["dtype"], row["regime"], f"{row['device_ms']['torch']:.3f}"],
+                *[_number(row["device_ratio"].get(name), ".2f") for name in RIVALS],
+                _number(row["device_ms"].get("gradclip"), ".3f"),
+                _number(row["share"].get("gradclip"), ".0%"),
+                *[f"{row['error'][name]:.0e}" for name in ("gradclip", "torch")],
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _host_table(rows: list[dict[str, Any]]) -> str:
+    """Times until the call returns, as ratios to torch's."""
+    return _table(
+        ["host", "regime", "torch, us", *RIVALS, "gradclip, us", "hook, us"],
+        [
+            [
+                *[row["set"], row["regime"], f"{row['host_us']['torch']:.0f}"],
+                *[_number(row["host_ratio"].get(name), ".2f") for name in RIVALS],
+                *[_number(row["host_us"].get(name), ".0f") for name in ("gradclip", "hook")],
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _training_table(training: dict[str, Any]) -> str:
+    lines = [
+        [name, f"{taken:.2f}", f"{training['overhead'][name]:+.1%}"]
+        for name, taken in training["ms"].items()
+    ]
+    parameters, batch, length = (training[key] for key in ("parameters", "batch", "length"))
+    what = f"training step of GPT-2, {parameters:,} parameters, {batch} x {length} tokens"
+    table = _table([f"{what}, bfloat16 autocast", "ms", "over no clipping"], lines)
+    return f"{table}\n\nGradientClipper clipped {training['clipped']:.0%} of its steps."
+
+
+def _targets_table(found: list[dict[str, Any]]) -> str:
+    return _table(
+        ["target", "", "measured", "met"],
+        [
+            [
+                each["what"],
+                f"{each['sign']} {each['limit']:.2f}",
+                f"{each['measured']:.3f}",
+                "yes" if each["met"] else "no",
+            ]
+            for each in found
+        ],
+    )
+
+
+def _left_out(found: dict[str, dict[str, str]]) -> str:
+    """Rivals that were not measured, each reason once."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name, reasons in found.items():
+        for rival, why in reasons.items():
+            sets.setdefault((rival, why), []).append(name)
+    lines = [f"- {rival} ({', '.join(names)}): {why}" for (rival, why), names in sets.items()]
+    return "\n".join(["Left out:", "", *lines])
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

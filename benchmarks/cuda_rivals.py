@@ -1,0 +1,147 @@
+"""Ways to clip gradients on a device to the norm `MAX_NORM`, and those that do not work here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradclip
+from benchmarks.gradients import POOL, Gradients
+
+MAX_NORM = 1.0
+COMPILE_SECONDS = 45.0
+PACKAGES = {
+    "apex": ("apex.multi_tensor_apply", "amp_C"),
+    "transformer engine": ("transformer_engine.pytorch.optimizers",) * 2,
+}
+"""Where the multi-tensor applier and its kernels are."""
+
+Step = Callable[[], object]
+
+
+class DeviceGradients(Gradients):
+    """Gradients of a device, of a chosen norm, rewritten from a pool that is small beside them.
+
+    Every gradient is the beginning of one of `POOL` buffers of the size of the largest.
+    """
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        options: Any = {"dtype": dtype, "device": device}
+        self.parameters = [nn.Parameter(torch.zeros(shape, **options)) for shape in shapes]
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        sizes = [*map(math.prod, shapes)]
+        self.elements = sum(sizes)
+        self._buffers = [torch.empty(max(sizes), **options) for _ in range(POOL)]
+        self._pool = itertools.cycle(
+            [
+                [buffer[:size].view(shape) for size, shape in zip(sizes, shapes, strict=True)]
+                for buffer in self._buffers
+            ]
+        )
+
+    @property
+    def held(self) -> list[torch.Tensor]:
+        """The gradients."""
+        return [parameter.grad for parameter in self.parameters]
+
+    def draw(self, norm: float) -> None:
+        """Draw the pool anew, for gradients of about this norm."""
+        for buffer in self._buffers:
+            buffer.normal_(std=norm / self.elements**0.5)
+        self.rewrite()
+
+    def rewrite(self) -> None:
+        """Write the next gradients of the pool."""
+        torch._foreach_copy_(self.held, next(self._pool))
+
+
+def clipping_rivals(
+    gradients: DeviceGradients, hook: Step, *, compiles: bool = True
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """Return the rivals that clip as they should, and for the others why they are left out.
+
+    Args:
+        gradients: What they clip.
+        hook: The step of an optimizer with a clipper.
+        compiles: Whether to try torch.compile.
+    """
+    parameters = gradients.parameters
+    makers: dict[str, Callable[[], Step]] = {
+        "torch": lambda: lambda: nn.utils.clip_grad_norm_(parameters, MAX_NORM),
+        **({"compiled": lambda: compiled(parameters)} if compiles else {}),
+        **{name: lambda name=name: multi_tensor(name, parameters) for name in PACKAGES},
+        "gradclip": lambda: lambda: gradclip.clip_grad_norm_(parameters, MAX_NORM),
+        "hook": lambda: hook,
+    }
+    gradients.draw(2 * MAX_NORM)
+    found, left_out = {}, {}
+    for name, make in makers.items():
+        try:
+            step = make()
+            gradients.rewrite()
+            step()
+            if not math.isclose(gradients.norm(), MAX_NORM, rel_tol=0.05):
+                raise ValueError(f"clipped to {gradients.norm():.4f} instead of {MAX_NORM}")
+            found[name] = step
+        except ModuleNotFoundError as error:
+            left_out[name] = f"not installed ({error})"
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others can be measured
+            left_out[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return found, left_out
+
+
+def compiled(parameters: list[nn.Parameter]) -> Step:
+    """Torch's own clipping, compiled as one graph; elsewhere than on CUDA without kernels."""
+    torch.compiler.reset()
+    step: Step = torch.compile(
+        lambda: nn.utils.clip_grad_norm_(parameters, MAX_NORM),
+        fullgraph=True,
+        dynamic=False,
+        backend="inductor" if parameters[0].is_cuda else "aot_eager",
+    )
+    with deadline(COMPILE_SECONDS):
+        step()
+    return step
+
+
+def multi_tensor(package: str, parameters: list[nn.Parameter]) -> Step:
+    """The kernels of a package, used as Megatron-LM does: the host reads the norm and decides."""
+    applier, kernels = map(importlib.import_module, PACKAGES[package])
+    apply = applier.multi_tensor_applier
+    flag = torch.zeros(1, dtype=torch.int32, device=parameters[0].device)
+
+    def clip() -> None:
+        held = [parameter.grad for parameter in parameters]
+        norm, _ = apply(kernels.multi_tensor_l2norm, flag, [held], False)
+        coefficient = MAX_NORM / (norm.item() + 1e-6)
+        if coefficient < 1:
+            apply(kernels.multi_tensor_scale, flag, [held, held], coefficient)
+
+    return clip
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer, with a TimeoutError; in the main thread only."""
+
+    def interrupt(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

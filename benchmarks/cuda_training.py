@@ -1,0 +1,134 @@
+"""Whole training steps of GPT-2, clipped in several ways and in none."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+import gradclip
+from benchmarks.cuda_rivals import MAX_NORM
+from benchmarks.cuda_timing import by_clock_to_the_end
+from benchmarks.timing import interleaved_medians
+
+STEPS = 5
+"""Steps that are timed together, so that the host may run ahead of the device."""
+FULL: dict[str, Any] = {"model": {}, "batch": 8, "length": 1024}
+TOY: dict[str, Any] = {
+    "model": {"layers": 1, "wide": 8, "heads": 2, "vocabulary": 32, "positions": 16},
+    "batch": 2,
+    "length": 16,
+}
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its head tied to the embedding, without dropout; by default that of 124M."""
+
+    def __init__(
+        self,
+        layers: int = 12,
+        wide: int = 768,
+        heads: int = 12,
+        vocabulary: int = 50257,
+        positions: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, wide)
+        self.positions = nn.Embedding(positions, wide)
+        options: Any = {"dropout": 0.0, "activation": "gelu"}
+        layer = nn.TransformerEncoderLayer(
+            wide, heads, 4 * wide, batch_first=True, norm_first=True, **options
+        )
+        norm = nn.LayerNorm(wide)
+        self.layers = nn.TransformerEncoder(layer, layers, norm, enable_nested_tensor=False)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the tokens that follow."""
+        length = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
+        inner = self.tokens(tokens) + self.positions.weight[:length]
+        inner = self.layers(inner, mask=mask, is_causal=True)
+        return F.linear(inner, self.tokens.weight)
+
+
+class Training:
+    """One model and one batch, and optimizers to step with."""
+
+    def __init__(self, device: torch.device, model: dict[str, int], batch: int, length: int):
+        self.model = GPT2(**model).to(device)
+        vocabulary = self.model.tokens.num_embeddings
+        self._tokens = torch.randint(vocabulary, (batch, length + 1), device=device)
+        self._autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Return a new optimizer of the model."""
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def run(
+        self, optimizer: torch.optim.Optimizer, clip: Callable[[], object], finish: Callable
+    ) -> None:
+        """Take `STEPS` steps."""
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with self._autocast():
+                logits = self.model(self._tokens[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1), self._tokens[:, 1:].flatten())
+            loss.backward()
+            clip()
+            optimizer.step()
+        finish()
+
+
+def measure_training(seconds: float, device: torch.device, size: dict[str, Any]) -> dict[str, Any]:
+    """Measure a training step, in milliseconds, and the share of steps that gradclip clipped.
+
+    Forward and backward in bfloat16 autocast, AdamW fused, weights and gradients float32. The
+    clipper's log is flushed within the timed part, after every `STEPS` steps; the writer that is
+    used by hand writes when it likes, in its own thread.
+    """
+    training = Training(device, **size)
+    parameters = [*training.model.parameters()]
+    plain, hooked = training.optimizer(), training.optimizer()
+    numbers = itertools.count()
+
+    def clip() -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+
+    def by_hand() -> None:
+        writer.add_scalar("norm", clip().item(), next(numbers))
+
+    def nothing() -> None:
+        pass
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        SummaryWriter(f"{folder}/torch") as writer,
+        gradclip.GradientClipper(hooked, MAX_NORM, log=f"{folder}/gradclip") as clipper,
+    ):
+        run = training.run
+        rivals = {
+            "no clipping": lambda: run(plain, nothing, nothing),
+            "torch": lambda: run(plain, clip, nothing),
+            "torch and add_scalar": lambda: run(plain, by_hand, nothing),
+            "GradientClipper with log": lambda: run(hooked, nothing, clipper.flush),
+        }
+        timer = functools.partial(by_clock_to_the_end, device=device)
+        medians = interleaved_medians(rivals, nothing, seconds, timer=timer)
+        clipped = clipper.clip_rate()
+    return {
+        "ms": {name: taken / STEPS * 1e3 for name, taken in medians.items()},
+        "overhead": {name: taken / medians["no clipping"] - 1 for name, taken in medians.items()},
+        "clipped": clipped,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "batch": size["batch"],
+        "length": size["length"],
+    }

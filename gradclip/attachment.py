@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .changes import Changes, GuardedArguments
 from .closures import Arguments, ClosureFinder
+from .engines.base import capturing
 from .errors import AttachError
 from .gradients import gradients_held, parameters_of
 from .optimizers import attached
@@ -152,6 +153,12 @@ class Attachment:
                 skipped = skipped | (pending > 0)
             # Exactly 0 or 1: Adam multiplies with it.
             step.changes.set("found_inf", skipped.float())
+        elif isinstance(skipped, Tensor) and capturing():
+            raise AttachError(
+                f"{type(self._optimizer).__name__} cannot leave out a step on the device, and in a "
+                "captured CUDA graph the host cannot: use a fused optimizer (fused=True) that has "
+                "taken a step before, or choose another policy than 'skip'."
+            )
         elif skipped:
             step.hide_gradients()
 

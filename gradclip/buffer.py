@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .records import ClipRecord
+from .records import ClipRecord, spread
 
 MOST_NORMS = 1 << 18
 """Norms per batch, so that records of many norms take no more than about 10 MB."""
@@ -70,8 +70,8 @@ class Batch:
         """Whether only the device knows what became of some of the steps."""
         if self.late:
             rows += [
-                [_spread(record.skipped, record.norms) for record in records],
-                [_spread(record.overflow, record.norms) for record in records],
+                [spread(record.skipped, record.norms) for record in records],
+                [spread(record.overflow, record.norms) for record in records],
             ]
         values = torch.stack([torch.stack(row) for row in rows])
         self._event = None
@@ -124,7 +124,3 @@ def _alike(one: ClipRecord, other: ClipRecord) -> bool:
 
 def _late(record: ClipRecord) -> bool:
     return isinstance(record.skipped, Tensor) or record.overflow is not None
-
-
-def _spread(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
-    return torch.zeros_like(norms) + (False if flag is None else flag)

@@ -18,12 +18,13 @@ from .changes import Changes
 from .checks import checked_count
 from .coefficients import clip_coefficients, reduced, unless
 from .engines import engine_for
+from .engines.base import capturing
 from .errors import ArgumentError, AttachError
 from .joint import JointGradients
 from .labels import NormLabels
 from .limits import Limits
 from .optimizers import clippable, listed
-from .policies import nonfinite_error, skip_limit_error, verdict
+from .policies import check_capture, nonfinite_error, skip_limit_error, verdict
 from .recorder import Recorder
 from .records import ClipRecord
 from .scopes import Labelling, Scope, scope_from
@@ -137,7 +138,6 @@ class GradientClipper:
         )
         self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
         self._close = weakref.finalize(self, self._recorder.close)
-        self._steps = 0
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
         self._attachments = [
@@ -151,11 +151,14 @@ class GradientClipper:
     @untracked
     def _clip(self, optimizer: Optimizer, changes: Changes) -> ClipRecord | None:
         """Clip what an optimizer is about to step with."""
+        if capturing():
+            check_capture(self._settings, self._threshold)
         gradients = self._joint.at_step(optimizer, changes)
         if not isinstance(gradients, StepGradients):
             return gradients
         norms = gradients.norms()
-        thresholds = self._limits.at_step(gradients, norms, self._steps)
+        step = self._recorder.next_step(norms)
+        thresholds = self._limits.at_step(gradients, norms, step)
         skip = verdict(self._settings, gradients, norms, thresholds)
         untouched = skip if gradients.overflow is None else gradients.overflow | skip
         bounded = gradients.bound_(norms, untouched)
@@ -164,7 +167,7 @@ class GradientClipper:
         if self._settings.writes and skip is not True:
             gradients.scale_(coefficients)
         reduction = reduced(coefficients, bounded, norms)
-        step, now, overflow = self._steps, time.time(), gradients.overflow
+        now, overflow = time.time(), gradients.overflow
         record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow)
         self._joint.cover(gradients.tensors, record)
         self._pending = record
@@ -192,7 +195,6 @@ class GradientClipper:
 
     def _count(self, record: ClipRecord) -> None:
         self._last, self._pending = record, None
-        self._steps += 1
         self._recorder.add(record)
         self._limits.observe(record)
         self._check_skip_limit()
@@ -201,7 +203,7 @@ class GradientClipper:
         """Raise for skipped steps of which the host has heard only now."""
         limit = self._settings.skip_limit
         if limit is not None and self._recorder.longest_skip() >= limit:
-            raise skip_limit_error(limit, self._steps - 1)
+            raise skip_limit_error(limit, self._recorder.seen - 1)
 
     # What a training loop calls
 
@@ -245,7 +247,11 @@ class GradientClipper:
 
     @property
     def last(self) -> ClipRecord | None:
-        """The record of the newest step, in tensors on the device; None before the first."""
+        """The record of the newest step, in tensors on the device; None before the first.
+
+        Of a step in a captured CUDA graph the tensors hold the newest replay, and the index is
+        that of the capture.
+        """
         return self._last
 
     @property
@@ -253,13 +259,14 @@ class GradientClipper:
         """How many steps were seen; the next record has this index. It can be set.
 
         Steps that GradScaler leaves out do not count. With a fused optimizer on a CUDA device
-        only the device knows them: there `ClipRecord.step` counts them, and this waits for it.
+        only the device knows them: there `ClipRecord.step` counts them, and this waits for it, as
+        it does for steps of a captured CUDA graph.
         """
-        return self._steps - self._recorder.overflowed
+        return self._recorder.steps
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        self._steps = checked_count("steps", steps) + self._recorder.overflowed
+        self._recorder.steps = checked_count("steps", steps)
 
     @property
     def skipped(self) -> int:
@@ -337,7 +344,7 @@ class GradientClipper:
     def __repr__(self) -> str:
         names = ", ".join(type(optimizer).__name__ for optimizer in self._joint.optimizers)
         return (
-            f"GradientClipper({names}, {self._threshold!r}, steps={self._steps}, "
+            f"GradientClipper({names}, {self._threshold!r}, steps={self._recorder.seen}, "
             f"engine={self.engine!r})"
         )
 

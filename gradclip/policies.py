@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .coefficients import must_skip
 from .engines.base import host_may_read
-from .errors import NonFiniteGradientError, SkipLimitError
+from .errors import AttachError, NonFiniteGradientError, SkipLimitError
 from .naming import NamedParameter, describe_nonfinite
 from .records import ClipRecord
 from .settings import Settings
 from .step_gradients import StepGradients
+from .thresholds import Threshold
 
 
 def verdict(
@@ -44,6 +45,25 @@ def verdict(
     if gradients.overflow is not None:
         skip = skip & ~gradients.overflow
     return bool(skip) if settings.raises or host_may_read(skip) else skip
+
+
+def check_capture(settings: Settings, threshold: Threshold) -> None:
+    """Refuse to be captured in a CUDA graph, in which no Python runs, where that would go wrong.
+
+    Raises:
+        AttachError: A policy or a threshold needs the host at every step.
+    """
+    if settings.raises:
+        raise AttachError(
+            "nonfinite='raise' has to look at every norm, and a captured CUDA graph runs without "
+            "the host: choose another policy, or call optimizer.step() outside the graph."
+        )
+    if not threshold.capturable:
+        raise AttachError(
+            f"{threshold!r} is asked anew at every step, and a captured CUDA graph runs without "
+            "Python: give a threshold whose class says 'capturable = True', since it does the same "
+            "at every step and writes its state in place; or call optimizer.step() outside."
+        )
 
 
 def nonfinite_error(

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .buffer import Batch, RecordBuffer
 from .checks import checked_count
+from .engines.base import capturing
+from .errors import AttachError
 from .records import ClipRecord, Counters, LoggedStep, Sink, clipped
+from .replays import ReplayedRecords, may_be_captured
 
 UNLOGGED_CAPACITY = 1000
 """Records kept before they are counted where no sink asks for a shorter batch."""
@@ -37,6 +40,20 @@ class Recorder:
         self._flagged = False
         self._overflowed = 0
         self._longest_skip = 0
+        self._replayed: ReplayedRecords | None = None
+        self.seen = 0
+        """Steps that the host knows of, those included that GradScaler left out."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps there were; waits for the device if only that knows."""
+        self._hear_of_replays()
+        return self.seen - self.overflowed
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._deliver(wait=True)
+        self.seen = steps + self.overflowed
 
     @property
     def counters(self) -> Counters:
@@ -67,13 +84,39 @@ class Recorder:
         longest, self._longest_skip = self._longest_skip, 0
         return longest
 
+    def next_step(self, norms: Tensor) -> int:
+        """Return the index of the step that begins.
+
+        Waits for the device where steps of a CUDA graph were replayed.
+
+        Args:
+            norms: Its norms, shape (k,).
+
+        Raises:
+            AttachError: It is captured in a CUDA graph, and there is no memory for its records.
+        """
+        if not capturing():
+            self._hear_of_replays()
+        elif not self._fit(norms):
+            raise AttachError(
+                "A step was captured in a CUDA graph before any was taken, so that there is no "
+                "memory for its records: take a few steps on a side stream first, as "
+                "torch.cuda.graph asks for."
+            )
+        return self.seen
+
     def add(self, record: ClipRecord) -> None:
         """Take over the record of a step; a batch that has arrived goes to the sinks.
 
         No host sync on CUDA.
         """
-        self._flagged |= record.overflow is not None
-        self._buffer.append(record)
+        if self._replayed is not None and capturing():
+            self._replayed.write(record)
+            return
+        if may_be_captured(record) and not self._fit(record.norms):
+            self._replayed = ReplayedRecords(record.norms)
+        self.seen += 1
+        self._append(record)
         if self._buffer.sent:
             self._deliver(wait=False)
 
@@ -90,7 +133,23 @@ class Recorder:
             self._each_sink(lambda sink: sink.close())
             self._sinks = []
 
+    def _hear_of_replays(self) -> None:
+        if self._replayed is not None:
+            replayed, records = self._replayed.take(self.seen)
+            self.seen += replayed
+            for record in records:
+                self._append(record)
+
+    def _fit(self, norms: Tensor) -> bool:
+        return self._replayed is not None and self._replayed.fits(norms)
+
+    def _append(self, record: ClipRecord) -> None:
+        self._flagged |= record.overflow is not None
+        self._buffer.append(record)
+
     def _deliver(self, *, wait: bool) -> None:
+        if wait:
+            self._hear_of_replays()
         rows: list[LoggedStep] = []
         for batch in self._buffer.take(wait=wait):
             rows += self._rows(batch)

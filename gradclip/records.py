@@ -69,6 +69,11 @@ def clipped(norms: Tensor, coefficients: Tensor) -> Tensor:
     return torch.where(coefficients == 0, 0.0, norms * coefficients)
 
 
+def spread(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
+    """Return a flag as a number for each norm, 0 or 1."""
+    return torch.zeros_like(norms) + (False if flag is None else flag)
+
+
 def _as_scalar(values: Tensor) -> Tensor:
     return values.squeeze(0) if values.numel() == 1 else values
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gradclip import engines
+from gradclip.engines import device
+from gradclip.engines.operators import OperatorsEngine
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
@@ -44,3 +54,80 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI a test that is skipped for a reason nobody has written down is a failure."""
     if os.environ.get("CI") and _unexplained and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+class Tape(TorchDispatchMode):
+    """Runs operators and, at every replay, runs them again on the same memory.
+
+    That is what a CUDA graph does with kernels: no Python runs, and nothing can be read. Reading a
+    value raises here, at the first run already.
+    """
+
+    READING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        assert function.overloadpacket not in self.READING, "the host would wait for a value"
+        made = function(*args, **(kwargs or {}))
+        self._calls.append((function, args, kwargs or {}, made))
+        return made
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for function, args, kwargs, made in self._calls:
+                for old, new in zip(
+                    tree_leaves(made), tree_leaves(function(*args, **kwargs)), strict=True
+                ):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@pytest.fixture
+def tape(like_a_device: None) -> Tape:
+    return Tape()
+
+
+@pytest.fixture
+def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU be treated as a device whose values the host does not know."""
+
+    class DeviceEngine(OperatorsEngine):
+        def power_sums(self, tensors, order, *, rows=False):
+            return device.power_sums(tensors, order, rows=rows)
+
+        def norm(self, tensors, order, *, scalar=False):
+            norm = device.norm(tensors, order)
+            return norm.squeeze(0) if scalar else norm
+
+        def scale_(self, tensors, coefficients, *, rows=False):
+            device.scale_(tensors, coefficients, rows=rows)
+
+        def clamp_(self, tensors, bounds, *, rows=False):
+            device.clamp_(tensors, bounds, rows=rows)
+
+    monkeypatch.setattr(engines, "_BEST", {"cpu": DeviceEngine()})
+    for module in [*sys.modules.values()]:
+        if getattr(module, "__name__", "").startswith("gradclip.") and hasattr(
+            module, "host_may_read"
+        ):
+            monkeypatch.setattr(module, "host_may_read", lambda tensor: False)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """Say within a block that steps are captured in a CUDA graph, of which there may be records."""
+    monkeypatch.setattr("gradclip.recorder.may_be_captured", lambda record: True)
+
+    @contextmanager
+    def capture() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("clipper", "recorder", "attachment"):
+                patch.setattr(f"gradclip.{module}.capturing", lambda: True)
+            yield
+
+    return capture

@@ -55,6 +55,8 @@ class DeviceTensor(Tensor):
             assert non_blocking, "a blocking copy waits for the device"
             owner.copies.append((target, source.values))
             return target
+        if function is torch.ops.aten.new_zeros.default:
+            return cls(torch.zeros(args[1], dtype=kwargs.get("dtype")), owner)
         if function is torch.ops.aten.stack.default:
             return cls(torch.stack([part.values for part in args[0]]), owner)
         raise AssertionError(f"{function} is no way to treat a tensor on a device")

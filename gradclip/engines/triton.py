@@ -25,7 +25,7 @@ from torch.autograd.graph import increment_version
 
 from ..errors import EngineUnavailableError
 from . import kernels
-from .base import Batch, Engine, rounded_bounds
+from .base import Batch, Engine, capturing, rounded_bounds
 from .memory import addresses_of, as_it_lies, flat, flat_view, table, table_view
 from .operators import OperatorsEngine
 from .plan import BLOCK, Plan, plan
@@ -214,7 +214,7 @@ class TritonEngine(Engine):
         if reason is not None:
             raise EngineUnavailableError(reason)
         lengths, counts, strides = _strips(held, rows)
-        captured = _capturing()
+        captured = capturing()
         work = self._work_of(device, lengths, counts, strides, captured=captured)
         request = _Request(
             device,
@@ -253,7 +253,7 @@ class TritonEngine(Engine):
 
     def _arrivals(self, device: torch.device) -> Tensor:
         """Return the count of programs that have ended, 0 again whenever all have."""
-        if _capturing():
+        if capturing():
             return torch.zeros(1, dtype=torch.int32, device=device)
         key = (device, 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream)
         if key not in self._arrived:
@@ -336,10 +336,6 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     if INTERPRETED or torch.cuda.current_device() == device.index:
         return nullcontext()
     return torch.cuda.device(device)
-
-
-def _capturing() -> bool:
-    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -41,6 +41,10 @@ class Threshold(ABC):
     """Whether norms of steps that were skipped are observed too, with the clipped norms that
     scaling would have made. Without it what it skips is never followed."""
 
+    capturable: bool = False
+    """Whether a captured CUDA graph may repeat what it does: the same operations at every step,
+    and a state that is only written in place."""
+
     def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Prepare for k norms; may do nothing.
 

@@ -26,6 +26,7 @@ class Rule(Threshold):
         ArgumentError: One of them is negative, NaN, infinite or no number, or they cross.
     """
 
+    capturable = True
     cap: float | None = None
     floor: float | None = None
 

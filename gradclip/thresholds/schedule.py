@@ -27,6 +27,8 @@ class Schedule(Rule):
         floor: The threshold is never below it; None for no floor.
     """
 
+    capturable = False
+
     def __init__(
         self,
         function: Callable[[int], float | None],

@@ -59,6 +59,9 @@ class GradientClipper:
     "skip" and the optimizer is none of torch's fused ones, or the parameters lie on several
     devices, or several optimizers share a ``GradScaler``. Not collective.
 
+    Steps can be captured in a CUDA graph, after a few that were not: the graph then writes their
+    records, and the training loop calls `flush` now and then, at least every 10,000 replays.
+
     >>> import torch, gradclip
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -136,7 +139,7 @@ class GradientClipper:
         self._limits = Limits(
             self._threshold, self._labels, self._joint.device, self._settings.norm_type
         )
-        self._recorder = Recorder(sinks_from(log), self._settings.norm_type)
+        self._recorder = Recorder(sinks_from(log), self._settings.norm_type, skip_limit)
         self._close = weakref.finalize(self, self._recorder.close)
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
@@ -197,13 +200,7 @@ class GradientClipper:
         self._last, self._pending = record, None
         self._recorder.add(record)
         self._limits.observe(record)
-        self._check_skip_limit()
-
-    def _check_skip_limit(self) -> None:
-        """Raise for skipped steps of which the host has heard only now."""
-        limit = self._settings.skip_limit
-        if limit is not None and self._recorder.longest_skip() >= limit:
-            raise skip_limit_error(limit, self._recorder.seen - 1)
+        self._recorder.check_skips()
 
     # What a training loop calls
 
@@ -249,8 +246,7 @@ class GradientClipper:
     def last(self) -> ClipRecord | None:
         """The record of the newest step, in tensors on the device; None before the first.
 
-        Of a step in a captured CUDA graph the tensors hold the newest replay, and the index is
-        that of the capture.
+        In a CUDA graph the tensors hold the newest replay, and the index is that of the capture.
         """
         return self._last
 
@@ -258,9 +254,8 @@ class GradientClipper:
     def steps(self) -> int:
         """How many steps were seen; the next record has this index. It can be set.
 
-        Steps that GradScaler leaves out do not count. With a fused optimizer on a CUDA device
-        only the device knows them: there `ClipRecord.step` counts them, and this waits for it, as
-        it does for steps of a captured CUDA graph.
+        Steps that GradScaler leaves out do not count. With a fused optimizer, or in a CUDA graph,
+        only the device knows them: `ClipRecord.step` counts them, and this waits for the device.
         """
         return self._recorder.steps
 
@@ -323,7 +318,7 @@ class GradientClipper:
                 the device knew.
         """
         self._recorder.flush()
-        self._check_skip_limit()
+        self._recorder.check_skips()
 
     def close(self) -> None:
         """Detach, write what is left, and close the logs. The second call does nothing."""

@@ -13,6 +13,7 @@ from .buffer import Batch, RecordBuffer
 from .checks import checked_count
 from .engines.base import capturing
 from .errors import AttachError
+from .policies import skip_limit_error
 from .records import ClipRecord, Counters, LoggedStep, Sink, clipped
 from .replays import ReplayedRecords, may_be_captured
 
@@ -26,12 +27,13 @@ class Recorder:
     Args:
         sinks: Where the steps go; may be empty.
         order: p of the norm, for the total over several norms.
+        skip_limit: So many skipped steps in a row are too many.
 
     Raises:
         ArgumentError: The ``flush_every`` of a sink is no whole number >= 1.
     """
 
-    def __init__(self, sinks: Sequence[Sink], order: float) -> None:
+    def __init__(self, sinks: Sequence[Sink], order: float, skip_limit: int | None = None) -> None:
         self._sinks = list(sinks)
         self._order = order
         self._counters = Counters()
@@ -39,6 +41,7 @@ class Recorder:
         self._reported: set[int] = set()
         self._flagged = False
         self._overflowed = 0
+        self._skip_limit = skip_limit
         self._longest_skip = 0
         self._replayed: ReplayedRecords | None = None
         self.seen = 0
@@ -76,13 +79,15 @@ class Recorder:
             self._deliver(wait=True)
         return self._overflowed
 
-    def longest_skip(self) -> int:
-        """Return how many steps in a row were skipped at most, since the last call.
+    def check_skips(self) -> None:
+        """Refuse to go on after too many skipped steps of which the host has heard only now.
 
-        Only of steps of which only the device knew; of others the caller knows.
+        Raises:
+            SkipLimitError: So many were skipped in a row.
         """
         longest, self._longest_skip = self._longest_skip, 0
-        return longest
+        if self._skip_limit is not None and longest >= self._skip_limit:
+            raise skip_limit_error(self._skip_limit, self.seen - 1)
 
     def next_step(self, norms: Tensor) -> int:
         """Return the index of the step that begins.

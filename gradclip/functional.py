@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from .checks import checked_bound, checked_order
 from .coefficients import clip_coefficients
 from .compiled import norm_like, nothing, operator
-from .engines.base import host_may_read
+from .engines.base import host_may_read, norm_dtype
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
 from .gradients import Bucket, buckets_of, coalesce_, distinct, refuse_unordered
 from .norms import norms_of
@@ -275,7 +275,8 @@ def _clip_value_(gradients: list[Tensor], bound: float) -> None:
     if coalesce_(gradients):
         buckets = buckets_of(gradients, math.inf)
     for bucket in buckets:
-        bucket.clamp_("auto", torch.full((1,), bound, dtype=torch.float64, device=bucket.device))
+        dtype = norm_dtype(bucket.device)
+        bucket.clamp_("auto", torch.full((1,), bound, dtype=dtype, device=bucket.device))
 
 
 def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:

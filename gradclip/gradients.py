@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .engines import engine_for
+from .engines import engine_for, norm_dtype
 from .engines.base import Batch
 from .engines.memory import rows_share_memory
 from .errors import GradientError, NotAvailableError
@@ -211,10 +211,16 @@ def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
     if gradient.layout is torch.sparse_coo:
         measured, written = gradient.coalesce()._values(), gradient._values()
     if written.is_complex():
-        # The modulus in float64: in the gradient's own precision it could overflow.
-        measured = _as_real(measured) if order == 2 else measured.to(torch.complex128).abs()
+        measured = _as_real(measured) if order == 2 else _moduli(measured)
         written = _as_real(written)
     return measured, written
+
+
+def _moduli(tensor: Tensor) -> Tensor:
+    """Return absolute values, in float64: in the gradient's own precision they could overflow."""
+    if norm_dtype(tensor.device) is torch.float64:
+        tensor = tensor.to(torch.complex128)
+    return tensor.abs()
 
 
 def _as_real(tensor: Tensor) -> Tensor:

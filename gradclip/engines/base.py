@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -120,7 +121,14 @@ def host_may_read(tensor: Tensor) -> bool:
 
 def norm_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which norms are kept: float64, or float32 where the device lacks float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    if device.type == "mps" or (device.type == "xpu" and not _has_float64(device)):
+        return torch.float32
+    return torch.float64
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
 
 
 def rounds_to_one(coefficient: float, dtype: torch.dtype) -> bool:

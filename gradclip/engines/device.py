@@ -21,16 +21,34 @@ def power_sums(tensors: Sequence[Tensor], order: float, *, rows: bool) -> Tensor
 
 def norm(tensors: Sequence[Tensor], order: float) -> Tensor:
     """Return the norm of all tensors together, shape (1,)."""
-    norm: Tensor = torch.linalg.vector_norm(_norms(tensors, order), order, 0, keepdim=True)
+    norms = _norms(tensors, order)
+    if norms.dtype is torch.float32:
+        return _narrow_norm(norms, order).view(1)
+    norm: Tensor = torch.linalg.vector_norm(norms, order, 0, keepdim=True)
     return norm
 
 
 def _norms(tensors: Sequence[Tensor], order: float) -> Tensor:
     dtype = norm_dtype(tensors[0].device)
     filled = [tensor for tensor in tensors if tensor.numel()]
-    norms = iter(torch._foreach_norm(filled, order, dtype=dtype) if filled else ())
+    if dtype is torch.float32:
+        norms = iter([_narrow_norm(tensor, order) for tensor in filled])
+    else:
+        norms = iter(torch._foreach_norm(filled, order, dtype=dtype) if filled else ())
     zero = torch.zeros((), dtype=dtype, device=tensors[0].device)
     return torch.stack([next(norms) if tensor.numel() else zero for tensor in tensors])
+
+
+def _narrow_norm(tensor: Tensor, order: float) -> Tensor:
+    """Return the norm of a tensor, 0-d, where there is no float64 for powers out of range.
+
+    They are those of its elements relative to the largest, which neither overflow nor all vanish.
+    """
+    numbers = tensor.to(torch.float32)
+    largest = numbers.abs().amax()
+    scale = torch.where((largest > 0) & (largest < INFINITY), largest, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(numbers / scale, order) * scale
+    return norm
 
 
 def _row_norms(tensor: Tensor, order: float) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradclip import ArgumentError, EngineUnavailableError, engines
-from gradclip.engines import check_engine_name, engine_for, norm_dtype
+from gradclip.engines import base, check_engine_name, engine_for, norm_dtype
 
 CUDA = torch.device("cuda", 0)
 
@@ -114,3 +114,12 @@ def test_norms_are_kept_in_float64_where_the_device_has_it():
     assert norm_dtype(torch.device("cpu")) == torch.float64
     assert norm_dtype(torch.device("cuda")) == torch.float64
     assert norm_dtype(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.float64), (False, torch.float32)])
+def test_some_xpu_devices_have_no_float64(has, dtype, monkeypatch):
+    properties = types.SimpleNamespace(has_fp64=has)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
+    base._has_float64.cache_clear()
+    assert norm_dtype(torch.device("xpu", 0)) == dtype
+    base._has_float64.cache_clear()

@@ -1,0 +1,108 @@
+"""Devices that have no float64, such as MPS, with the CPU in their place."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gradclip
+from gradclip import GradientClipper, thresholds
+from gradclip.engines import device
+
+WIDE = (torch.float64, torch.complex128)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64, as such a device does."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            assert getattr(tensor, "dtype", None) not in WIDE, f"{function} made float64"
+        return made
+
+
+@pytest.fixture
+def narrow(tape, monkeypatch):
+    for module in [*sys.modules.values()]:
+        name = getattr(module, "__name__", "")
+        if name.startswith("gradclip.") and hasattr(module, "norm_dtype"):
+            monkeypatch.setattr(module, "norm_dtype", lambda device: torch.float32)
+    with NoFloat64():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf, 3.0])
+@pytest.mark.parametrize("size", [1.0, 1e20, 1e-25])
+def test_norms_are_as_true_as_float32_allows(dtype, order, size, narrow):
+    if dtype is torch.float16:
+        size = {1.0: 1.0, 1e20: 1e4, 1e-25: 1e-6}[size]
+    values = (torch.rand(300) * size).to(dtype)
+    given = [values[:200], torch.zeros(3, dtype=dtype), torch.empty(0, dtype=dtype), values[200:]]
+    exact = [value / size for value in values.tolist()]
+    if order == math.inf:
+        needed = max(exact)
+    else:
+        needed = math.fsum(value**order for value in exact) ** (1 / order)
+    found = device.norm(given, order)
+    assert (found.shape, found.dtype) == ((1,), torch.float32)
+    assert found.item() == pytest.approx(needed * size, rel=2e-6, abs=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_norms_that_are_not_finite_stay_so(value, narrow):
+    found = device.norm([torch.tensor([1.0, value]), torch.ones(2)], 2.0).item()
+    assert math.isnan(found) if math.isnan(value) else found == math.inf
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_the_plain_functions_do_without_float64(order, narrow):
+    weights = [nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
+    for weight in weights:
+        weight.grad = torch.full((4, 3), -1e20)
+    norm = gradclip.clip_grad_norm_(weights, 2.0, order)
+    assert norm.dtype is torch.float32
+    after = gradclip.get_total_norm([weight.grad for weight in weights], order)
+    assert after.item() == pytest.approx(2.0)
+    gradclip.clip_grads_with_norm_(weights, 1.0, after)
+    gradclip.clip_grad_value_(weights, 1e-3)
+    assert weights[0].grad.abs().max().item() == pytest.approx(1e-3)
+    gradclip.clip_grad_units_(weights)
+    gradclip.clip_backward(weights[0] * 1, 1.0, 0.5).sum().backward()
+    complex_one = torch.full((3,), 3 + 4j)
+    assert gradclip.get_total_norm([complex_one], 1.0).item() == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("scope", ["global", "parameter", "unit"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda: 0.5,
+        lambda: thresholds.Percentile(50, window=5),
+        lambda: thresholds.ZScore(0.5, warmup=2),
+        lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
+        lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
+        lambda: thresholds.MovingAverage(0.9, warmup=2),
+        lambda: thresholds.GrowthLimit(0.9),
+        lambda: thresholds.RelativeToWeights(0.1),
+    ],
+)
+def test_a_clipper_does_without_float64(rule, scope, narrow):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clipper = GradientClipper(optimizer, rule(), scope=scope, max_value=1.0, nonfinite="skip")
+    for factor in (1.0, 10.0, math.nan, 1.0, 5.0):
+        optimizer.zero_grad()
+        (model(torch.randn(5, 4)) * factor).sum().backward()
+        optimizer.step()
+    assert clipper.last.norm.dtype is torch.float32

@@ -1,0 +1,346 @@
+"""What only a CUDA device can show: no host sync, graphs, streams, scaled losses, sizes.
+
+Where a test can be run on the CPU as well it is, so that it is known to be right itself.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import gradclip
+from gradclip import GradientClipper, thresholds
+from gradclip.engines import engine_for
+from gradclip.sinks import TensorBoardSink
+
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+BOTH = ["cpu", CUDA]
+MANY = [pytest.param("cpu", marks=pytest.mark.slow), CUDA]
+OPTIONS = {
+    "as it comes": {},
+    "observe": {"exceed": "observe"},
+    "skip what exceeds": {"exceed": "skip"},
+    "skip what is not finite": {"nonfinite": "skip", "skip_limit": 3},
+    "propagate": {"nonfinite": "propagate"},
+    "bounded": {"max_value": 0.1},
+    "bounded, skip": {"max_value": 0.1, "exceed": "skip"},
+    "1-norm": {"norm_type": 1.0},
+    "infinity norm": {"norm_type": math.inf},
+    "parameter": {"scope": "parameter"},
+    "unit": {"scope": "unit"},
+}
+RULES = {
+    "fixed": lambda: 0.5,
+    "none": lambda: None,
+    "schedule": lambda: lambda step: 0.5,
+    "percentile": lambda: thresholds.Percentile(50, window=5),
+    "z-score": lambda: thresholds.ZScore(0.5, warmup=2),
+    "median": lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
+    "mean": lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
+    "average": lambda: thresholds.MovingAverage(0.9, warmup=2),
+    "growth": lambda: thresholds.GrowthLimit(0.9),
+    "weights": lambda: thresholds.RelativeToWeights(0.1),
+}
+
+
+@pytest.fixture
+def device(request):
+    kind = request.param
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return torch.device(kind)
+
+
+@contextmanager
+def no_sync(device):
+    """Let whatever waits for a CUDA device raise."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class Kept(gradclip.Sink):
+    def __init__(self, flush_every: int = 100) -> None:
+        self.flush_every = flush_every
+        self.steps = []
+
+    def write(self, steps) -> None:
+        self.steps += steps
+
+
+class Training:
+    """A small network, whose batches are copied into one tensor, as a graph needs it."""
+
+    def __init__(self, device, max_norm, *, sink=None, fused=True, **options) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
+        capturable = {"capturable": True} if device.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=0.1, fused=fused, **capturable
+        )
+        self.batch = torch.zeros(5, 4, device=device)
+        self.sink = Kept() if sink is None else sink
+        self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(self.batch).square().mean().backward()
+        self.optimizer.step()
+
+    def learn(self, batches) -> None:
+        for batch in batches:
+            self.batch.copy_(batch)
+            self.step()
+
+
+def batches(count: int, device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(5, 4, generator=generator) * (1 + index % 4) for index in range(count)]
+    return [batch.to(device) for batch in made]
+
+
+# Waiting
+
+
+@pytest.mark.parametrize("device", MANY, indirect=True)
+@pytest.mark.parametrize("rule", ["fixed", "percentile"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_no_policy_waits_for_the_device(device, rule, options):
+    given = batches(8, device)
+    training = Training(device, RULES[rule](), sink=Kept(flush_every=2), **options)
+    if "skip" in options.values():
+        training.learn(given[:1])  # which makes the state without which no step is skipped there
+    with no_sync(device):
+        training.learn(given)
+
+
+@pytest.mark.parametrize("device", MANY, indirect=True)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+def test_no_threshold_waits_for_the_device(device, rule, scope, tmp_path):
+    sink = TensorBoardSink(tmp_path, flush_every=2)
+    training = Training(device, RULES[rule](), sink=sink, scope=scope)
+    given = batches(8, device)
+    with no_sync(device):
+        training.learn(given)
+    training.clipper.close()
+
+
+@pytest.mark.parametrize("device", BOTH, indirect=True)
+def test_no_function_waits_for_the_device(device):
+    weights = [nn.Parameter(torch.ones(size, device=device)) for size in (3, 500, 70_000)]
+    weights.append(nn.Parameter(torch.ones(9, 70, device=device)[:, ::2]))
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    with no_sync(device):
+        gradclip.clip_grad_norm_(weights, 1.0)
+        gradclip.clip_gradients_([weight.grad for weight in weights], 1.0, 3.0)
+        gradclip.clip_grad_value_(weights, 1e-4)
+        norm = gradclip.get_total_norm([weight.grad for weight in weights])
+        gradclip.clip_grads_with_norm_(weights, 1.0, norm)
+        gradclip.clip_grad_units_(weights)
+        gradclip.clip_backward(weights[0] * 1, 1.0, 0.5).sum().backward()
+
+
+# The same as on the CPU
+
+
+@pytest.mark.parametrize("device", MANY, indirect=True)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_device_clips_as_the_cpu_does(device, rule, options):
+    given = batches(10, "cpu")
+    here = Training(torch.device("cpu"), RULES[rule](), **options)
+    there = Training(device, RULES[rule](), **options)
+    here.learn(given)
+    there.learn([batch.to(device) for batch in given])
+    for training in (here, there):
+        training.clipper.close()
+    for one, other in zip(here.sink.steps, there.sink.steps, strict=True):
+        assert other.norm == pytest.approx(one.norm, rel=1e-3)
+        assert other.clipped_norm == pytest.approx(one.clipped_norm, rel=1e-3)
+        assert (other.step, other.skipped) == (one.step, one.skipped)
+
+
+@pytest.mark.parametrize("device", BOTH, indirect=True)
+def test_the_engine_says_what_serves(device):
+    training = Training(device, 1.0)
+    assert (
+        training.clipper.engine
+        in {"cpu": ("native", "operators"), "cuda": ("triton",)}[device.type]
+    )
+
+
+@pytest.mark.parametrize("device", BOTH, indirect=True)
+@pytest.mark.parametrize("value", [1e20, 3e38, 1e-25, 1e-40])
+def test_elements_of_any_magnitude_have_their_norm_and_are_clipped_to_the_threshold(device, value):
+    weight = nn.Parameter(torch.ones(10_000, device=device))
+    weight.grad = torch.full_like(weight, value)
+    norm = gradclip.clip_grad_norm_([weight], 1e-30)
+    exact = torch.tensor(value).double().item() * 100
+    assert norm.item() == pytest.approx(exact, rel=1e-6)
+    after = weight.grad.double().norm().item()
+    assert after == pytest.approx(min(exact, 1e-30), rel=1e-5)
+
+
+@pytest.mark.parametrize("device", BOTH, indirect=True)
+def test_gradients_on_two_devices_share_a_norm(device):
+    weights = [
+        nn.Parameter(torch.ones(3)),
+        nn.Parameter(torch.ones(4, device=device)),
+        nn.Parameter(torch.ones(5, device=device, dtype=torch.bfloat16)),
+    ]
+    for order in (1, -1):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 2.0)
+        norm = gradclip.clip_grad_norm_(weights[::order], 1.0)
+        assert norm.item() == pytest.approx(2 * math.sqrt(12))
+        after = math.sqrt(sum(w.grad.double().square().sum().item() for w in weights))
+        assert after == pytest.approx(1.0, rel=2e-3)
+
+
+@pytest.mark.parametrize("device", BOTH, indirect=True)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
+    training = Training(device, 0.01, fused=fused)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=100)
+    given = batches(6, device)
+    given[3] *= math.inf
+    norms = []
+    for batch in given:
+        training.optimizer.zero_grad()
+        loss = training.model(batch).square().mean()
+        if bool(loss.isfinite()):
+            parameters = [*training.model.parameters()]
+            plain = torch.autograd.grad(loss, parameters, retain_graph=True)
+            norms.append(math.sqrt(sum(g.double().square().sum().item() for g in plain)))
+        scaler.scale(loss).backward()
+        scaler.step(training.optimizer)
+        scaler.update()
+    training.clipper.close()
+    assert [step.norm for step in training.sink.steps] == pytest.approx(norms, rel=1e-4)
+    assert [step.step for step in training.sink.steps] == [*range(5)]
+    assert training.clipper.skipped == 0
+
+
+@pytest.mark.parametrize("device", BOTH, indirect=True)
+def test_autocast_and_other_defaults_change_nothing(device):
+    given = [torch.full((5_000,), 2.0**8, device=device) for _ in range(3)]
+    needed = gradclip.get_total_norm(given)
+    with torch.autocast(device.type, dtype=torch.bfloat16), torch.device("cpu"):
+        assert torch.equal(gradclip.get_total_norm(given), needed)
+    assert needed.item() == pytest.approx(2.0**8 * math.sqrt(15_000), rel=1e-6)
+
+
+# More than the CPU can
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
+def test_one_launch_measures_and_one_returns_at_once(device):
+    weights = [nn.Parameter(torch.ones(size, device=device)) for size in range(1, 1000, 7)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    gradclip.clip_grad_norm_(weights, 1e9)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        gradclip.clip_grad_norm_(weights, 1e9)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert names.count("power_sums") == 1
+    assert names.count("change") == 1
+    assert len(names) < 16
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
+def test_streams_do_not_disturb_each_other(device):
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    given = [
+        [torch.full((size,), float(n + 1), device=device) for size in (3, 70_001)] for n in range(4)
+    ]
+    torch.cuda.synchronize()
+    norms = [[] for _ in streams]
+    for _ in range(50):
+        for n, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                norms[n].append(gradclip.get_total_norm(given[n]))
+    torch.cuda.synchronize()
+    for n, found in enumerate(norms):
+        needed = (n + 1) * math.sqrt(70_004)
+        assert [norm.item() for norm in found] == pytest.approx([needed] * 50, rel=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"scope": "parameter"}])
+@pytest.mark.parametrize("rule", ["fixed", "percentile", "median", "average", "weights"])
+def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options):
+    given = batches(12, device)
+    given[7][0, 0] = math.nan if options else given[7][0, 0]
+    eager, replayed = (Training(device, RULES[rule](), **options) for _ in range(2))
+    eager.learn(given)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        replayed.learn(given[:3])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    replayed.optimizer.zero_grad()
+    with torch.cuda.graph(graph):
+        replayed.step()
+    for batch in given[3:]:
+        replayed.batch.copy_(batch)
+        graph.replay()
+    assert replayed.clipper.steps == 12
+    for training in (eager, replayed):
+        training.clipper.close()
+    for one, other in zip(eager.sink.steps, replayed.sink.steps, strict=True):
+        assert other.norm == pytest.approx(one.norm, rel=1e-5, nan_ok=True)
+        assert other.clipped_norm == pytest.approx(one.clipped_norm, rel=1e-5, nan_ok=True)
+        assert (other.step, other.skipped) == (one.step, one.skipped)
+    for one, other in zip(eager.model.parameters(), replayed.model.parameters(), strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_more_than_two_to_the_31_elements_in_one_tensor(device, rows):
+    gradient = torch.full((rows, 2**31 // rows + 3), 0.5, device=device, dtype=torch.bfloat16)
+    engine = engine_for("triton", gradient.device)
+    length = gradient.shape[1]
+    assert engine.norm([gradient], 2.0).item() == pytest.approx(0.5 * math.sqrt(rows * length))
+    sums = engine.power_sums([gradient], 2.0, rows=True)
+    assert sums.tolist() == pytest.approx([0.25 * length] * rows, rel=1e-9)
+    coefficients = torch.linspace(0.5, 1.0, rows, device=device, dtype=torch.float64)
+    engine.scale_([gradient], coefficients, rows=True)
+    assert gradient[:, -1].tolist() == pytest.approx((0.5 * coefficients).tolist(), rel=1e-2)
+    assert gradient[-1, -4:].unique().numel() == 1
+    engine.clamp_([gradient], coefficients.new_full((1,), 0.125))
+    assert gradient.amax().item() == gradient.amin().item() == 0.125
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
+def test_a_compiled_step_clips_as_an_eager_one(device):
+    def step(weights, gradients):
+        norm = gradclip.clip_gradients_(gradients, 1.0)
+        return norm, [w - 0.1 * g for w, g in zip(weights, gradients, strict=True)]
+
+    weights = [torch.randn(50, 20, device=device), torch.randn(7, device=device)]
+    gradients = [torch.randn_like(weight) for weight in weights]
+    copies = [gradient.clone() for gradient in gradients]
+    needed, found = step(weights, gradients), torch.compile(step, fullgraph=True)(weights, copies)
+    assert torch.equal(needed[0], found[0])
+    for one, other in zip(needed[1], found[1], strict=True):
+        torch.testing.assert_close(one, other)

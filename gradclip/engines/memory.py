@@ -12,6 +12,8 @@ LOW = 1 << 32
 """Few addresses are lower, those of tensors without memory among them."""
 PLAIN = {Tensor, nn.Parameter}
 """Types of tensors that have the memory they say."""
+NARROW = 64
+"""Elements of a row that is worth a beginning of its own, where there are many rows."""
 CHUNK = 1 << 18
 """Elements to work on at a time, a multiple of what is summed at once."""
 
@@ -120,6 +122,17 @@ def table_view(tensor: Tensor) -> Tensor | None:
         return None
     strides = (tensor.stride(0), 1)
     return tensor.as_strided(_table_shape(tensor), strides, tensor.storage_offset())
+
+
+def is_narrow(tensor: Tensor) -> bool:
+    """Tell whether the rows of a tensor are too many and too short to take them one by one."""
+    rows = len(tensor)
+    return rows > NARROW and tensor.numel() < rows * NARROW
+
+
+def wide_table_view(tensor: Tensor) -> Tensor | None:
+    """Return `table` if it is a view and not narrow, else None."""
+    return None if is_narrow(tensor) else table_view(tensor)
 
 
 def addresses_of(

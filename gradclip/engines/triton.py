@@ -26,7 +26,16 @@ from torch.autograd.graph import increment_version
 from ..errors import EngineUnavailableError
 from . import kernels
 from .base import Batch, Engine, capturing, rounded_bounds
-from .memory import addresses_of, as_it_lies, flat, flat_view, table, table_view
+from .memory import (
+    LOW,
+    addresses_of,
+    as_it_lies,
+    flat,
+    flat_view,
+    is_narrow,
+    table,
+    wide_table_view,
+)
 from .operators import OperatorsEngine
 from .plan import BLOCK, Plan, plan
 from .tables import Recent, Uploaded
@@ -45,8 +54,6 @@ KEPT = 32
 """Sets of tensors that are remembered: several dtypes and devices, and parameters beside them."""
 OLDEST = (7, 0)
 """The oldest compute capability that Triton compiles for."""
-NARROW = 64
-"""Rows shorter than this are left to torch operators, unless they are fewer."""
 AT_ONCE = 8
 """Addresses that one launch of `kernels.write_addresses` takes."""
 
@@ -85,7 +92,7 @@ class TritonEngine(Engine):
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
-        if rows and any(map(_is_narrow, tensors)):
+        if rows and any(map(is_narrow, tensors)):
             return self._power_sums_of_rows(tensors, order)
         request = self._request(tensors, rows, table if rows else flat)
         if request is None:
@@ -104,7 +111,7 @@ class TritonEngine(Engine):
 
     def _power_sums_of_rows(self, tensors: Sequence[Tensor], order: float) -> Tensor:
         """Measure rows of which some are narrow, and put the sums into the order of the tensors."""
-        narrow = [_is_narrow(tensor) for tensor in tensors]
+        narrow = [is_narrow(tensor) for tensor in tensors]
         counts = [len(tensor) for tensor in tensors]
         sums = {}
         for engine, chosen in ((_OPERATORS, True), (self, False)):
@@ -164,7 +171,7 @@ class TritonEngine(Engine):
         limit: bool,
     ) -> None:
         """Scale or limit what lies without gaps, and do otherwise with the rest."""
-        seen = _wide_table_view if rows else flat_view
+        seen = wide_table_view if rows else flat_view
         request = self._request(tensors, rows, seen)
         if request is None:
             fit = [seen(as_it_lies(tensor)) is not None for tensor in tensors]
@@ -283,18 +290,9 @@ class _Work:
     """A plan, with its tables on the device."""
 
     def __init__(self, device: torch.device, block: int, *strips: Any) -> None:
+        _prepare_to_be_captured(device)
         self.plan = plan(*strips, processors=_processors(device), block=block)
         self.tables = Uploaded(self.plan.tables, device)
-
-
-def _is_narrow(tensor: Tensor) -> bool:
-    """Tell whether the rows of a tensor are too many and too short to take them one by one."""
-    rows = len(tensor)
-    return rows > NARROW and tensor.numel() < rows * NARROW
-
-
-def _wide_table_view(tensor: Tensor) -> Tensor | None:
-    return None if _is_narrow(tensor) else table_view(tensor)
 
 
 def _strips(held: Sequence[Tensor], rows: bool) -> tuple[tuple[int, ...] | None, ...]:
@@ -329,6 +327,12 @@ def _written_by_kernels(device: torch.device, addresses: list[int]) -> Tensor:
             some += some[:1] * (AT_ONCE - len(some))  # beyond the end, where nobody looks
             kernels.write_addresses[(1,)](table, first, *some, **OPTIONS)
     return table
+
+
+@cache
+def _prepare_to_be_captured(device: torch.device) -> None:
+    """Load the one kernel that is launched nowhere but in a capture, within which none can be."""
+    _written_by_kernels(device, [LOW])
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -1,0 +1,124 @@
+"""Kernels as they are launched, compiled for a GPU that is not there, and not run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from gradclip.engines import kernels
+from gradclip.engines import triton as engine
+
+KERNELS = ("power_sums", "strip_sums", "change", "write_addresses")
+
+
+class NoDevice:
+    """A driver with a device that only compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+class Compiled:
+    """A kernel that is compiled for its arguments where it would be launched."""
+
+    def __init__(self, kernel, launches) -> None:
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            compiled = self._kernel.warmup(*arguments, grid=grid, **options)
+            self._launches.append((self._kernel.fn.__name__, grid, compiled.hash))
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    if engine.INTERPRETED:
+        pytest.skip("the kernels are interpreted")
+    found = []
+    stream = types.SimpleNamespace(cuda_stream=0)
+    for name in KERNELS:
+        monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), found))
+    monkeypatch.setattr(engine, "DEVICE", "cpu")
+    monkeypatch.setattr(engine, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(engine, "_processors", lambda device: 132)
+    monkeypatch.setattr(engine, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    engine._prepare_to_be_captured.cache_clear()
+    return found
+
+
+def names(launches) -> list[str]:
+    return [name for name, _, _ in launches]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        *(
+            pytest.param(dtype, marks=pytest.mark.slow)
+            for dtype in (torch.bfloat16, torch.float16, torch.float64)
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", [2.0, math.inf, pytest.param(3.0, marks=pytest.mark.slow)])
+def test_every_launch_compiles_as_it_is_launched(dtype, order, launches):
+    served = engine.TritonEngine()
+    tensors = [torch.zeros(size, dtype=dtype) for size in ((100, 100), (7,), (300_000,), (0,))]
+    assert served.norm(tensors, order).shape == (1,)
+    assert served.norm(tensors, order, scalar=True).shape == ()
+    assert names(launches) == ["write_addresses"] + ["power_sums"] * 2  # the first for later
+    assert served.power_sums(tensors, order).shape == (4,)
+    assert served.power_sums(tensors[:1], order, rows=True).shape == (100,)
+    assert names(launches)[3:] == ["power_sums", "strip_sums", "power_sums"]
+    launches.clear()
+    for numbers in (1, 4):
+        served.scale_(tensors, torch.full((numbers,), 0.5, dtype=torch.float64))
+        served.clamp_(tensors, torch.full((numbers,), 0.5, dtype=torch.float64))
+    assert names(launches) == ["change"] * 4
+
+
+def test_other_sizes_and_addresses_are_nothing_to_compile_anew(launches):
+    served = engine.TritonEngine()
+    half = torch.full((1,), 0.5, dtype=torch.float64)
+    for size in (1, 16, 17, 4096, 1_000_000):
+        tensors = [torch.zeros(size + 1)[1:], torch.zeros(size)]
+        served.norm(tensors, 2.0)
+        served.scale_(tensors, half)
+    table = engine._written_by_kernels(torch.device("cpu"), [(1 << 46) + n for n in range(20)])
+    assert table.numel() >= 20
+    assert len({(name, compiled) for name, _, compiled in launches}) == 3
+    assert names(launches).count("write_addresses") == 1 + 3
+
+
+def test_a_gpu_is_kept_busy_and_not_more(launches):
+    served = engine.TritonEngine()
+    for size, measuring, writing in (
+        (10, 1, 1),
+        (100_000_000, 132 * 23, 132 * 8),
+        (800_000_000, 132 * 64, 132 * 8),
+    ):
+        gradient = torch.empty(size, dtype=torch.float16)
+        launches.clear()
+        served.norm([gradient], 2.0)
+        served.scale_([gradient], torch.full((1,), 0.5, dtype=torch.float64))
+        (sums,), (writers,) = [grid for name, grid, _ in launches if name != "write_addresses"]
+        assert sums == pytest.approx(measuring, rel=0.01)
+        assert writers <= writing
+        assert writers == 1 or writers >= 0.9 * writing

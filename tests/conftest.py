@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device at once: it is thousands of tests."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        skip = pytest.mark.skip(reason="there is no CUDA device")
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(skip)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
@@ -41,6 +51,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             _unexplained.append(f"{report.nodeid}: {reason}")
 
 
+@cache
 def _allowed_reasons() -> list[str]:
     lines = ALLOWED_SKIPS.read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#")]
@@ -89,9 +100,10 @@ class Tape(TorchDispatchMode):
 
 
 @pytest.fixture
-def tape(like_a_device: None) -> Tape:
-    gc.collect()  # clippers of other tests, which read their records when they are collected
-    return Tape()
+def tape(like_a_device: None) -> Iterator[Tape]:
+    gc.disable()  # clippers of other tests read their records when they are collected
+    yield Tape()
+    gc.enable()
 
 
 @pytest.fixture

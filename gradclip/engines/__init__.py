@@ -54,13 +54,12 @@ def engine_for(name: str, device: torch.device) -> Engine:
     """Return the engine that serves a device; only ``"auto"`` chooses.
 
     Raises:
-        EngineUnavailableError: The engine does not serve such a device.
+        ArgumentError: There is no such engine.
+        EngineUnavailableError: The engine is not there, or does not serve such a device.
     """
     if name != "auto":
-        engine = _ENGINES[name]
-        reason = engine.unserved(device)
-        if reason is not None:
-            raise EngineUnavailableError(reason)
+        engine = _ENGINES[check_engine_name(name)]
+        engine.check_serves(device)
         return engine
     if device.type == "cuda":
         _load_triton()

@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..errors import EngineUnavailableError
+
 INFINITY = math.inf
 
 
@@ -41,6 +43,16 @@ class Engine(ABC):
     def unserved(self, device: torch.device) -> str | None:
         """Return why a device is not served, as an error says it; None where it is."""
         return None
+
+    def check_serves(self, device: torch.device) -> None:
+        """Check that a device is served.
+
+        Raises:
+            EngineUnavailableError: It is not.
+        """
+        reason = self.unserved(device)
+        if reason is not None:
+            raise EngineUnavailableError(reason)
 
     @abstractmethod
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:

@@ -88,7 +88,7 @@ def plan(
     programs = min(max(1, total // (PROGRAM_COST * block)), PROGRAMS * processors)
     # All strips one after the other: every cut is a place among their elements.
     cuts = _cuts_of_programs(length, begins, cost, programs, block)
-    stops = torch.cat([_stops(length, begins, PIECE * block), cuts[cuts > 0]]).unique()
+    stops = torch.cat([_stops(length, begins, PIECE * block), cuts]).unique()
     strip = torch.searchsorted(ends, stops)
     first = stops.diff(prepend=stops.new_zeros(1))  # its length
     at = offsets[strip] + stops - first - begins[strip]

@@ -217,9 +217,7 @@ class TritonEngine(Engine):
             return None
         addresses, held = found
         device = tensors[0].device
-        reason = self.unserved(device)
-        if reason is not None:
-            raise EngineUnavailableError(reason)
+        self.check_serves(device)
         lengths, counts, strides = _strips(held, rows)
         captured = capturing()
         work = self._work_of(device, lengths, counts, strides, captured=captured)
@@ -320,11 +318,12 @@ def _parted(
 
 def _written_by_kernels(device: torch.device, addresses: list[int]) -> Tensor:
     """Write addresses into a table in a way that a captured graph repeats by itself."""
-    table = torch.empty(len(addresses) + AT_ONCE, dtype=torch.int64, device=device)
+    # Beyond the end, and where nothing lies, nobody looks; small numbers would be other types.
+    wide = [max(address, LOW) for address in addresses] + [LOW] * (-len(addresses) % AT_ONCE)
+    table = torch.empty(len(wide), dtype=torch.int64, device=device)
     with _on(device):
-        for first in range(0, len(addresses), AT_ONCE):
-            some = addresses[first : first + AT_ONCE]
-            some += some[:1] * (AT_ONCE - len(some))  # beyond the end, where nobody looks
+        for first in range(0, len(wide), AT_ONCE):
+            some = wide[first : first + AT_ONCE]
             kernels.write_addresses[(1,)](table, first, *some, **OPTIONS)
     return table
 

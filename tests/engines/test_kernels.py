@@ -1,0 +1,165 @@
+"""What the kernels are compiled to, which needs no device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+
+BLOCK, THREADS = 4096, 256
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+"""Their names in Triton, and their sizes."""
+ORDERS = (2.0, 1.0, math.inf, 3.0)
+TYPES = {
+    **dict.fromkeys(("addresses", "pieces", "starts", "first_pieces"), "*i64"),
+    **dict.fromkeys(("sums", "norm", "results", "numbers"), "*fp64"),
+    **dict.fromkeys(("programs", "grouped", "first"), "i32"),
+    **dict.fromkeys("abcdefgh", "i64"),
+    "arrived": "*i32",
+}
+"""Of what is given at every launch; all else is known when compiling."""
+
+
+def compiled(kernel: str, capability: int = 90, **constants: object) -> list[str]:
+    """Return the instructions of a kernel, and its labels."""
+    try:
+        import triton
+    except ImportError:
+        pytest.skip("there is no Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gradclip.engines import kernels
+    from gradclip.engines.triton import OPTIONS
+
+    function = getattr(kernels, kernel)
+    names = function.arg_names
+    types = {name: TYPES[name] for name in names if name not in constants}
+    try:
+        every = {name: types.get(name, "constexpr") for name in names}
+        known = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=function, signature=every, constexprs=known)
+    except TypeError:  # Triton 3.2
+        source = ASTSource(fn=function, signature=types, constants=constants)
+    target = GPUTarget("cuda", capability, 32)
+    text = triton.compile(source, target=target, options=OPTIONS).asm["ptx"]
+    assert f".target sm_{capability}" in text
+    lines = [line.partition("//")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith((".loc", "$L__tmp"))]
+
+
+def power_sums(dtype: str, order: float, total: bool, capability: int = 90) -> list[str]:
+    import triton.language as tl
+
+    constants = {"ORDER": order, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK, "TOTAL": total}
+    if not total:
+        constants.update(arrived=None, norm=None)
+    return compiled("power_sums", capability, **constants)
+
+
+def change(dtype: str, limit: bool, shared: bool, capability: int = 90) -> list[str]:
+    import triton.language as tl
+
+    constants = {"LIMIT": limit, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK, "SHARED": shared}
+    return compiled("change", capability, **constants)
+
+
+def innermost_loops(lines: list[str]) -> list[list[str]]:
+    """Return what lies between each label and the last branch back to it, and has no such loop."""
+    labels = {line[:-1]: place for place, line in enumerate(lines) if line.endswith(":")}
+    ends: dict[int, int] = {}
+    for place, line in enumerate(lines):
+        target = re.search(r"\bbra\S*\s+(\$\w+);", line)
+        if target and labels[target[1]] < place:
+            ends[labels[target[1]]] = place
+    loops = [*ends.items()]
+    return [
+        lines[begin:end]
+        for begin, end in loops
+        if not any(begin < first and last < end for first, last in loops)
+    ]
+
+
+def moves(lines: list[str], what: str) -> list[bool]:
+    """Tell of every load, or store, whether it moves 16 bytes, whatever the lane."""
+    found = [line for line in lines if f"{what}.global" in line]
+    wide = re.compile(rf"(@!?%p\d+ )?{what}\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64)\s")
+    return [wide.match(line) is not None for line in found]
+
+
+def check_everywhere(lines: list[str]) -> None:
+    """Check what no kernel may do."""
+    text = "\n".join(lines)
+    assert ".local" not in text  # what does not fit into registers
+    assert not re.search(r"\b(div\.full|(div|sqrt|rsqrt|ex2|lg2)\.approx)", text)
+    atomics = re.findall(r"\b(?:atom|red)\.\S+", text)
+    assert all(re.search(r"\.add\.[us]32$", atomic) for atomic in atomics)
+
+
+def mark(*values: object, quick: bool) -> object:
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+
+
+SUMS = [
+    mark(dtype, order, total, quick=total and (dtype, order) in {("fp32", 2.0), ("bf16", math.inf)})
+    for dtype, order, total in itertools.product(DTYPES, ORDERS, (True, False))
+]
+CHANGES = [
+    mark(dtype, limit, shared, quick=shared and dtype == "bf16")
+    for dtype, limit, shared in itertools.product(DTYPES, (False, True), (True, False))
+]
+
+
+@pytest.mark.parametrize(("dtype", "order", "total"), SUMS)
+def test_what_is_measured_is_read_16_bytes_at_a_time(dtype, order, total):
+    lines = power_sums(dtype, order, total)
+    check_everywhere(lines)
+    many = BLOCK * DTYPES[dtype] // THREADS // 16
+    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
+    assert moves(loop, "ld") == [True] * many
+    assert not any(".shared" in line or "bar.sync" in line for line in loop)
+    assert any(".add." in line and "atom" in line for line in lines) is total
+    if order == 2.0 and total:
+        assert any(line.startswith("sqrt.rn.f64") for line in lines)
+
+
+@pytest.mark.parametrize(("dtype", "limit", "shared"), CHANGES)
+def test_what_is_changed_is_read_and_written_16_bytes_at_a_time(dtype, limit, shared):
+    lines = change(dtype, limit, shared)
+    check_everywhere(lines)
+    assert not any("atom" in line for line in lines)
+    many = BLOCK * DTYPES[dtype] // THREADS // 16
+    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
+    assert moves(loop, "ld") == moves(loop, "st") == [True] * many
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("order", [1.0, mark(2.0, quick=False)])
+def test_while_it_reads_it_computes_in_float32(dtype, order):
+    lines = power_sums(dtype, order, True)
+    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
+    assert any(".f32" in line for line in loop)
+    assert not any(".f64" in line for line in loop)
+
+
+CAPABILITIES = (70, 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_older_devices_are_compiled_for(dtype, capability):
+    for order in (2.0, math.inf, 3.0):
+        check_everywhere(power_sums(dtype, order, True, capability))
+    for limit in (False, True):
+        check_everywhere(change(dtype, limit, False, capability))
+
+
+@pytest.mark.parametrize("capability", [*CAPABILITIES, 90])
+def test_small_kernels_are_compiled_for_every_device(capability):
+    for order in (2.0, math.inf):
+        check_everywhere(compiled("strip_sums", capability, ORDER=order))
+    lines = compiled("write_addresses", capability)
+    assert sum("st.global" in line for line in lines) == 8

@@ -1,0 +1,347 @@
+"""What the engine of Triton kernels does beside what every engine promises."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import gradclip
+from gradclip import EngineUnavailableError, GradientClipper, engines
+from gradclip.engines.base import Batch
+from gradclip.engines.plan import plan
+from gradclip.engines.reference import ReferenceEngine
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.cuda]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+REFERENCE = ReferenceEngine()
+MIXED = (1, 0, 15, 16, 17, 255, 256, 257, 700, 3)
+"""Lengths around a block of 16 elements and a piece of 16 blocks."""
+
+
+@pytest.fixture
+def triton(triton_engine):
+    """The module, which only a process that has tests for it imports."""
+    from gradclip.engines import triton
+
+    return triton
+
+
+@pytest.fixture
+def tiny(triton):
+    """An engine with blocks so small that few elements make many pieces and programs."""
+    with torch.no_grad():
+        yield triton.TritonEngine(block=16)
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def mixed(dtype=torch.float32):
+    return [random(length, dtype=dtype) for length in MIXED]
+
+
+def clones(tensors):
+    return [tensor.clone() for tensor in tensors]
+
+
+def measured_alike(engine, tensors, order, rel=1e-6):
+    """Tell whether an engine measures tensors as the reference does."""
+    found, expected = (
+        [*one.power_sums(tensors, order).tolist(), one.norm(tensors, order, scalar=True).item()]
+        for one in (engine, REFERENCE)
+    )
+    return found == pytest.approx(expected, rel=rel, abs=0)
+
+
+def changed_alike(engine, tensors, numbers, *, rows=False, limit=False):
+    """Tell whether an engine changes tensors as the reference does, up to one rounding more."""
+    expected = clones(tensors)
+    verb = "clamp_" if limit else "scale_"
+    getattr(engine, verb)(tensors, numbers, rows=rows)
+    getattr(REFERENCE, verb)(expected, numbers, rows=rows)
+    rounding = 0 if limit else torch.finfo(tensors[0].dtype).eps
+    return all_close(tensors, expected, rounding)
+
+
+def all_close(found, expected, rel):
+    return all(
+        torch.allclose(one, other, rtol=rel, atol=0, equal_nan=True)
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+# Many pieces and programs
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf, pytest.param(3.0, marks=pytest.mark.slow)])
+def test_many_pieces_are_measured_as_by_the_reference(tiny, dtype, order):
+    assert plan(MIXED, block=16).grouped > 1
+    assert measured_alike(tiny, mixed(dtype), order)
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_many_pieces_are_changed_as_by_the_reference(tiny, dtype, limit):
+    tensors = mixed(dtype)
+    assert changed_alike(tiny, tensors, vector(0.3), limit=limit)
+    each = vector(*(0.1 * index for index in range(len(MIXED))))
+    assert changed_alike(tiny, tensors, each, limit=limit)
+
+
+@pytest.mark.parametrize("order", [0.5, 1.5, 4.0, pytest.param(7.3, marks=pytest.mark.slow)])
+def test_any_order_is_measured(tiny, order):
+    tensors = [random(300), random(7)]
+    tensors[0][3], tensors[0][-1] = 0.0, 1e10
+    assert measured_alike(tiny, tensors, order)
+
+
+# Alignment
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_sums_have_the_same_bits_wherever_a_tensor_begins(tiny, dtype, order):
+    values = random(700, dtype=dtype)
+    aligned = tiny.power_sums([values], order), tiny.norm([values], order)
+    for offset in (1, 2, 3):
+        moved = torch.zeros(710, dtype=dtype)[offset:][:700].copy_(values)
+        assert torch.equal(tiny.power_sums([moved], order), aligned[0])
+        assert torch.equal(tiny.norm([moved], order), aligned[1])
+
+
+def test_products_have_the_same_bits_wherever_a_tensor_begins(tiny, dtype):
+    values, coefficient = random(300, dtype=dtype), vector(0.3)
+    aligned = values.clone()
+    tiny.scale_([aligned], coefficient)
+    for offset in (1, 2, 3):
+        buffer = torch.zeros(310, dtype=dtype)
+        moved = buffer[offset:][:300].copy_(values)
+        tiny.scale_([moved], coefficient)
+        assert torch.equal(moved, aligned)
+        assert not bool(buffer[:offset].any() | buffer[offset + 300 :].any())
+
+
+# Beyond the range of float32
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0])
+@pytest.mark.parametrize("value", [1e20, 3e38, 1e-25, 1e-40, 1e-45])
+def test_what_float32_cannot_add_up_is_added_up_in_float64(tiny, value, order):
+    small, large = torch.full((300,), value), torch.ones(300)
+    mixture = torch.cat([small, large])
+    assert measured_alike(tiny, [small, large, mixture], order, 1e-7)
+    assert measured_alike(tiny, [small, -small[:5]], order, 1e-7)
+
+
+def test_only_what_left_the_range_of_float32_is_read_again(tiny, monkeypatch):
+    if not INTERPRETED:
+        pytest.skip("only the interpreter shows what is read")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    read, load = [], InterpreterBuilder.create_masked_load
+
+    def seen(builder, at, mask, *others):
+        read.append(int(mask.data.sum()) if at.data.size == 16 else 0)
+        return load(builder, at, mask, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", seen)
+    for value, times in ((0.0, 1), (1.0, 1), (1e-20, 2), (1e20, 2)):
+        tensor = torch.full((100,), value)
+        read.clear()
+        tiny.power_sums([tensor], 2.0)
+        assert sum(read) == times * 100
+
+
+def test_zeros_and_nothing_have_the_norm_zero(tiny, dtype):
+    tensors = [torch.zeros(length, dtype=dtype) for length in (300, 0, 3)]
+    tensors[2].neg_()
+    for order in (1.0, 2.0, math.inf, 3.0):
+        assert tiny.power_sums(tensors, order).tolist() == [0.0] * 3
+        assert tiny.norm(tensors, order).item() == tiny.norm(tensors[1:2], order).item() == 0.0
+
+
+# Rows
+
+
+def matrices():
+    """Some of narrow rows, some of wide ones, one with a stride, one of a single row."""
+    strided = random(5, 40)[:, :20]
+    return [random(70, 3), random(3, 100), random(66, 2), strided, random(1, 300)]
+
+
+@pytest.mark.parametrize("verb", ["power_sums", "scale_"])
+def test_narrow_rows_are_left_to_torch_operators(tiny, triton, monkeypatch, verb):
+    given, operators = [], triton._OPERATORS
+    done = getattr(operators, verb)
+    monkeypatch.setattr(
+        operators, verb, lambda *of, **rows: given.extend(of[0]) or done(*of, **rows)
+    )
+    getattr(tiny, verb)(matrices(), 2.0 if verb == "power_sums" else vector(0.5), rows=True)
+    assert [tensor.shape for tensor in given] == [(70, 3), (66, 2)]
+
+
+@pytest.mark.parametrize("order", [2.0, math.inf])
+def test_sums_of_narrow_and_of_wide_rows_come_in_order(tiny, order):
+    tensors = matrices()
+    for some in (tensors, tensors[::-1], tensors[1::2], tensors[:1]):
+        sums, expected = (one.power_sums(some, order, rows=True) for one in (tiny, REFERENCE))
+        assert all_close(sums, expected, 1e-6)
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_narrow_and_wide_rows_are_changed_by_their_own_numbers(tiny, limit):
+    tensors = matrices()
+    each = torch.linspace(0.1, 1.0, sum(map(len, tensors)), dtype=torch.float64)
+    around = tensors[3]._base[:, 20:].clone()
+    assert changed_alike(tiny, tensors, each, rows=True, limit=limit)
+    assert changed_alike(tiny, tensors, vector(0.05), rows=True, limit=limit)
+    assert torch.equal(tensors[3]._base[:, 20:], around)
+
+
+# Gaps
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_what_has_gaps_is_changed_among_what_has_none(tiny, limit):
+    buffer = random(6, 10)
+    around = buffer[:, 1::2].clone()
+    tensors = [random(20), buffer[:, ::2], random(4, 5).t(), random(9)[::3]]
+    for numbers in (vector(0.5), vector(0.1, 0.2, 0.3, 0.4)):
+        assert changed_alike(tiny, tensors, numbers, limit=limit)
+    assert torch.equal(buffer[:, 1::2], around)
+
+
+# What is kept between calls
+
+
+def test_every_program_that_arrived_is_forgotten(tiny):
+    for tensors in (mixed(), [random(5)], mixed()):
+        for order in (2.0, math.inf):
+            assert measured_alike(tiny, tensors, order)
+            assert [count.item() for count in tiny._arrived.values()] == [0]
+
+
+def test_a_batch_is_looked_at_once(tiny, triton, monkeypatch):
+    looked = []
+    found = triton.addresses_of
+    monkeypatch.setattr(
+        triton, "addresses_of", lambda *given: looked.append(given) or found(*given)
+    )
+    batch = Batch([random(20), random(3)])
+    expected = 0.5 * batch[0]
+    assert measured_alike(tiny, batch, 2.0)
+    tiny.scale_(batch, vector(0.5))
+    assert len(looked) == 1
+    assert torch.equal(batch[0], expected)
+
+
+def test_a_batch_with_gaps_is_written_where_it_lies(tiny):
+    batch = Batch([random(5, 6)[:, ::2], random(3, 4).t()])
+    expected = [0.5 * tensor for tensor in batch]
+    tiny.norm(batch, 2.0)
+    tiny.scale_(batch, vector(0.5))
+    assert all(map(torch.equal, batch, expected))
+
+
+def test_a_batch_goes_with_its_tensors_when_nobody_holds_them(tiny):
+    batch = Batch([random(20), random(3)])
+    seen = [weakref.ref(tensor) for tensor in batch]
+    gc.disable()  # which would find a cycle
+    try:
+        tiny.norm(batch, 2.0)
+        tiny.scale_(batch, vector(0.5))
+        del batch
+        assert [tensor() for tensor in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+# Autograd, tensors given twice, and devices that are not served
+
+
+def test_autograd_sees_that_a_tensor_was_scaled(tiny):
+    weight = torch.ones(3, requires_grad=True)
+    tensor = torch.ones(3)
+    with torch.enable_grad():
+        loss = (weight * tensor).sum()
+    version = tensor._version
+    tiny.scale_([tensor, random(2)], vector(1.0))
+    assert tensor._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_tensor_that_is_given_twice_is_measured_twice(tiny):
+    tensor = random(300)
+    assert measured_alike(tiny, [tensor, random(7), tensor], 2.0)
+
+
+def test_a_device_that_is_not_served_is_refused(tiny, triton, monkeypatch):
+    other = torch.device("cuda" if INTERPRETED else "cpu")
+    where = "where TRITON_INTERPRET is set" if INTERPRETED else "of type cuda,"
+    assert where in tiny.unserved(other)
+    assert tiny.unserved(torch.empty(1).device) is None
+    monkeypatch.setattr(triton, "DEVICE", "elsewhere")
+    with pytest.raises(EngineUnavailableError, match="devices of type elsewhere"):
+        tiny.norm([random(3)], 2.0)
+
+
+# Through the names that users call
+
+
+def clipped(engine, monkeypatch, clip):
+    """Clip the same gradients with an engine; return the norms, if they are told, and them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 9), nn.Linear(9, 80), nn.Linear(300, 2))
+    for parameter in model.parameters():
+        parameter.grad = random(*parameter.shape)
+    monkeypatch.setitem(engines._BEST, torch.empty(1).device.type, engine)
+    told = clip(model)
+    return [*([] if told is None else [told]), *(one.grad for one in model.parameters())]
+
+
+def step(model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    clipper = GradientClipper(optimizer, 0.7, **options)
+    optimizer.step()
+    return clipper.last.norms
+
+
+def spoilt(model):
+    model[1].weight.grad[1, 1] = math.nan
+    return step(model, scope="parameter", nonfinite="zero")
+
+
+CLIPS = {
+    "norm": lambda model: gradclip.clip_grad_norm_(model.parameters(), 0.7),
+    "value": lambda model: gradclip.clip_grad_value_(model.parameters(), 0.3),
+    "global": step,
+    "parameter": lambda model: step(model, scope="parameter"),
+    "unit": lambda model: step(model, scope="unit"),
+    "max_value": lambda model: step(model, max_value=0.3, norm_type=1.0),
+    "nonfinite": spoilt,
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
+def test_clipping_is_that_of_the_reference(triton_engine, triton, monkeypatch, clip):
+    launched = []
+    request = triton.TritonEngine._request
+    monkeypatch.setattr(
+        triton.TritonEngine, "_request", lambda *given: launched.append(given) or request(*given)
+    )
+    expected = clipped(REFERENCE, monkeypatch, clip)
+    assert not launched
+    found = clipped(triton_engine, monkeypatch, clip)
+    assert launched
+    assert all_close(found, expected, 1e-6)

@@ -520,7 +520,7 @@ def test_what_this_version_lacks_says_so(option):
 
 
 def test_an_engine_that_is_not_there_is_an_error_and_not_replaced(monkeypatch):
-    with pytest.raises(EngineUnavailableError, match="engine='triton' serves devices of type cuda"):
+    with pytest.raises(EngineUnavailableError, match="engine='triton' "):
         GradientClipper(sgd(torch.ones(1)), 1.0, engine="triton")
     monkeypatch.delitem(engines._ENGINES, "native", raising=False)
     monkeypatch.setitem(engines._MISSING, "native", "engine='native' is not available: reason")

@@ -227,6 +227,7 @@ def test_a_device_sleeps_until_all_work_is_queued(monkeypatch):
 
 def test_the_triton_engine_serves_toys_only_while_it_is_measured(monkeypatch):
     stand_in = engines._ENGINES["reference"]
+    monkeypatch.setattr(engines, "_load_triton", lambda: None)
     monkeypatch.setitem(engines._ENGINES, "triton", stand_in)
     before = engine_for("auto", CPU)
     with cuda.engine_under_test(CPU):
@@ -248,4 +249,5 @@ def test_the_benchmark_runs_with_interpreted_kernels():
     )
     result = json.loads(run.stdout)
     assert result["machine"]["interpreted"] is True
+    assert result["machine"]["engine"] == "triton"
     assert "gradclip" in result["rows"][-1]["device_ms"]

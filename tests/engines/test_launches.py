@@ -8,6 +8,9 @@ import types
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="there is no Triton")
+
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 

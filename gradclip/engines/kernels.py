@@ -200,25 +200,26 @@ def _lanes(
     whole = length // BLOCK
     for block in range(whole):
         magnitude = tl.abs(_read(tl.load(at + block * BLOCK), ELEMENT, STATE))
-        sums += _power(magnitude, ORDER)
+        sums = _with_power(sums, magnitude, ORDER)
         most = tl.maximum(most, magnitude)
     rest = whole * BLOCK
     if rest < length:
         elements = tl.load(at + rest, mask=lane < length - rest, other=0)
         magnitude = tl.abs(_read(elements, ELEMENT, STATE))
-        sums += _power(magnitude, ORDER)
+        sums = _with_power(sums, magnitude, ORDER)
         most = tl.maximum(most, magnitude)
     return sums, most
 
 
 @triton.jit
-def _power(magnitude, ORDER: tl.constexpr):
+def _with_power(sums, magnitude, ORDER: tl.constexpr):
+    """Add powers; fused by name, so that it does not depend on what the compiler makes of it."""
     if ORDER == 1.0:
-        return magnitude
+        return sums + magnitude
     elif ORDER == 2.0:
-        return magnitude * magnitude
+        return tl.fma(magnitude, magnitude, sums)
     else:
-        return tl.exp2(ORDER * tl.log2(magnitude))
+        return sums + tl.exp2(ORDER * tl.log2(magnitude))
 
 
 @triton.jit

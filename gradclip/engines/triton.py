@@ -49,7 +49,7 @@ ELEMENTS = {
 INTERPRETED = not isinstance(kernels.change, triton.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"
 """The type of device that is served."""
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 KEPT = 32
 """Sets of tensors that are remembered: several dtypes and devices, and parameters beside them."""
 OLDEST = (7, 0)

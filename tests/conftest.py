@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradclip import engines
+from gradclip import engines, thresholds
 from gradclip.engines import device
 from gradclip.engines.operators import OperatorsEngine
 
@@ -26,6 +27,34 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 settings.register_profile("gradclip", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("gradclip")
+
+OPTIONS = {
+    "as it comes": {},
+    "observe": {"exceed": "observe"},
+    "skip what exceeds": {"exceed": "skip"},
+    "skip what is not finite": {"nonfinite": "skip"},
+    "skip with a limit": {"nonfinite": "skip", "skip_limit": 3},
+    "propagate": {"nonfinite": "propagate"},
+    "bounded": {"max_value": 0.1},
+    "bounded, skip": {"max_value": 0.1, "exceed": "skip"},
+    "bounded, observe": {"max_value": 0.1, "exceed": "observe"},
+    "1-norm": {"norm_type": 1.0},
+    "infinity norm": {"norm_type": math.inf},
+    "parameter": {"scope": "parameter"},
+    "unit": {"scope": "unit"},
+}
+RULES = {
+    "fixed": lambda: 0.5,
+    "none": lambda: None,
+    "schedule": lambda: lambda step: 0.5,
+    "percentile": lambda: thresholds.Percentile(50, window=5),
+    "z-score": lambda: thresholds.ZScore(0.5, warmup=2),
+    "median": lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
+    "mean": lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
+    "average": lambda: thresholds.MovingAverage(0.9, warmup=2),
+    "growth": lambda: thresholds.GrowthLimit(0.9),
+    "weights": lambda: thresholds.RelativeToWeights(0.1),
+}
 
 _unexplained: list[str] = []
 
@@ -66,6 +95,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI a test that is skipped for a reason nobody has written down is a failure."""
     if os.environ.get("CI") and _unexplained and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of a clipper, those of every policy that does not wait for a device."""
+    return OPTIONS[request.param]
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> Any:
+    """What a clipper takes for ``max_norm``, a new one at each call."""
+    return RULES[request.param]
 
 
 class Tape(TorchDispatchMode):

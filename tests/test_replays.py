@@ -10,21 +10,21 @@ import torch
 from torch import nn
 
 import gradclip
-from gradclip import AttachError, GradientClipper, replays, thresholds
+from gradclip import AttachError, GradientClipper, replays
 from gradclip.records import ClipRecord
 
 WARM_UP = 3
-RULES = {
-    "fixed": lambda: 0.5,
-    "observe": lambda: None,
-    "percentile": lambda: thresholds.Percentile(50, window=5),
-    "z-score": lambda: thresholds.ZScore(0.5, warmup=2),
-    "median": lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
-    "mean": lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
-    "average": lambda: thresholds.MovingAverage(0.9, warmup=2),
-    "growth": lambda: thresholds.GrowthLimit(0.9),
-    "weights": lambda: thresholds.RelativeToWeights(0.1),
-}
+CAPTURABLE = [
+    "fixed",
+    "none",
+    "percentile",
+    "z-score",
+    "median",
+    "mean",
+    "average",
+    "growth",
+    "weights",
+]
 
 
 class Kept(gradclip.Sink):
@@ -83,10 +83,10 @@ def eager(training: Training, given: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter", "unit"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CAPTURABLE, indirect=True)
 def test_a_replayed_step_clips_learns_and_logs_as_a_step_does(rule, scope, tape, captured):
     given = batches(12)
-    one, other = (Training(RULES[rule](), scope=scope) for _ in range(2))
+    one, other = (Training(rule(), scope=scope) for _ in range(2))
     eager(one, given)
     replayed(other, given, tape, captured)
     assert other.clipper.steps == 12

@@ -9,35 +9,7 @@ import torch
 from torch import nn
 
 import gradclip
-from gradclip import GradientClipper, thresholds
-
-OPTIONS = {
-    "as it comes": {},
-    "observe": {"exceed": "observe"},
-    "skip what exceeds": {"exceed": "skip"},
-    "skip what is not finite": {"nonfinite": "skip"},
-    "skip with a limit": {"nonfinite": "skip", "skip_limit": 3},
-    "propagate": {"nonfinite": "propagate"},
-    "bounded": {"max_value": 0.1},
-    "bounded, skip": {"max_value": 0.1, "exceed": "skip"},
-    "bounded, observe": {"max_value": 0.1, "exceed": "observe"},
-    "1-norm": {"norm_type": 1.0},
-    "infinity norm": {"norm_type": float("inf")},
-    "parameter": {"scope": "parameter"},
-    "unit": {"scope": "unit"},
-}
-RULES = {
-    "fixed": lambda: 0.5,
-    "none": lambda: None,
-    "schedule": lambda: lambda step: 0.5,
-    "percentile": lambda: thresholds.Percentile(50, window=5),
-    "z-score": lambda: thresholds.ZScore(0.5, warmup=2),
-    "median": lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
-    "mean": lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
-    "average": lambda: thresholds.MovingAverage(0.9, warmup=2),
-    "growth": lambda: thresholds.GrowthLimit(0.9),
-    "weights": lambda: thresholds.RelativeToWeights(0.1),
-}
+from gradclip import GradientClipper
 
 
 @pytest.fixture
@@ -84,10 +56,9 @@ def training(max_norm, fused: bool, **options):
     return step, clipper
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("rule", ["fixed", "percentile"])
+@pytest.mark.parametrize("rule", ["fixed", "percentile"], indirect=True)
 def test_no_policy_waits(rule, options, unread):
-    step, clipper = training(RULES[rule](), fused=True, **options)
+    step, clipper = training(rule(), fused=True, **options)
     for _ in range(3):  # the first makes what is kept on the device
         step()
     with unread():
@@ -96,10 +67,9 @@ def test_no_policy_waits(rule, options, unread):
     assert clipper.steps == 7
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scope", ["global", "parameter"])
 def test_no_threshold_waits(rule, scope, unread):
-    step, clipper = training(RULES[rule](), fused=False, scope=scope)
+    step, clipper = training(rule(), fused=False, scope=scope)
     for _ in range(3):
         step()
     with unread():

@@ -14,7 +14,8 @@ from gradclip import AttachError, GradientClipper, replays
 from gradclip.records import ClipRecord
 
 WARM_UP = 3
-CAPTURABLE = [
+CAPTURABLE = ["fixed", "none", "percentile", "z-score", "median", "mean", "average"]
+CAPTURABLE += ["growth", "weights"]
     "fixed",
     "none",
     "percentile",

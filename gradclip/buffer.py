@@ -42,7 +42,7 @@ class RecordBuffer:
     def take(self, *, wait: bool) -> Iterator[Batch]:
         """Yield the batches that have arrived; with ``wait`` everything, waiting for the device."""
         if wait and self._waiting:
-            _finish(self._waiting[-1].norms.device)
+            finish(self._waiting[-1].norms.device)
             self._send()
         while self._sent and (wait or self._sent[0].arrived()):
             yield self._sent.pop(0)
@@ -111,8 +111,8 @@ class Batch:
         return self._host.to(torch.float64)
 
 
-def _finish(device: torch.device) -> None:
-    # The steps may have run on another stream than the one that asks for their records.
+def finish(device: torch.device) -> None:
+    """Wait for all streams: steps may have run on another than the one that asks for records."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -14,11 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .attachment import Attachment
+from .capture import capturing
 from .changes import Changes
 from .checks import checked_count
 from .coefficients import clip_coefficients, reduced, unless
 from .engines import engine_for
-from .engines.base import capturing
 from .errors import ArgumentError, AttachError
 from .joint import JointGradients
 from .labels import NormLabels
@@ -59,8 +59,8 @@ class GradientClipper:
     "skip" and the optimizer is none of torch's fused ones, or the parameters lie on several
     devices, or several optimizers share a ``GradScaler``. Not collective.
 
-    Steps can be captured in a CUDA graph, after a few that were not: the graph then writes their
-    records, and the training loop calls `flush` now and then, at least every 10,000 replays.
+    Steps can be captured in a CUDA graph, after a few that were not. The training loop then calls
+    `flush` now and then, and steps outside the graph wait for the device.
 
     >>> import torch, gradclip
     >>> model = torch.nn.Linear(2, 1)

@@ -20,6 +20,10 @@ R = TypeVar("R")
 
 # Not torch.library.custom_op, by which all that may be written counts as written.
 _LIBRARY = torch.library.Library("gradclip", "DEF")
+_TAGS = [torch.Tag.pt2_compliant_tag]
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    # Engines keep what they made, which must not lie in the memory of a graph of the compiler's.
+    _TAGS.append(torch.Tag.cudagraph_unsafe)
 
 
 def operator(
@@ -35,7 +39,7 @@ def operator(
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name, _, _ = schema.partition("(")
-        _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, untracked(function), "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # no history
         torch.library.register_fake(f"gradclip::{name}", result, lib=_LIBRARY)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -123,11 +123,14 @@ def buckets_of(
         key = (gradient.device, gradient.dtype, rows)
         bucket = buckets.get(key)
         if bucket is None:
-            bucket = buckets[key] = Bucket(gradient.device, [], [], rows=rows)
+            bucket = buckets[key] = Bucket(gradient.device, Batch(), Batch(), rows=rows)
         bucket.measured.append(measured)
         bucket.written.append(written)
         if place is not None:
             _add_place(bucket, gradient, place)
+    for bucket in buckets.values():
+        if all(map(is_, bucket.measured, bucket.written)):
+            bucket.written = bucket.measured
     return list(buckets.values())
 
 

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .capture import capturing, keep_if_captured
 from .engines import norm_dtype
 from .engines.base import host_may_read
 from .errors import ArgumentError
@@ -80,6 +81,8 @@ class Limits:
             a number that is no limit.
         """
         self._follow_labels()
+        if capturing():
+            keep_if_captured(self._own, self._ruled, {**getattr(self._threshold, "__dict__", {})})
         weight_norms = gradients.weight_norms() if self._threshold.needs_weights else None
         context = StepContext(step, gradients.present(), self._order, weight_norms)
         if self._ruled is not None:

@@ -9,7 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .capture import capturing, keep_if_captured
 from .engines.base import INFINITY, root
+from .errors import AttachError
 
 NOWHERE = -1
 """Index of the norm of a row that is in none."""
@@ -46,6 +48,7 @@ def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Te
     if not labels.in_order(count):
         # Sorted and added up label by label: in the same order every time, unlike atomic sums.
         sources, lengths = _segments(places, count, power_sums.device)
+        keep_if_captured(sources, lengths)
         kind = "max" if order == INFINITY else "sum"
         power_sums = torch.segment_reduce(
             power_sums[sources], kind, lengths=lengths, initial=0, unsafe=True
@@ -67,6 +70,7 @@ def spread(values: Tensor, places: Places, otherwise: float) -> Tensor:
     labels = _labels(places, values.device)
     if labels.in_order(values.numel()):
         return values
+    keep_if_captured(labels.indices)
     if not labels.complete:
         values = torch.cat([values, values.new_full((1,), otherwise)])
     return values[labels.indices]
@@ -74,7 +78,9 @@ def spread(values: Tensor, places: Places, otherwise: float) -> Tensor:
 
 def present(places: Places, count: int, device: torch.device) -> Tensor:
     """Tell which of k norms have a gradient behind them; shape (k,), bool."""
-    return _present(places, count, device)
+    flags = _present(places, count, device)
+    keep_if_captured(flags)
+    return flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,12 @@ def _present(places: Places, count: int, device: torch.device) -> Tensor:
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:
+    if capturing():
+        raise AttachError(
+            "Other parameters had gradients in the steps before the CUDA graph was captured than "
+            "within, and where their norms are cannot be sent to the device now: capture a step "
+            "like those before."
+        )
     # CUDA keeps what it is still to copy from ordinary memory, so that nothing waits for it.
     return values.to(device, non_blocking=device.type == "cuda")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .buffer import Batch, RecordBuffer
+from .capture import capturing, keep_if_captured
 from .checks import checked_count
-from .engines.base import capturing
 from .errors import AttachError
 from .policies import skip_limit_error
 from .records import ClipRecord, Counters, LoggedStep, Sink, clipped
@@ -116,6 +116,7 @@ class Recorder:
         No host sync on CUDA.
         """
         if self._replayed is not None and capturing():
+            keep_if_captured(self._replayed)
             self._replayed.write(record)
             return
         if may_be_captured(record) and not self._fit(record.norms):

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .buffer import finish
 from .records import ClipRecord, spread
 
 CAPACITY = 10_000
@@ -67,8 +68,11 @@ class ReplayedRecords:
         """
         if not self._captured:
             return 0, []
+        finish(self._written.device)
         written = int(self._written.item())
         replayed, begun, now = written - self._taken, self._time, time.time()
+        if not replayed:
+            return 0, []
         kept = min(replayed, self.capacity)
         if kept < replayed:
             warnings.warn(
@@ -78,8 +82,8 @@ class ReplayedRecords:
                 RuntimeWarning,
                 stacklevel=4,
             )
-        places = torch.arange(written - kept, written, device="cpu") % self.capacity
-        rows = self._rows.cpu()[places]
+        places = torch.arange(written - kept, written, device=self._rows.device) % self.capacity
+        rows = self._rows[places].cpu()
         self._taken, self._time = written, now
         records = []
         for index, row in enumerate(rows, replayed - kept):

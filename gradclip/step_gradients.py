@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .capture import keep_if_captured
 from .engines.base import host_may_read
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
 from .norms import norms_of
@@ -64,7 +65,9 @@ class StepGradients:
     def present(self) -> Tensor:
         """Tell which of the k norms have a gradient behind them; shape (k,), bool."""
         if self._places is None:
-            return _flag(bool(self.tensors), self._device)
+            flag = _flag(bool(self.tensors), self._device)
+            keep_if_captured(flag)
+            return flag
         places = tuple(place for bucket in self._buckets for place in bucket.places)
         return present(places, self._count, self._device)
 

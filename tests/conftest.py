@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -166,23 +167,35 @@ def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
             device.clamp_(tensors, bounds, rows=rows)
 
     monkeypatch.setattr(engines, "_BEST", {"cpu": DeviceEngine()})
-    for module in [*sys.modules.values()]:
-        if getattr(module, "__name__", "").startswith("gradclip.") and hasattr(
-            module, "host_may_read"
-        ):
-            monkeypatch.setattr(module, "host_may_read", lambda tensor: False)
+    for module in _modules_with("host_may_read"):
+        monkeypatch.setattr(module, "host_may_read", lambda tensor: False)
+
+
+def _modules_with(name: str) -> list[ModuleType]:
+    """Return the package's modules in which a name is known."""
+    ours = [module for key, module in [*sys.modules.items()] if key.startswith("gradclip.")]
+    return [module for module in ours if name in vars(module)]
 
 
 @pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+def kept(monkeypatch: pytest.MonkeyPatch) -> dict[int, object]:
+    """What is kept for graphs that are captured."""
+    monkeypatch.setattr("gradclip.capture._KEPT", kept := {})
+    return kept
+
+
+@pytest.fixture
+def captured(
+    monkeypatch: pytest.MonkeyPatch, kept: dict[int, object]
+) -> Callable[[], AbstractContextManager[None]]:
     """Say within a block that steps are captured in a CUDA graph, of which there may be records."""
     monkeypatch.setattr("gradclip.recorder.may_be_captured", lambda record: True)
 
     @contextmanager
     def capture() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            for module in ("clipper", "recorder", "attachment"):
-                patch.setattr(f"gradclip.{module}.capturing", lambda: True)
+            for module in _modules_with("capturing"):
+                patch.setattr(module, "capturing", lambda: True)
             yield
 
     return capture

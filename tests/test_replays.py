@@ -10,22 +10,12 @@ import torch
 from torch import nn
 
 import gradclip
-from gradclip import AttachError, GradientClipper, replays
+from gradclip import AttachError, GradientClipper, replays, thresholds
 from gradclip.records import ClipRecord
 
 WARM_UP = 3
 CAPTURABLE = ["fixed", "none", "percentile", "z-score", "median", "mean", "average"]
 CAPTURABLE += ["growth", "weights"]
-    "fixed",
-    "none",
-    "percentile",
-    "z-score",
-    "median",
-    "mean",
-    "average",
-    "growth",
-    "weights",
-]
 
 
 class Kept(gradclip.Sink):
@@ -208,6 +198,66 @@ def test_the_time_since_the_last_flush_is_shared_by_the_steps(monkeypatch):
     for _ in range(4):
         ring.write(record)
     assert [taken.wall_time for taken in ring.take(0)[1]] == [210.0, 220.0, 230.0, 240.0]
+
+
+# What a graph reads and writes stays
+
+
+def test_what_a_graph_uses_outlives_the_clipper_and_later_labels(tape, captured, kept):
+    training = Training(thresholds.Percentile(50, window=5), scope="parameter")
+    replayed(training, batches(5), tape, captured)
+    ring = training.clipper._recorder._replayed
+    used = [ring._rows, ring._written, *training.clipper._threshold.state.values()]
+    addresses = [tensor.data_ptr() for tensor in used]
+    new = nn.Parameter(torch.zeros(3))
+    training.optimizer.add_param_group({"params": [new], "max_norm": 1.0})
+    training.step()
+    training.clipper.close()
+    del training, ring, used
+    alive = [leaf.data_ptr() for leaf in leaves(kept.values()) if isinstance(leaf, torch.Tensor)]
+    assert set(addresses) <= set(alive)
+    tape.replay()
+
+
+def leaves(things):
+    """Yield what is held, and what these hold in turn."""
+    for thing in things:
+        yield thing
+        if isinstance(thing, dict):
+            yield from leaves(thing.values())
+        elif isinstance(thing, replays.ReplayedRecords):
+            yield from leaves(vars(thing).values())
+
+
+@pytest.mark.parametrize("scope", ["parameter", "unit", lambda name, parameter: parameter.dim()])
+def test_where_norms_are_is_kept_for_a_graph(scope, tape, captured, kept):
+    training = Training(0.5, scope=scope)
+    eager(training, batches(3))
+    with captured(), tape:
+        training.step()
+    tables = [thing.dtype for thing in kept.values() if isinstance(thing, torch.Tensor)]
+    assert torch.bool in tables  # which norms have a gradient behind them
+    assert (torch.int64 in tables) == (scope != "parameter")  # which sums are whose
+
+
+def test_other_parameters_than_before_cannot_be_captured(tape, captured):
+    training = Training(0.5, scope="parameter")
+    eager(training, batches(3))
+    training.model[0].weight.requires_grad_(False)
+    with captured(), pytest.raises(AttachError, match="Other parameters had gradients"):
+        training.step()
+
+
+def test_a_step_outside_the_graph_reads_no_more_than_how_many_were_replayed(tape, captured):
+    training = Training(0.5)
+    replayed(training, batches(5), tape, captured)
+    training.step()
+    ring = training.clipper._recorder._replayed
+    rows, ring._rows = ring._rows, None
+    assert training.clipper._recorder.steps == 6
+    ring._rows = rows
+    tape.replay()
+    assert training.clipper._recorder.steps == 7
 
 
 # What cannot be captured

@@ -85,7 +85,8 @@ def _load_triton() -> None:
             f"is {'.'.join(map(str, OLDEST_TRITON))} or newer. {remedy}"
         )
         return
-    from .triton import INTERPRETED, TritonEngine
+    from .launching import INTERPRETED
+    from .triton import TritonEngine
 
     _ENGINES["triton"] = TritonEngine()
     if not INTERPRETED:

@@ -121,11 +121,6 @@ def root(power_sums: Tensor, order: float) -> Tensor:
     return power_sums.sqrt_() if order == 2 else power_sums.pow_(1 / order)
 
 
-def capturing() -> bool:
-    """Tell whether what is launched now goes into a CUDA graph, to be run when that is replayed."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 def host_may_read(tensor: Tensor) -> bool:
     """Tell whether the host knows the values without waiting for a device."""
     return tensor.is_cpu

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..capture import capturing, keep_if_captured
 
 T = TypeVar("T")
 
@@ -26,23 +29,18 @@ class Uploaded:
         self._sent = None if self._stream is None else self._stream.record_event()
 
     def ready(self) -> list[Tensor]:
-        """Return the tables for work on the current stream, which waits for them, not the host."""
-        if self._stream is not None and self._sent is not None:
+        """Return the tables for work on the current stream, which waits for them, not the host.
+
+        A graph that is captured comes after whatever was sent before it.
+        """
+        keep_if_captured(self)
+        if self._stream is not None and self._sent is not None and not capturing():
             stream = torch.cuda.current_stream(self._stream.device)
             if stream != self._stream:
                 stream.wait_event(self._sent)
                 for table in self._tables:
                     table.record_stream(stream)
         return self._tables
-
-    def ready_for_ever(self) -> list[Tensor]:
-        """Return the tables for a graph that is captured, after whatever was sent before it."""
-        _CAPTURED.append(self)
-        return self._tables
-
-
-_CAPTURED: list[Uploaded] = []
-"""What graphs may read whenever they are replayed."""
 
 
 class Recent(Generic[T]):
@@ -61,10 +59,15 @@ class Recent(Generic[T]):
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what belongs to a key, made now if it is not there."""
-        found = self._kept.pop(key) if key in self._kept else make()
-        self._kept[key] = found
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
+        try:
+            found = self._kept[key]
+        except KeyError:
+            found = self._kept[key] = make()
+        # Other threads may have taken the same away.
+        with suppress(KeyError):
+            self._kept.move_to_end(key)
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
         return found
 
 

@@ -56,16 +56,36 @@ def test_a_triton_that_is_too_old_is_refused_with_its_version(monkeypatch):
 @pytest.mark.usefixtures("unloaded")
 def test_triton_serves_cuda_devices_that_it_compiles_for(monkeypatch):
     pytest.importorskip("triton", reason="there is no Triton")
-    from gradclip.engines import triton
+    from gradclip.engines import launching
 
+    monkeypatch.setattr(launching, "_failure", lambda device: None)
     for capability, name in (((9, 0), "triton"), ((7, 0), "triton"), ((6, 1), "operators")):
-        monkeypatch.setattr(triton, "_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(launching, "_capability", lambda device, found=capability: found)
         assert engine_for("auto", CUDA).name == name
         if name == "triton":
             assert engine_for("triton", CUDA).name == "triton"
         else:
             with pytest.raises(EngineUnavailableError, match="7.0 or newer, and cuda:0 has 6.1"):
                 engine_for("triton", CUDA)
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_where_triton_cannot_launch_torch_operators_serve(monkeypatch):
+    pytest.importorskip("triton", reason="there is no Triton")
+    from gradclip.engines import launching
+
+    def launch(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(launching, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launching, "launch", launch)
+    monkeypatch.setattr(launching.torch, "empty", lambda *shape, **options: None)
+    launching._failure.cache_clear()
+    check_engine_name("triton")
+    with pytest.raises(EngineUnavailableError, match="cuda:0: RuntimeError: Failed to find C com"):
+        engine_for("triton", CUDA)
+    assert engine_for("auto", CUDA).name == "operators"
+    launching._failure.cache_clear()
 
 
 @pytest.mark.usefixtures("unloaded")

@@ -32,7 +32,7 @@ def compiled(kernel: str, capability: int = 90, **constants: object) -> list[str
     from triton.compiler import ASTSource
 
     from gradclip.engines import kernels
-    from gradclip.engines.triton import OPTIONS
+    from gradclip.engines.launching import OPTIONS
 
     function = getattr(kernels, kernel)
     names = function.arg_names

@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="there is no Triton")
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gradclip.engines import kernels
-from gradclip.engines import triton as engine
+from gradclip.engines import kernels, launching, requests
+from gradclip.engines.triton import TritonEngine
 
 KERNELS = ("power_sums", "strip_sums", "change", "write_addresses")
 
@@ -49,19 +49,19 @@ class Compiled:
 
 @pytest.fixture
 def launches(monkeypatch):
-    if engine.INTERPRETED:
+    if launching.INTERPRETED:
         pytest.skip("the kernels are interpreted")
     found = []
     stream = types.SimpleNamespace(cuda_stream=0)
     for name in KERNELS:
         monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), found))
-    monkeypatch.setattr(engine, "DEVICE", "cpu")
-    monkeypatch.setattr(engine, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(engine, "_processors", lambda device: 132)
-    monkeypatch.setattr(engine, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launching, "DEVICE", "cpu")
+    monkeypatch.setattr(launching, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(requests, "processors", lambda device: 132)
+    monkeypatch.setattr(launching, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(driver, "_active", NoDevice())
-    engine._prepare_to_be_captured.cache_clear()
+    launching._failure.cache_clear()
     return found
 
 
@@ -82,7 +82,7 @@ def names(launches) -> list[str]:
 )
 @pytest.mark.parametrize("order", [2.0, math.inf, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_every_launch_compiles_as_it_is_launched(dtype, order, launches):
-    served = engine.TritonEngine()
+    served = TritonEngine()
     tensors = [torch.zeros(size, dtype=dtype) for size in ((100, 100), (7,), (300_000,), (0,))]
     assert served.norm(tensors, order).shape == (1,)
     assert served.norm(tensors, order, scalar=True).shape == ()
@@ -98,20 +98,20 @@ def test_every_launch_compiles_as_it_is_launched(dtype, order, launches):
 
 
 def test_other_sizes_and_addresses_are_nothing_to_compile_anew(launches):
-    served = engine.TritonEngine()
+    served = TritonEngine()
     half = torch.full((1,), 0.5, dtype=torch.float64)
     for size in (1, 16, 17, 4096, 1_000_000):
         tensors = [torch.zeros(size + 1)[1:], torch.zeros(size)]
         served.norm(tensors, 2.0)
         served.scale_(tensors, half)
-    table = engine._written_by_kernels(torch.device("cpu"), [0, *range(1 << 46, (1 << 46) + 19)])
+    table = launching.written_by_kernels(torch.device("cpu"), [0, *range(1 << 46, (1 << 46) + 19)])
     assert table.numel() >= 20
     assert len({(name, compiled) for name, _, compiled in launches}) == 3
     assert names(launches).count("write_addresses") == 1 + 3
 
 
 def test_a_gpu_is_kept_busy_and_not_more(launches):
-    served = engine.TritonEngine()
+    served = TritonEngine()
     for size, measuring, writing in (
         (10, 1, 1),
         (100_000_000, 132 * 23, 132 * 8),

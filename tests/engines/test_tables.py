@@ -67,14 +67,14 @@ def test_on_the_host_tables_are_where_they_are_wanted():
     assert all(one is other for one, other in zip(uploaded.ready(), given, strict=True))
 
 
-def test_what_a_graph_reads_is_kept(monkeypatch):
-    kept = []
-    monkeypatch.setattr(tables, "_CAPTURED", kept)
+def test_what_a_graph_reads_is_kept(captured, kept):
     uploaded = Uploaded([torch.arange(3)], CPU)
     uploaded.ready()
-    assert kept == []
-    assert uploaded.ready_for_ever()[0].tolist() == [0, 1, 2]
-    assert kept == [uploaded]
+    assert not kept
+    with captured():
+        for _ in range(2):
+            assert uploaded.ready()[0].tolist() == [0, 1, 2]
+    assert [*kept.values()] == [uploaded]
 
 
 # Uploaded, to a device with streams
@@ -140,13 +140,13 @@ def test_another_stream_waits_and_keeps_the_memory(stream_is, log):
         assert log == [("wait", second, "event"), *used]
 
 
-def test_a_graph_waits_for_no_event_from_outside(stream_is, log, monkeypatch):
-    monkeypatch.setattr(tables, "_CAPTURED", [])
+def test_a_graph_waits_for_no_event_from_outside(stream_is, log, captured):
     stream_is(Stream(log))
     uploaded = Uploaded([Table(log)], GPU)
     stream_is(Stream(log))
     log.clear()
-    uploaded.ready_for_ever()
+    with captured():
+        uploaded.ready()
     assert log == []
 
 
@@ -169,14 +169,14 @@ def test_tables_arrive_on_every_stream():
 
 
 @pytest.fixture
-def triton(triton_engine):
-    from gradclip.engines import triton
+def launching(triton_engine):
+    from gradclip.engines import launching
 
-    return triton
+    return launching
 
 
 @pytest.fixture
-def uploads(triton, monkeypatch):
+def uploads(triton_engine, monkeypatch):
     """What was sent to the device."""
     sent = []
 
@@ -185,7 +185,7 @@ def uploads(triton, monkeypatch):
             sent.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(triton, "Uploaded", Counted)
+    monkeypatch.setattr("gradclip.engines.requests.Uploaded", Counted)
     return sent
 
 
@@ -209,36 +209,55 @@ def test_addresses_are_sent_when_they_change_and_all_else_once(triton_engine, up
 @pytest.mark.cuda
 @pytest.mark.interpreted
 @pytest.mark.parametrize("many", [1, 7, 8, 9, 20])
-def test_kernels_write_addresses(triton, many):
+def test_kernels_write_addresses(launching, many):
     addresses = [0x7F12_3456_7890 + 16 * index for index in range(many)]
     given = [*addresses]
     given[many // 2] = 0  # that of an empty tensor, which nobody looks for
-    found = triton._written_by_kernels(torch.empty(1).device, [*given])[:many].tolist()
+    found = launching.written_by_kernels(torch.empty(1).device, [*given])[:many].tolist()
     del addresses[many // 2], found[many // 2]
     assert found == addresses
 
 
 @pytest.mark.cuda
 @pytest.mark.interpreted
-def test_within_a_graph_shapes_must_be_known(triton_engine, triton, uploads, monkeypatch):
-    kept, half = [], torch.full((1,), 0.5)
-    monkeypatch.setattr(tables, "_CAPTURED", kept)
+def test_within_a_graph_shapes_must_be_known(triton_engine, uploads, captured, kept):
+    half = torch.full((1,), 0.5)
     known, unknown = [torch.rand(1000), torch.rand(3)], [torch.rand(4)]
-    triton_engine.norm(known, 2.0)
+    for verb, number in ((triton_engine.norm, 2.0), (triton_engine.scale_, half)):
+        verb([tensor.clone() for tensor in known], number)
     uploads.clear()
-    monkeypatch.setattr(triton, "capturing", lambda: True)
-    for verb, number in (
-        (triton_engine.norm, 2.0),
-        (triton_engine.power_sums, 2.0),
-        (triton_engine.scale_, half),
-        (triton_engine.clamp_, half),
-    ):
-        with pytest.raises(EngineUnavailableError, match="not clipped before the CUDA graph"):
-            verb(unknown, number)
     others = [tensor.clone() for tensor in known]
     norm = ReferenceEngine().norm(known, 2.0).item()
-    assert triton_engine.norm(others, 2.0).item() == pytest.approx(norm)
-    triton_engine.scale_(others, half)
+    with captured():
+        for verb, number in (
+            (triton_engine.norm, 2.0),
+            (triton_engine.power_sums, 2.0),
+            (triton_engine.scale_, half),
+            (triton_engine.clamp_, half),
+        ):
+            with pytest.raises(EngineUnavailableError, match="of these shapes before the CUDA gr"):
+                verb(unknown, number)
+        assert triton_engine.norm(others, 2.0).item() == pytest.approx(norm)
+        triton_engine.scale_(others, half)
     assert all(torch.equal(one, 0.5 * two) for one, two in zip(others, known, strict=True))
     assert uploads == []
-    assert len(kept) == 2
+    assert len(kept) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.interpreted
+def test_within_a_graph_kernels_must_be_loaded(triton_engine, captured, launching, monkeypatch):
+    monkeypatch.setattr(launching, "_launched", set())
+    half, tensors = torch.full((1,), 0.5), [torch.rand(1000), torch.rand(3)]
+    launching.written_by_kernels(half.device, [0])
+    triton_engine.norm(tensors, 2.0)
+    with captured():
+        triton_engine.norm(tensors, 2.0)
+        for refused in (
+            lambda: triton_engine.norm(tensors, 1.0),
+            lambda: triton_engine.power_sums(tensors, 2.0),
+            lambda: triton_engine.norm([tensor.half() for tensor in tensors], 2.0),
+            lambda: triton_engine.scale_(tensors, half),
+        ):
+            with pytest.raises(EngineUnavailableError, match="by this norm, of this dtype, or in"):
+                refused()

@@ -14,6 +14,7 @@ from torch import nn
 import gradclip
 from gradclip import EngineUnavailableError, GradientClipper, engines
 from gradclip.engines.base import Batch
+from gradclip.engines.memory import addresses_of
 from gradclip.engines.plan import plan
 from gradclip.engines.reference import ReferenceEngine
 
@@ -228,14 +229,14 @@ def test_every_program_that_arrived_is_forgotten(tiny):
     for tensors in (mixed(), [random(5)], mixed()):
         for order in (2.0, math.inf):
             assert measured_alike(tiny, tensors, order)
-            assert [count.item() for count in tiny._arrived.values()] == [0]
+            assert [count.item() for count in tiny._requests._arrived.values()] == [0]
 
 
-def test_a_batch_is_looked_at_once(tiny, triton, monkeypatch):
+def test_a_batch_is_looked_at_once(tiny, monkeypatch):
     looked = []
-    found = triton.addresses_of
     monkeypatch.setattr(
-        triton, "addresses_of", lambda *given: looked.append(given) or found(*given)
+        "gradclip.engines.requests.addresses_of",
+        lambda *given: looked.append(given) or addresses_of(*given),
     )
     batch = Batch([random(20), random(3)])
     expected = 0.5 * batch[0]
@@ -286,12 +287,12 @@ def test_a_tensor_that_is_given_twice_is_measured_twice(tiny):
     assert measured_alike(tiny, [tensor, random(7), tensor], 2.0)
 
 
-def test_a_device_that_is_not_served_is_refused(tiny, triton, monkeypatch):
+def test_a_device_that_is_not_served_is_refused(tiny, monkeypatch):
     other = torch.device("cuda" if INTERPRETED else "cpu")
     where = "where TRITON_INTERPRET is set" if INTERPRETED else "of type cuda,"
     assert where in tiny.unserved(other)
     assert tiny.unserved(torch.empty(1).device) is None
-    monkeypatch.setattr(triton, "DEVICE", "elsewhere")
+    monkeypatch.setattr("gradclip.engines.launching.DEVICE", "elsewhere")
     with pytest.raises(EngineUnavailableError, match="devices of type elsewhere"):
         tiny.norm([random(3)], 2.0)
 
@@ -336,9 +337,9 @@ CLIPS = {
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
 def test_clipping_is_that_of_the_reference(triton_engine, triton, monkeypatch, clip):
     launched = []
-    request = triton.TritonEngine._request
+    launch = triton.launch
     monkeypatch.setattr(
-        triton.TritonEngine, "_request", lambda *given: launched.append(given) or request(*given)
+        triton, "launch", lambda *given, **more: launched.append(given) or launch(*given, **more)
     )
     expected = clipped(REFERENCE, monkeypatch, clip)
     assert not launched

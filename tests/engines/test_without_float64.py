@@ -33,8 +33,7 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.fixture
 def narrow(tape, monkeypatch):
-    for module in [*sys.modules.values()]:
-        name = getattr(module, "__name__", "")
+    for name, module in [*sys.modules.items()]:
         if name.startswith("gradclip.") and hasattr(module, "norm_dtype"):
             monkeypatch.setattr(module, "norm_dtype", lambda device: torch.float32)
     with NoFloat64():

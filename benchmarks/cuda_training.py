@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 import gradclip
 from benchmarks.cuda_rivals import MAX_NORM
@@ -95,6 +94,9 @@ def measure_training(seconds: float, device: torch.device, size: dict[str, Any])
     clipper's log is flushed within the timed part, after every `STEPS` steps; the writer that is
     used by hand writes when it likes, in its own thread.
     """
+    # Here, so that where TensorBoard is missing the rest is measured.
+    from torch.utils.tensorboard import SummaryWriter
+
     training = Training(device, **size)
     parameters = [*training.model.parameters()]
     plain, hooked = training.optimizer(), training.optimizer()

@@ -4,9 +4,10 @@ To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py
 ``attachment.py``, ``joint.py``, ``scopes.py``, ``labels.py``, ``gradients.py``, ``places.py``,
 ``step_gradients.py``, ``norms.py``, ``coefficients.py``, ``limits.py``, ``thresholds/base.py``,
 ``thresholds/fixed.py``, ``thresholds/adaptive.py``, ``engines/base.py``, ``engines/reference.py``,
-``engines/operators.py``, ``engines/native.py``, ``engines/_native.c``, ``records.py``,
-``buffer.py``, ``recorder.py``, ``sinks/tensorboard.py``, ``sinks/event_files.py``,
-``sinks/record_format.py``.
+``engines/operators.py``, ``engines/native.py``, ``engines/_native.c``, ``engines/plan.py``,
+``engines/kernels.py``, ``engines/launching.py``, ``engines/requests.py``, ``engines/triton.py``,
+``records.py``, ``buffer.py``, ``recorder.py``, ``capture.py``, ``replays.py``,
+``sinks/tensorboard.py``, ``sinks/event_files.py``, ``sinks/record_format.py``.
 """
 
 from __future__ import annotations

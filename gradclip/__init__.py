@@ -37,19 +37,22 @@ from .functional import (
 from .records import ClipRecord, LoggedStep
 from .scopes import Scope
 from .settings import not_available
-from .sinks import Sink, TensorBoardSink
+from .sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
 from .thresholds import Threshold
 from .units import clip_grad_units_
 
 __all__ = [
     "ArgumentError",
     "AttachError",
+    "CallableSink",
     "ClipRecord",
     "EngineUnavailableError",
     "GradClipError",
     "GradientClipper",
     "GradientError",
+    "JsonlSink",
     "LoggedStep",
+    "MemorySink",
     "NonFiniteGradientError",
     "NotAvailableError",
     "Scope",
@@ -69,7 +72,7 @@ __all__ = [
     "thresholds",
 ]
 
-_PLANNED = ("JsonlSink", "MemorySink", "Ranks")
+_PLANNED = ("Ranks",)
 
 
 def __getattr__(name: str) -> object:

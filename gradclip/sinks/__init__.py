@@ -6,9 +6,12 @@ import os
 
 from ..errors import ArgumentError
 from ..records import Sink
+from .callable import CallableSink
+from .jsonl import JsonlSink
+from .memory import MemorySink
 from .tensorboard import TensorBoardSink
 
-__all__ = ["Sink", "TensorBoardSink", "sinks_from"]
+__all__ = ["CallableSink", "JsonlSink", "MemorySink", "Sink", "TensorBoardSink", "sinks_from"]
 
 
 def sinks_from(log: object) -> list[Sink]:

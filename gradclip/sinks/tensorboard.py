@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from ..checks import checked_count
 from ..errors import NotAvailableError
-from ..records import LoggedStep, Sink
+from ..records import LoggedStep
+from .cadence import CadencedSink
+from .tags import scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _LOADED_AT = int(time.time())
 
 
-class TensorBoardSink(Sink):
+class TensorBoardSink(CadencedSink):
     """Write scalars for TensorBoard, every step with its own wall time.
 
     The tags are ``grad_norm/pre``, ``grad_norm/post``, ``grad_norm/threshold`` (where there is
@@ -63,23 +64,17 @@ class TensorBoardSink(Sink):
                 f"per_parameter={per_parameter!r} is not available in this version of gradclip: "
                 "leave it at 0."
             )
-        self.every = checked_count("every", every, 1)
-        self.flush_every = checked_count("flush_every", flush_every, 1)
+        super().__init__(every, flush_every)
         self._destination = destination_of(where, _LOADED_AT)
         self._prefix = self._claimed_prefix()
 
     def __repr__(self) -> str:
         return f"TensorBoardSink({self._destination.directory!r})"
 
-    def write(self, steps: Sequence[LoggedStep]) -> None:
-        """See `Sink.write`."""
-        points = [
-            (step.step, step.wall_time, self._scalars(step))
-            for step in steps
-            if step.step % self.every == 0
-        ]
-        if points:
-            self._destination.write(self._prefix, points)
+    def write_chosen(self, steps: Sequence[LoggedStep]) -> None:
+        """See `CadencedSink.write_chosen`."""
+        points = [(step.step, step.wall_time, scalars(self._prefix, step)) for step in steps]
+        self._destination.write(self._prefix, points)
 
     def close(self) -> None:
         """Close the event file with its last sink; a ``SummaryWriter`` stays open."""
@@ -95,17 +90,6 @@ class TensorBoardSink(Sink):
         prefix = next(name for name in names if (directory, name) not in _open)
         _open[directory, prefix] = self
         return prefix
-
-    def _scalars(self, step: LoggedStep) -> list[tuple[str, float]]:
-        scalars: list[tuple[str, float | None]] = [
-            (f"{self._prefix}/pre", step.norm),
-            (f"{self._prefix}/post", step.clipped_norm),
-            (f"{self._prefix}/threshold", step.threshold),
-            (f"{self._prefix}/clip_rate", step.clip_rate),
-            (f"{self._prefix}/nonfinite_steps", step.nonfinite_steps),
-            (f"{self._prefix}/skipped_steps", step.skipped_steps),
-        ]
-        return [(tag, number) for tag, number in scalars if number is not None]
 
 
 _open: WeakValueDictionary[tuple[str, str], TensorBoardSink] = WeakValueDictionary()

@@ -1,0 +1,63 @@
+"""Steps to any logger that takes a dict of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import ArgumentError
+from ..records import LoggedStep
+from .cadence import CadencedSink
+from .tags import scalars
+
+
+class CallableSink(CadencedSink):
+    """Call a logger with the numbers of each step: ``log({"grad_norm/pre": 2.5, ...}, step)``.
+
+    The names are those of the curves in TensorBoard. Batches arrive after their steps were taken,
+    and some loggers drop what is older than the newest step they know of: Weights & Biases does,
+    for which the dict also has the step's index, ``grad_norm/step``::
+
+        run.define_metric("grad_norm/*", step_metric="grad_norm/step")
+        sink = gradclip.CallableSink(lambda numbers, step: run.log(numbers))
+
+    >>> import gradclip, torch
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    >>> def log(numbers, step):
+    ...     print(step, numbers["grad_norm/pre"])
+    >>> with gradclip.GradientClipper(optimizer, 1.0, log=gradclip.CallableSink(log)):
+    ...     optimizer.step()
+    0 0.0
+
+    Args:
+        log: Called with a dict of numbers and the index of the step, in the order of the steps.
+        every: Log each step whose index is a multiple of this.
+        flush_every: Steps per batch.
+        prefix: What the names begin with.
+
+    Raises:
+        ArgumentError: ``log`` cannot be called, or a number is not positive.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[dict[str, float], int], object],
+        every: int = 1,
+        flush_every: int = 100,
+        prefix: str = "grad_norm",
+    ) -> None:
+        super().__init__(every, flush_every)
+        if not callable(log) or isinstance(log, type):
+            raise ArgumentError(
+                f"log is {log!r}: give a function of a dict of numbers and the index of a step."
+            )
+        self._log = log
+        self._prefix = prefix
+
+    def __repr__(self) -> str:
+        return f"CallableSink({self._log!r})"
+
+    def write_chosen(self, steps: Sequence[LoggedStep]) -> None:
+        """See `CadencedSink.write_chosen`."""
+        for step in steps:
+            index = {f"{self._prefix}/step": step.step}
+            self._log({**index, **dict(scalars(self._prefix, step))}, step.step)

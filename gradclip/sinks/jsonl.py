@@ -1,0 +1,63 @@
+"""Steps as lines of JSON, for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+
+from ..errors import ArgumentError
+from ..records import LoggedStep
+from .cadence import CadencedSink
+
+
+class JsonlSink(CadencedSink):
+    """Append one line of JSON for each step to a file.
+
+    A line is an object with the fields of `LoggedStep`; numbers that are NaN or infinite are null,
+    as JSON has none. A batch is appended in one write, so that several processes may write to one
+    file, though their steps then lie between each other. A run that continues appends to its file:
+    where a step comes again, the later line counts. What a crash or a full disk has left of a line
+    is ended before the next one.
+
+    Args:
+        path: The file; its directory is made when the first batch is written.
+        every: Write each step whose index is a multiple of this.
+        flush_every: Steps per batch: how many a crash may lose.
+
+    Raises:
+        ArgumentError: ``path`` is no path, or a number is not positive.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], every: int = 1, flush_every: int = 100
+    ) -> None:
+        super().__init__(every, flush_every)
+        if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+            raise ArgumentError(f"path is a {type(path).__name__}: give the path of a file.")
+        if not os.fspath(path) or os.path.isdir(path):
+            raise ArgumentError(f"path is {os.fspath(path)!r}: give the path of a file.")
+        self.path = os.path.realpath(path)
+
+    def __repr__(self) -> str:
+        return f"JsonlSink({self.path!r})"
+
+    def write_chosen(self, steps: Sequence[LoggedStep]) -> None:
+        """See `CadencedSink.write_chosen`."""
+        lines = "".join(f"{json.dumps(_fields(step), allow_nan=False)}\n" for step in steps)
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        with open(self.path, "ab+", buffering=0) as file:
+            begun = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0
+            torn = begun and file.read(1) != b"\n"
+            content = (b"\n" if torn else b"") + lines.encode()
+            if file.write(content) < len(content):
+                raise OSError(f"{self.path}: not all of the lines were written; is the disk full?")
+
+
+def _fields(step: LoggedStep) -> dict[str, object]:
+    return {name: _known(value) for name, value in step._asdict().items()}
+
+
+def _known(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -28,7 +27,7 @@ from .policies import check_capture, nonfinite_error, skip_limit_error, verdict
 from .recorder import Recorder
 from .records import ClipRecord
 from .scopes import Labelling, Scope, scope_from
-from .settings import Settings, check_later_parts
+from .settings import Settings, check_later_parts, described
 from .sinks import Sink, sinks_from
 from .state import parsed_state
 from .step_gradients import StepGradients
@@ -148,6 +147,10 @@ class GradientClipper:
             for each in optimizers
         ]
         self._limits.claim()
+        names, engine = self._labels.names, self.engine
+        self._recorder.begin(
+            described(self._settings, self._threshold, scope, names, optimizers, engine)
+        )
 
     # The pipeline
 
@@ -328,12 +331,7 @@ class GradientClipper:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

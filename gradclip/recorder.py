@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Recorder:
         self._replayed: ReplayedRecords | None = None
         self.seen = 0
         """Steps that the host knows of, those included that GradScaler left out."""
+
+    def begin(self, settings: Mapping[str, str]) -> None:
+        """Tell the sinks how the clipper is set."""
+        self._each_sink(lambda sink: sink.begin(settings))
 
     @property
     def steps(self) -> int:

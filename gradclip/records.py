@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,6 +143,9 @@ class Sink(ABC):
 
     flush_every: int = 100
     """Steps per batch: how many a crash may lose. Of several sinks, the smallest counts."""
+
+    def begin(self, settings: Mapping[str, str]) -> None:  # noqa: B027  # few want to know
+        """Hear how the clipper is set, by name, before its first step."""
 
     @abstractmethod
     def write(self, steps: Sequence[LoggedStep]) -> None:

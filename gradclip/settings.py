@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from ._version import __version__
 from .checks import checked_bound, checked_count, checked_order
 from .engines import check_engine_name
 from .errors import ArgumentError, NotAvailableError
 
+SHOWN = 20
+"""Names of norms that a description shows."""
 EXCEED = ("scale", "observe", "skip")
 NONFINITE = ("zero", "skip", "raise", "propagate")
 
@@ -64,6 +70,41 @@ class Settings:
     def previews(self) -> bool:
         """Whether what ``max_value`` would do has to be known before anything is written."""
         return self.max_value is not None and self.exceed != "scale"
+
+
+def described(
+    settings: Settings,
+    threshold: object,
+    scope: object,
+    norms: Sequence[str],
+    optimizers: Sequence[object],
+    engine: str,
+) -> dict[str, str]:
+    """Return how a clipper is set, by the names of its options, for people.
+
+    Args:
+        settings: Its settings.
+        threshold: Its threshold.
+        scope: Its scope.
+        norms: Names of its norms.
+        optimizers: What it is attached to.
+        engine: The engines that serve it.
+    """
+    shown = ", ".join(norms[:SHOWN]) + (", ..." if len(norms) > SHOWN else "")
+    return {
+        "optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
+        "max_norm": repr(threshold),
+        "norm_type": f"{settings.norm_type:g}",
+        "max_value": str(settings.max_value),
+        "scope": scope if isinstance(scope, str) else repr(scope),
+        "norms": f"{len(norms)}: {shown}",
+        "exceed": settings.exceed,
+        "nonfinite": settings.nonfinite,
+        "skip_limit": str(settings.skip_limit),
+        "engine": engine,
+        "gradclip": __version__,
+        "torch": torch.__version__,
+    }
 
 
 def check_later_parts(*, ranks: object) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from gradclip import ArgumentError, GradientClipper, LoggedStep, Sink
+from gradclip import ArgumentError, GradientClipper, LoggedStep, Sink, __version__
 from gradclip.recorder import Recorder
 from gradclip.records import ClipRecord, Counters
 
@@ -292,3 +292,29 @@ def test_a_clipper_that_is_collected_writes_what_is_left() -> None:
     assert clipper() is None
     assert [row.step for row in sink.steps] == [0]
     assert sink.calls == ["write", "flush", "close"]
+
+
+def test_sinks_hear_once_how_the_clipper_is_set():
+    class Listening(Sink):
+        def begin(self, settings):
+            self.settings = dict(settings)
+
+        def write(self, steps):
+            raise AssertionError
+
+    class Deaf(Listening):
+        def begin(self, settings):
+            raise ValueError("deaf")
+
+    deaf, listening = Deaf(), Listening()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2)) for _ in range(3)])
+    with pytest.warns(RuntimeWarning, match="Deaf failed and may miss steps: ValueError: deaf"):
+        GradientClipper(optimizer, 2.5, scope="parameter", log=[deaf, listening])
+    found = listening.settings
+    assert (found["max_norm"], found["optimizer"], found["scope"]) == (
+        "Fixed(2.5)",
+        "SGD",
+        "parameter",
+    )
+    assert found["norms"] == "3: group 0, parameter 0, group 0, parameter 1, group 0, parameter 2"
+    assert found["gradclip"] == __version__

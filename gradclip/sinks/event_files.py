@@ -9,7 +9,7 @@ import re
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
@@ -36,23 +36,32 @@ class Destination(ABC):
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self._last_steps: dict[str, int] = {}
+        self._headed: set[str] = set()
 
-    def write(self, curves: str, points: Sequence[Point]) -> None:
+    def write(
+        self,
+        curves: str,
+        points: Sequence[Point],
+        heading: Callable[[int, float], Sequence[Event]] = lambda step, wall_time: (),
+    ) -> None:
         """Write points, safe from a crash of this process.
 
         Args:
             curves: What tells these curves from others here; those that fall back to an earlier
                 step are continued from there.
             points: In the order of the steps, at least one.
+            heading: Makes what comes once before them, from the first one's index and time.
         """
         last = self._last_steps.get(curves)
-        events: list[Event] = []
+        first, begun, _ = points[0]
+        events = [] if curves in self._headed else [*heading(first, begun)]
         for point in points:
             restarts = self._continues if last is None else point[0] <= last
             events += _restarted(_event(*point)) if restarts else [_event(*point)]
             last = point[0]
         self._put(events)
         self._last_steps[curves] = points[-1][0]
+        self._headed.add(curves)
 
     @abstractmethod
     def close(self) -> None:
@@ -144,6 +153,7 @@ class EventFile(Destination):
             raise
 
     def _drop(self) -> None:
+        self._headed.clear()
         with suppress(OSError):
             self.close()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,7 @@ from .cadence import CadencedSink
 from .tags import scalars
 
 if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
     from torch.utils.tensorboard import SummaryWriter
 
 # Names our event files, so that they come before those that a user's own writer begins later:
@@ -29,6 +31,11 @@ class TensorBoardSink(CadencedSink):
     one), ``grad_norm/clip_rate``, ``grad_norm/nonfinite_steps`` and ``grad_norm/skipped_steps``.
     While this sink is open, another one on the same directory or writer writes
     ``grad_norm_2/...``, and so on.
+
+    Under "Custom Scalars" one chart overlays the norm before and after with the threshold, with
+    the clip rate and the steps that were not finite or skipped beside it; a layout of your own in
+    the same writer takes the place of this one, or this one of yours: the later counts. Under
+    "Text" are the clipper's settings.
 
     A directory shows one run. A run that is resumed continues the curves there, and one that
     begins again at step 0 replaces them: from the first step it writes on, TensorBoard no longer
@@ -67,14 +74,25 @@ class TensorBoardSink(CadencedSink):
         super().__init__(every, flush_every)
         self._destination = destination_of(where, _LOADED_AT)
         self._prefix = self._claimed_prefix()
+        self._settings: Mapping[str, str] = {}
 
     def __repr__(self) -> str:
         return f"TensorBoardSink({self._destination.directory!r})"
 
+    def begin(self, settings: Mapping[str, str]) -> None:
+        """See `Sink.begin`."""
+        self._settings = {**settings}
+
     def write_chosen(self, steps: Sequence[LoggedStep]) -> None:
         """See `CadencedSink.write_chosen`."""
         points = [(step.step, step.wall_time, scalars(self._prefix, step)) for step in steps]
-        self._destination.write(self._prefix, points)
+        self._destination.write(self._prefix, points, self._heading)
+
+    def _heading(self, step: int, wall_time: float) -> list[Event]:
+        from .heading import heading
+
+        prefixes = sorted(_claimed[self._destination.directory])
+        return heading(step, wall_time, self._prefix, prefixes, self._settings)
 
     def close(self) -> None:
         """Close the event file with its last sink; a ``SummaryWriter`` stays open."""
@@ -89,8 +107,11 @@ class TensorBoardSink(CadencedSink):
         names = itertools.chain(["grad_norm"], (f"grad_norm_{n}" for n in itertools.count(2)))
         prefix = next(name for name in names if (directory, name) not in _open)
         _open[directory, prefix] = self
+        _claimed[directory].add(prefix)
         return prefix
 
 
+_claimed: defaultdict[str, set[str]] = defaultdict(set)
+"""By directory, every prefix that a sink there has had."""
 _open: WeakValueDictionary[tuple[str, str], TensorBoardSink] = WeakValueDictionary()
 """The open sinks, by directory and prefix."""

@@ -96,3 +96,53 @@ def test_a_resumed_run_is_shown_with_each_step_once(
     times = [wall_time for wall_time, _, _ in points]
     assert times == sorted(times)
     assert time.time() - 3600 < times[0] < time.time()
+
+
+@pytest.mark.parametrize("load_fast", ["auto", "false"])
+def test_charts_and_settings_of_several_runs_and_clippers_stay_apart(
+    tmp_path: Path, training: Any, load_fast: str
+) -> None:
+    directory = tmp_path / "logs"
+    for name, threshold in (("a", 2.0), ("b", 3.0)):
+        one, other = training(), training()
+        with GradientClipper(one.optimizer, threshold, log=directory / name, exceed="skip"):
+            one.take(4.0, 1.0)
+            with GradientClipper(other.optimizer, None, log=directory / name):
+                other.take(5.0)
+    with tensorboard(directory, tmp_path / "messages", f"--load_fast={load_fast}") as ask:
+
+        def titles() -> list[str]:
+            found = ask("data/plugin/custom_scalars/layout").get("category", [])
+            return [category["title"] for category in found]
+
+        assert eventually(titles) == ["grad_norm", "grad_norm_2"]
+        charts = ask("data/plugin/custom_scalars/layout")["category"][0]["chart"]
+        overlaid = {}
+        for chart in charts:
+            [tag] = chart["multiline"]["tag"]
+            found = ask("data/plugin/custom_scalars/scalars", run="a", tag=tag)
+            assert found["regex_valid"]
+            overlaid[chart["title"]] = {
+                name: [value for _, _, value in points]
+                for name, points in found["tag_to_events"].items()
+            }
+        assert overlaid == {
+            "norm before and after, threshold": {
+                "grad_norm/pre": [4.0, 1.0],
+                "grad_norm/post": [4.0, 1.0],
+                "grad_norm/threshold": [2.0, 2.0],
+            },
+            "clip rate": {"grad_norm/clip_rate": [0.0, 0.0]},
+            "steps not finite, steps skipped": {
+                "grad_norm/nonfinite_steps": [0.0, 0.0],
+                "grad_norm/skipped_steps": [1.0, 1.0],
+            },
+        }
+        for run, tag, needed in (
+            ("a", "grad_norm/settings", ["SGD", "Fixed(2.0)", "skip", "gradclip"]),
+            ("b", "grad_norm/settings", ["SGD", "Fixed(3.0)", "skip", "gradclip"]),
+            ("b", "grad_norm_2/settings", ["SGD", "Fixed(None)", "scale", "gradclip"]),
+        ):
+            [text] = ask("data/plugin/text/text", run=run, tag=tag)
+            assert "<table>" in text["text"]
+            assert all(word in text["text"] for word in needed)

@@ -1,0 +1,75 @@
+"""What stands once before the curves of a clipper: charts that overlay them, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+CHARTS = {
+    "norm before and after, threshold": "pre|post|threshold",
+    "clip rate": "clip_rate",
+    "steps not finite, steps skipped": "nonfinite_steps|skipped_steps",
+}
+"""Titles of the charts, and the curves that each shows together."""
+
+
+def heading(
+    step: int, wall_time: float, prefix: str, prefixes: Iterable[str], settings: Mapping[str, str]
+) -> list[Event]:
+    """Return the events of a heading.
+
+    Args:
+        step: Index of the first step.
+        wall_time: When it was taken.
+        prefix: What the tags of the clipper begin with.
+        prefixes: Those of all clippers of the run: the last layout of a run is the one that counts.
+        settings: How the clipper is set.
+    """
+    content = layout(prefixes).SerializeToString()
+    values = [
+        Summary.Value(
+            tag=metadata.CONFIG_SUMMARY_TAG,
+            metadata=metadata.create_summary_metadata(),
+            tensor=TensorProto(dtype=DT_STRING, string_val=[content]),
+        )
+    ]
+    if settings:
+        plugin = SummaryMetadata.PluginData(plugin_name="text")
+        values.append(
+            Summary.Value(
+                tag=f"{prefix}/settings",
+                metadata=SummaryMetadata(plugin_data=plugin),
+                tensor=TensorProto(dtype=DT_STRING, string_val=[_table(settings).encode()]),
+            )
+        )
+    return [Event(step=step, wall_time=wall_time, summary=Summary(value=values))]
+
+
+def layout(prefixes: Iterable[str]) -> layout_pb2.Layout:
+    """Return the charts of some clippers, a category each."""
+    return layout_pb2.Layout(
+        category=[
+            layout_pb2.Category(
+                title=prefix,
+                chart=[
+                    layout_pb2.Chart(
+                        title=title,
+                        multiline=layout_pb2.MultilineChartContent(tag=[f"^{prefix}/({curves})$"]),
+                    )
+                    for title, curves in CHARTS.items()
+                ],
+            )
+            for prefix in prefixes
+        ]
+    )
+
+
+def _table(settings: Mapping[str, str]) -> str:
+    """Return a table in Markdown."""
+    rows = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in settings.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])

@@ -9,7 +9,7 @@ the early steps drown out all others; clipping the state's gradient stops it at 
 import torch
 from torch import Tensor, nn
 
-from gradclip import clip_backward, get_total_norm
+from gradclip import clip_backward, get_total_norm, through_time
 
 STEPS, BATCH, HIDDEN = 100, 16, 64
 MAX_NORM = 0.5
@@ -19,17 +19,17 @@ def recall(
     cell: nn.RNNCell, head: nn.Linear, inputs: Tensor, max_norm: float | None
 ) -> list[float]:
     """Go backward from recalling the first input at the end; return the states' gradient norms."""
-    norms: list[float] = []
-    state = torch.zeros(BATCH, HIDDEN)
+    state, states = torch.zeros(BATCH, HIDDEN), []
     for values in inputs:
         state = cell(values, state)
-        state.register_hook(lambda gradient: norms.append(gradient.norm().item()))
+        states.append(state)
         if max_norm is not None:
             state = clip_backward(state, max_norm)
+    watched = through_time(states)
     loss = nn.functional.mse_loss(head(state), inputs[0].sign())
     cell.zero_grad()
     loss.backward()
-    return norms[::-1]  # backward goes from the last step to the first
+    return watched.norms.tolist()
 
 
 def main() -> None:

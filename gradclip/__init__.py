@@ -39,6 +39,7 @@ from .scopes import Scope
 from .settings import not_available
 from .sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
 from .thresholds import Threshold
+from .time_norms import TimeNorms, through_time
 from .units import clip_grad_units_
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "StateError",
     "TensorBoardSink",
     "Threshold",
+    "TimeNorms",
     "__version__",
     "clip_backward",
     "clip_grad_norm_",
@@ -70,6 +72,7 @@ __all__ = [
     "clip_grads_with_norm_",
     "get_total_norm",
     "thresholds",
+    "through_time",
 ]
 
 _PLANNED = ("Ranks",)

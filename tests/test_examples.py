@@ -139,3 +139,17 @@ def test_a_threshold_of_ones_own_is_short_and_learns(own_threshold):
     assert len(limits) == 10
     assert all(0.5 <= float(limit) < 100 for limit in limits[1:])
     assert 0 < int(re.search(r"(\d+)% of the steps were clipped", own_threshold)[1]) < 60
+
+
+def test_explosion_measures_what_the_theory_says(tmp_path):
+    shown = run("explosion.py", "--out", "picture.png", cwd=tmp_path)
+    rows = re.findall(r"^([\d.]+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", shown, flags=re.MULTILINE)
+    assert [row[0] for row in rows] == ["0.9", "1", "1.1", "1.3"]
+    for radius, measured, theory, growth, before, clipped in rows:
+        assert float(measured) == pytest.approx(float(theory), rel=1e-3)
+        assert float(growth) == pytest.approx(float(radius), rel=0.1)
+        assert float(clipped) == min(float(before), 1.0)
+    assert float(rows[0][1]) < 0.1 < 100 < float(rows[3][1])
+    [most] = re.findall(r"the state's gradient is at most ([\d.]+)", shown)
+    assert float(most) < 2
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

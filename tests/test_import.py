@@ -31,6 +31,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "StateError",
         "TensorBoardSink",
         "Threshold",
+        "TimeNorms",
         "__version__",
         "clip_backward",
         "clip_grad_norm_",
@@ -40,6 +41,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "clip_grads_with_norm_",
         "get_total_norm",
         "thresholds",
+        "through_time",
     ]
     for name in gradclip.__all__:
         assert getattr(gradclip, name) is not None

@@ -98,6 +98,25 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+class Training:
+    """An optimizer whose gradients have the norms they are told to have."""
+
+    def __init__(self) -> None:
+        self._parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.optimizer = torch.optim.SGD([self._parameter], lr=0.0)
+
+    def take(self, *norms: float) -> None:
+        """Take one step with each norm."""
+        for norm in norms:
+            self._parameter.grad = torch.tensor([0.0, norm], dtype=torch.float64)
+            self.optimizer.step()
+
+
+@pytest.fixture
+def training() -> type[Training]:
+    return Training
+
+
 @pytest.fixture(params=OPTIONS)
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Options of a clipper, those of every policy that does not wait for a device."""

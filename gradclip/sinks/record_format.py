@@ -20,16 +20,17 @@ _MASK_DELTA = 0xA282EAD8
 
 def framed(content: bytes) -> bytes:
     """Return the record that holds ``content``."""
-    return _header(len(content)) + content + _masked_crc32c(content)
+    return header_of(len(content)) + content + checksum_of(content)
 
 
 @lru_cache(maxsize=64)  # the events of a run have few different lengths
-def _header(length: int) -> bytes:
+def header_of(length: int) -> bytes:
+    """Return what comes before a content of some length: that, and its checksum."""
     header = struct.pack("<Q", length)
-    return header + _masked_crc32c(header)
+    return header + checksum_of(header)
 
 
-def _masked_crc32c(content: bytes) -> bytes:
+def checksum_of(content: bytes) -> bytes:
     """Return the checksum, rotated and shifted as the format wants it."""
     crc = crc32c(content)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF)

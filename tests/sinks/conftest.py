@@ -7,29 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Curves = dict[str, list[Any]]
-
-
-class Training:
-    """An optimizer whose gradients have the norms they are told to have."""
-
-    def __init__(self) -> None:
-        self._parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-        self.optimizer = torch.optim.SGD([self._parameter], lr=0.0)
-
-    def take(self, *norms: float) -> None:
-        """Take one step with each norm."""
-        for norm in norms:
-            self._parameter.grad = torch.tensor([0.0, norm], dtype=torch.float64)
-            self.optimizer.step()
-
-
-@pytest.fixture
-def training() -> type[Training]:
-    return Training
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py
 ``engines/operators.py``, ``engines/native.py``, ``engines/_native.c``, ``engines/plan.py``,
 ``engines/kernels.py``, ``engines/launching.py``, ``engines/requests.py``, ``engines/triton.py``,
 ``records.py``, ``buffer.py``, ``recorder.py``, ``capture.py``, ``replays.py``,
-``sinks/tensorboard.py``, ``sinks/event_files.py``, ``sinks/record_format.py``.
+``sinks/tensorboard.py``, ``sinks/event_files.py``, ``sinks/record_format.py``,
+``report/reading.py``, ``report/run.py``, ``report/summary.py``, ``report/advice.py``.
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 from ._version import __version__
 from .demo.options import CELLS, Options
 from .errors import GradClipError
-from .settings import not_available
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes; 130 is what shells make of Ctrl-C."""
@@ -65,7 +65,16 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    raise not_available("'gradclip report'", "look at a run with 'tensorboard --logdir RUN'")
+    from .report import read_runs  # here, as above
+    from .report.show import show_report
+
+    with warnings.catch_warnings(record=True) as troubles:
+        warnings.simplefilter("always")
+        runs = read_runs(arguments.run)
+    for trouble in troubles:
+        _complain(f"{arguments.prog}: {trouble.message}", DONE)
+    show_report(runs, sys.stdout, as_json=arguments.json)
+    return DONE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,10 +115,15 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
-    about = "not available in this version"
-    report = commands.add_parser("report", help=about, description=about, allow_abbrev=False)
+    about = "show what the norms of runs were, and which threshold to take"
+    report = commands.add_parser(
+        "report", help=about, description=f"{about.capitalize()}.", allow_abbrev=False
+    )
     report.set_defaults(command=_report, prog=report.prog)
-    report.add_argument("run", nargs="*", metavar="RUN", help="folder of TensorBoard logs")
+    report.add_argument(
+        "run", nargs="+", metavar="RUN", help="folder of TensorBoard logs, or file of JsonlSink"
+    )
+    report.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def _steps(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from importlib.metadata import entry_points
 import pytest
 
 import gradclip
+from gradclip import GradientClipper, JsonlSink
 from gradclip.cli import main
 
 WITHOUT_THE_EXTRA = """
@@ -111,11 +113,42 @@ def test_a_missing_or_unknown_command_is_refused(capsys, arguments):
     assert "see 'gradclip --help'" in line
 
 
-@pytest.mark.parametrize("runs", [["runs/a"], ["runs/a", "runs/b"], []])
-def test_the_report_is_not_there_yet(capsys, runs):
-    line = refused(capsys, "report", *runs)
-    assert "'gradclip report' is not available in this version" in line
-    assert "tensorboard --logdir" in line
+@pytest.fixture
+def logged(tmp_path, training):
+    run = training()
+    with GradientClipper(run.optimizer, 2.0, log=JsonlSink(tmp_path / "run.jsonl")):
+        run.take(*[1.0, 3.0] * 150)
+    return tmp_path / "run.jsonl"
+
+
+def test_the_report_shows_a_run_and_a_line_of_code(capsys, logged):
+    assert main(["report", str(logged)]) == 0
+    shown = capsys.readouterr().out
+    assert str(logged) in shown
+    assert "50.00%" in shown
+    assert "    GradientClipper(optimizer, " in shown
+
+
+def test_the_report_speaks_json(capsys, logged):
+    assert main(["report", "--json", str(logged), str(logged)]) == 0
+    first, second = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert first == second
+    assert (first["steps"], first["clip_rate"], first["quantiles"]["50.0"]) == (300, 0.5, 2.0)
+    assert first["advice"]["line"].startswith("GradientClipper(")
+
+
+def test_the_report_warns_of_what_it_cannot_read_and_shows_the_rest(capsys, logged):
+    logged.write_bytes(logged.read_bytes()[:-5])
+    assert main(["report", str(logged)]) == 0
+    printed = capsys.readouterr()
+    assert "1 of its lines are no steps" in printed.err
+    assert "299 (0 to 298)" in printed.out
+
+
+def test_the_report_of_nothing_is_refused(capsys, tmp_path):
+    assert "RUN" in refused(capsys, "report")
+    assert "is not there" in refused(capsys, "report", str(tmp_path / "nowhere"))
+    assert "no run in it" in refused(capsys, "report", str(tmp_path))
 
 
 # Folders that cannot be written

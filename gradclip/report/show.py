@@ -1,0 +1,79 @@
+"""The report of runs, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TextIO
+
+from ..printing import print_table
+from .advice import Advice, advised
+from .run import Run
+from .summary import Summary, summarized
+
+
+def show_report(runs: Sequence[Run], stream: TextIO, *, as_json: bool = False) -> None:
+    """Print what the norms of each run were, and which threshold to take.
+
+    Args:
+        runs: The runs.
+        stream: Where to.
+        as_json: Whether as one list in JSON, in which NaN and infinity are null.
+    """
+    found = [(summary := summarized(run), advised(run, summary)) for run in runs]
+    if as_json:
+        content = [_plain({**asdict(summary), "advice": asdict(a)}) for summary, a in found]
+        print(json.dumps(content, indent=2, allow_nan=False), file=stream)
+        return
+    for place, (summary, advice) in enumerate(found):
+        if place:
+            print(file=stream)
+        _show(summary, advice, stream)
+
+
+def _show(summary: Summary, advice: Advice, stream: TextIO) -> None:
+    quantiles = {f"{percent:g} %": _number(norm) for percent, norm in summary.quantiles.items()}
+    facts = {
+        "steps": f"{summary.steps:,} ({summary.first_step:,} to {summary.last_step:,})",
+        "clipped": f"{summary.clip_rate:.2%}",
+        **{f"norm, {percent}": norm for percent, norm in quantiles.items()},
+        "largest": _number(summary.largest),
+        "spikes": f"{summary.spikes:,}",
+        "not finite": f"{summary.nonfinite_steps:,}",
+        "skipped": f"{summary.skipped_steps:,}",
+        "last quarter / first": _number(summary.trend),
+    }
+    print_table(("", "value"), [*facts.items()], stream, summary.name)
+    if summary.largest_spikes:
+        rows = [
+            (f"{spike.step:,}", _number(spike.norm), _number(spike.usual))
+            for spike in summary.largest_spikes
+        ]
+        print_table(("largest spikes, at step", "norm", "median before"), rows, stream)
+    if advice.shares:
+        shares = [(_number(limit), f"{share:.2%}") for limit, share in advice.shares.items()]
+        print_table(("threshold", "would have clipped"), shares, stream)
+        print(
+            f"Half to ten times the usual norm (Pascanu 2013): {_number(advice.usual / 2)} to "
+            f"{_number(advice.usual * 10)}.\nMedian and ten median deviations: "
+            f"{_number(summary.spike_line)}.",
+            file=stream,
+        )
+    for warning in advice.warnings:
+        print(f"Note: {warning}", file=stream)
+    print(f"This run is {advice.kind}. {advice.reason}\n\n    {advice.line}", file=stream)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [*map(_plain, value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

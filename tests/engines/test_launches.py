@@ -60,7 +60,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(requests, "processors", lambda device: 132)
     monkeypatch.setattr(launching, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(driver, "_active", NoDevice())
+    # Triton 3.2 has the one name, later versions the other.
+    monkeypatch.setattr(driver, "active" if "active" in vars(driver) else "_active", NoDevice())
     launching._failure.cache_clear()
     return found
 

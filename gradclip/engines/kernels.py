@@ -27,8 +27,8 @@ COMBINED = tl.constexpr(1024)
 """Partial sums to add up at a time."""
 
 
-# State float64, of narrower elements float32 within a piece. Reads 8, 4 or 2 bytes per element, once
-# (twice where a piece left the range of float32).
+# State float64, of narrower elements float32 within a piece. Reads 8, 4 or 2 bytes per element,
+# once (twice where a piece left the range of float32).
 @triton.jit
 def power_sums(
     addresses,
@@ -71,9 +71,9 @@ def strip_sums(sums, first_pieces, results, ORDER: tl.constexpr):
     tl.store(results + strip, _combined_all(sums, first, end, ORDER))
 
 
-# State float64. Scaling reads and writes 8, 4 or 2 bytes per element, but none where the coefficient
-# rounds to 1; limiting reads as many, but none where the bound is infinite, and writes the blocks
-# in which an element exceeds it.
+# State float64. Scaling reads and writes 8, 4 or 2 bytes per element, but none where the
+# coefficient rounds to 1; limiting reads as many, but none where the bound is infinite, and writes
+# the blocks in which an element exceeds it.
 @triton.jit(do_not_specialize=["programs", "grouped"])
 def change(
     addresses,
@@ -106,8 +106,8 @@ def change(
             _change_piece(address, length, number, LIMIT, ELEMENT, BLOCK)
 
 
-# No state. Writes 8 bytes per address, none per element. For captured graphs, in which numbers given to a kernel are
-# kept, while memory on the host might be gone when the graph is replayed.
+# No state. Writes 8 bytes per address, none per element. For captured graphs, in which numbers given
+# to a kernel are kept, while memory on the host might be gone when the graph is replayed.
 @triton.jit(do_not_specialize=["first", "a", "b", "c", "d", "e", "f", "g", "h"])
 def write_addresses(addresses, first, a, b, c, d, e, f, g, h):
     """Write eight addresses into the table."""

@@ -106,8 +106,8 @@ def change(
             _change_piece(address, length, number, LIMIT, ELEMENT, BLOCK)
 
 
-# No state. Writes 8 bytes per address, none per element. For captured graphs, in which numbers given
-# to a kernel are kept, while memory on the host might be gone when the graph is replayed.
+# No state. Writes 8 bytes per address, none per element. For captured graphs, in which numbers
+# given to a kernel are kept, while memory on the host might be gone when the graph is replayed.
 @triton.jit(do_not_specialize=["first", "a", "b", "c", "d", "e", "f", "g", "h"])
 def write_addresses(addresses, first, a, b, c, d, e, f, g, h):
     """Write eight addresses into the table."""

@@ -136,45 +136,63 @@ def _piece(addresses, pieces, piece, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _pointer(address, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return a pointer, from which 16 bytes are read at a time where it is said to be aligned.
+    """Return a pointer to the bits of elements, of which 16 bytes are read at a time if aligned.
 
-    bfloat16 is read as integers: older devices do not know it, and the interpreter truncates it.
+    Magnitudes are ordered as their bits are, and old devices know no bfloat16.
     """
-    pointer = address.to(tl.pointer_type(tl.int16 if ELEMENT == tl.bfloat16 else ELEMENT))
+    if ELEMENT == tl.float64:
+        bits: tl.constexpr = tl.int64
+    elif ELEMENT == tl.float32:
+        bits: tl.constexpr = tl.int32
+    else:
+        bits: tl.constexpr = tl.int16
+    pointer = address.to(tl.pointer_type(bits))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
-def _read(stored, ELEMENT: tl.constexpr, STATE: tl.constexpr):
-    """Return the numbers that elements are."""
-    if ELEMENT == tl.bfloat16:
-        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(STATE)
+def _magnitudes(bits, ELEMENT: tl.constexpr):
+    """Return bits without their sign."""
+    if ELEMENT == tl.float64:
+        return bits & 0x7FFFFFFFFFFFFFFF
+    elif ELEMENT == tl.float32:
+        return bits & 0x7FFFFFFF
     else:
-        return stored.to(STATE)
+        return bits & 0x7FFF
 
 
 @triton.jit
-def _rounded(numbers, ELEMENT: tl.constexpr):
-    """Return the elements that are nearest to numbers, of two the even one."""
+def _read(bits, ELEMENT: tl.constexpr, STATE: tl.constexpr):
+    """Return the numbers that bits stand for."""
+    if ELEMENT == tl.bfloat16:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(STATE)
+    else:
+        return bits.to(ELEMENT, bitcast=True).to(STATE)
+
+
+@triton.jit
+def _rounded(numbers, ELEMENT: tl.constexpr, BITS: tl.constexpr):
+    """Return the bits of the elements that are nearest to numbers, of two the even one."""
     if ELEMENT == tl.bfloat16:
         bits = numbers.to(tl.float32).to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(numbers == numbers, nearest, (bits >> 16) | 0x40).to(tl.int16)
+        return tl.where(numbers == numbers, nearest, (bits >> 16) | 0x40).to(BITS)
     else:
-        return numbers.to(ELEMENT)
+        return numbers.to(ELEMENT).to(BITS, bitcast=True)
 
 
 @triton.jit
 def _power_sum(address, length, ORDER: tl.constexpr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
     """Return the power sum of a piece; whatever its alignment, the lanes are the same."""
-    if ORDER == LARGEST:
-        return _largest(address, length, ELEMENT, BLOCK)
     wide: tl.constexpr = ELEMENT == tl.float64 or (ORDER != 1.0 and ORDER != 2.0)
     state: tl.constexpr = tl.float64 if wide else tl.float32
     if address % 16 == 0:
         lanes, most = _lanes(address, True, length, ORDER, ELEMENT, state, BLOCK)
     else:
         lanes, most = _lanes(address, False, length, ORDER, ELEMENT, state, BLOCK)
+    if ORDER == LARGEST:
+        # NaN has larger bits than infinity.
+        return _read(tl.max(most, 0).to(most.dtype), ELEMENT, tl.float64)
     total = tl.sum(lanes.to(tl.float64), 0)
     if not wide and ELEMENT != tl.float16:
         lost = (ORDER == 2.0) & (total < LOW) & (tl.max(most, 0) > 0)
@@ -194,74 +212,35 @@ def _lanes(
     STATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Return the power sum of every BLOCK-th element, and the largest."""
+    """Return the power sum of every BLOCK-th element, and the bits of the largest magnitude."""
     lane = tl.arange(0, BLOCK)
     at = _pointer(address, ELEMENT, ALIGNED) + lane
     sums = tl.zeros([BLOCK], STATE)
-    most = tl.zeros([BLOCK], STATE)
+    most = tl.zeros([BLOCK], at.dtype.element_ty)
     whole = length // BLOCK
     for block in range(whole):
-        magnitude = tl.abs(_read(tl.load(at + block * BLOCK), ELEMENT, STATE))
-        sums = _with_power(sums, magnitude, ORDER)
-        most = tl.maximum(most, magnitude)
+        bits = _magnitudes(tl.load(at + block * BLOCK), ELEMENT)
+        sums = _with_power(sums, _read(bits, ELEMENT, STATE), ORDER)
+        most = tl.maximum(most, bits)
     rest = whole * BLOCK
     if rest < length:
-        elements = tl.load(at + rest, mask=lane < length - rest, other=0)
-        magnitude = tl.abs(_read(elements, ELEMENT, STATE))
-        sums = _with_power(sums, magnitude, ORDER)
-        most = tl.maximum(most, magnitude)
+        bits = _magnitudes(tl.load(at + rest, mask=lane < length - rest, other=0), ELEMENT)
+        sums = _with_power(sums, _read(bits, ELEMENT, STATE), ORDER)
+        most = tl.maximum(most, bits)
     return sums, most
 
 
 @triton.jit
-def _with_power(sums, magnitude, ORDER: tl.constexpr):
+def _with_power(sums, magnitudes, ORDER: tl.constexpr):
     """Add powers; fused by name, so that it does not depend on what the compiler makes of it."""
-    if ORDER == 1.0:
-        return sums + magnitude
+    if ORDER == LARGEST:
+        return sums
+    elif ORDER == 1.0:
+        return sums + magnitudes
     elif ORDER == 2.0:
-        return tl.fma(magnitude, magnitude, sums)
+        return tl.fma(magnitudes, magnitudes, sums)
     else:
-        return sums + tl.exp2(ORDER * tl.log2(magnitude))
-
-
-@triton.jit
-def _largest(address, length, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the largest magnitude, NaN if there is one: its bits are the largest integer."""
-    if address % 16 == 0:
-        most = _largest_bits(address, True, length, ELEMENT, BLOCK)
-    else:
-        most = _largest_bits(address, False, length, ELEMENT, BLOCK)
-    bits = tl.max(most, 0)
-    if ELEMENT == tl.bfloat16:
-        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(tl.float64)
-    else:
-        return bits.to(most.dtype).to(ELEMENT, bitcast=True).to(tl.float64)
-
-
-@triton.jit
-def _largest_bits(
-    address, ALIGNED: tl.constexpr, length, ELEMENT: tl.constexpr, BLOCK: tl.constexpr
-):
-    if ELEMENT == tl.float64:
-        integer: tl.constexpr = tl.int64
-        magnitude: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    elif ELEMENT == tl.float32:
-        integer: tl.constexpr = tl.int32
-        magnitude: tl.constexpr = 0x7FFFFFFF
-    else:
-        integer: tl.constexpr = tl.int16
-        magnitude: tl.constexpr = 0x7FFF
-    lane = tl.arange(0, BLOCK)
-    at = _pointer(address, integer, ALIGNED) + lane
-    most = tl.zeros([BLOCK], integer)
-    whole = length // BLOCK
-    for block in range(whole):
-        most = tl.maximum(most, tl.load(at + block * BLOCK) & magnitude)
-    rest = whole * BLOCK
-    if rest < length:
-        bits = tl.load(at + rest, mask=lane < length - rest, other=0)
-        most = tl.maximum(most, bits & magnitude)
-    return most
+        return sums + tl.exp2(ORDER * tl.log2(magnitudes))
 
 
 @triton.jit
@@ -354,14 +333,14 @@ def _change(
         skipped = (blocks - 1 - back) * BLOCK
         at = begin + skipped + lane
         inside = None if ALIGNED else lane < end - first - skipped
-        stored = tl.load(at, mask=inside, other=None if ALIGNED else 0)
-        elements = _read(stored, ELEMENT, number.dtype)
+        bits = tl.load(at, mask=inside, other=None if ALIGNED else 0)
+        elements = _read(bits, ELEMENT, number.dtype)
         if not LIMIT:
             # Zeros even where the element is NaN or infinite.
             product = tl.where(number == 0, 0.0, elements * number)
-            tl.store(at, _rounded(product, ELEMENT), mask=inside)
+            tl.store(at, _rounded(product, ELEMENT, bits.dtype), mask=inside)
         elif tl.max((tl.abs(elements) > number).to(tl.int32), 0) > 0:
             # NaN is not larger than anything, and stays.
             lower = tl.where(elements < -number, -number, elements)
             limited = tl.where(lower > number, number, lower)
-            tl.store(at, _rounded(limited, ELEMENT), mask=inside)
+            tl.store(at, _rounded(limited, ELEMENT, bits.dtype), mask=inside)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TextIO
+
+
+def number(value: float) -> str:
+    """Return a number with three digits, and NaN as people write it."""
+    return "NaN" if math.isnan(value) else f"{value:.3g}"
 
 
 def print_table(

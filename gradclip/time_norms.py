@@ -85,7 +85,7 @@ class TimeNorms:
 
     @property
     def norms(self) -> Tensor:
-        """Norms in the order of time, those of the newest backward pass.
+        """Norms in the order of time, of the newest gradient that came to each.
 
         Shape (time steps,), float64 (float32 where the device has no float64), on the device of
         the first state; 0 where no gradient has come.

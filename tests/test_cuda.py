@@ -40,15 +40,6 @@ def no_sync(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-class Kept(gradclip.Sink):
-    def __init__(self, flush_every: int = 100) -> None:
-        self.flush_every = flush_every
-        self.steps = []
-
-    def write(self, steps) -> None:
-        self.steps += steps
-
-
 class Training:
     """A small network, whose batches are copied into one tensor, as a graph needs it."""
 
@@ -60,7 +51,7 @@ class Training:
             self.model.parameters(), lr=0.1, fused=fused, **capturable
         )
         self.batch = torch.zeros(5, 4, device=device)
-        self.sink = Kept() if sink is None else sink
+        self.sink = gradclip.MemorySink() if sink is None else sink
         self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
 
     def step(self) -> None:
@@ -87,7 +78,7 @@ def batches(count: int, device) -> list[torch.Tensor]:
 @pytest.mark.parametrize("rule", ["fixed", "percentile"], indirect=True)
 def test_no_policy_waits_for_the_device(device, rule, options):
     given = batches(8, device)
-    training = Training(device, rule(), sink=Kept(flush_every=2), **options)
+    training = Training(device, rule(), sink=gradclip.MemorySink(flush_every=2), **options)
     if "skip" in options.values():
         training.learn(given[:1])  # which makes the state without which no step is skipped there
     with no_sync(device):

@@ -18,14 +18,6 @@ CAPTURABLE = ["fixed", "none", "percentile", "z-score", "median", "mean", "avera
 CAPTURABLE += ["growth", "weights"]
 
 
-class Kept(gradclip.Sink):
-    def __init__(self) -> None:
-        self.steps = []
-
-    def write(self, steps) -> None:
-        self.steps += steps
-
-
 class Training:
     """A small network, whose batches are copied into one tensor, as a graph needs it."""
 
@@ -34,7 +26,7 @@ class Training:
         self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         self.optimizer = optimizer(self.model.parameters(), lr=0.1, fused=fused)
         self.batch = torch.zeros(5, 4)
-        self.sink = Kept()
+        self.sink = gradclip.MemorySink()
         self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
 
     def step(self) -> None:

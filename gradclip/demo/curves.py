@@ -49,8 +49,3 @@ class Curves:
     def steps_per_second(self) -> float:
         """Steps per second of training, logging included."""
         return len(self.losses) / self.seconds
-
-
-def number(value: float) -> str:
-    """Return a number with three digits, and NaN as people write it."""
-    return "NaN" if math.isnan(value) else f"{value:.3g}"

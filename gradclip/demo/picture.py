@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .curves import Curves, number
+from ..printing import number
+from .curves import Curves
 from .options import Options
 
 if TYPE_CHECKING:

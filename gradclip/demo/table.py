@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from ..printing import print_table
-from .curves import LAST, Curves, number
+from ..printing import number, print_table
+from .curves import LAST, Curves
 
 HEADER = ("", "final loss", "largest norm", "clip rate", "steps/s")
 

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..capture import capturing
-from ..errors import EngineUnavailableError
 from .base import Batch
-from .launching import INTERPRETED, not_captured, processors, unserved, written_by_kernels
+from .launching import INTERPRETED, not_captured, processors, written_by_kernels
 from .memory import addresses_of
 from .plan import Plan, plan
 from .tables import Recent, Uploaded
@@ -52,10 +51,12 @@ class Requests:
 
     Args:
         block: Elements that a program takes at a time.
+        check_serves: Raises where a device is not served.
     """
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, block: int, check_serves: Callable[[torch.device], None]) -> None:
         self._block = block
+        self._check_serves = check_serves
         self._work: Recent[_Work] = Recent(KEPT)
         self._addresses: Recent[Uploaded] = Recent(KEPT)
         self._arrived: dict[tuple[torch.device, int], Tensor] = {}
@@ -81,9 +82,7 @@ class Requests:
             return None
         addresses, held = found
         device = tensors[0].device
-        reason = unserved(device)
-        if reason is not None:
-            raise EngineUnavailableError(reason)
+        self._check_serves(device)
         work = self._work_of(device, *_strips(held, rows))
         request = Request(
             device,

@@ -34,7 +34,7 @@ class TritonEngine(Engine):
     name = "triton"
 
     def __init__(self, block: int = BLOCK) -> None:
-        self._requests = Requests(block)
+        self._requests = Requests(block, self.check_serves)
 
     def unserved(self, device: torch.device) -> str | None:
         """See `Engine.unserved`."""

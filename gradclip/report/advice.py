@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ def advised(run: Run, summary: Summary) -> Advice:
     """Return what to do after a run."""
     norms = run.norms[run.finite]
     warnings = _warnings(run, summary)
-    if not len(norms) or not summary.largest > 0:
+    if not (norms > 0).any():
         return Advice(
             "unknown",
             'GradientClipper(optimizer, None, nonfinite="raise", model=model)',
@@ -52,7 +53,7 @@ def advised(run: Run, summary: Summary) -> Advice:
             {},
             warnings,
         )
-    usual = float(norms[norms <= summary.spike_line].mean())
+    usual = float(norms[norms <= summary.spike_line].mean(dtype=np.longdouble))
     kind, line, reason = _judged(norms, summary)
     candidates = {_rounded(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
     candidates |= {_rounded(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
@@ -62,9 +63,10 @@ def advised(run: Run, summary: Summary) -> Advice:
 
 def _judged(norms: NDArray[np.float64], summary: Summary) -> tuple[str, str, str]:
     """Return the kind of a run, a line of code, and the reason."""
-    calm = _calm(norms)
+    moving = norms[norms > 0]
+    calm = _calm(moving)
     level = float(np.median(calm))
-    if summary.nonfinite_steps or len(calm) < len(norms) or summary.largest > ENORMOUS * level:
+    if summary.nonfinite_steps or len(calm) < len(moving) or summary.largest > ENORMOUS * level:
         limit = _rounded(2 * level)
         count = summary.nonfinite_steps
         what = f"{count} norms were not finite" if count else f"Norms reached {summary.largest:.3g}"
@@ -84,18 +86,20 @@ def _judged(norms: NDArray[np.float64], summary: Summary) -> tuple[str, str, str
         return "drifting", line, reason
     if summary.spikes:
         limit = _rounded(summary.spike_line)
+        share = float((norms > limit).mean())
         line = f"GradientClipper(optimizer, {limit:g})"
         reason = (
             f"{summary.spikes} norms were far above the hundred before them, the largest "
             f"{summary.largest:.3g}. {limit:g} is the median of all and {DEVIATIONS:g} median "
-            "deviations: it clips spikes and hardly anything else."
+            f"deviations: it would have clipped {share:.2%} of the steps."
         )
         return "spiky", line, reason
-    limit = _rounded(2 * summary.quantiles[99.9])
+    limit = _rounded(max(2 * summary.quantiles[99.9], summary.largest))
     line = f"GradientClipper(optimizer, {limit:g})"
     reason = (
         f"Nothing needs clipping: no norm was far above those before it. {limit:g} is twice the "
-        "99.9 % quantile: an insurance that changes no step of a run like this one."
+        "99.9 % quantile, or the largest norm: an insurance that changes no step of a run like "
+        "this one."
     )
     return "quiet", line, reason
 
@@ -128,7 +132,5 @@ def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
 
 def _rounded(value: float) -> float:
     """Return the next number above with two digits."""
-    if not 0 < value < math.inf:
-        return value
-    digits = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.ceil(value / digits * (1 - 1e-12)) * digits:.2g}")
+    rounded = Context(prec=2, rounding=ROUND_CEILING).create_decimal(f"{value:.12g}")
+    return min(float(rounded), 1e308)

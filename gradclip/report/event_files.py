@@ -13,48 +13,36 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from ..sinks.record_format import checksum_of, header_of
 from .run import Columns, Run
-from .trouble import Trouble
+from .trouble import warn_of
 
-AT_ONCE = 1 << 14
-"""Steps that are kept as tuples."""
 _TAG = re.compile(r"(grad_norm(?:_\d+)?)/(pre|post|threshold|skipped_steps)")
 
 
-def read_event_files(directory: Path, files: Sequence[Path], trouble: Trouble) -> list[Run]:
+def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
     """Return the runs in a directory, one for each clipper that wrote there.
 
     Args:
         directory: Gives the runs their name.
         files: Its event files.
-        trouble: Hears of files that end early.
+
+    Warns:
+        UserWarning: A file ends early.
     """
-    rows: dict[str, list[tuple[float, ...]]] = {}
     runs: dict[str, Columns] = {}
     skipped: dict[str, float] = {}
     for path in sorted(files):
-        for event in _events(path, trouble):
+        for event in _events(path):
             for prefix, numbers in _numbers(event).items():
                 count = numbers.get("skipped_steps", 0.0)
                 left_out = float(count > skipped.get(prefix, 0.0))
                 skipped[prefix] = count
                 norm, clipped = numbers["pre"], numbers.get("post", math.nan)
                 threshold = numbers.get("threshold", math.nan)
-                waiting = rows.setdefault(prefix, [])
-                waiting.append((event.step, norm, clipped, threshold, left_out))
-                if len(waiting) == AT_ONCE:
-                    _pack(directory, prefix, rows, runs)
-    for prefix in [*rows]:
-        _pack(directory, prefix, rows, runs)
+                if prefix not in runs:
+                    clipper = "" if prefix == "grad_norm" else f" ({prefix})"
+                    runs[prefix] = Columns(f"{directory}{clipper}")
+                runs[prefix].add_step(event.step, norm, clipped, threshold, left_out)
     return [columns.run() for _, columns in sorted(runs.items())]
-
-
-def _pack(
-    directory: Path, prefix: str, rows: dict[str, list[tuple[float, ...]]], runs: dict[str, Columns]
-) -> None:
-    """Move rows to where they take less memory."""
-    clipper = "" if prefix == "grad_norm" else f" ({prefix})"
-    columns = runs.setdefault(prefix, Columns(f"{directory}{clipper}"))
-    columns.add(rows.pop(prefix))
 
 
 def _numbers(event: Event) -> dict[str, dict[str, float]]:
@@ -67,17 +55,17 @@ def _numbers(event: Event) -> dict[str, dict[str, float]]:
     return {prefix: numbers for prefix, numbers in found.items() if "pre" in numbers}
 
 
-def _events(path: Path, trouble: Trouble) -> Iterator[Event]:
+def _events(path: Path) -> Iterator[Event]:
     """Yield the events of a file up to its end, or to where it is damaged."""
     with path.open("rb") as file:
         while header := file.read(12):
             [length] = struct.unpack_from("<Q", header.ljust(8))
             content = file.read(length) if header == header_of(length) else b""
             if not content or file.read(4) != checksum_of(content):
-                trouble.warn(path, "it is cut short or damaged, and read up to there")
+                warn_of(path, "it is cut short or damaged, and read up to there")
                 return
             try:
                 yield Event.FromString(content)
             except DecodeError:
-                trouble.warn(path, "it holds records that are no events of TensorBoard")
+                warn_of(path, "it holds records that are no events of TensorBoard")
                 return

@@ -12,19 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .run import Columns, Run
-from .trouble import Trouble
+from .trouble import warn_of
 
 AT_ONCE = 4096
 """Lines that are parsed together, which takes half the time of one after the other."""
 _FIELDS = itemgetter("step", "norm", "clipped_norm", "threshold", "skipped")
 
 
-def read_jsonl(path: Path, trouble: Trouble) -> list[Run]:
+def read_jsonl(path: Path) -> list[Run]:
     """Return the run in a file, some lines at a time, so that its size does not matter.
 
     Args:
         path: The file.
-        trouble: Hears of lines that are none of ours.
+
+    Warns:
+        UserWarning: Some lines are none of ours.
     """
     columns, foreign = Columns(str(path)), 0
     with path.open("rb") as file:
@@ -40,7 +42,7 @@ def read_jsonl(path: Path, trouble: Trouble) -> list[Run]:
                 else:
                     columns.add(row)
     if foreign and columns:
-        trouble.warn(path, f"{foreign} of its lines are no steps, and were passed over")
+        warn_of(path, f"{foreign} of its lines are no steps, and were passed over")
     return [columns.run()] if columns else []
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from ..errors import ArgumentError
 from .jsonl import read_jsonl
 from .run import Run
-from .trouble import Trouble
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
@@ -27,14 +26,13 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     Warns:
         UserWarning: Part of a file cannot be read; the rest is.
     """
-    trouble = Trouble()
-    runs = [run for path in paths for run in _read(Path(path), trouble)]
+    runs = [run for path in paths for run in _read(Path(path))]
     if not runs:
         raise ArgumentError("No runs were given: give directories or files of logs.")
     return runs
 
 
-def _read(path: Path, trouble: Trouble) -> list[Run]:
+def _read(path: Path) -> list[Run]:
     if not path.exists():
         raise ArgumentError(f"{path} is not there: give a directory or a file of logs.")
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
@@ -44,12 +42,12 @@ def _read(path: Path, trouble: Trouble) -> list[Run]:
         if "tfevents" in file.name:
             events.setdefault(file.parent if path.is_dir() else file, []).append(file)
         elif file.suffix == ".jsonl" or path.is_file():
-            runs += read_jsonl(file, trouble)
+            runs += read_jsonl(file)
     if events:
         from .event_files import read_event_files  # not at the top: it imports TensorBoard
 
         for name, together in sorted(events.items()):
-            runs += read_event_files(name, together, trouble)
+            runs += read_event_files(name, together)
     if not runs:
         what = "no run in it" if path.is_dir() else "no steps in it"
         seen = f" ({len(files)} files)" if path.is_dir() else f" ({path.stat().st_size} bytes)"

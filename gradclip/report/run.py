@@ -54,6 +54,10 @@ class Run:
         return float((exceeded | reduced).sum()) / max(int(self.finite.sum()), 1)
 
 
+AT_ONCE = 1 << 14
+"""Steps that are kept as tuples."""
+
+
 class Columns:
     """Steps as they come, of which the later counts where one comes again.
 
@@ -66,16 +70,31 @@ class Columns:
     def __init__(self, name: str) -> None:
         self._name = name
         self._rows: list[NDArray[np.float64]] = []
+        self._single: list[tuple[float, ...]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._rows)
+        return bool(self._rows or self._single)
+
+    def add_step(self, *row: float) -> None:
+        """Take one step, as `add`."""
+        self._single.append(row)
+        if len(self._single) == AT_ONCE:
+            self._pack()
 
     def add(self, rows: Sequence[Sequence[float]] | NDArray[np.float64]) -> None:
         """Take steps: of each its index, norm, clipped norm, threshold, whether it was skipped."""
+        self._pack()
         self._rows.append(np.asarray(rows, dtype=np.float64))
+
+    def _pack(self) -> None:
+        """Move single steps to where they take less memory."""
+        if self._single:
+            self._rows.append(np.array(self._single, dtype=np.float64))
+            self._single.clear()
 
     def run(self) -> Run:
         """Return the run."""
+        self._pack()
         rows = np.concatenate(self._rows)
         # Of what comes twice the later is kept, and what it takes back goes with it.
         later = np.minimum.accumulate(rows[::-1, 0])[::-1]

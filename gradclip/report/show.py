@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
-from ..printing import print_table
+from ..printing import number, print_table
 from .advice import Advice, advised
 from .run import Run
 from .summary import Summary, summarized
@@ -34,40 +34,36 @@ def show_report(runs: Sequence[Run], stream: TextIO, *, as_json: bool = False) -
 
 
 def _show(summary: Summary, advice: Advice, stream: TextIO) -> None:
-    quantiles = {f"{percent:g} %": _number(norm) for percent, norm in summary.quantiles.items()}
+    quantiles = {f"{percent:g} %": number(norm) for percent, norm in summary.quantiles.items()}
     facts = {
         "steps": f"{summary.steps:,} ({summary.first_step:,} to {summary.last_step:,})",
         "clipped": f"{summary.clip_rate:.2%}",
         **{f"norm, {percent}": norm for percent, norm in quantiles.items()},
-        "largest": _number(summary.largest),
+        "largest": number(summary.largest),
         "spikes": f"{summary.spikes:,}",
         "not finite": f"{summary.nonfinite_steps:,}",
         "skipped": f"{summary.skipped_steps:,}",
-        "last quarter / first": _number(summary.trend),
+        "last quarter / first": number(summary.trend),
     }
     print_table(("", "value"), [*facts.items()], stream, summary.name)
     if summary.largest_spikes:
         rows = [
-            (f"{spike.step:,}", _number(spike.norm), _number(spike.usual))
+            (f"{spike.step:,}", number(spike.norm), number(spike.usual))
             for spike in summary.largest_spikes
         ]
         print_table(("largest spikes, at step", "norm", "median before"), rows, stream)
     if advice.shares:
-        shares = [(_number(limit), f"{share:.2%}") for limit, share in advice.shares.items()]
+        shares = [(number(limit), f"{share:.2%}") for limit, share in advice.shares.items()]
         print_table(("threshold", "would have clipped"), shares, stream)
         print(
-            f"Half to ten times the usual norm (Pascanu 2013): {_number(advice.usual / 2)} to "
-            f"{_number(advice.usual * 10)}.\nMedian and ten median deviations: "
-            f"{_number(summary.spike_line)}.",
+            f"Half to ten times the usual norm (Pascanu 2013): {number(advice.usual / 2)} to "
+            f"{number(advice.usual * 10)}.\nMedian and ten median deviations: "
+            f"{number(summary.spike_line)}.",
             file=stream,
         )
     for warning in advice.warnings:
         print(f"Note: {warning}", file=stream)
     print(f"This run is {advice.kind}. {advice.reason}\n\n    {advice.line}", file=stream)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _plain(value: object) -> object:

@@ -34,7 +34,11 @@ class Spike:
 
 @dataclass(frozen=True)
 class Summary:
-    """The facts of a run; NaN where there is no finite norm."""
+    """The facts of a run; NaN where there is no finite norm.
+
+    Steps without gradients, whose norm is 0, tell nothing of what is usual: the line, spikes and
+    trend are those of the others.
+    """
 
     name: str
     steps: int
@@ -46,7 +50,7 @@ class Summary:
     mean: float
     largest: float
     spike_line: float
-    """Median of all finite norms and ten median deviations."""
+    """Median of the norms and ten median deviations."""
     spikes: int
     """How many norms were more than that above the hundred before them."""
     largest_spikes: tuple[Spike, ...]
@@ -54,13 +58,15 @@ class Summary:
     nonfinite_steps: int
     skipped_steps: int
     trend: float
-    """Median of the last quarter of the finite norms, as a multiple of that of the first."""
+    """Median of the last quarter of the norms, as a multiple of that of the first."""
 
 
 def summarized(run: Run) -> Summary:
     """Return the facts of a run."""
-    norms, steps = run.norms[run.finite], run.steps[run.finite]
-    spikes = _spikes(steps, norms)
+    norms = run.norms[run.finite]
+    has_gradient = run.finite & (run.norms > 0)
+    moving = run.norms[has_gradient]
+    spikes = _spikes(run.steps[has_gradient], moving)
     spikes_by_height = sorted(spikes, key=lambda spike: spike.norm / spike.usual, reverse=True)
     levels = np.percentile(norms, QUANTILES) if len(norms) else [math.nan] * len(QUANTILES)
     return Summary(
@@ -70,14 +76,14 @@ def summarized(run: Run) -> Summary:
         last_step=int(run.steps[-1]),
         clip_rate=run.clip_rate,
         quantiles=dict(zip(QUANTILES, map(float, levels), strict=True)),
-        mean=float(norms.mean()) if len(norms) else math.nan,
+        mean=float(norms.mean(dtype=np.longdouble)) if len(norms) else math.nan,
         largest=float(norms.max()) if len(norms) else math.nan,
-        spike_line=_line(norms),
+        spike_line=_line(moving),
         spikes=len(spikes),
         largest_spikes=tuple(spikes_by_height[:MOST_SPIKES]),
         nonfinite_steps=run.nonfinite_steps,
         skipped_steps=run.skipped_steps,
-        trend=_trend(norms),
+        trend=_trend(moving),
     )
 
 

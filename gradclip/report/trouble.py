@@ -6,13 +6,6 @@ import warnings
 from pathlib import Path
 
 
-class Trouble:
-    """Says once for each file what could not be read of it."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warn(self, path: Path, what: str) -> None:
-        """Warn of a file; the rest is still read."""
-        self.said.append(f"{path}: {what}.")
-        warnings.warn(self.said[-1], UserWarning, stacklevel=2)
+def warn_of(path: Path, what: str) -> None:
+    """Warn that part of a file cannot be read; the rest is."""
+    warnings.warn(f"{path}: {what}.", UserWarning, stacklevel=2)

@@ -17,9 +17,9 @@ class JsonlSink(CadencedSink):
 
     A line is an object with the fields of `LoggedStep`; numbers that are NaN or infinite are null,
     as JSON has none. A batch is appended in one write, so that several processes may write to one
-    file, though their steps then lie between each other. A run that continues appends to its file:
-    where a step comes again, the later line counts. What a crash or a full disk has left of a line
-    is ended before the next one.
+    file, though their steps then lie between each other; `gradclip report` takes a file for one
+    run. A run that continues appends to its file: where a step comes again, the later line counts.
+    What a crash or a full disk has left of a line is ended before the next one.
 
     Args:
         path: The file; its directory is made when the first batch is written.

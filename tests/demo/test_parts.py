@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip.demo.curves import Curves, number
+from gradclip.demo.curves import Curves
 from gradclip.demo.model import GAIN, HIDDEN, seeded_model
 from gradclip.demo.options import CELLS, Options
 from gradclip.demo.picture import draw
 from gradclip.demo.progress import Bars, Lines, progress
 from gradclip.demo.table import show_table
 from gradclip.demo.text import Text, batches, read_text
+from gradclip.printing import number
 
 NAN, INF = math.nan, math.inf
 

@@ -160,6 +160,38 @@ def test_thresholds_have_two_digits_and_any_scale(training):
         assert 1 < limit / scale < 5
 
 
+@pytest.mark.parametrize("scale", [5e-324, 1e-310, 2e307])
+def test_thresholds_at_the_ends_of_the_range_are_numbers(scale):
+    limit = float(advice_for(quiet()[:300] * scale).line.rstrip(")").rpartition(" ")[2])
+    assert 0 < limit < math.inf
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_without_gradients_do_not_change_the_advice(kind, training):
+    """Most steps of an alternating training leave one of its optimizers without gradients."""
+    norms = KINDS[kind]()
+    idle = np.zeros((len(norms), 3))
+    idle[:, 0] = norms
+    assert advice_for(idle.ravel()).kind == kind
+    assert float(advice_for(idle.ravel()).usual) > 0
+
+
+def test_the_advice_for_a_quiet_run_with_one_larger_norm_still_changes_nothing(training):
+    norms = quiet()[:90]
+    norms[50] = 8.0
+    advice = advice_for(norms)
+    assert advice.kind == "quiet"
+    assert not trained_again(norms, advice.line, training).any()
+
+
+def test_the_share_that_a_spike_line_clips_is_said():
+    norms = np.random.default_rng(0).pareto(1.2, COUNT) + 1
+    advice = advice_for(norms)
+    limit = float(advice.line.rstrip(")").rpartition(" ")[2])
+    assert (advice.kind, (norms > limit).mean() > 0.02) == ("spiky", True)
+    assert f"{(norms > limit).mean():.2%} of the steps" in advice.reason
+
+
 def test_every_kind_is_shown(training):
     for make in (*KINDS.values(), with_nan, lambda: [math.nan], lambda: [1.0]):
         for as_json in (False, True):

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .parts import NormsByParameter
 from .records import ClipRecord, spread
 
 MOST_NORMS = 1 << 18
-"""Norms per batch, so that records of many norms take no more than about 10 MB."""
+"""Norms per batch, those by parameter included, so that records take no more than about 10 MB."""
 
 
 class RecordBuffer:
@@ -36,7 +37,7 @@ class RecordBuffer:
             self._send()
         self._waiting.append(record)
         count = len(self._waiting)
-        if count >= self._capacity or count * record.norms.numel() >= MOST_NORMS:
+        if count >= self._capacity or count * _numbers(record) >= MOST_NORMS:
             self._send()
 
     def take(self, *, wait: bool) -> Iterator[Batch]:
@@ -74,15 +75,14 @@ class Batch:
                 [spread(record.overflow, record.norms) for record in records],
             ]
         values = torch.stack([torch.stack(row) for row in rows])
+        parts = [part for record in records if record.parts for part in record.parts.sums]
+        sums = torch.cat([part.to(values.device) for part in parts]) if parts else None
+        self._host = _sent(values)
+        self._sums = None if sums is None else _sent(sums)
         self._event = None
         if values.is_cuda:
-            # "cpu" by name, as the default device may be another.
-            self._host = torch.empty_like(values, device="cpu", pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(values.device))
-        else:
-            self._host = values.cpu()
 
     def arrived(self) -> bool:
         """Tell whether `values` returns without waiting."""
@@ -105,16 +105,47 @@ class Batch:
         """Return which steps GradScaler left out, as `skipped` does; None for none at all."""
         return self._arrived()[4, :, 0] > 0 if self.late else None
 
+    def parts(self, order: float) -> list[NormsByParameter | None]:
+        """Return the norms of each step by parameter, where they are known. Waits for the copy.
+
+        Args:
+            order: p of the norms.
+        """
+        if self._sums is None:
+            return [None] * len(self.records)
+        self._arrived()
+        sums, end = self._sums.to(torch.float64), 0
+        found: list[NormsByParameter | None] = []
+        for record in self.records:
+            parts = record.parts
+            found.append(None if parts is None else NormsByParameter(parts, sums, end, order))
+            end += 0 if parts is None else len(parts.names)
+        return found
+
     def _arrived(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
         return self._host.to(torch.float64)
 
 
+def _sent(values: Tensor) -> Tensor:
+    """Return a copy on the host; from CUDA it is on its way, and comes without waiting."""
+    if not values.is_cuda:
+        return values.cpu()
+    # "cpu" by name, as the default device may be another.
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    return host.copy_(values, non_blocking=True)
+
+
 def finish(device: torch.device) -> None:
     """Wait for all streams: steps may have run on another than the one that asks for records."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _numbers(record: ClipRecord) -> int:
+    """Return how many numbers a record has, roughly."""
+    return record.norms.numel() + (0 if record.parts is None else len(record.parts.names))
 
 
 def _alike(one: ClipRecord, other: ClipRecord) -> bool:

@@ -131,14 +131,12 @@ class GradientClipper:
         optimizers = clippable(optimizer, skips=self._settings.skips)
         self._given = listed(optimizer)
         self._labels = NormLabels(optimizers, scope_from(scope), model)
-        weighed = self._threshold.needs_weights
+        order, weighed = self._settings.norm_type, self._threshold.needs_weights
+        self._recorder = Recorder(sinks_from(log), order, skip_limit)
         self._joint = JointGradients(
-            optimizers, grad_scaler, self._settings, self._labels, weighed=weighed
+            optimizers, grad_scaler, self._settings, self._labels, weighed, self._recorder.watched
         )
-        self._limits = Limits(
-            self._threshold, self._labels, self._joint.device, self._settings.norm_type
-        )
-        self._recorder = Recorder(sinks_from(log), self._settings.norm_type, skip_limit)
+        self._limits = Limits(self._threshold, self._labels, self._joint.device, order)
         self._close = weakref.finalize(self, self._recorder.close)
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
@@ -174,7 +172,8 @@ class GradientClipper:
             gradients.scale_(coefficients)
         reduction = reduced(coefficients, bounded, norms)
         now, overflow = time.time(), gradients.overflow
-        record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow)
+        parts = gradients.parts
+        record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, parts)
         self._joint.cover(gradients.tensors, record)
         self._pending = record
         if skip is True:
@@ -193,8 +192,10 @@ class GradientClipper:
         """Raise for a skipped step where the policy is to; it counts all the same."""
         settings, limit = self._settings, self._settings.skip_limit
         if settings.raises and not bool(record.norms.isfinite().all()):
+            parameters, before = self._labels.parameters(), self._recorder.history()
+            error = nonfinite_error(record, parameters, before)
             self._finish(optimizer, record)
-            raise nonfinite_error(record, self._labels.parameters())
+            raise error
         if limit is not None and self._recorder.counters.skipped_in_a_row + 1 >= limit:
             self._finish(optimizer, record)
             raise skip_limit_error(limit, record.step)

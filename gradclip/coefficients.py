@@ -39,6 +39,11 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)
 
 
+def are_finite(norms: Tensor) -> bool:
+    """Tell whether no norm is NaN or infinite. Host sync."""
+    return norms.item() < math.inf if norms.numel() == 1 else bool((norms < math.inf).all())
+
+
 @lru_cache(maxsize=4)
 def _one(dtype: torch.dtype) -> Tensor:
     return torch.ones(1, dtype=dtype, device="cpu")

@@ -48,6 +48,8 @@ class Bucket:
     """The same of what is written."""
     rows: bool = False
     """Whether the indices of dimension 0 have norms of their own."""
+    indices: list[int] = field(default_factory=list)
+    """Which of the gradients that were sorted these are; empty for all of them."""
 
     def power_sums(self, engine: str, order: float) -> Tensor:
         """Measure each gradient, or each of its rows; see `Engine.power_sums`."""
@@ -114,7 +116,7 @@ def buckets_of(
             return [bucket]
     buckets: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
     strided, given = torch.strided, repeat(None) if places is None else places
-    for gradient, place in zip(gradients, given, strict=False):
+    for index, (gradient, place) in enumerate(zip(gradients, given, strict=False)):
         if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
@@ -124,6 +126,7 @@ def buckets_of(
         bucket = buckets.get(key)
         if bucket is None:
             bucket = buckets[key] = Bucket(gradient.device, Batch(), Batch(), rows=rows)
+        bucket.indices.append(index)
         bucket.measured.append(measured)
         bucket.written.append(written)
         if place is not None:

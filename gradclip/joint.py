@@ -38,6 +38,7 @@ class JointGradients:
         settings: How to measure and what may be written.
         labels: The labels of the norms.
         weighed: Whether the norms of the parameters will be asked for.
+        watched: Whether the parts of the norms are.
 
     Raises:
         EngineUnavailableError: The engine does not serve a device of the parameters.
@@ -49,13 +50,14 @@ class JointGradients:
         grad_scaler: object,
         settings: Settings,
         labels: NormLabels,
-        *,
         weighed: bool = False,
+        watched: bool = False,
     ) -> None:
         self.optimizers = optimizers
         self._settings = settings
         self._labels = labels
         self._weighed = weighed
+        self._watched = watched
         self._scaling = JointScaling(grad_scaler)
         self._coverage = Coverage() if len(optimizers) > 1 else None
         for device in self.devices:
@@ -152,26 +154,39 @@ class JointGradients:
             len(labels.names),
             self.device,
             parameters=parameters,
+            names=held.names if self._watched else None,
             **options,
         )
 
     def _held_by(self, optimizers: Sequence[Optimizer]) -> Held:
         """Return the distinct gradients of optimizers that belong to some norm."""
-        parameters = _parameters_held(optimizers)
+        parameters = [*_parameters_held(optimizers)]
         if self._everything:
-            return Held(gradients_of(parameters))
-        held, seen = Held(), set()
+            gradients = gradients_of(parameters)
+            return Held(gradients, names=self._names(parameters, gradients))
+        names: list[str] = []
+        held, seen = Held(names=names), set()
         for parameter in parameters:
             gradient = parameter.grad
             if gradient is None or id(gradient) in seen:
                 continue
-            place = self._labels.place_of(parameter)
-            if place is not None:
+            known = self._labels.of(parameter)
+            if known.place is not None:
                 seen.add(id(gradient))
                 held.gradients.append(gradient)
-                held.places.append(place)
+                held.places.append(known.place)
                 held.parameters.append(parameter)
+                names.append(known.name)
         return held
+
+    def _names(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[str]:
+        """Return the names of the parameters that gradients belong to, where they are wanted."""
+        if not self._watched:
+            return ()
+        if len(gradients) == len(parameters) and self._coverage is None:
+            return self._labels.parameter_names  # the usual case, in which none is looked up
+        held = {id(each.grad): each for each in reversed(parameters)}
+        return [self._labels.of(held[id(gradient)]).name for gradient in gradients]
 
     @property
     def _everything(self) -> bool:
@@ -187,6 +202,8 @@ class Held:
     """For each where its norms are; empty where all share one."""
     parameters: list[Tensor] = field(default_factory=list)
     """For each the parameter it belongs to; empty where all share one."""
+    names: Sequence[str] = field(default_factory=list)
+    """For each the name of that parameter; empty where nobody asks for it."""
 
     def filtered(self, wanted: Callable[[Tensor], bool]) -> Held:
         """Return those of which the gradient is wanted."""
@@ -195,6 +212,7 @@ class Held:
             list(compress(self.gradients, kept)),
             list(compress(self.places, kept)),
             list(compress(self.parameters, kept)),
+            list(compress(self.names, kept)),
         )
 
 

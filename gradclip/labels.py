@@ -40,12 +40,14 @@ class NormLabels:
         self._scope = scope
         self._model = model
         self._keys = GroupKeys(optimizers)
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, Known] = {}
         self._indices: dict[tuple[bool, str], int] = {}
         self._parameters = -1
         self.warn_of_lost_keys = self._keys.warn_of_lost_keys
         self.names: tuple[str, ...] = ()
         """The k labels, in the order of the norms."""
+        self.parameter_names: tuple[str, ...] = ()
+        """Those of all parameters, in the order of the groups."""
         self.limits: tuple[float | None, ...] = ()
         """For each label the threshold of its group; None where the clipper's threshold rules."""
         self.everything = scope.is_everything
@@ -72,10 +74,10 @@ class NormLabels:
 
     def parameters(self) -> list[NamedParameter]:
         """Return the parameters whose gradients belong to some norm."""
-        return [each for each in self._named() if self.place_of(each.parameter) is not None]
+        return [each for each in self._named() if self.of(each.parameter).place is not None]
 
-    def place_of(self, parameter: Tensor) -> Place | None:
-        """Return where the norms of a parameter's gradient are; None where it is in none.
+    def of(self, parameter: Tensor) -> Known:
+        """Return the name of a parameter, and where the norms of its gradient are.
 
         Raises:
             ArgumentError: The parameter is new, and cannot be labelled.
@@ -85,27 +87,29 @@ class NormLabels:
         if known is None or known.parameter() is not parameter:
             self._label_new()
             known = self._known[id(parameter)]
-        return known.place
+        return known
 
     def _label_new(self) -> None:
         """Label what is new; all of it or, on an error, nothing."""
         table = _Table(self._indices, self.limits)
-        known: dict[int, _Known] = {}
+        known: dict[int, Known] = {}
         for named in self._named():
             found = self._known.get(id(named.parameter))
             if found is None or found.parameter() is not named.parameter:
-                found = _Known(ref(named.parameter), named.name, self._new_place(named, table))
+                found = Known(ref(named.parameter), named.name, self._new_place(named, table))
             known[id(named.parameter)] = found
         self._check_distinct(known.values())
         if not table.indices:
             table.index_of(SHARED)  # everything is left out: a norm of nothing
         self._known, self._indices, self.limits = known, table.indices, tuple(table.limits)
         self.names = tuple(label for _, label in table.indices)
+        held = (group["params"] for each in self._optimizers for group in each.param_groups)
+        self.parameter_names = tuple(known[id(one)].name for each in held for one in each)
         self.everything = self._scope.is_everything and not self._keys.given
         kept = [each.place for each in known.values() if each.place is not None]
         self.single = len(self.names) == 1 and not any(place.rows for place in kept)
 
-    def _check_distinct(self, known: Iterable[_Known]) -> None:
+    def _check_distinct(self, known: Iterable[Known]) -> None:
         if self._scope.kind not in ("parameter", "unit"):
             return
         for name, count in Counter(each.name for each in known).items():
@@ -136,13 +140,14 @@ class NormLabels:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """A parameter that was labelled."""
 
     parameter: ref[Tensor]
     name: str
     """Its name at that time."""
     place: Place | None
+    """None where its gradient is in no norm."""
 
 
 class _Table:

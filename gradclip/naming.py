@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,17 +54,25 @@ def group_name(optimizers: Sequence[Optimizer], optimizer: int, group: int) -> s
     return f"{several}group {group}"
 
 
-def describe_nonfinite(named: Sequence[NamedParameter]) -> str:
-    """List the parameters whose gradients hold NaN or infinity, with how many. Host sync."""
+def describe_nonfinite(gradients: Iterable[tuple[str, Tensor | None]]) -> str:
+    """List the parameters whose gradients hold NaN or infinity, with how many. Host sync.
+
+    Args:
+        gradients: Names of parameters, and their gradients.
+    """
     found = []
-    for each in named:
-        gradient = each.parameter.grad
+    for name, gradient in gradients:
         if gradient is not None:
             values = gradient._values() if gradient.is_sparse else gradient
             count = int(values.numel() - torch.isfinite(values).sum())
             if count:
-                found.append(f"{each.name} ({count} of {values.numel()} elements)")
-    if not found:
+                found.append(f"{name} ({count} of {values.numel()} elements)")
+    return joined(found)
+
+
+def joined(nonfinite: Sequence[str]) -> str:
+    """Join what there is to say of parameters that are not finite."""
+    if not nonfinite:
         return "none by itself: the sum of their powers exceeds the range of float64"
-    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-    return ", ".join(found[:MOST_NAMED]) + more
+    more = len(nonfinite) - MOST_NAMED
+    return ", ".join(nonfinite[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .engines import engine_for, norm_dtype
 from .gradients import Bucket
+from .parts import sums_of_rows
 from .places import gathered
 
 
@@ -20,6 +21,7 @@ def norms_of(
     device: torch.device | None = None,
     engine: str = "auto",
     scalar: bool = False,
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """Measure one norm per label.
 
@@ -32,12 +34,15 @@ def norms_of(
         device: Where the norms are wanted; by default where the first gradient is, else the CPU.
         engine: Which engine measures.
         scalar: Whether a single norm is wanted 0-d.
+        parts: Takes the power sum of every gradient, bucket by bucket, in fresh memory; no bit of
+            the norms depends on it.
 
     Returns:
         Shape (k,), or () for a scalar, float64 (float32 where the device has no float64); 0 for a
         label without gradients, NaN or infinity where the gradients are not finite.
     """
-    if len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device):
+    single = len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device)
+    if single and parts is None:
         serving = engine_for(engine, buckets[0].device)
         return serving.norm(buckets[0].measured, order, scalar=scalar)
     if device is None:
@@ -46,13 +51,35 @@ def norms_of(
         shape = () if scalar else (count,)
         return torch.zeros(shape, dtype=norm_dtype(device), device=device)
     if not buckets[0].places:
-        norms = [engine_for(engine, b.device).norm(b.measured, order) for b in buckets]
+        norms = [_norm(bucket, order, engine, parts) for bucket in buckets]
+        if single:
+            return norms[0].squeeze(0) if scalar else norms[0]
         together = _together(norms, device)
         norm: Tensor = torch.linalg.vector_norm(together, order, 0, keepdim=not scalar)
         return norm
     sums = [bucket.power_sums(engine, order) for bucket in buckets]
+    if parts is not None:
+        parts += [
+            _of_gradients(each, bucket, order) for each, bucket in zip(sums, buckets, strict=True)
+        ]
     places = tuple(place for bucket in buckets for place in bucket.places)
     return gathered(_together(sums, device), order, places, count)
+
+
+def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None) -> Tensor:
+    serving = engine_for(engine, bucket.device)
+    if parts is None:
+        return serving.norm(bucket.measured, order)
+    norm, sums = serving.norm_and_sums(bucket.measured, order)
+    parts.append(sums)
+    return norm
+
+
+def _of_gradients(sums: Tensor, bucket: Bucket, order: float) -> Tensor:
+    """Return the power sums of gradients from theirs, or those of their rows."""
+    if not bucket.rows:
+        return sums.clone()  # the norms will be in their memory
+    return sums_of_rows(sums, [*map(len, bucket.measured)], order)
 
 
 def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -67,21 +67,23 @@ def check_capture(settings: Settings, threshold: Threshold) -> None:
 
 
 def nonfinite_error(
-    record: ClipRecord, parameters: Sequence[NamedParameter]
+    record: ClipRecord, parameters: Sequence[NamedParameter], before: object
 ) -> NonFiniteGradientError:
     """Return the error for a norm that is not finite, which names the parameters. Host sync.
 
     Args:
         record: The step.
         parameters: Those whose gradients were measured.
+        before: The norms just before, as they are shown.
     """
     norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
     found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
+    culprits = describe_nonfinite((each.name, each.parameter.grad) for each in parameters)
     return NonFiniteGradientError(
         f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
-        f"{describe_nonfinite(parameters)}. The step was not taken and the gradients are as they "
-        "were. Lower the learning rate or look at that step's batch; nonfinite='zero' or 'skip' "
-        "would go on."
+        f"{culprits}. The norms before: {before}. The step was not taken and the gradients are as "
+        "they were. Lower the learning rate or look at that step's batch; nonfinite='zero' or "
+        "'skip' would go on."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .buffer import Batch, RecordBuffer
 from .capture import capturing, keep_if_captured
 from .checks import checked_count
 from .errors import AttachError
+from .incidents import SHOWN, NormHistory, sentence
+from .parts import NormsByParameter
 from .policies import skip_limit_error
 from .records import ClipRecord, Counters, LoggedStep, Sink, clipped
 from .replays import ReplayedRecords, may_be_captured
@@ -43,6 +46,7 @@ class Recorder:
         self._overflowed = 0
         self._skip_limit = skip_limit
         self._longest_skip = 0
+        self._history = NormHistory()
         self._replayed: ReplayedRecords | None = None
         self.seen = 0
         """Steps that the host knows of, those included that GradScaler left out."""
@@ -50,6 +54,16 @@ class Recorder:
     def begin(self, settings: Mapping[str, str]) -> None:
         """Tell the sinks how the clipper is set."""
         self._each_sink(lambda sink: sink.begin(settings))
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody hears of the parts of the norms."""
+        return bool(self._sinks)
+
+    def history(self) -> NormHistory:
+        """Return the norms up to now; waits for the device."""
+        self._deliver(wait=True)
+        return self._history
 
     @property
     def steps(self) -> int:
@@ -182,12 +196,18 @@ class Recorder:
         in_a_row = self._run_of_skips(skipped.tolist(), batch.late)
         reduced, known, unknown, left_out = counts[:, -1].tolist()
         self._counters = Counters(reduced, known, unknown, left_out, in_a_row)
+        totals = self._totals(norms).tolist()
         if not self._sinks:
+            for norm in totals[-SHOWN:]:
+                self._history.add(norm)
             return []
+        parts = batch.parts(self._order)
+        if overflowed is not None:
+            parts = [*compress(parts, (~overflowed).tolist())]
         columns = (  # in the order of the fields
             [step for step, _ in steps],
             [wall_time for _, wall_time in steps],
-            self._totals(norms).tolist(),
+            totals,
             self._totals(clipped(norms, coefficients)).tolist(),
             _only_limits(thresholds),
             coefficients.amin(1).tolist(),
@@ -196,8 +216,17 @@ class Recorder:
             (counts[0].double() / counts[1].clamp(min=1)).tolist(),
             counts[2].tolist(),
             counts[3].tolist(),
+            parts,
+            [self._incident(*step) for step in zip(steps, totals, parts, strict=True)],
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
+
+    def _incident(
+        self, step: tuple[int, float], norm: float, parameters: NormsByParameter | None
+    ) -> str | None:
+        found = sentence(step[0], norm, parameters, self._history)
+        self._history.add(norm)
+        return found
 
     def _steps_of(self, batch: Batch, left_out: Tensor | None) -> list[tuple[int, float]]:
         """Return index and wall time of each step that was not left out by GradScaler."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .parts import Parts
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClipRecord:
@@ -33,6 +35,8 @@ class ClipRecord:
     overflow: Tensor | None = None
     """Where only the device knows it: whether GradScaler left the step out, so that it does not
     count; 0-d, bool."""
+    parts: Parts | None = None
+    """What each parameter had in the norms, for those that log it."""
 
     @property
     def norm(self) -> Tensor:
@@ -103,6 +107,11 @@ class LoggedStep(NamedTuple):
     """Steps so far with a norm that was not finite."""
     skipped_steps: int
     """Steps so far that were left out."""
+    parameter_norms: Mapping[str, float] | None = None
+    """Norms of the gradients by the names of their parameters, before clipping; None where they
+    are not known, as in a CUDA graph, or were not asked for."""
+    incident: str | None = None
+    """What there is to say of a step whose norm was not finite, or far above those before."""
 
 
 @dataclass(frozen=True, slots=True)

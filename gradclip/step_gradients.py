@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from .capture import keep_if_captured
+from .coefficients import are_finite
 from .engines.base import host_may_read
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
+from .naming import describe_nonfinite
 from .norms import norms_of
+from .parts import Parts
 from .places import Place, present
 from .settings import Settings
 
@@ -27,6 +30,7 @@ class StepGradients:
         count: k, how many norms there are.
         device: Where the norms are wanted.
         parameters: The parameters of the gradients, where their norms will be asked for.
+        names: The names of these parameters, where the parts of the norms will be.
         scale: By what GradScaler has multiplied the gradients, one element; None for not at all.
         overflow: Where only the device knows it: whether GradScaler leaves the step out, one bool.
         partial: Whether an optimizer's gradients are missing, since GradScaler leaves out its step.
@@ -45,6 +49,7 @@ class StepGradients:
         device: torch.device,
         *,
         parameters: Sequence[Tensor] = (),
+        names: Sequence[str] | None = None,
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
         partial: bool = False,
@@ -54,8 +59,11 @@ class StepGradients:
         self.tensors = tensors
         self.overflow = overflow
         self.partial = partial
+        self.parts: Parts | None = None
+        """What each gradient has in the norms, once they were measured."""
         self._places = places
         self._parameters = parameters
+        self._names = names
         self._settings = settings
         self._count = count
         self._device = device
@@ -79,7 +87,12 @@ class StepGradients:
 
     def norms(self) -> Tensor:
         """Measure the true norms, whatever scale the gradients carry; shape (k,)."""
-        return self._norms(self._buckets)
+        if self._names is None:
+            return self._norms(self._buckets)
+        sums: list[Tensor] = []
+        norms = self._norms(self._buckets, sums)
+        self.parts = self._parts(self._names, norms, sums)
+        return norms
 
     def norms_if_bounded(self, norms: Tensor) -> Tensor:
         """Return what the norms would be with ``max_value`` applied; nothing is written.
@@ -115,13 +128,29 @@ class StepGradients:
         for bucket in self._buckets:
             bucket.scale_(self._settings.engine, coefficients)
 
-    def _norms(self, buckets: Sequence[Bucket]) -> Tensor:
-        norms = self._measured(buckets)
+    def _norms(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
+        norms = self._measured(buckets, parts)
         return norms if self._scale is None else norms / self._scale.to(norms)
 
-    def _measured(self, buckets: Sequence[Bucket]) -> Tensor:
+    def _measured(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
         order, engine = self._settings.norm_type, self._settings.engine
-        return norms_of(buckets, order, count=self._count, device=self._device, engine=engine)
+        return norms_of(
+            buckets, order, count=self._count, device=self._device, engine=engine, parts=parts
+        )
+
+    def _parts(self, names: Sequence[str], norms: Tensor, sums: list[Tensor]) -> Parts:
+        gradients, order = self.tensors, self._settings.norm_type
+        if len(self._buckets) > 1:
+            indices = [index for bucket in self._buckets for index in bucket.indices]
+            names = [names[index] for index in indices]
+            gradients = [gradients[index] for index in indices]
+        if self._scale is not None:
+            power = 1 if order == math.inf else order
+            sums = [each / self._scale.to(each) ** power for each in sums]
+        nonfinite = None
+        if host_may_read(norms) and not are_finite(norms):
+            nonfinite = describe_nonfinite(zip(names, gradients, strict=True))
+        return Parts(names, sums, nonfinite)
 
     def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
         """Return ``max_value`` in the scale of the gradients, infinity for none; shape (k,)."""

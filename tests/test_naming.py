@@ -5,15 +5,15 @@ import math
 import torch
 from torch import nn
 
-from gradclip.naming import NamedParameter, describe_nonfinite, named_parameters
+from gradclip.naming import describe_nonfinite, named_parameters
 
 
 def named(optimizers, model=None) -> list[str]:
     return [each.name for each in named_parameters(optimizers, model)]
 
 
-def listed(*given: tuple[str, nn.Parameter]) -> list[NamedParameter]:
-    return [NamedParameter(name, parameter, 0, 0) for name, parameter in given]
+def listed(*given: tuple[str, nn.Parameter]) -> list[tuple[str, torch.Tensor | None]]:
+    return [(name, parameter.grad) for name, parameter in given]
 
 
 def test_names_come_from_the_model_then_the_optimizer_then_the_place():

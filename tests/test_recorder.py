@@ -103,7 +103,7 @@ def test_one_norm_becomes_a_row_of_plain_numbers() -> None:
         skipped_steps=0,
     )
     assert [type(value) for value in row] == (
-        [int] + [float] * 5 + [bool] * 2 + [float] + [int] * 2
+        [int] + [float] * 5 + [bool] * 2 + [float] + [int] * 2 + [type(None)] * 2
     )
 
 

@@ -21,7 +21,7 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { ABI = 1 }; /* to be counted up with every change of a function that native.py calls */
+enum { ABI = 2 }; /* to be counted up with every change of a function that native.py calls */
 enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
@@ -215,15 +215,17 @@ EXPORTED int gradclip_power_sums(const struct request *request, double *sums)
     return run(&job);
 }
 
-/* The norm of all tensors together, which are not divided into rows. */
-EXPORTED int gradclip_norm(const struct request *request, double *norm)
+/* The norm of all tensors together, which are not divided into rows; their own sums where these
+   are wanted. */
+EXPORTED int gradclip_norm(const struct request *request, double *norm, double *wanted)
 {
     enum { FEW = 64 };
     int64_t count = request->count;
     double few[FEW], total = 0, order = request->order;
     if (!norm)
         return NO_ADDRESS;
-    double *sums = count > FEW ? malloc((size_t)count * sizeof *sums) : few;
+    double *own = wanted || count <= FEW ? NULL : malloc((size_t)count * sizeof *own);
+    double *sums = wanted ? wanted : count > FEW ? own : few;
     if (!sums)
         return NO_MEMORY;
     control before = GET_CONTROL();
@@ -237,8 +239,7 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm)
         total = pow(total, 1 / order);
     *norm = total;
     SET_CONTROL(before);
-    if (sums != few)
-        free(sums);
+    free(own);
     return status;
 }
 

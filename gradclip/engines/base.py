@@ -86,6 +86,20 @@ class Engine(ABC):
             return sums.amax(0, keepdim=not scalar)
         return root(sums.sum(0, keepdim=not scalar), order)
 
+    def norm_and_sums(self, tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
+        """Return the norm of all tensors together, to the bit what `norm` returns, and their sums.
+
+        An engine that finds both at once says how; this one reads twice.
+
+        Args:
+            tensors: n >= 1 gradients of one device and dtype. Not written.
+            order: p of the p-norm, positive or infinity.
+
+        Returns:
+            Shapes (1,) and (n,), as those of `norm` and `power_sums`.
+        """
+        return self.norm(tensors, order), self.power_sums(tensors, order)
+
     @abstractmethod
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False

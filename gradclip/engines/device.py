@@ -21,7 +21,17 @@ def power_sums(tensors: Sequence[Tensor], order: float, *, rows: bool) -> Tensor
 
 def norm(tensors: Sequence[Tensor], order: float) -> Tensor:
     """Return the norm of all tensors together, shape (1,)."""
+    return _norm(_norms(tensors, order), order)
+
+
+def norm_and_sums(tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of all tensors together, shape (1,), and the power sums of each."""
     norms = _norms(tensors, order)
+    norm = _norm(norms, order)
+    return norm, norms if order == INFINITY else norms.pow_(order)
+
+
+def _norm(norms: Tensor, order: float) -> Tensor:
     if norms.dtype is torch.float32:
         return _narrow_norm(norms, order).view(1)
     norm: Tensor = torch.linalg.vector_norm(norms, order, 0, keepdim=True)

@@ -35,29 +35,31 @@ def power_sums(
     pieces,
     starts,
     sums,
+    totals,
     arrived,
     norm,
     ORDER: tl.constexpr,
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
     TOTAL: tl.constexpr,
 ):
-    """Write the power sum of each piece to ``sums``; or of each program, and the norm of all."""
+    """Write the power sum of each piece to ``sums``, or of each program and the norm, or all."""
     program = tl.program_id(0)
     total = tl.full((), 0.0, tl.float64)
     for piece in range(tl.load(starts + program), tl.load(starts + program + 1)):
         address, length, _ = _piece(addresses, pieces, piece, ELEMENT)
         part = _power_sum(address, length, ORDER, ELEMENT, BLOCK)
+        if EACH:
+            tl.store(sums + piece, part)
         if TOTAL:
             total = _combined(total, part, ORDER)
-        else:
-            tl.store(sums + piece, part)
     if TOTAL:
-        tl.store(sums + program, total)
+        tl.store(totals + program, total)
         # Whoever comes last adds up what all have written, always in the same order.
         tl.debug_barrier()
         if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            total = _combined_all(sums, 0, tl.num_programs(0), ORDER)
+            total = _combined_all(totals, 0, tl.num_programs(0), ORDER)
             tl.store(norm, _root(total, ORDER))
             tl.store(arrived, 0)
 

@@ -24,7 +24,7 @@ from .bits import INTEGERS
 from .memory import addresses_of, flat, flat_view, table, table_view
 from .operators import OperatorsEngine
 
-ABI = 1
+ABI = 2
 """What the library that fits this file says of itself."""
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -74,9 +74,19 @@ class NativeEngine(Engine):
         request, _held = _request(tensors, False, flat, order)
         if request:
             norm = _new_number(scalar)
-            if _done(self._library.gradclip_norm(request, _address(norm))):
+            if _done(self._library.gradclip_norm(request, _address(norm), None)):
                 return norm
         return _OPERATORS.norm(tensors, order, scalar=scalar)
+
+    def norm_and_sums(self, tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
+        """See `Engine.norm_and_sums`."""
+        request, _held = _request(tensors, False, flat, order)
+        if request:
+            norm, sums = _new_number(False), _NUMBERS.new_empty(len(tensors))
+            addresses = _address(norm), _address(sums)
+            if all(addresses) and _done(self._library.gradclip_norm(request, *addresses)):
+                return norm, sums
+        return _OPERATORS.norm_and_sums(tensors, order)
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
@@ -219,7 +229,7 @@ def load() -> ctypes.CDLL:
         raise _unavailable(f"its library is of another version ({abi}, needed is {ABI})")
     request, numbers = ctypes.c_char_p, ctypes.c_void_p
     library.gradclip_power_sums.argtypes = (request, numbers)
-    library.gradclip_norm.argtypes = (request, numbers)
+    library.gradclip_norm.argtypes = (request, numbers, numbers)
     library.gradclip_scale.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
     library.gradclip_clamp.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
     library.gradclip_use_threads_of(_entry_of_threads())

@@ -39,6 +39,12 @@ class OperatorsEngine(Engine):
             norm = device.norm(tensors, order)
         return norm.squeeze(0) if scalar else norm
 
+    def norm_and_sums(self, tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
+        """See `Engine.norm_and_sums`. On the CPU it reads twice."""
+        if tensors[0].is_cpu:
+            return super().norm_and_sums(tensors, order)
+        return device.norm_and_sums(tensors, order)
+
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
     ) -> None:

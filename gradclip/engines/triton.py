@@ -47,14 +47,9 @@ class TritonEngine(Engine):
         request = self._requests.of(tensors, rows, table if rows else flat)
         if request is None:
             return _OPERATORS.power_sums(tensors, order, rows=rows)
-        plan = request.plan
-        sums = request.new(len(plan.pieces))
-        self._measure(request, order, sums)
-        if plan.whole:
-            return sums
-        results, first_pieces = request.new(plan.strips), request.tables[2]
-        launch("strip_sums", request.device, plan.strips, sums, first_pieces, results, ORDER=order)
-        return results
+        sums = request.new(len(request.plan.pieces))
+        self._measure(request, order, sums=sums)
+        return _strip_sums(request, sums, order)
 
     def _power_sums_of_rows(self, tensors: Sequence[Tensor], order: float) -> Tensor:
         """Measure rows of which some are narrow, and put the sums into the order of the tensors."""
@@ -73,8 +68,17 @@ class TritonEngine(Engine):
         if request is None:
             return _OPERATORS.norm(tensors, order, scalar=scalar)
         norm = request.new() if scalar else request.new(1)
-        self._measure(request, order, request.new(request.plan.programs), norm)
+        self._measure(request, order, norm=norm)
         return norm
+
+    def norm_and_sums(self, tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
+        """See `Engine.norm_and_sums`."""
+        request = self._requests.of(tensors, False, flat)
+        if request is None:
+            return _OPERATORS.norm_and_sums(tensors, order)
+        norm, sums = request.new(1), request.new(len(request.plan.pieces))
+        self._measure(request, order, sums=sums, norm=norm)
+        return norm, _strip_sums(request, sums, order)
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
@@ -88,9 +92,15 @@ class TritonEngine(Engine):
         self._change(_OPERATORS.clamp_, tensors, bounds, rows, limit=True)
 
     def _measure(
-        self, request: Request, order: float, sums: Tensor, norm: Tensor | None = None
+        self,
+        request: Request,
+        order: float,
+        *,
+        sums: Tensor | None = None,
+        norm: Tensor | None = None,
     ) -> None:
-        """Launch the sums of all pieces, or those of all programs with the norm of all."""
+        """Launch the sums of all pieces, or the norm of all, or both."""
+        arrived = None if norm is None else self._requests.arrivals(request.device)
         launch(
             "power_sums",
             request.device,
@@ -98,11 +108,13 @@ class TritonEngine(Engine):
             request.addresses,
             *request.tables[:2],
             sums,
-            None if norm is None else self._requests.arrivals(request.device),
+            None if norm is None else request.new(request.plan.programs),
+            arrived,
             norm,
             ORDER=order,
             ELEMENT=request.element,
             BLOCK=request.block,
+            EACH=sums is not None,
             TOTAL=norm is not None,
         )
 
@@ -145,6 +157,16 @@ class TritonEngine(Engine):
         )
         # Autograd cannot see what was written by address.
         increment_version(tensors)
+
+
+def _strip_sums(request: Request, sums: Tensor, order: float) -> Tensor:
+    """Return the sums of strips, from those of their pieces."""
+    plan = request.plan
+    if plan.whole:
+        return sums
+    results, first_pieces = request.new(plan.strips), request.tables[2]
+    launch("strip_sums", request.device, plan.strips, sums, first_pieces, results, ORDER=order)
+    return results
 
 
 def _parted(

@@ -1,12 +1,15 @@
-"""What the sinks of this package share: which steps they take, and how many at a time."""
+"""What the sinks of this package share: which steps they take, and how much of each."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 
 from ..checks import checked_count
+from ..errors import ArgumentError
+from ..parts import NormsByParameter
 from ..records import LoggedStep, Sink
+
+ALL = "all"
 
 
 class CadencedSink(Sink):
@@ -15,21 +18,46 @@ class CadencedSink(Sink):
     Args:
         every: That number.
         flush_every: Steps per batch: how many a crash may lose.
+        per_parameter: How many parameters' norms are wanted, the largest of the moment; "all" for
+            those of all.
+        per_parameter_every: At which of these steps: each whose index is a multiple of this, and
+            those that there is something to say of.
 
     Raises:
-        ArgumentError: One of them is no whole number >= 1.
+        ArgumentError: One of them is no such number.
     """
 
-    def __init__(self, every: int, flush_every: int) -> None:
+    def __init__(
+        self, every: int, flush_every: int, per_parameter: int | str, per_parameter_every: int
+    ) -> None:
         self.every = checked_count("every", every, 1)
         self.flush_every = checked_count("flush_every", flush_every, 1)
+        self.per_parameter = _checked_number(per_parameter)
+        self.per_parameter_every = checked_count("per_parameter_every", per_parameter_every, 1)
 
-    def write(self, steps: Sequence[LoggedStep]) -> None:
-        """See `Sink.write`."""
-        chosen = [step for step in steps if step.step % self.every == 0]
-        if chosen:
-            self.write_chosen(chosen)
+    def chosen(self, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
+        """Return the steps that are taken, with those norms of parameters that are wanted."""
+        return [
+            step._replace(parameter_norms=self._wanted_norms(step))
+            for step in steps
+            if step.step % self.every == 0
+        ]
 
-    @abstractmethod
-    def write_chosen(self, steps: Sequence[LoggedStep]) -> None:
-        """Write the steps that are taken, at least one."""
+    def _wanted_norms(self, step: LoggedStep) -> dict[str, float] | None:
+        norms, count = step.parameter_norms, self.per_parameter
+        on_time = step.incident or step.step % self.per_parameter_every == 0
+        if not (count and norms and on_time):
+            return None
+        if count == ALL or not isinstance(norms, NormsByParameter):
+            return {**norms}
+        return norms.largest(int(count))
+
+
+def _checked_number(per_parameter: object) -> int | str:
+    if per_parameter == ALL:
+        return ALL
+    if isinstance(per_parameter, str):
+        raise ArgumentError(
+            f'per_parameter is {per_parameter!r}: give how many parameters, or "all".'
+        )
+    return checked_count("per_parameter", per_parameter, 0)

@@ -33,6 +33,10 @@ class CallableSink(CadencedSink):
         every: Log each step whose index is a multiple of this.
         flush_every: Steps per batch.
         prefix: What the names begin with.
+        per_parameter: Of how many parameters the norms are logged, before clipping: the largest of
+            the moment; "all" for all.
+        per_parameter_every: Of the steps that are logged, those whose norms by parameter are: each
+            whose index is a multiple of this, and those of incidents.
 
     Raises:
         ArgumentError: ``log`` cannot be called, or a number is not positive.
@@ -44,8 +48,10 @@ class CallableSink(CadencedSink):
         every: int = 1,
         flush_every: int = 100,
         prefix: str = "grad_norm",
+        per_parameter: int | str = 0,
+        per_parameter_every: int = 1,
     ) -> None:
-        super().__init__(every, flush_every)
+        super().__init__(every, flush_every, per_parameter, per_parameter_every)
         if not callable(log) or isinstance(log, type):
             raise ArgumentError(
                 f"log is {log!r}: give a function of a dict of numbers and the index of a step."
@@ -56,8 +62,8 @@ class CallableSink(CadencedSink):
     def __repr__(self) -> str:
         return f"CallableSink({self._log!r})"
 
-    def write_chosen(self, steps: Sequence[LoggedStep]) -> None:
-        """See `CadencedSink.write_chosen`."""
-        for step in steps:
+    def write(self, steps: Sequence[LoggedStep]) -> None:
+        """See `Sink.write`."""
+        for step in self.chosen(steps):
             index = {f"{self._prefix}/step": step.step}
             self._log({**index, **dict(scalars(self._prefix, step))}, step.step)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
 
 from ..errors import ArgumentError
 from .record_format import framed
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 
 _OUR_NAME = re.compile(r"events\.out\.tfevents\.(\d+)\..*-gradclip")
 
-Point: TypeAlias = tuple[int, float, Sequence[tuple[str, float]]]
-"""A step's index, its wall time, and its values by tag."""
+Point: TypeAlias = tuple[int, float, Sequence[tuple[str, float]], str | None]
+"""A step's index, its wall time, its values by tag, and what there is to say of it."""
 
 
 class Destination(ABC):
@@ -53,12 +55,15 @@ class Destination(ABC):
             heading: Makes what comes once before them, from the first one's index and time.
         """
         last = self._last_steps.get(curves)
-        first, begun, _ = points[0]
+        first, begun, *_ = points[0]
         events = [] if curves in self._headed else [*heading(first, begun)]
-        for point in points:
-            restarts = self._continues if last is None else point[0] <= last
-            events += _restarted(_event(*point)) if restarts else [_event(*point)]
-            last = point[0]
+        for step, wall_time, scalars, said in points:
+            restarts = self._continues if last is None else step <= last
+            event = _event(step, wall_time, scalars)
+            if said is not None:
+                event.summary.value.append(text(f"{curves}/incidents", said))
+            events += _restarted(event) if restarts else [event]
+            last = step
         self._put(events)
         self._last_steps[curves] = points[-1][0]
         self._headed.add(curves)
@@ -183,6 +188,16 @@ class WriterFile(Destination):
 
     def close(self) -> None:
         """Leave the writer open."""
+
+
+def text(tag: str, content: str) -> Summary.Value:
+    """Return Markdown that TensorBoard shows as text."""
+    plugin = SummaryMetadata.PluginData(plugin_name="text")
+    return Summary.Value(
+        tag=tag,
+        metadata=SummaryMetadata(plugin_data=plugin),
+        tensor=TensorProto(dtype=DT_STRING, string_val=[content.encode()]),
+    )
 
 
 def _event(step: int, wall_time: float, scalars: Sequence[tuple[str, float]]) -> Event:

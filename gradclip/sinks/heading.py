@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+from .event_files import text
 
 CHARTS = {
     "norm before and after, threshold": "pre|post|threshold",
@@ -39,14 +41,7 @@ def heading(
         )
     ]
     if settings:
-        plugin = SummaryMetadata.PluginData(plugin_name="text")
-        values.append(
-            Summary.Value(
-                tag=f"{prefix}/settings",
-                metadata=SummaryMetadata(plugin_data=plugin),
-                tensor=TensorProto(dtype=DT_STRING, string_val=[_table(settings).encode()]),
-            )
-        )
+        values.append(text(f"{prefix}/settings", _table(settings)))
     return [Event(step=step, wall_time=wall_time, summary=Summary(value=values))]
 
 

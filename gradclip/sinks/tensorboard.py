@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from ..errors import NotAvailableError
 from ..records import LoggedStep
 from .cadence import CadencedSink
 from .tags import scalars
@@ -35,7 +34,10 @@ class TensorBoardSink(CadencedSink):
     Under "Custom Scalars" one chart overlays the norm before and after with the threshold, with
     the clip rate and the steps that were not finite or skipped beside it; a layout of your own in
     the same writer takes the place of this one, or this one of yours: the later counts. Under
-    "Text" are the clipper's settings.
+    "Text" are the clipper's settings, and ``grad_norm/incidents``: a sentence for each step whose
+    norm was not finite, or above the median of the last 100 and ten median deviations, with the
+    parameters that are to blame and the norms before. With ``per_parameter`` their norms are in
+    ``parameter_norm/<name>``.
 
     A directory shows one run. A run that is resumed continues the curves there, and one that
     begins again at step 0 replaces them: from the first step it writes on, TensorBoard no longer
@@ -50,11 +52,13 @@ class TensorBoardSink(CadencedSink):
         where: A local directory, or a ``SummaryWriter``, which stays open at `close`.
         every: Write each step whose index is a multiple of this.
         flush_every: Steps per batch: how many a crash may lose.
-        per_parameter: Not available in this version.
+        per_parameter: Of how many parameters the norms are written, before clipping: the largest of
+            the moment; "all" for all.
+        per_parameter_every: Of the steps that are written, those whose norms by parameter are: each
+            whose index is a multiple of this, and those of incidents.
 
     Raises:
         ArgumentError: ``where`` is no local directory or writer, or a number is not positive.
-        NotAvailableError: ``per_parameter`` is not 0.
     """
 
     def __init__(
@@ -63,15 +67,11 @@ class TensorBoardSink(CadencedSink):
         every: int = 1,
         flush_every: int = 100,
         per_parameter: int | str = 0,
+        per_parameter_every: int = 1,
     ) -> None:
         from .event_files import destination_of  # not at the top: it imports TensorBoard
 
-        if per_parameter != 0:
-            raise NotAvailableError(
-                f"per_parameter={per_parameter!r} is not available in this version of gradclip: "
-                "leave it at 0."
-            )
-        super().__init__(every, flush_every)
+        super().__init__(every, flush_every, per_parameter, per_parameter_every)
         self._destination = destination_of(where, _LOADED_AT)
         self._prefix = self._claimed_prefix()
         self._settings: Mapping[str, str] = {}
@@ -83,10 +83,16 @@ class TensorBoardSink(CadencedSink):
         """See `Sink.begin`."""
         self._settings = {**settings}
 
-    def write_chosen(self, steps: Sequence[LoggedStep]) -> None:
-        """See `CadencedSink.write_chosen`."""
-        points = [(step.step, step.wall_time, scalars(self._prefix, step)) for step in steps]
-        self._destination.write(self._prefix, points, self._heading)
+    def write(self, steps: Sequence[LoggedStep]) -> None:
+        """See `Sink.write`. What there is to say of a step is written at any cadence."""
+        numbers = {step.step: scalars(self._prefix, step) for step in self.chosen(steps)}
+        points = [
+            (step.step, step.wall_time, numbers.get(step.step, ()), step.incident)
+            for step in steps
+            if step.incident or step.step in numbers
+        ]
+        if points:
+            self._destination.write(self._prefix, points, self._heading)
 
     def _heading(self, step: int, wall_time: float) -> list[Event]:
         from .heading import heading

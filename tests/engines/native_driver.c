@@ -131,7 +131,7 @@ static void check(int dtype, int64_t n, int64_t shift, int threads)
                order);
         demand(close_to(sums[0], naive(data, n, dtype, order)), "sum", dtype, n, order);
         note(sums, sizeof *sums);
-        gradclip_norm(asked(whole, 0, dtype, order, threads), sums);
+        gradclip_norm(asked(whole, 0, dtype, order, threads), sums, NULL);
         note(sums, sizeof *sums);
         gradclip_power_sums(asked(rows, 1, dtype, order, threads), sums);
         for (int row = 0; row < 5; row++)

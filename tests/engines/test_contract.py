@@ -121,6 +121,16 @@ def test_each_tensor_has_its_own_sum_and_all_share_a_norm(engine: Engine, dtype)
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_sums_beside_the_norm_are_the_same_and_change_no_bit_of_it(engine: Engine, dtype, order):
+    everything = [make(dtype) for make in LAYOUTS.values()]
+    for tensors in (everything, everything[:1], everything[-3:], [random(7, dtype=dtype)] * 100):
+        norm, sums = engine.norm_and_sums(tensors, order)
+        assert (norm.shape, sums.shape) == ((1,), (len(tensors),))
+        assert torch.equal(norm, engine.norm(tensors, order))
+        assert torch.equal(sums, engine.power_sums(tensors, order))
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("size", [6, SMALL + 100, 2 * CHUNK + 5])
 def test_nan_and_infinity_reach_the_sum_of_their_tensor_alone(engine: Engine, dtype, order, size):
     tensors = [torch.ones(size, dtype=dtype) for _ in range(4)]

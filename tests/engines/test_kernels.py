@@ -14,7 +14,7 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 ORDERS = (2.0, 1.0, math.inf, 3.0)
 TYPES = {
     **dict.fromkeys(("addresses", "pieces", "starts", "first_pieces"), "*i64"),
-    **dict.fromkeys(("sums", "norm", "results", "numbers"), "*fp64"),
+    **dict.fromkeys(("sums", "totals", "norm", "results", "numbers"), "*fp64"),
     **dict.fromkeys(("programs", "grouped", "first"), "i32"),
     **dict.fromkeys("abcdefgh", "i64"),
     "arrived": "*i32",
@@ -50,12 +50,18 @@ def compiled(kernel: str, capability: int = 90, **constants: object) -> list[str
     return [line for line in lines if line and not line.startswith((".loc", "$L__tmp"))]
 
 
-def power_sums(dtype: str, order: float, total: bool, capability: int = 90) -> list[str]:
+def power_sums(
+    dtype: str, order: float, total: bool, capability: int = 90, *, each: bool | None = None
+) -> list[str]:
     import triton.language as tl
 
-    constants = {"ORDER": order, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK, "TOTAL": total}
+    each = not total if each is None else each
+    constants = {"ORDER": order, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK}
+    constants.update(EACH=each, TOTAL=total)
     if not total:
-        constants.update(arrived=None, norm=None)
+        constants.update(totals=None, arrived=None, norm=None)
+    if not each:
+        constants.update(sums=None)
     return compiled("power_sums", capability, **constants)
 
 
@@ -123,6 +129,15 @@ def test_what_is_measured_is_read_16_bytes_at_a_time(dtype, order, total):
     assert any(".add." in line and "atom" in line for line in lines) is total
     if order == 2.0 and total:
         assert any(line.startswith("sqrt.rn.f64") for line in lines)
+
+
+@pytest.mark.parametrize("dtype", [mark(dtype, quick=dtype == "fp32") for dtype in DTYPES])
+def test_sums_of_the_pieces_beside_the_norm_cost_one_store_each(dtype):
+    lines = power_sums(dtype, 2.0, True, each=True)
+    check_everywhere(lines)
+    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
+    assert moves(loop, "ld") == [True] * (BLOCK * DTYPES[dtype] // THREADS // 16)
+    assert len(moves(lines, "st")) == len(moves(power_sums(dtype, 2.0, True), "st")) + 1
 
 
 @pytest.mark.parametrize(("dtype", "limit", "shared"), CHANGES)

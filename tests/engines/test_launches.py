@@ -92,6 +92,10 @@ def test_every_launch_compiles_as_it_is_launched(dtype, order, launches):
     assert served.power_sums(tensors[:1], order, rows=True).shape == (100,)
     assert names(launches)[3:] == ["power_sums", "strip_sums", "power_sums"]
     launches.clear()
+    norm, sums = served.norm_and_sums(tensors, order)
+    assert (norm.shape, sums.shape) == ((1,), (4,))
+    assert names(launches) == ["power_sums", "strip_sums"]
+    launches.clear()
     for numbers in (1, 4):
         served.scale_(tensors, torch.full((numbers,), 0.5, dtype=torch.float64))
         served.clamp_(tensors, torch.full((numbers,), 0.5, dtype=torch.float64))

@@ -13,7 +13,7 @@ import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from gradclip import ArgumentError, GradientClipper, NotAvailableError, TensorBoardSink
+from gradclip import ArgumentError, GradientClipper, TensorBoardSink
 
 NAMES = ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
 TAGS = {f"grad_norm/{name}" for name in NAMES}
@@ -312,8 +312,3 @@ def test_numbers_that_cannot_be_meant_are_refused(
     with pytest.raises(ArgumentError) as caught:
         TensorBoardSink(tmp_path, **{name: number})  # type: ignore[arg-type]
     assert str(caught.value) == f"{name} is {number!r}: give a whole number >= 1."
-
-
-def test_curves_per_parameter_are_not_there_yet(tmp_path: Path) -> None:
-    with pytest.raises(NotAvailableError, match="per_parameter=3 is not available"):
-        TensorBoardSink(tmp_path, per_parameter=3)

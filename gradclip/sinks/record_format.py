@@ -8,7 +8,7 @@ and place alone: here numpy looks up all bytes of a record at once.
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 _POLYNOMIAL = 0x82F63B78
 _MASK_DELTA = 0xA282EAD8
+_BLOCK = 1024
+"""Bytes that are looked up at once: tables of 1 MB serve records of every length."""
 
 
 def framed(content: bytes) -> bytes:
@@ -38,21 +40,29 @@ def checksum_of(content: bytes) -> bytes:
 
 def crc32c(content: bytes) -> int:
     """Return the CRC-32C (Castagnoli) checksum."""
-    additions, places, of_zeros = _tables(len(content))
     values = np.frombuffer(content, np.uint8)
-    return int(np.bitwise_xor.reduce(additions.take(places + values))) ^ of_zeros
+    first = len(values) % _BLOCK
+    additions, places, of_zeros = _tables()
+    found = additions.take(places[_BLOCK - first :] + values[:first])
+    crc = int(np.bitwise_xor.reduce(found)) ^ of_zeros[first]
+    for begin in range(first, len(values), _BLOCK):
+        block = values[begin : begin + _BLOCK].copy()
+        # What came before is as if it were added to the first bytes of the block.
+        block[:4] ^= np.frombuffer(struct.pack("<I", crc ^ 0xFFFFFFFF), np.uint8)
+        crc = int(np.bitwise_xor.reduce(additions.take(places + block))) ^ 0xFFFFFFFF
+    return crc
 
 
-@lru_cache(maxsize=16)
-def _tables(length: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
-    """Return what each value of each byte adds, where each byte's values begin, zeros' checksum."""
+@cache
+def _tables() -> tuple[NDArray[np.uint32], NDArray[np.int64], list[int]]:
+    """Return what each value of each byte of a block adds, where those begin, zeros' checksums."""
     by_value = _by_value()
-    rows, of_zeros = [by_value], 0xFFFFFFFF
-    for _ in range(length):
+    rows, of_zeros = [by_value], [0xFFFFFFFF]
+    for _ in range(_BLOCK):
         rows.append(_shifted(rows[-1], by_value))
-        of_zeros = int(_shifted(np.uint32(of_zeros), by_value))
-    additions = np.concatenate(rows[:length][::-1] or [by_value])
-    return additions, np.arange(length, dtype=np.int64) * 256, of_zeros ^ 0xFFFFFFFF
+        of_zeros.append(int(_shifted(np.uint32(of_zeros[-1]), by_value)))
+    places = np.arange(_BLOCK, dtype=np.int64) * 256
+    return np.concatenate(rows[:_BLOCK][::-1]), places, [each ^ 0xFFFFFFFF for each in of_zeros]
 
 
 def _shifted(registers: NDArray[np.uint32], by_value: NDArray[np.uint32]) -> Any:

@@ -66,14 +66,25 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from .report import read_runs  # here, as above
+    from .report.picture import check_picture, check_runs, draw
     from .report.show import show_report
 
+    if arguments.plot is not None:
+        try:
+            check_picture(arguments.plot)
+        except ImportError as error:
+            return _complain(f"{arguments.prog}: {error}", REFUSED)
     with warnings.catch_warnings(record=True) as troubles:
         warnings.simplefilter("always")
         runs = read_runs(arguments.run)
     for trouble in troubles:
         _complain(f"{arguments.prog}: {trouble.message}", DONE)
-    show_report(runs, sys.stdout, as_json=arguments.json)
+    if arguments.plot is not None:
+        check_runs(runs)
+    advice = show_report(runs, sys.stdout, as_json=arguments.json)
+    if arguments.plot is not None:
+        draw(runs, arguments.plot, advice)
+        print(f"Picture: {arguments.plot}", file=sys.stderr)  # stdout may be JSON for a program
     return DONE
 
 
@@ -124,6 +135,9 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
         "run", nargs="+", metavar="RUN", help="folder of TensorBoard logs, or file of JsonlSink"
     )
     report.add_argument("--json", action="store_true", help="print JSON, for programs")
+    report.add_argument(
+        "--plot", metavar="FILE", help="draw the runs side by side, as .png or .svg"
+    )
 
 
 def _steps(text: str) -> int:

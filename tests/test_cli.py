@@ -250,3 +250,56 @@ def test_ctrl_c_ends_it_with_a_line(tmp_path):
     last = said.splitlines()[-1]
     assert last == "gradclip demo: interrupted; what was logged until then is in demo"
     assert "KeyboardInterrupt" not in said
+
+
+# Pictures of runs
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_report_draws_runs_and_says_where(capsys, logged, tmp_path, ending):
+    path = tmp_path / f"report.{ending}"
+    assert main(["report", str(logged), str(logged), "--plot", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert "    GradientClipper(optimizer, " in printed.out
+    assert printed.err == f"Picture: {path}\n"
+    begin = b"\x89PNG\r\n\x1a\n" if ending == "png" else b"<?xml"
+    assert path.read_bytes().startswith(begin)
+
+
+def test_the_report_still_speaks_json_alone_when_it_draws(capsys, logged, tmp_path):
+    assert main(["report", "--json", "--plot", f"{tmp_path}/a.png", str(logged)]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["steps"] == 300
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("a.pdf", "ends with .png or .svg"),
+        ("a", "ends with .png or .svg"),
+        ("", "ends with .png or .svg"),
+        ("folder.png", "is a folder"),
+        ("nowhere/a.png", "There is no folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_read(
+    capsys, logged, tmp_path, monkeypatch, path, what
+):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    there = sorted(tmp_path.iterdir())
+    assert what in refused(capsys, "report", str(logged), "--plot", path)
+    assert what in refused(capsys, "report", "nothing.jsonl", "--plot", path)
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_too_many_runs_for_a_picture_are_refused(capsys, logged, tmp_path):
+    line = refused(capsys, "report", *[str(logged)] * 13, "--plot", str(tmp_path / "a.png"))
+    assert "Found 13 runs: a picture has room for 12" in line
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_without_matplotlib_names_the_extra(capsys, logged, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    line = refused(capsys, "report", str(logged), "--plot", str(tmp_path / "a.png"))
+    assert 'pip install "gradclip[report]"' in line
+    assert main(["report", str(logged)]) == 0

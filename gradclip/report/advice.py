@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .run import Run
-from .summary import DEVIATIONS, Summary
+from .summary import DEVIATIONS, WINDOW, Summary
 
 EXPLODED = 100.0
 """How many times the early median is an explosion."""
@@ -30,6 +30,8 @@ class Advice:
 
     kind: str
     """What kind of run it is: "quiet", "spiky", "drifting", "exploding", or "unknown"."""
+    threshold: float | None
+    """The one to take; None where no number fits."""
     line: str
     """A line of code."""
     reason: str
@@ -47,6 +49,7 @@ def advised(run: Run, summary: Summary) -> Advice:
     if not (norms > 0).any():
         return Advice(
             "unknown",
+            None,
             'GradientClipper(optimizer, None, nonfinite="raise", model=model)',
             "No norm was finite and above 0: find out which parameters are to blame first.",
             math.nan,
@@ -54,65 +57,108 @@ def advised(run: Run, summary: Summary) -> Advice:
             warnings,
         )
     usual = float(norms[norms <= summary.spike_line].mean(dtype=np.longdouble))
-    kind, line, reason = _judged(norms, summary)
+    kind, threshold, reason = _judged(run, summary)
     candidates = {_rounded(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
     candidates |= {_rounded(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
     shares = {limit: float((norms > limit).mean()) for limit in sorted(candidates) if limit > 0}
-    return Advice(kind, line, reason, usual, shares, warnings)
+    line = _line(kind, threshold)
+    return Advice(kind, threshold, line, reason, usual, shares, warnings)
 
 
-def _judged(norms: NDArray[np.float64], summary: Summary) -> tuple[str, str, str]:
-    """Return the kind of a run, a line of code, and the reason."""
-    moving = norms[norms > 0]
-    calm = _calm(moving)
+def _line(kind: str, threshold: float | None) -> str:
+    if threshold is None:
+        return "GradientClipper(optimizer, gradclip.thresholds.MedianDeviation(10))"
+    skip = ', nonfinite="skip"' if kind == "exploding" else ""
+    return f"GradientClipper(optimizer, {threshold:g}{skip})"
+
+
+def _judged(run: Run, summary: Summary) -> tuple[str, float | None, str]:
+    """Return the kind of a run, the threshold to take if a number fits, and the reason."""
+    calm, risen = _calm(run.norms)
     level = float(np.median(calm))
-    if summary.nonfinite_steps or len(calm) < len(moving) or summary.largest > ENORMOUS * level:
-        limit = _rounded(2 * level)
-        count = summary.nonfinite_steps
-        what = f"{count} norms were not finite" if count else f"Norms reached {summary.largest:.3g}"
-        line = f'GradientClipper(optimizer, {limit:g}, nonfinite="skip")'
-        reason = (
-            f"{what}; the median of calm steps was {level:.3g}. Twice that leaves most of them "
-            "alone and stops the explosion; no step is taken with NaN."
-        )
-        return "exploding", line, reason
+    if summary.nonfinite_steps or risen or summary.largest > ENORMOUS * level:
+        return "exploding", *_against_explosion(calm, summary, risen=risen)
     if not 1 / MOVED < summary.trend < MOVED and not math.isnan(summary.trend):
-        line = "GradientClipper(optimizer, gradclip.thresholds.MedianDeviation(10))"
         reason = (
             f"The median moved to {summary.trend:.2g} times what it was: a fixed threshold that "
             "fits the beginning does not fit the end. This one follows the last 100 norms, and "
             "clips what is far above them."
         )
-        return "drifting", line, reason
-    if summary.spikes:
-        limit = _rounded(summary.spike_line)
-        share = float((norms > limit).mean())
-        line = f"GradientClipper(optimizer, {limit:g})"
+        if summary.spikes and summary.trend > 1:
+            reason += " The spikes of this run may be what moved it."
+        return "drifting", None, reason
+    limit = _rounded(summary.spike_line)
+    if summary.spikes and summary.largest > limit:
+        share = float((run.norms[run.finite] > limit).mean())
+        spike = summary.largest_spikes[0]
         reason = (
-            f"{summary.spikes} norms were far above the hundred before them, the largest "
-            f"{summary.largest:.3g}. {limit:g} is the median of all and {DEVIATIONS:g} median "
-            f"deviations: it would have clipped {share:.2%} of the steps."
+            f"Norms far above the hundred before them: {summary.spikes}, up to "
+            f"{spike.norm / spike.usual:.3g} times their median. {limit:g} is the median of all "
+            f"and {DEVIATIONS:g} median deviations: it would have clipped {share:.2%} of the steps."
         )
-        return "spiky", line, reason
+        return "spiky", limit, reason
     limit = _rounded(max(2 * summary.quantiles[99.9], summary.largest))
-    line = f"GradientClipper(optimizer, {limit:g})"
+    far = "those before it and the usual ones" if summary.spikes else "those before it"
+    if summary.clip_rate:
+        found = (
+            f"No norm was far above {far}, in a training that clipped {summary.clip_rate:.2%} of "
+            "its steps; without that they may be larger."
+        )
+    else:
+        found = f"Nothing needs clipping: no norm was far above {far}."
     reason = (
-        f"Nothing needs clipping: no norm was far above those before it. {limit:g} is twice the "
-        "99.9 % quantile, or the largest norm: an insurance that changes no step of a run like "
-        "this one."
+        f"{found} {limit:g} is twice the 99.9 % quantile, or the largest norm: an insurance that "
+        "clips no step of a run like this one."
     )
-    return "quiet", line, reason
+    return "quiet", limit, reason
 
 
-def _calm(norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the norms before they rise for good to many times what they were."""
-    early = max(len(norms) // 20, 1)
-    limit = EXPLODED * max(float(np.median(norms[:early])), np.finfo(np.float64).tiny)
-    high = norms > limit
+def _against_explosion(
+    calm: NDArray[np.float64], summary: Summary, *, risen: bool
+) -> tuple[float, str]:
+    """Return the threshold to take and the reason."""
+    count = summary.nonfinite_steps
+    what = f"Norms reached {summary.largest:.3g}"
+    if count:
+        what = f"Norms that were not finite: {count}"
+    if risen and len(calm) < WINDOW:
+        smallest = float(np.percentile(calm, 10, method="lower"))
+        limit = _rounded(smallest / 2)
+        reason = (
+            f"{what}; only {len(calm)} calm steps came before, too few to know a level, and the "
+            f"later ones may be part of the rise. {limit:g} is half of their 10 % quantile, and "
+            "clips nearly all steps."
+        )
+    else:
+        level = float(np.median(calm))
+        limit = _rounded(2 * level)
+        reason = (
+            f"{what}; the median of calm steps was {level:.3g}. Twice that leaves most of them "
+            "alone and stops the explosion; no step is taken with NaN."
+        )
+    reason += " Where the loss does not fall with it, the learning rate is too high."
+    return limit, reason
+
+
+def _calm(norms: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool]:
+    """Return the finite norms before they rise for good to many times what they were.
+
+    Returns:
+        Those norms, all above 0, and whether there was such a rise.
+    """
+    known = norms[norms != 0]
+    finite = np.isfinite(known)
+    moving = known[finite]
+    early = max(len(moving) // 20, 1)
+    limit = EXPLODED * max(float(np.median(moving[:early])), np.finfo(np.float64).tiny)
+    high = ~finite | (known > limit)
     # For good: most of what comes later is as high.
-    later = np.cumsum(high[::-1])[::-1] / np.arange(len(norms), 0, -1)
+    later = np.cumsum(high[::-1])[::-1] / np.arange(len(known), 0, -1)
     risen = np.flatnonzero(high & (later > 0.5))
-    return norms[: max(int(risen[0]), 1)] if len(risen) else norms
+    if not len(risen):
+        return moving, False
+    before = int(finite[: risen[0]].sum())
+    return moving[: max(before, 1)], True
 
 
 def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
@@ -131,6 +177,6 @@ def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
 
 
 def _rounded(value: float) -> float:
-    """Return the next number above with two digits."""
+    """Return the next number above with two digits, and above 0."""
     rounded = Context(prec=2, rounding=ROUND_CEILING).create_decimal(f"{value:.12g}")
-    return min(float(rounded), 1e308)
+    return min(max(float(rounded), math.ulp(0.0)), 1e308)

@@ -6,7 +6,9 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
@@ -15,7 +17,11 @@ from ..sinks.record_format import checksum_of, header_of
 from .run import Columns, Run
 from .trouble import warn_of
 
-_TAG = re.compile(r"(grad_norm(?:_\d+)?)/(pre|post|threshold|skipped_steps)")
+_TAG = re.compile(
+    r"grad_norm(?P<of>_\d+)?/(?P<number>pre|post|threshold|skipped_steps)"
+    r"|parameter_norm(?P<own>_\d+)?/(?P<parameter>.+)",
+    re.DOTALL,
+)
 
 
 def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
@@ -32,27 +38,48 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
     skipped: dict[str, float] = {}
     for path in sorted(files):
         for event in _events(path):
-            for prefix, numbers in _numbers(event).items():
-                count = numbers.get("skipped_steps", 0.0)
-                left_out = float(count > skipped.get(prefix, 0.0))
-                skipped[prefix] = count
-                norm, clipped = numbers["pre"], numbers.get("post", math.nan)
-                threshold = numbers.get("threshold", math.nan)
-                if prefix not in runs:
-                    clipper = "" if prefix == "grad_norm" else f" ({prefix})"
-                    runs[prefix] = Columns(f"{directory}{clipper}")
-                runs[prefix].add_step(event.step, norm, clipped, threshold, left_out)
+            numbers, parameters = _numbers(event)
+            for clipper, named in numbers.items():
+                if "pre" not in named:
+                    continue
+                count = named.get("skipped_steps", 0.0)
+                left_out = float(count > skipped.get(clipper, 0.0))
+                skipped[clipper] = count
+                if clipper not in runs:
+                    which = f" (grad_norm{clipper})" if clipper else ""
+                    runs[clipper] = Columns(f"{directory}{which}")
+                clipped, threshold = named.get("post", math.nan), named.get("threshold", math.nan)
+                row = (event.step, named["pre"], clipped, threshold, left_out)
+                runs[clipper].add_step(row, parameters.get(clipper))
     return [columns.run() for _, columns in sorted(runs.items())]
 
 
-def _numbers(event: Event) -> dict[str, dict[str, float]]:
-    """Return the numbers of an event by prefix and name, of clippers alone."""
-    found: dict[str, dict[str, float]] = {}
+_Named: TypeAlias = dict[str, dict[str, float]]
+"""Numbers by what ends the prefix of their clipper, and by name."""
+
+
+def _numbers(event: Event) -> tuple[_Named, _Named]:
+    """Return the numbers of an event, and its norms of parameters."""
+    numbers: _Named = {}
+    parameters: _Named = {}
     for value in event.summary.value:
-        match = _TAG.fullmatch(value.tag)
-        if match is not None:
-            found.setdefault(match[1], {})[match[2]] = value.simple_value
-    return {prefix: numbers for prefix, numbers in found.items() if "pre" in numbers}
+        meaning = _meaning(value.tag)
+        if meaning is not None:
+            clipper, name, is_parameter = meaning
+            found = parameters if is_parameter else numbers
+            found.setdefault(clipper, {})[name] = value.simple_value
+    return numbers, parameters
+
+
+@lru_cache(maxsize=1 << 16)  # the same tags come in every step
+def _meaning(tag: str) -> tuple[str, str, bool] | None:
+    """Return what ends the prefix, the name, and if it is of a parameter; None if not ours."""
+    match = _TAG.fullmatch(tag)
+    if match is None:
+        return None
+    if match["parameter"] is not None:
+        return match["own"] or "", match["parameter"], True
+    return match["of"] or "", match["number"], False
 
 
 def _events(path: Path) -> Iterator[Event]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .run import Columns, Run
 from .trouble import warn_of
@@ -31,27 +31,39 @@ def read_jsonl(path: Path) -> list[Run]:
     columns, foreign = Columns(str(path)), 0
     with path.open("rb") as file:
         while lines := [*islice(file, AT_ONCE)]:
-            rows = _rows(lines)
-            if rows is not None:
-                columns.add(rows)
+            if _taken(lines, columns):
                 continue
             for line in filter(bytes.strip, lines):
-                row = _rows([line])
-                if row is None:
-                    foreign += 1
-                else:
-                    columns.add(row)
+                foreign += not _taken([line], columns)
     if foreign and columns:
         warn_of(path, f"{foreign} of its lines are no steps, and were passed over")
     return [columns.run()] if columns else []
 
 
-def _rows(lines: Sequence[bytes]) -> NDArray[np.float64] | None:
-    """Return the steps in lines, null as NaN; None where a line is none of ours."""
+def _taken(lines: Sequence[bytes], columns: Columns) -> bool:
+    """Take the steps in lines, null as NaN; return False, with none taken, where one is foreign."""
     try:
         steps = json.loads(b"[%s]" % b",".join(lines))
         if len(steps) != len(lines):
-            return None
-        return np.array([*map(_FIELDS, steps)], dtype=np.float64)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+            return False
+        rows = np.array([*map(_FIELDS, steps)], dtype=np.float64)
+        parameter_norms = {
+            place: _norms_by_name(norms)
+            for place, step in enumerate(steps)
+            if (norms := step.get("parameter_norms")) is not None
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return False
+    columns.add(rows, parameter_norms)
+    return True
+
+
+def _norms_by_name(norms: dict[str, float | None]) -> dict[str, float]:
+    """Return norms as numbers, null as NaN.
+
+    Raises:
+        AttributeError: This is no object.
+        TypeError: One of them is no number.
+        ValueError: One of them is a text that is no number.
+    """
+    return {name: math.nan if norm is None else float(norm) for name, norm in norms.items()}

@@ -14,23 +14,27 @@ from .run import Run
 from .summary import Summary, summarized
 
 
-def show_report(runs: Sequence[Run], stream: TextIO, *, as_json: bool = False) -> None:
+def show_report(runs: Sequence[Run], stream: TextIO, *, as_json: bool = False) -> list[Advice]:
     """Print what the norms of each run were, and which threshold to take.
 
     Args:
         runs: The runs.
         stream: Where to.
         as_json: Whether as one list in JSON, in which NaN and infinity are null.
+
+    Returns:
+        What to do after each run, which takes a while to find.
     """
     found = [(summary := summarized(run), advised(run, summary)) for run in runs]
     if as_json:
         content = [_plain({**asdict(summary), "advice": asdict(a)}) for summary, a in found]
         print(json.dumps(content, indent=2, allow_nan=False), file=stream)
-        return
-    for place, (summary, advice) in enumerate(found):
-        if place:
-            print(file=stream)
-        _show(summary, advice, stream)
+    else:
+        for place, (summary, advice) in enumerate(found):
+            if place:
+                print(file=stream)
+            _show(summary, advice, stream)
+    return [advice for _, advice in found]
 
 
 def _show(summary: Summary, advice: Advice, stream: TextIO) -> None:

@@ -118,7 +118,7 @@ def test_a_run_with_nan_is_exploding_and_the_step_is_left_out(training):
     norms = with_nan()
     advice = advice_for(norms)
     assert (advice.kind, 'nonfinite="skip"' in advice.line) == ("exploding", True)
-    assert "1 norms were not finite" in advice.reason
+    assert "Norms that were not finite: 1;" in advice.reason
     assert not trained_again(norms, advice.line, training).any()
 
 

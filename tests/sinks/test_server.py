@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import GradientClipper
-
-WAIT = 90.0
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def eventually(ask: Callable[[], Any]) -> Any:
-    """Return the first answer that is not empty."""
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        with suppress(urllib.error.URLError):
-            if answer := ask():
-                return answer
-        time.sleep(0.1)
-    raise TimeoutError(f"no answer in {WAIT} s")
-
-
-@contextmanager
-def tensorboard(directory: Path, messages: Path, *options: str) -> Iterator[Callable[..., Any]]:
-    """Start TensorBoard on a free port of the loopback interface, and return how to ask it."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(directory)]
-    command += ["--host", "127.0.0.1", "--port", "0", *options]
-    with messages.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
-    try:
-
-        def address() -> str | None:
-            assert process.poll() is None, messages.read_text()
-            found = re.search(r"http://127\.0\.0\.1:\d+/", messages.read_text())
-            return found[0] if found else None
-
-        root = eventually(address)
-
-        def ask(path: str, **query: str) -> Any:
-            with _direct.open(f"{root}{path}?{urllib.parse.urlencode(query)}", timeout=10) as got:
-                return json.load(got)
-
-        yield ask
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its data server is in the same group
-        process.wait(timeout=30)
+from tests.sinks.server import eventually, tensorboard
 
 
 @pytest.mark.parametrize("load_fast", ["auto", "false"])
@@ -78,15 +27,15 @@ def test_a_resumed_run_is_shown_with_each_step_once(
             for step in range(first, last):
                 mine.add_scalar("samples", step, 100 * step)
     mine.close()
-    with tensorboard(directory, tmp_path / "messages", f"--load_fast={load_fast}") as ask:
+    with tensorboard(directory, tmp_path / "messages", f"--load_fast={load_fast}") as server:
 
         def shown(tag: str, last: int) -> list[Any]:
-            points = ask("data/plugin/scalars/scalars", tag=tag, run=".")
+            points = server.ask("data/plugin/scalars/scalars", tag=tag, run=".")
             return points if points[-1][1] == last else []  # it may still be loading
 
         points = eventually(lambda: shown("grad_norm/pre", 89))
         theirs = eventually(lambda: shown("samples", 8900))
-        tags = ask("data/plugin/scalars/tags")["."]
+        tags = server.ask("data/plugin/scalars/tags")["."]
         names = ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
         assert set(tags) == {"samples", *(f"grad_norm/{name}" for name in names)}
     assert [(step, value) for _, step, value in points] == [
@@ -109,18 +58,18 @@ def test_charts_and_settings_of_several_runs_and_clippers_stay_apart(
             one.take(4.0, 1.0)
             with GradientClipper(other.optimizer, None, log=directory / name):
                 other.take(5.0)
-    with tensorboard(directory, tmp_path / "messages", f"--load_fast={load_fast}") as ask:
+    with tensorboard(directory, tmp_path / "messages", f"--load_fast={load_fast}") as server:
 
         def titles() -> list[str]:
-            found = ask("data/plugin/custom_scalars/layout").get("category", [])
+            found = server.ask("data/plugin/custom_scalars/layout").get("category", [])
             return [category["title"] for category in found]
 
         assert eventually(titles) == ["grad_norm", "grad_norm_2"]
-        charts = ask("data/plugin/custom_scalars/layout")["category"][0]["chart"]
+        charts = server.ask("data/plugin/custom_scalars/layout")["category"][0]["chart"]
         overlaid = {}
         for chart in charts:
             [tag] = chart["multiline"]["tag"]
-            found = ask("data/plugin/custom_scalars/scalars", run="a", tag=tag)
+            found = server.ask("data/plugin/custom_scalars/scalars", run="a", tag=tag)
             assert found["regex_valid"]
             overlaid[chart["title"]] = {
                 name: [value for _, _, value in points]
@@ -143,6 +92,6 @@ def test_charts_and_settings_of_several_runs_and_clippers_stay_apart(
             ("b", "grad_norm/settings", ["SGD", "Fixed(3.0)", "skip", "gradclip"]),
             ("b", "grad_norm_2/settings", ["SGD", "Fixed(None)", "scale", "gradclip"]),
         ):
-            [text] = ask("data/plugin/text/text", run=run, tag=tag)
+            [text] = server.ask("data/plugin/text/text", run=run, tag=tag)
             assert "<table>" in text["text"]
             assert all(word in text["text"] for word in needed)

@@ -1,0 +1,224 @@
+"""What TensorBoard draws of a demo run, in a browser."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradclip import GradientClipper
+from gradclip.cli import main
+from gradclip.demo.options import Options
+from gradclip.sinks.heading import CHARTS
+from tests.sinks.browser import Page, chromium, missing
+from tests.sinks.server import Server, eventually, tensorboard
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+STEPS = 40
+RUNS = ("unclipped", "clipped")
+OVERLAY = "norm before and after, threshold"
+WINDOW = (1400, 900)
+SAMPLE = 1000
+"""Points of a curve that TensorBoard keeps when it is not told otherwise."""
+
+ARTEFACTS = Path(__file__).parents[2] / "build" / "artefacts"
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with chromium(*WINDOW) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--steps", str(STEPS), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(demo: Path) -> Iterator[Server]:
+    with tensorboard(demo, demo / "messages") as server:
+        wait_for(server, *RUNS, last=STEPS - 1)
+        yield server
+
+
+def wait_for(server: Server, *runs: str, last: int) -> None:
+    """Wait until a server has read some runs up to a step."""
+
+    def newest(run: str, tag: str) -> bool:
+        points = server.ask("data/plugin/scalars/scalars", run=run, tag=tag)
+        return bool(points) and points[-1][1] == last
+
+    for run in runs:
+        for name in ("pre", "post", "threshold", "clip_rate", "skipped_steps", "nonfinite_steps"):
+            eventually(lambda run=run, tag=f"grad_norm/{name}": newest(run, tag))
+
+
+def names_in(title: str, *runs: str) -> set[str]:
+    """Return what TensorBoard calls the curves of a chart."""
+    return {f"grad_norm/{name} ({run})" for run in runs for name in CHARTS[title].split("|")}
+
+
+def in_the_log(folder: Path, runs: Any, title: str, read: Any) -> dict[str, Any]:
+    """Return the curves that a chart should show."""
+    logs = {run: read(folder / run) for run in runs}
+    return {
+        f"grad_norm/{name} ({run})": [(p.step, p.value) for p in log[f"grad_norm/{name}"]]
+        for run, log in logs.items()
+        for name in CHARTS[title].split("|")
+    }
+
+
+@dataclass
+class Seen:
+    """What the charts were like, with the overlay enlarged and its legend open."""
+
+    charts: dict[str, dict[str, list[tuple[int, float]]]]
+    lines: dict[str, tuple[str, int]]
+    labels: list[tuple[str, float, list[float]]]
+    screenshot: Path
+    chart: list[float]
+
+
+@pytest.fixture(scope="module")
+def seen(page: Page, server: Server) -> Seen:
+    curves = sum(len(RUNS) * len(names.split("|")) for names in CHARTS.values())
+    page.show(server.address, OVERLAY, names_in(OVERLAY, *RUNS))
+    charts = page.until(
+        page.curves,
+        lambda charts: sum(map(len, charts.values())) >= curves,
+        f"{curves} curves in all charts",
+    )
+    lines = page.until(
+        lambda: page.lines(OVERLAY),
+        lambda lines: all(vertices >= STEPS for _, vertices in lines.values()),
+        f"{STEPS} points of each line",
+    )
+    path = Path(os.environ.get("GRADCLIP_ARTEFACTS") or ARTEFACTS) / "custom_scalars.png"
+    page.picture(path)
+    place = page.place(OVERLAY, "vz-line-chart2")
+    return Seen(charts, lines, page.labels(OVERLAY), path, place)
+
+
+def test_every_chart_shows_each_point_of_the_log(seen: Seen, demo: Path, read: Any) -> None:
+    assert seen.charts == {title: in_the_log(demo, RUNS, title, read) for title in CHARTS}
+    assert {len(points) for chart in seen.charts.values() for points in chart.values()} == {STEPS}
+
+
+def test_every_point_is_drawn_in_the_colour_of_its_run(seen: Seen) -> None:
+    assert seen.lines.keys() == names_in(OVERLAY, *RUNS)
+    assert {vertices for _, vertices in seen.lines.values()} == {STEPS}
+    colours = {colour_of(run, seen) for run in RUNS}
+    assert len(colours) == len(RUNS)
+
+
+def colour_of(run: str, seen: Seen) -> str:
+    [colour] = {colour for name, (colour, _) in seen.lines.items() if f"({run})" in name}
+    return colour
+
+
+def test_the_labels_can_be_read(seen: Seen) -> None:
+    texts = [text for text, _, _ in seen.labels]
+    assert OVERLAY in texts
+    legend = [text for text in texts if text.endswith(")")]
+    assert {text[2:] for text in legend} == names_in(OVERLAY, *RUNS)  # after a symbol and a space
+    for run in RUNS:
+        assert len({text[0] for text in legend if f"({run})" in text}) == 3, legend
+    assert {"0", "1", "10"} <= set(texts), "the axes lack numbers"
+    for text, size, (left, top, width, height) in seen.labels:
+        assert size >= 12, text
+        assert 0 <= left < left + width <= WINDOW[0], text
+        assert 0 <= top < top + height <= WINDOW[1], text
+    for (text, _, place), (other, _, others_place) in combinations(seen.labels, 2):
+        assert apart(place, others_place), f"{text!r} lies on {other!r}"
+
+
+def apart(one: list[float], other: list[float]) -> bool:
+    return any(
+        one[side] + one[side + 2] <= other[side] or other[side] + other[side + 2] <= one[side]
+        for side in (0, 1)
+    )
+
+
+def test_a_screenshot_shows_the_curves(seen: Seen) -> None:
+    from PIL import Image
+
+    left, top, width, height = seen.chart
+    with Image.open(seen.screenshot) as picture:
+        assert (picture.format, picture.size) == ("PNG", WINDOW)
+        chart = picture.convert("RGB").crop((left, top, left + width, top + height))
+    pixels = {colour: count for count, colour in chart.getcolors(2**24)}
+    for run in RUNS:
+        assert pixels.get(tuple(bytes.fromhex(colour_of(run, seen)[1:])), 0) > 200, run
+
+
+def test_the_settings_are_a_table_under_text(page: Page, server: Server) -> None:
+    page.open(f"{server.address}#text")
+    tables = page.until(
+        lambda: page.run("""return all("tf-text-loader")
+            .filter(text => text.tag === "grad_norm/settings")
+            .map(text => [text.run, all("tr", text.shadowRoot).map(
+                row => [...row.cells].map(cell => cell.textContent)
+            )]);"""),
+        lambda seen: sum(bool(rows) for _, rows in seen) == len(RUNS),
+        "the settings of both runs",
+    )
+    assert {run for run, _ in tables} == set(RUNS)
+    for run, rows in tables:
+        assert rows[0] == ["setting", "value"]
+        settings = dict(rows[1:])
+        assert settings["optimizer"] == "SGD"
+        assert settings["max_norm"] == "Fixed(1.0)"
+        assert settings["exceed"] == {"unclipped": "observe", "clipped": "scale"}[run]
+
+
+def test_the_curves_are_listed_under_scalars_and_time_series(
+    page: Page, server: Server, demo: Path, read: Any
+) -> None:
+    tags = set(read(demo / "clipped"))
+    page.open(f"{server.address}#scalars")
+    page.until(
+        lambda: page.run("return all('tf-scalar-card').map(card => card.tag)"),
+        lambda seen: set(seen) == tags,
+        f"cards of {sorted(tags)} under Scalars",
+    )
+    ours = {tag for tag in tags if tag.startswith("grad_norm/")}
+    page.open(f"{server.address}#timeseries")
+    page.until(
+        lambda: page.run(
+            "return all('scalar-card tb-truncated-path').map(path => path.textContent.trim())"
+        ),
+        lambda seen: set(seen) >= ours,
+        f"cards of {sorted(ours)} under Time Series",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "kept"), [((), SAMPLE), (("--samples_per_plugin=scalars=9999",), 1500)]
+)
+def test_of_a_long_run_a_sample_is_shown_unless_all_is_asked_for(
+    page: Page, tmp_path: Path, training: Any, read: Any, options: tuple[str, ...], kept: int
+) -> None:
+    assert Options().steps < SAMPLE  # the demo is shown in full
+    run = training()
+    with GradientClipper(run.optimizer, 700.0, log=tmp_path / "logs" / "long"):
+        run.take(*map(float, range(1500)))
+    logged = in_the_log(tmp_path / "logs", ["long"], OVERLAY, read)
+    assert {len(points) for points in logged.values()} == {1500}
+    with tensorboard(tmp_path / "logs", tmp_path / "messages", *options) as server:
+        wait_for(server, "long", last=1499)
+        page.show(server.address, OVERLAY, names_in(OVERLAY, "long"))
+        shown = page.curves()[OVERLAY]
+    assert {name: len(points) for name, points in shown.items()} == dict.fromkeys(logged, kept)
+    for name, points in shown.items():
+        assert set(points) <= set(logged[name])
+        assert points[-1] == logged[name][-1]

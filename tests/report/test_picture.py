@@ -27,7 +27,6 @@ from tests.report.pictured import (
     run_of,
 )
 
-
 QUICK = ("spiky", "exploding beside quiet", "odd names")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import chdir
 from pathlib import Path
 
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from gradclip.cli import main
 from tests.sinks import browser, server
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 STEPS = 100
 OVERLAY = "norm before and after, threshold"
 MARGIN = 12
@@ -31,18 +32,35 @@ def tensorboard(logs: Path, path: Path) -> None:
         page.show(served.address, OVERLAY, curves)
         left, top, width, height = page.place(OVERLAY)
         page.picture(path, [left - MARGIN, top - MARGIN, width + 2 * MARGIN, height + 2 * MARGIN])
+    make_small(path, 64)
+
+
+def report(logs: Path, path: Path) -> None:
+    """Draw the report of both runs."""
+    end(main(["report", str(logs / "unclipped"), str(logs / "clipped"), "--plot", str(path)]))
+    make_small(path, 256)
+
+
+def make_small(path: Path, colours: int) -> None:
+    """Write a picture again with few colours."""
     with Image.open(path) as picture:
-        few_colours = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        few_colours = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
     few_colours.save(path, optimize=True)
+
+
+def end(code: int) -> None:
+    """End with the exit code of a command, unless it is 0."""
+    if code:
+        raise SystemExit(code)
 
 
 def make() -> None:
     """Run the demo, as long as its curves can be told apart, and make every picture of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = main(["demo", "--steps", str(STEPS), "--out", folder])
-        if code:
-            raise SystemExit(code)
-        tensorboard(Path(folder), DOCS / "tensorboard.png")
+    logs = Path("demo")
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        end(main(["demo", "--steps", str(STEPS), "--out", str(logs)]))
+        tensorboard(logs, DOCS / "tensorboard.png")
+        report(logs, DOCS / "report.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..clipper import GradientClipper
 from ..records import LoggedStep, Sink
+from ..sinks import TensorBoardSink
 from .curves import Curves
 from .folder import LOG_SUFFIX
 from .model import seeded_model
@@ -52,9 +53,10 @@ def train(options: Options, text: Text, curves: Curves, advance: Callable[[float
     model = seeded_model(options.cell, len(text.alphabet), options.seed)
     optimizer = SGD(model.parameters(), lr=LEARNING_RATE)
     writer = SummaryWriter(options.logs(curves.run), filename_suffix=LOG_SUFFIX)
+    logged = TensorBoardSink(writer, per_parameter="all")
     exceed = "scale" if curves.clips else "observe"
     clipper = GradientClipper(
-        optimizer, options.max_norm, exceed=exceed, model=model, log=[writer, _Norms(curves)]
+        optimizer, options.max_norm, exceed=exceed, model=model, log=[logged, _Norms(curves)]
     )
     start = time.perf_counter()
     with writer, clipper:

@@ -9,8 +9,9 @@ from decimal import ROUND_CEILING, Context
 import numpy as np
 from numpy.typing import NDArray
 
+from ..incidents import DEVIATIONS, WINDOW
 from .run import Run
-from .summary import DEVIATIONS, WINDOW, Summary
+from .summary import Summary
 
 EXPLODED = 100.0
 """How many times the early median is an explosion."""

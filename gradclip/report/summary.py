@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..incidents import DEVIATIONS, FEWEST, WINDOW
 from .run import Run
 
 QUANTILES = (10.0, 50.0, 90.0, 99.0, 99.9)
 """In percent."""
-WINDOW = 100
-"""Finite norms that a spike is held against: those before it."""
 BLOCK = 10
 """Steps that are held against the same ones, which takes a tenth of the time."""
-DEVIATIONS = 10.0
-"""Median deviations above the median from which a norm is a spike."""
 MOST_SPIKES = 5
 """Spikes that are named."""
 
@@ -104,21 +102,26 @@ def _trend(norms: NDArray[np.float64]) -> float:
 
 
 def _spikes(steps: NDArray[np.int64], norms: NDArray[np.float64]) -> list[Spike]:
-    """Return the norms that are far above the hundred before the ten steps they are among."""
-    blocks = (len(norms) - WINDOW) // BLOCK
+    """Return the norms far above the hundred before the ten steps they are among, if not fewer."""
     found: list[Spike] = []
-    if blocks < 1:
-        return found
-    windows = np.lib.stride_tricks.sliding_window_view(norms, WINDOW)[::BLOCK]
-    for begin in range(0, blocks + 1, 1 << 12):  # some at a time, so that copies stay small
-        part = windows[begin : begin + (1 << 12)]
-        medians = np.median(part, axis=1)
-        lines = medians + DEVIATIONS * np.median(np.abs(part - medians[:, None]), axis=1)
-        first = WINDOW + begin * BLOCK
-        own = norms[first : first + len(part) * BLOCK]
+    for first, windows in _windows(norms):
+        medians = np.median(windows, axis=1)
+        lines = medians + DEVIATIONS * np.median(np.abs(windows - medians[:, None]), axis=1)
+        own = norms[first : first + len(windows) * BLOCK]
         block = np.arange(len(own)) // BLOCK
-        for place in np.flatnonzero((own > lines[block]) & (medians[block] > 0)):
+        for place in np.flatnonzero(own > lines[block]):
             at = first + int(place)
             usual = float(medians[block[place]])
             found.append(Spike(int(steps[at]), float(norms[at]), usual))
     return found
+
+
+def _windows(norms: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield what norms are held against: rows for one block each, after where the first begins."""
+    for first in range(FEWEST, min(WINDOW, len(norms)), BLOCK):
+        yield first, norms[None, :first]
+    if len(norms) <= WINDOW:
+        return
+    windows = np.lib.stride_tricks.sliding_window_view(norms[:-1], WINDOW)[::BLOCK]
+    for begin in range(0, len(windows), 1 << 12):  # some at a time, so that copies stay small
+        yield WINDOW + begin * BLOCK, windows[begin : begin + (1 << 12)]

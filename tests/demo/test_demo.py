@@ -13,6 +13,7 @@ import torch
 
 from gradclip.cli import main
 from gradclip.demo.folder import LOG_SUFFIX
+from gradclip.demo.model import seeded_model
 from gradclip.demo.options import CELLS
 from gradclip.demo.progress import Lines
 
@@ -24,6 +25,7 @@ TAGS = {
     "grad_norm/clip_rate",
     "grad_norm/nonfinite_steps",
     "grad_norm/skipped_steps",
+    *(f"parameter_norm/{name}" for name, _ in seeded_model("rnn-tanh", 9, 0).named_parameters()),
 }
 
 

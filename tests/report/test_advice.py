@@ -178,7 +178,7 @@ def test_steps_without_gradients_do_not_change_the_advice(kind, training):
 
 def test_the_advice_for_a_quiet_run_with_one_larger_norm_still_changes_nothing(training):
     norms = quiet()[:90]
-    norms[50] = 8.0
+    norms[10] = 8.0  # too early to be held against others
     advice = advice_for(norms)
     assert advice.kind == "quiet"
     assert not trained_again(norms, advice.line, training).any()

@@ -46,8 +46,6 @@ class NormLabels:
         self.warn_of_lost_keys = self._keys.warn_of_lost_keys
         self.names: tuple[str, ...] = ()
         """The k labels, in the order of the norms."""
-        self.parameter_names: tuple[str, ...] = ()
-        """Those of all parameters, in the order of the groups."""
         self.limits: tuple[float | None, ...] = ()
         """For each label the threshold of its group; None where the clipper's threshold rules."""
         self.everything = scope.is_everything
@@ -71,10 +69,6 @@ class NormLabels:
         if count != self._parameters:
             self._label_new()
             self._parameters = count
-
-    def parameters(self) -> list[NamedParameter]:
-        """Return the parameters whose gradients belong to some norm."""
-        return [each for each in self._named() if self.of(each.parameter).place is not None]
 
     def of(self, parameter: Tensor) -> Known:
         """Return the name of a parameter, and where the norms of its gradient are.
@@ -103,8 +97,6 @@ class NormLabels:
             table.index_of(SHARED)  # everything is left out: a norm of nothing
         self._known, self._indices, self.limits = known, table.indices, tuple(table.limits)
         self.names = tuple(label for _, label in table.indices)
-        held = (group["params"] for each in self._optimizers for group in each.param_groups)
-        self.parameter_names = tuple(known[id(one)].name for each in held for one in each)
         self.everything = self._scope.is_everything and not self._keys.given
         kept = [each.place for each in known.values() if each.place is not None]
         self.single = len(self.names) == 1 and not any(place.rows for place in kept)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .capture import capturing
 from .engines import engine_for, norm_dtype
+from .engines.base import INFINITY, root
 from .gradients import Bucket
-from .parts import sums_of_rows
-from .places import gathered
+from .places import gathered, owners
 
 
 def norms_of(
@@ -59,11 +61,10 @@ def norms_of(
         return norm
     sums = [bucket.power_sums(engine, order) for bucket in buckets]
     if parts is not None:
-        parts += [
-            _of_gradients(each, bucket, order) for each, bucket in zip(sums, buckets, strict=True)
-        ]
+        parts += map(partial(_of_gradients, order), sums, buckets)
     places = tuple(place for bucket in buckets for place in bucket.places)
-    return gathered(_together(sums, device), order, places, count)
+    total = gathered(_together(sums, device), order, places, count)
+    return total if order == INFINITY else root(total, order)
 
 
 def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None) -> Tensor:
@@ -75,11 +76,14 @@ def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None)
     return norm
 
 
-def _of_gradients(sums: Tensor, bucket: Bucket, order: float) -> Tensor:
-    """Return the power sums of gradients from theirs, or those of their rows."""
+def _of_gradients(order: float, sums: Tensor, bucket: Bucket) -> Tensor:
+    """Return the power sums of gradients from theirs, or from those of their rows in some norm."""
     if not bucket.rows:
         return sums.clone()  # the norms will be in their memory
-    return sums_of_rows(sums, [*map(len, bucket.measured)], order)
+    if capturing():
+        return sums  # nobody reads what a graph measures of parameters
+    places = tuple(bucket.places)
+    return gathered(sums, order, owners(places), len(places))
 
 
 def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:

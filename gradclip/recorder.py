@@ -56,8 +56,8 @@ class Recorder:
         self._each_sink(lambda sink: sink.begin(settings))
 
     @property
-    def watched(self) -> bool:
-        """Whether anybody hears of the parts of the norms."""
+    def has_sinks(self) -> bool:
+        """Whether steps go anywhere."""
         return bool(self._sinks)
 
     def history(self) -> NormHistory:
@@ -75,6 +75,7 @@ class Recorder:
     def steps(self, steps: int) -> None:
         self._deliver(wait=True)
         self.seen = steps + self.overflowed
+        self._history = NormHistory()
 
     @property
     def counters(self) -> Counters:
@@ -178,7 +179,8 @@ class Recorder:
         for batch in self._buffer.take(wait=wait):
             rows += self._rows(batch)
         if rows:
-            self._each_sink(lambda sink: sink.write(tuple(rows)))
+            plain = tuple(row._replace(parameter_norms=None) for row in rows)
+            self._each_sink(lambda sink: sink.write(tuple(rows) if sink.per_parameter else plain))
 
     def _rows(self, batch: Batch) -> list[LoggedStep]:
         """Count a batch, and return it as plain numbers where a sink wants them."""

@@ -158,7 +158,7 @@ class EventFile(Destination):
             raise
 
     def _append(self, stream: BinaryIO, events: Sequence[Event]) -> None:
-        records = b"".join(framed(event.SerializeToString()) for event in events)
+        records = framed([event.SerializeToString() for event in events])
         try:
             stream.write(records)
             stream.flush()

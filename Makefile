@@ -8,8 +8,8 @@ READY := $(STAMP) $(NATIVE)
 # Triton looks at this when a kernel is defined: interpreted and compiled kernels need a process each.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo test test-slow test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds bench-logging \
-    pictures wheel clean
+.PHONY: demo test test-slow test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds \
+    bench-logging pictures wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import logging
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_prints_every_log(capsys):
     logging.main(["--seconds", "0.01"])
     printed = capsys.readouterr().out

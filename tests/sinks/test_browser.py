@@ -183,7 +183,8 @@ def test_the_settings_are_a_table_under_text(page: Page, server: Server) -> None
 def test_the_curves_are_listed_under_scalars_and_time_series(
     page: Page, server: Server, demo: Path, read: Any
 ) -> None:
-    tags = set(read(demo / "clipped"))
+    # Of many tags only the first groups are open.
+    tags = {tag for tag in read(demo / "clipped") if not tag.startswith("parameter_norm/")}
     page.open(f"{server.address}#scalars")
     page.until(
         lambda: page.run("return all('tf-scalar-card').map(card => card.tag)"),

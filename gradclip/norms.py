@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .engines import engine_for, norm_dtype
+from .engines.base import INFINITY, root
 from .gradients import Bucket
 from .parts import sums_of_rows
 from .places import gathered
+from .ranks import Group
 
 
 def norms_of(
@@ -22,6 +24,7 @@ def norms_of(
     engine: str = "auto",
     scalar: bool = False,
     parts: list[Tensor] | None = None,
+    groups: Sequence[Group] = (),
 ) -> Tensor:
     """Measure one norm per label.
 
@@ -36,11 +39,18 @@ def norms_of(
         scalar: Whether a single norm is wanted 0-d.
         parts: Takes the power sum of every gradient, bucket by bucket, in fresh memory; no bit of
             the norms depends on it.
+        groups: The ranks that gradients are spread over: this is called on each of them, and the
+            collective of each group is entered, whether or not there are gradients here.
 
     Returns:
         Shape (k,), or () for a scalar, float64 (float32 where the device has no float64); 0 for a
         label without gradients, NaN or infinity where the gradients are not finite.
     """
+    if groups:
+        device = device or (buckets[0].device if buckets else torch.device("cpu"))
+        total = _sums_across(groups, buckets, order, count, device, engine)
+        total = total if order == INFINITY else root(total, order)
+        return total.squeeze(0) if scalar else total
     single = len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device)
     if single and parts is None:
         serving = engine_for(engine, buckets[0].device)
@@ -62,8 +72,47 @@ def norms_of(
         parts += [
             _of_gradients(each, bucket, order) for each, bucket in zip(sums, buckets, strict=True)
         ]
-    places = tuple(place for bucket in buckets for place in bucket.places)
-    return gathered(_together(sums, device), order, places, count)
+    gathered = _gathered(sums, buckets, order, count, device)
+    return gathered if order == INFINITY else root(gathered, order)
+
+
+def _sums_across(
+    groups: Sequence[Group],
+    buckets: Sequence[Bucket],
+    order: float,
+    count: int,
+    device: torch.device,
+    engine: str,
+) -> Tensor:
+    """Return the power sums of the norms, the same on all ranks. One collective for each group.
+
+    What is on one rank alone, or the same on all, is in no group and added afterwards.
+    """
+    found = []
+    for group in (None, *groups):
+        own = [bucket for bucket in buckets if bucket.group == group and bucket.counts]
+        sums = [bucket.power_sums(engine, order) for bucket in own]
+        local = _gathered(sums, own, order, count, device)
+        found.append(local if group is None else group.reduced(local, order))
+    together = torch.stack(found)
+    return together.amax(0) if order == INFINITY else together.sum(0)
+
+
+def _gathered(
+    sums: Sequence[Tensor],
+    buckets: Sequence[Bucket],
+    order: float,
+    count: int,
+    device: torch.device,
+) -> Tensor:
+    """Return the power sums of the norms from those of their parts, shape (k,)."""
+    if not buckets:
+        return torch.zeros(count, dtype=norm_dtype(device), device=device)
+    together = _together(sums, device)
+    if buckets[0].places:
+        places = tuple(place for bucket in buckets for place in bucket.places)
+        return gathered(together, order, places, count)
+    return together.amax(0, keepdim=True) if order == INFINITY else together.sum(0, keepdim=True)
 
 
 def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None) -> Tensor:

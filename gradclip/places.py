@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .capture import capturing, keep_if_captured
-from .engines.base import INFINITY, root
+from .engines.base import INFINITY
 from .errors import AttachError
 
 NOWHERE = -1
@@ -33,7 +33,7 @@ Places = tuple[Place, ...]
 
 
 def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Tensor:
-    """Return the norms of which these are the partial power sums. No host sync.
+    """Return the power sums of the norms of which these are parts. No host sync.
 
     Args:
         power_sums: One for each label of the places, in their order.
@@ -42,7 +42,7 @@ def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Te
         count: k, how many norms there are.
 
     Returns:
-        Shape (k,), 0 for norms without a sum.
+        Shape (k,), 0 for norms without a part; where all are in order, the very sums.
     """
     labels = _labels(places, power_sums.device)
     if not labels.in_order(count):
@@ -53,7 +53,7 @@ def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Te
         power_sums = torch.segment_reduce(
             power_sums[sources], kind, lengths=lengths, initial=0, unsafe=True
         )
-    return power_sums if order == INFINITY else root(power_sums, order)
+    return power_sums
 
 
 def spread(values: Tensor, places: Places, otherwise: float) -> Tensor:

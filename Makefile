@@ -9,7 +9,7 @@ READY := $(STAMP) $(NATIVE)
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds \
-    pictures wheel clean
+    bench-logging pictures wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
@@ -54,6 +54,9 @@ bench-thresholds: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 	    autoclip zclip smartclip timm
 	$(BIN)/python -m benchmarks.thresholds
+
+bench-logging: $(READY)
+	$(BIN)/python -m benchmarks.logging
 
 # Those of the README that come from a demo run; wants chromium and chromedriver.
 pictures: $(READY)

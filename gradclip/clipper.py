@@ -133,8 +133,9 @@ class GradientClipper:
         self._labels = NormLabels(optimizers, scope_from(scope), model)
         order, weighed = self._settings.norm_type, self._threshold.needs_weights
         self._recorder = Recorder(sinks_from(log), order, skip_limit)
+        watched = self._recorder.has_sinks or self._settings.raises
         self._joint = JointGradients(
-            optimizers, grad_scaler, self._settings, self._labels, weighed, self._recorder.watched
+            optimizers, grad_scaler, self._settings, self._labels, weighed, watched
         )
         self._limits = Limits(self._threshold, self._labels, self._joint.device, order)
         self._close = weakref.finalize(self, self._recorder.close)
@@ -192,8 +193,7 @@ class GradientClipper:
         """Raise for a skipped step where the policy is to; it counts all the same."""
         settings, limit = self._settings, self._settings.skip_limit
         if settings.raises and not bool(record.norms.isfinite().all()):
-            parameters, before = self._labels.parameters(), self._recorder.history()
-            error = nonfinite_error(record, parameters, before)
+            error = nonfinite_error(record, self._recorder.history())
             self._finish(optimizer, record)
             raise error
         if limit is not None and self._recorder.counters.skipped_in_a_row + 1 >= limit:

@@ -39,7 +39,7 @@ class NormHistory:
         return len(self._window)
 
     def __str__(self) -> str:
-        return ", ".join(f"{norm:.4g}" for norm in self._newest) or "none"
+        return ", ".join(f"{norm:.4g}" for norm in self._newest) or "not known"
 
     def add(self, norm: float) -> None:
         """Take over the norm of a step. Takes about a microsecond."""
@@ -97,8 +97,9 @@ def sentence(
     elif before.is_spike(norm):
         line = before.median + DEVIATIONS * before.deviation()
         what = (
-            f"The norm was {norm:.4g} at step {step}, above {line:.4g}, which is the median of the "
-            f"last {len(before)} norms, {before.median:.4g}, and {DEVIATIONS:g} median deviations"
+            f"The norm was {norm:.7g} at step {step}, above {line:.7g}, which is the median of the "
+            f"last {len(before)} norms above 0, {before.median:.7g}, and {DEVIATIONS:g} median "
+            "deviations"
         )
         if parameters:
             most = parameters.most(CARRIED, SHOWN).items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from operator import is_
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class JointGradients:
         self._labels = labels
         self._weighed = weighed
         self._watched = watched
+        self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         self._scaling = JointScaling(grad_scaler)
         self._coverage = Coverage() if len(optimizers) > 1 else None
         self._groups: tuple[Group, ...] = ()
@@ -165,7 +167,7 @@ class JointGradients:
 
     def _groups_now(self) -> tuple[Group, ...]:
         """Return the ranks that the parameters are spread over, of new ones as well."""
-        count = len(self._labels.parameter_names)
+        count = self._labels.count
         if count != self._grouped:
             self._groups, self._grouped = groups_of(_parameters_held(self.optimizers)), count
         return self._groups
@@ -195,10 +197,14 @@ class JointGradients:
         """Return the names of the parameters that gradients belong to, where they are wanted."""
         if not self._watched:
             return ()
-        if len(gradients) == len(parameters) and self._coverage is None:
-            return self._labels.parameter_names  # the usual case, in which none is looked up
-        held = {id(each.grad): each for each in reversed(parameters)}
-        return [self._labels.of(held[id(gradient)]).name for gradient in gradients]
+        if len(gradients) < len(parameters):
+            held = {id(each.grad): each for each in reversed(parameters)}
+            return [self._labels.of(held[id(gradient)]).name for gradient in gradients]
+        named, names = self._named
+        if len(named) != len(parameters) or not all(map(is_, named, parameters)):
+            names = [self._labels.of(each).name for each in parameters]
+            self._named = parameters, names
+        return names
 
     @property
     def _everything(self) -> bool:

@@ -42,12 +42,11 @@ class NormLabels:
         self._keys = GroupKeys(optimizers)
         self._known: dict[int, Known] = {}
         self._indices: dict[tuple[bool, str], int] = {}
-        self._parameters = -1
+        self.count = -1
+        """How many parameters the groups have."""
         self.warn_of_lost_keys = self._keys.warn_of_lost_keys
         self.names: tuple[str, ...] = ()
         """The k labels, in the order of the norms."""
-        self.parameter_names: tuple[str, ...] = ()
-        """Those of all parameters, in the order of the groups."""
         self.limits: tuple[float | None, ...] = ()
         """For each label the threshold of its group; None where the clipper's threshold rules."""
         self.everything = scope.is_everything
@@ -68,13 +67,9 @@ class NormLabels:
         self._keys.refresh(numbered=self._scope.kind == "group")
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         count = sum(len(group["params"]) for group in groups)
-        if count != self._parameters:
+        if count != self.count:
             self._label_new()
-            self._parameters = count
-
-    def parameters(self) -> list[NamedParameter]:
-        """Return the parameters whose gradients belong to some norm."""
-        return [each for each in self._named() if self.of(each.parameter).place is not None]
+            self.count = count
 
     def of(self, parameter: Tensor) -> Known:
         """Return the name of a parameter, and where the norms of its gradient are.
@@ -103,8 +98,6 @@ class NormLabels:
             table.index_of(SHARED)  # everything is left out: a norm of nothing
         self._known, self._indices, self.limits = known, table.indices, tuple(table.limits)
         self.names = tuple(label for _, label in table.indices)
-        held = (group["params"] for each in self._optimizers for group in each.param_groups)
-        self.parameter_names = tuple(known[id(one)].name for each in held for one in each)
         self.everything = self._scope.is_everything and not self._keys.given
         kept = [each.place for each in known.values() if each.place is not None]
         self.single = len(self.names) == 1 and not any(place.rows for place in kept)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,20 +55,29 @@ def group_name(optimizers: Sequence[Optimizer], optimizer: int, group: int) -> s
     return f"{several}group {group}"
 
 
-def describe_nonfinite(gradients: Iterable[tuple[str, Tensor | None]]) -> str:
-    """List the parameters whose gradients hold NaN or infinity, with how many. Host sync.
+def describe_nonfinite(
+    names: Sequence[str], gradients: Sequence[Tensor], sums: Sequence[float]
+) -> str:
+    """List the parameters whose power sums are not finite, with how many elements. Host sync.
 
     Args:
-        gradients: Names of parameters, and their gradients.
+        names: Names of the parameters.
+        gradients: Their gradients.
+        sums: The power sums of these.
     """
-    found = []
-    for name, gradient in gradients:
-        if gradient is not None:
-            values = gradient._values() if gradient.is_sparse else gradient
-            count = int(values.numel() - torch.isfinite(values).sum())
-            if count:
-                found.append(f"{name} ({count} of {values.numel()} elements)")
+    found: list[str] = []
+    for name, gradient, total in zip(names, gradients, sums, strict=True):
+        if not math.isfinite(total):
+            found.append(name if len(found) >= MOST_NAMED else f"{name} ({_elements(gradient)})")
     return joined(found)
+
+
+def _elements(gradient: Tensor) -> str:
+    values = gradient.coalesce()._values() if gradient.is_sparse else gradient
+    count = int(values.numel() - torch.isfinite(values).sum())
+    if not count:
+        return "the sum of its powers exceeds the range of float64"
+    return f"{count} of {values.numel()} elements"
 
 
 def joined(nonfinite: Sequence[str]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .capture import capturing
 from .engines import engine_for, norm_dtype
 from .engines.base import INFINITY, root
 from .gradients import Bucket
-from .parts import sums_of_rows
-from .places import gathered
+from .places import gathered, owners
 from .ranks import Group
 
 
@@ -69,11 +70,9 @@ def norms_of(
         return norm
     sums = [bucket.power_sums(engine, order) for bucket in buckets]
     if parts is not None:
-        parts += [
-            _of_gradients(each, bucket, order) for each, bucket in zip(sums, buckets, strict=True)
-        ]
-    gathered = _gathered(sums, buckets, order, count, device)
-    return gathered if order == INFINITY else root(gathered, order)
+        parts += map(partial(_of_gradients, order), sums, buckets)
+    total = _total(sums, buckets, order, count, device)
+    return total if order == INFINITY else root(total, order)
 
 
 def _sums_across(
@@ -92,13 +91,13 @@ def _sums_across(
     for group in (None, *groups):
         own = [bucket for bucket in buckets if bucket.group == group and bucket.counts]
         sums = [bucket.power_sums(engine, order) for bucket in own]
-        local = _gathered(sums, own, order, count, device)
+        local = _total(sums, own, order, count, device)
         found.append(local if group is None else group.reduced(local, order))
     together = torch.stack(found)
     return together.amax(0) if order == INFINITY else together.sum(0)
 
 
-def _gathered(
+def _total(
     sums: Sequence[Tensor],
     buckets: Sequence[Bucket],
     order: float,
@@ -124,11 +123,14 @@ def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None)
     return norm
 
 
-def _of_gradients(sums: Tensor, bucket: Bucket, order: float) -> Tensor:
-    """Return the power sums of gradients from theirs, or those of their rows."""
+def _of_gradients(order: float, sums: Tensor, bucket: Bucket) -> Tensor:
+    """Return the power sums of gradients from theirs, or from those of their rows in some norm."""
     if not bucket.rows:
         return sums.clone()  # the norms will be in their memory
-    return sums_of_rows(sums, [*map(len, bucket.measured)], order)
+    if capturing():
+        return sums  # nobody reads what a graph measures of parameters
+    places = tuple(bucket.places)
+    return gathered(sums, order, owners(places), len(places))
 
 
 def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .engines.base import root
@@ -55,13 +54,17 @@ class NormsByParameter(Mapping[str, float]):
 
     def __getitem__(self, name: str) -> float:
         if self._by_name is None:
-            self._by_name = self.largest(None)
+            self._by_name = dict(zip(self._names, self._norms(self._sums), strict=True))
         return self._by_name[name]
 
-    def largest(self, count: int | None) -> dict[str, float]:
-        """Return the largest norms, with NaN before infinity; all in their order for None."""
-        if count is None:
-            return dict(zip(self._names, self._norms(self._sums), strict=True))
+    def __repr__(self) -> str:
+        return repr({**self})
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, float]]]:
+        return dict, ({**self},)  # not the sums of all the steps of its batch
+
+    def largest(self, count: int) -> dict[str, float]:
+        """Return the largest norms, from the largest on, with NaN before infinity."""
         sums, places = self._sums.topk(min(count, len(self)))
         names = (self._names[place] for place in places.tolist())
         return dict(zip(names, self._norms(sums), strict=True))
@@ -77,14 +80,9 @@ class NormsByParameter(Mapping[str, float]):
         return norms.tolist()
 
 
-def sums_of_rows(sums: Tensor, lengths: Sequence[int], order: float) -> Tensor:
-    """Return the power sums of gradients from those of their rows. No host sync.
-
-    Args:
-        sums: One for each row, gradient after gradient.
-        lengths: How many rows each has.
-        order: p of the norm.
-    """
-    kind = "max" if order == math.inf else "sum"
-    on_device = torch.tensor(lengths, device="cpu").to(sums.device, non_blocking=True)
-    return torch.segment_reduce(sums, kind, lengths=on_device, initial=0, unsafe=True)
+def rescaled(sums: Tensor, order: float, scale: Tensor) -> Tensor:
+    """Return the power sums of gradients that were multiplied by a scale, one element."""
+    scale = scale.to(sums)
+    if order == math.inf:
+        return sums / scale
+    return (root(sums.clone(), order) / scale).pow_(order)  # a power of the scale may overflow

@@ -33,7 +33,7 @@ Places = tuple[Place, ...]
 
 
 def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Tensor:
-    """Return the power sums of the norms of which these are parts. No host sync.
+    """Return the power sums of norms from those of their parts. No host sync.
 
     Args:
         power_sums: One for each label of the places, in their order.
@@ -42,7 +42,7 @@ def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Te
         count: k, how many norms there are.
 
     Returns:
-        Shape (k,), 0 for norms without a part; where all are in order, the very sums.
+        Shape (k,), 0 for norms without a part; the very tensor where each has one, in order.
     """
     labels = _labels(places, power_sums.device)
     if not labels.in_order(count):
@@ -54,6 +54,15 @@ def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Te
             power_sums[sources], kind, lengths=lengths, initial=0, unsafe=True
         )
     return power_sums
+
+
+@lru_cache(maxsize=16)
+def owners(places: Places) -> Places:
+    """Return places that bring what belongs to some norm to the gradient that it is of."""
+    return tuple(
+        Place(torch.where(place.labels == NOWHERE, NOWHERE, index), place.rows)
+        for index, place in enumerate(places)
+    )
 
 
 def spread(values: Tensor, places: Places, otherwise: float) -> Tensor:

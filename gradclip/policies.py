@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from .coefficients import must_skip
 from .engines.base import host_may_read
 from .errors import AttachError, NonFiniteGradientError, SkipLimitError
-from .naming import NamedParameter, describe_nonfinite
 from .records import ClipRecord
 from .settings import Settings
 from .step_gradients import StepGradients
@@ -66,19 +64,16 @@ def check_capture(settings: Settings, threshold: Threshold) -> None:
         )
 
 
-def nonfinite_error(
-    record: ClipRecord, parameters: Sequence[NamedParameter], before: object
-) -> NonFiniteGradientError:
+def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientError:
     """Return the error for a norm that is not finite, which names the parameters. Host sync.
 
     Args:
         record: The step.
-        parameters: Those whose gradients were measured.
         before: The norms just before, as they are shown.
     """
     norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
     found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
-    culprits = describe_nonfinite((each.name, each.parameter.grad) for each in parameters)
+    culprits = record.parts and record.parts.nonfinite
     return NonFiniteGradientError(
         f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
         f"{culprits}. The norms before: {before}. The step was not taken and the gradients are as "

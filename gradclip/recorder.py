@@ -56,8 +56,8 @@ class Recorder:
         self._each_sink(lambda sink: sink.begin(settings))
 
     @property
-    def watched(self) -> bool:
-        """Whether anybody hears of the parts of the norms."""
+    def has_sinks(self) -> bool:
+        """Whether steps go anywhere."""
         return bool(self._sinks)
 
     def history(self) -> NormHistory:
@@ -75,6 +75,7 @@ class Recorder:
     def steps(self, steps: int) -> None:
         self._deliver(wait=True)
         self.seen = steps + self.overflowed
+        self._history = NormHistory()
 
     @property
     def counters(self) -> Counters:
@@ -178,7 +179,7 @@ class Recorder:
         for batch in self._buffer.take(wait=wait):
             rows += self._rows(batch)
         if rows:
-            self._each_sink(lambda sink: sink.write(tuple(rows)))
+            self._each_sink(lambda sink: sink.write(_as_wanted(rows, sink)))
 
     def _rows(self, batch: Batch) -> list[LoggedStep]:
         """Count a batch, and return it as plain numbers where a sink wants them."""
@@ -216,7 +217,7 @@ class Recorder:
             (counts[0].double() / counts[1].clamp(min=1)).tolist(),
             counts[2].tolist(),
             counts[3].tolist(),
-            parts,
+            parts if any(sink.per_parameter for sink in self._sinks) else [None] * len(steps),
             [self._incident(*step) for step in zip(steps, totals, parts, strict=True)],
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
@@ -271,6 +272,13 @@ class Recorder:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _as_wanted(rows: Sequence[LoggedStep], sink: Sink) -> tuple[LoggedStep, ...]:
+    """Return steps without the norms of parameters, unless the sink asks for them."""
+    if sink.per_parameter or rows[0].parameter_norms is None:
+        return tuple(rows)
+    return tuple(row._replace(parameter_norms=None) for row in rows)
 
 
 def _flush_every(sink: Sink) -> int:

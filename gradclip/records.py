@@ -152,6 +152,8 @@ class Sink(ABC):
 
     flush_every: int = 100
     """Steps per batch: how many a crash may lose. Of several sinks, the smallest counts."""
+    per_parameter: int | str = 0
+    """Whether it wants `LoggedStep.parameter_norms`; where not 0, those of all parameters come."""
 
     def begin(self, settings: Mapping[str, str]) -> None:  # noqa: B027  # few want to know
         """Hear how the clipper is set, by name, before its first step."""

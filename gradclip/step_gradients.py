@@ -9,13 +9,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .capture import keep_if_captured
+from .capture import capturing, keep_if_captured
 from .coefficients import are_finite
 from .engines.base import host_may_read
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
 from .naming import describe_nonfinite
 from .norms import norms_of
-from .parts import Parts
+from .parts import Parts, rescaled
 from .places import Place, present
 from .ranks import Group
 from .settings import Settings
@@ -152,18 +152,19 @@ class StepGradients:
             groups=self._groups,
         )
 
-    def _parts(self, names: Sequence[str], norms: Tensor, sums: list[Tensor]) -> Parts:
+    def _parts(self, names: Sequence[str], norms: Tensor, sums: list[Tensor]) -> Parts | None:
+        if capturing() or not sums:
+            return None
         gradients, order = self.tensors, self._settings.norm_type
         if len(self._buckets) > 1:
             indices = [index for bucket in self._buckets for index in bucket.indices]
             names = [names[index] for index in indices]
             gradients = [gradients[index] for index in indices]
         if self._scale is not None:
-            power = 1 if order == math.inf else order
-            sums = [each / self._scale.to(each) ** power for each in sums]
+            sums = [rescaled(each, order, self._scale) for each in sums]
         nonfinite = None
-        if host_may_read(norms) and not are_finite(norms):
-            nonfinite = describe_nonfinite(zip(names, gradients, strict=True))
+        if (self._settings.raises or host_may_read(norms)) and not are_finite(norms):
+            nonfinite = describe_nonfinite(names, gradients, torch.cat(sums).tolist())
         return Parts(names, sums, nonfinite)
 
     def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:

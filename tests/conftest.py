@@ -179,6 +179,9 @@ def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
             norm = device.norm(tensors, order)
             return norm.squeeze(0) if scalar else norm
 
+        def norm_and_sums(self, tensors, order):
+            return device.norm_and_sums(tensors, order)
+
         def scale_(self, tensors, coefficients, *, rows=False):
             device.scale_(tensors, coefficients, rows=rows)
 

@@ -12,10 +12,6 @@ def named(optimizers, model=None) -> list[str]:
     return [each.name for each in named_parameters(optimizers, model)]
 
 
-def listed(*given: tuple[str, nn.Parameter]) -> list[tuple[str, torch.Tensor | None]]:
-    return [(name, parameter.grad) for name, parameter in given]
-
-
 def test_names_come_from_the_model_then_the_optimizer_then_the_place():
     model = nn.Linear(2, 1)
     outside = nn.Parameter(torch.ones(1))
@@ -53,27 +49,29 @@ def test_no_two_parameters_have_the_same_name():
     ]
 
 
-def bad(*values: float) -> nn.Parameter:
-    parameter = nn.Parameter(torch.zeros(len(values)))
-    parameter.grad = torch.tensor(values)
-    return parameter
+def described(**gradients: torch.Tensor) -> str:
+    sums = [(g.coalesce() if g.is_sparse else g).pow(2).sum().item() for g in gradients.values()]
+    return describe_nonfinite([*gradients], [*gradients.values()], sums)
 
 
 def test_the_description_counts_elements_and_leaves_good_ones_out():
-    given = [("a", bad(1.0, math.nan, math.inf)), ("b", bad(1.0)), ("c", nn.Parameter(bad(1.0)))]
-    assert describe_nonfinite(listed(*given)) == "a (2 of 3 elements)"
+    bad, good = torch.tensor([1.0, math.nan, math.inf]), torch.tensor([1.0])
+    assert described(a=bad, b=good) == "a (2 of 3 elements)"
 
 
-def test_sparse_gradients_are_looked_into():
-    parameter = nn.Parameter(torch.zeros(3))
-    parameter.grad = torch.sparse_coo_tensor([[0, 2]], [1.0, math.nan], (3,))
-    assert describe_nonfinite(listed(("s", parameter))) == "s (1 of 2 elements)"
+def test_sparse_gradients_are_looked_into_as_they_add_up():
+    one = torch.sparse_coo_tensor([[0, 2]], [1.0, math.nan], (3,))
+    assert described(s=one) == "s (1 of 2 elements)"
+    twice = torch.sparse_coo_tensor([[0, 2, 2]], [1.0, 3e38, 3e38], (3,))
+    assert described(s=twice) == "s (1 of 2 elements)"
 
 
 def test_a_long_list_is_cut():
-    given = [(f"p{i}", bad(math.nan)) for i in range(12)]
-    assert describe_nonfinite(listed(*given)).endswith("p9 (1 of 1 elements) and 2 more")
+    given = {f"p{i}": torch.tensor([math.nan]) for i in range(12)}
+    assert described(**given).endswith("p9 (1 of 1 elements) and 2 more")
 
 
 def test_a_sum_out_of_range_is_told_from_bad_elements():
-    assert "exceeds the range of float64" in describe_nonfinite(listed(("a", bad(1.0))))
+    large = torch.tensor([1e200], dtype=torch.float64)
+    assert described(a=large) == "a (the sum of its powers exceeds the range of float64)"
+    assert described(a=torch.ones(1)).startswith("none by itself: the sum of their powers")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradclip.places import NOWHERE, Place, gathered, present, spread
+from gradclip.places import NOWHERE, Place, gathered, owners, present, spread
 
 CPU = torch.device("cpu")
 
@@ -31,8 +31,7 @@ def test_sums_and_values_find_their_labels(labels, order, random):
     found = gathered(sums.clone(), order, where, 5)
     for label in range(5):
         mine = [s for s, of in zip(sums.tolist(), flat, strict=True) if of == label]
-        largest, total = max(mine, default=0.0), math.fsum(mine) ** (1 / order)
-        needed = largest if order == math.inf else total
+        needed = max(mine, default=0.0) if order == math.inf else math.fsum(mine)
         assert found[label].item() == pytest.approx(needed, rel=1e-12)
     assert present(where, 5, CPU).tolist() == [label in flat for label in range(5)]
     values = torch.arange(5, dtype=torch.float64)
@@ -52,9 +51,15 @@ def test_what_is_not_finite_stays_in_its_label(order, bad):
 def test_one_sum_for_each_label_in_order_is_not_moved():
     values = double(1, 4, 9)
     assert spread(values, places([0], [1, 2]), 1.0) is values
-    assert gathered(values.clone(), 2.0, places([0], [1, 2]), 3).tolist() == [1.0, 2.0, 3.0]
-    assert gathered(values.clone(), 2.0, places([0], [1, 2]), 4).tolist() == [1.0, 2.0, 3.0, 0.0]
+    assert gathered(values, 2.0, places([0], [1, 2]), 3) is values
+    assert gathered(values, 2.0, places([0], [1, 2]), 4).tolist() == [1.0, 4.0, 9.0, 0.0]
     assert spread(double(1, 2, 3, 4), places([0], [1, 2]), 1.0).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_sums_find_the_gradient_that_they_are_of():
+    found = owners(places([3, 3], [NOWHERE, 2, 0], [1]))
+    assert [place.labels.tolist() for place in found] == [[0, 0], [NOWHERE, 1, 1], [2]]
+    assert gathered(double(1, 2, 4, 8, 16, 32), 2.0, found, 3).tolist() == [3.0, 24.0, 32.0]
 
 
 def test_the_order_of_summation_is_that_of_the_places():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nlargest
+from operator import itemgetter
 
 from ..checks import checked_count
 from ..errors import ArgumentError
@@ -20,8 +22,8 @@ class CadencedSink(Sink):
         flush_every: Steps per batch: how many a crash may lose.
         per_parameter: How many parameters' norms are wanted, the largest of the moment; "all" for
             those of all.
-        per_parameter_every: At which of these steps: each whose index is a multiple of this, and
-            those that there is something to say of.
+        per_parameter_every: At which of the steps that are taken: each whose index is a multiple of
+            this, and those that there is something to say of.
 
     Raises:
         ArgumentError: One of them is no such number.
@@ -35,12 +37,17 @@ class CadencedSink(Sink):
         self.per_parameter = _checked_number(per_parameter)
         self.per_parameter_every = checked_count("per_parameter_every", per_parameter_every, 1)
 
-    def chosen(self, steps: Sequence[LoggedStep]) -> list[LoggedStep]:
-        """Return the steps that are taken, with those norms of parameters that are wanted."""
+    def chosen(self, steps: Sequence[LoggedStep], *, incidents: bool = False) -> list[LoggedStep]:
+        """Return the steps that are taken, with those norms of parameters that are wanted.
+
+        Args:
+            steps: A batch.
+            incidents: Whether also those that there is something to say of, at any index.
+        """
         return [
             step._replace(parameter_norms=self._wanted_norms(step))
             for step in steps
-            if step.step % self.every == 0
+            if step.step % self.every == 0 or (incidents and step.incident)
         ]
 
     def _wanted_norms(self, step: LoggedStep) -> dict[str, float] | None:
@@ -48,9 +55,11 @@ class CadencedSink(Sink):
         on_time = step.incident or step.step % self.per_parameter_every == 0
         if not (count and norms and on_time):
             return None
-        if count == ALL or not isinstance(norms, NormsByParameter):
+        if isinstance(count, str):
             return {**norms}
-        return norms.largest(int(count))
+        if isinstance(norms, NormsByParameter):
+            return norms.largest(count)
+        return dict(nlargest(count, norms.items(), key=itemgetter(1)))
 
 
 def _checked_number(per_parameter: object) -> int | str:

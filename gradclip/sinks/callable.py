@@ -17,7 +17,8 @@ class CallableSink(CadencedSink):
     and some loggers drop what is older than the newest step they know of: Weights & Biases does,
     for which the dict also has the step's index, ``grad_norm/step``::
 
-        run.define_metric("grad_norm/*", step_metric="grad_norm/step")
+        for names in ("grad_norm/*", "parameter_norm/*"):
+            run.define_metric(names, step_metric="grad_norm/step")
         sink = gradclip.CallableSink(lambda numbers, step: run.log(numbers))
 
     >>> import gradclip, torch
@@ -36,7 +37,7 @@ class CallableSink(CadencedSink):
         per_parameter: Of how many parameters the norms are logged, before clipping: the largest of
             the moment; "all" for all.
         per_parameter_every: Of the steps that are logged, those whose norms by parameter are: each
-            whose index is a multiple of this, and those of incidents.
+            whose index is a multiple of this, and those that there is something to say of.
 
     Raises:
         ArgumentError: ``log`` cannot be called, or a number is not positive.

@@ -39,6 +39,8 @@ class Destination(ABC):
         self.directory = directory
         self._last_steps: dict[str, int] = {}
         self._headed: set[str] = set()
+        self._current: dict[str, frozenset[str]] = {}
+        """Of curves that were begun again, the tags that have come since."""
 
     def write(
         self,
@@ -57,16 +59,25 @@ class Destination(ABC):
         last = self._last_steps.get(curves)
         first, begun, *_ = points[0]
         events = [] if curves in self._headed else [*heading(first, begun)]
+        current = self._current.get(curves)
         for step, wall_time, scalars, said in points:
-            restarts = self._continues if last is None else step <= last
             event = _event(step, wall_time, scalars)
+            if self._continues if last is None else step <= last:
+                current = frozenset()
             if said is not None:
                 event.summary.value.append(text(f"{curves}/incidents", said))
-            events += _restarted(event) if restarts else [event]
+            if current is None:
+                events.append(event)
+            else:
+                tags = current | {value.tag for value in event.summary.value}
+                events += [event] if tags == current else _restarted(event)
+                current = tags
             last = step
         self._put(events)
         self._last_steps[curves] = points[-1][0]
         self._headed.add(curves)
+        if current is not None:
+            self._current[curves] = current
 
     @abstractmethod
     def close(self) -> None:
@@ -147,7 +158,7 @@ class EventFile(Destination):
             raise
 
     def _append(self, stream: BinaryIO, events: Sequence[Event]) -> None:
-        records = b"".join(framed(event.SerializeToString()) for event in events)
+        records = framed([event.SerializeToString() for event in events])
         try:
             stream.write(records)
             stream.flush()

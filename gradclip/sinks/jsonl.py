@@ -24,12 +24,13 @@ class JsonlSink(CadencedSink):
 
     Args:
         path: The file; its directory is made when the first batch is written.
-        every: Write each step whose index is a multiple of this.
+        every: Write each step whose index is a multiple of this, and those that there is something
+            to say of: `LoggedStep.incident`.
         flush_every: Steps per batch: how many a crash may lose.
         per_parameter: Of how many parameters the norms are written, before clipping: the largest of
             the moment; "all" for all.
         per_parameter_every: Of the steps that are written, those whose norms by parameter are: each
-            whose index is a multiple of this, and those of incidents.
+            whose index is a multiple of this, and those that there is something to say of.
 
     Raises:
         ArgumentError: ``path`` is no path, or a number is not positive.
@@ -56,7 +57,8 @@ class JsonlSink(CadencedSink):
     def write(self, steps: Sequence[LoggedStep]) -> None:
         """See `Sink.write`."""
         lines = "".join(
-            f"{json.dumps(_fields(step), allow_nan=False)}\n" for step in self.chosen(steps)
+            f"{json.dumps(_fields(step), allow_nan=False)}\n"
+            for step in self.chosen(steps, incidents=True)
         )
         if not lines:
             return

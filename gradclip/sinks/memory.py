@@ -31,12 +31,13 @@ class MemorySink(CadencedSink):
     [0.0]
 
     Args:
-        every: Keep each step whose index is a multiple of this.
+        every: Keep each step whose index is a multiple of this, and those that there is something
+            to say of: `LoggedStep.incident`.
         flush_every: Steps per batch.
         per_parameter: Of how many parameters the norms are kept, before clipping: the largest of
             the moment; "all" for all.
         per_parameter_every: Of the steps that are kept, those whose norms by parameter are: each
-            whose index is a multiple of this, and those of incidents.
+            whose index is a multiple of this, and those that there is something to say of.
 
     Raises:
         ArgumentError: A number is not positive.
@@ -58,7 +59,7 @@ class MemorySink(CadencedSink):
 
     def write(self, steps: Sequence[LoggedStep]) -> None:
         """See `Sink.write`."""
-        self.steps += self.chosen(steps)
+        self.steps += self.chosen(steps, incidents=True)
 
     def to_pandas(self) -> DataFrame:
         """Return the steps as a table: one row each, indexed by ``step``, the fields as columns.

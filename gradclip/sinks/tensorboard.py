@@ -41,8 +41,9 @@ class TensorBoardSink(CadencedSink):
 
     A directory shows one run. A run that is resumed continues the curves there, and one that
     begins again at step 0 replaces them: from the first step it writes on, TensorBoard no longer
-    shows what an earlier run wrote under these tags. It stays in the files, and other tags stay
-    visible. The directory and its event file are made when the first batch is written.
+    shows the curves that an earlier run wrote under these tags. They stay in the files, and
+    visible stay texts, other tags, and those of parameters that are not written again. The
+    directory and its event file are made when the first batch is written.
 
     Next to a ``SummaryWriter`` of your own, rather give that writer than its directory:
     TensorBoard updates only one file per directory where it runs without its data server. Of
@@ -55,7 +56,7 @@ class TensorBoardSink(CadencedSink):
         per_parameter: Of how many parameters the norms are written, before clipping: the largest of
             the moment; "all" for all.
         per_parameter_every: Of the steps that are written, those whose norms by parameter are: each
-            whose index is a multiple of this, and those of incidents.
+            whose index is a multiple of this, and those that there is something to say of.
 
     Raises:
         ArgumentError: ``where`` is no local directory or writer, or a number is not positive.

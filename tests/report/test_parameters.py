@@ -49,7 +49,7 @@ def write_events(path, *events):
     content = b""
     for step, numbers in events:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
-        content += framed(Event(step=step, summary=Summary(value=values)).SerializeToString())
+        content += framed([Event(step=step, summary=Summary(value=values)).SerializeToString()])
     (path / "events.out.tfevents.1.x").write_bytes(content)
     return read_runs([path])
 

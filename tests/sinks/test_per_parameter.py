@@ -187,6 +187,54 @@ def test_in_a_file_and_in_memory_it_is_a_field(tmp_path):
     assert "b.weight (50)" in table.loc[33, "incident"]
 
 
+@pytest.mark.parametrize("make", [of_jsonl, of_memory])
+def test_steps_that_there_is_something_to_say_of_are_written_at_any_cadence(make, tmp_path):
+    log, read = make(tmp_path, {"every": 100, "per_parameter": 1})
+    training = Training(log)
+    spiking(training)
+    training.clipper.close()
+    assert [*read().items()] == [(0, {"a": 1.0}), (33, {"b.weight": 50.0})]
+
+
+def test_a_sink_that_does_not_ask_gets_plain_steps():
+    class Plain(Sink):
+        def __init__(self) -> None:
+            self.steps = []
+
+        def write(self, steps):
+            self.steps += [json.loads(json.dumps(step._asdict())) for step in steps]
+            assert len({*steps}) == len(steps)  # they can be hashed
+
+    class Asking(Plain):
+        per_parameter = 1
+
+        def write(self, steps):
+            self.steps += [{**step.parameter_norms} for step in steps]
+
+    plain, asking = Plain(), Asking()
+    training = Training([plain, asking])
+    training.take(*STEPS)
+    training.clipper.close()
+    assert [step["parameter_norms"] for step in plain.steps] == [None] * 4
+    assert asking.steps[0] == {"a": 1.0, "b.weight": 2.0, "c": 3.0}
+
+
+def test_a_run_that_begins_again_takes_the_place_of_parameters(tmp_path):
+    first = Training(TensorBoardSink(tmp_path, per_parameter="all"))
+    first.take(*STEPS * 5, (1.0, math.nan, 1.0))
+    first.clipper.close()
+    again = Training(TensorBoardSink(tmp_path, per_parameter="all", per_parameter_every=3))
+    again.clipper.steps = 2
+    again.take(*[(2.0, 2.0, 2.0)] * 5)
+    again.clipper.close()
+    reader = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    for name in ("a", "b.weight", "c"):
+        points = reader.Scalars(f"parameter_norm/{name}")
+        assert [point.step for point in points] == [0, 1, 2, 3, 6]
+        assert [point.value for point in points][3:] == [2.0, 2.0]
+    assert [point.step for point in reader.Scalars("grad_norm/pre")] == [*range(7)]
+
+
 def test_in_a_table_each_parameter_has_a_column():
     memory = MemorySink(per_parameter=1)
     training = Training(memory)

@@ -1,0 +1,122 @@
+"""What logging adds to a step, beside lines written by hand.
+
+    python -m benchmarks.logging [--seconds 20] [--shape small]
+
+A clipper clips the gradients of all parameters of ResNet-50 (161) at every step of an optimizer
+that does nothing: without a log, with the default one in TensorBoard, with the norms of the five
+largest parameters and of all, and with all in lines of JSON. By hand is what many training loops
+have: ``torch.nn.utils.clip_grad_norm_``, its result and the loss given to ``add_scalar``, and the
+norm of each parameter as well.
+
+Batches of 100 steps are written, so 100 steps are one measurement; their mean is shown. The time is
+that of the thread that trains. What logging adds does not depend on the size of the gradients,
+which would hide it: by default each has 8 elements ("--shape full" takes their own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from gradclip import GradientClipper, JsonlSink, TensorBoardSink
+from gradclip.printing import print_table
+
+from .gradients import Gradients, Still, machine
+from .shapes import resnet50
+from .timing import interleaved_medians
+
+STEPS = 100
+LIMITS = {"default": 40, "5 largest": 200, "all": 1000}
+"""What each may add, in microseconds."""
+
+
+def rivals(shapes: list[tuple[int, ...]], folder: str) -> dict[str, Callable[[], object]]:
+    """Return what takes a step, by name."""
+    logs = {
+        "no log": None,
+        "default": f"{folder}/default",
+        "5 largest": TensorBoardSink(f"{folder}/largest", per_parameter=5),
+        "all": TensorBoardSink(f"{folder}/all", per_parameter="all"),
+        "all, JSON": JsonlSink(f"{folder}/all.jsonl", per_parameter="all"),
+    }
+    found: dict[str, Callable[[], object]] = {}
+    for name, log in logs.items():
+        optimizer = Still(filled(shapes))
+        GradientClipper(optimizer, 1e9, log=log)
+        found[name] = optimizer.step
+    found["by hand"] = by_hand(filled(shapes), f"{folder}/by_hand", each=False)
+    found["by hand, all"] = by_hand(filled(shapes), f"{folder}/by_hand_all", each=True)
+    return found
+
+
+def filled(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    """Return parameters with gradients."""
+    parameters = Gradients(shapes, torch.float32).parameters
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    return parameters
+
+
+def by_hand(parameters: list[nn.Parameter], folder: str, *, each: bool) -> Callable[[], object]:
+    """Return what clips with torch and logs with ``add_scalar``."""
+    writer, steps = SummaryWriter(folder), iter(range(1 << 62))
+    optimizer = Still(parameters)
+
+    def step() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1e9)
+        optimizer.step()
+        index = next(steps)
+        writer.add_scalar("grad_norm", norm.item(), index)
+        if each:
+            for number, parameter in enumerate(parameters):
+                writer.add_scalar(f"norm/{number}", parameter.grad.norm().item(), index)
+
+    return step
+
+
+def many(step: Callable[[], object]) -> Callable[[], object]:
+    """Return what takes as many steps as are written at once."""
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return steps
+
+
+def by_thread(call: Callable[[], object], prepare: Callable[[], None]) -> float:
+    """Time a call by what this thread has computed, in seconds."""
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--shape", choices=("small", "full"), default="small")
+    options = parser.parse_args(argv)
+    shapes = resnet50() if options.shape == "full" else [(8,) for _ in resnet50()]
+    with tempfile.TemporaryDirectory() as folder:
+        named = {name: many(step) for name, step in rivals(shapes, folder).items()}
+        medians = interleaved_medians(named, lambda: None, options.seconds, timer=by_thread)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    rows = []
+    for name, seconds in medians.items():
+        added = (seconds - medians["no log"]) / STEPS * 1e6
+        limit = f"{LIMITS[name]}" if name in LIMITS else ""
+        rows.append((name, f"{seconds / STEPS * 1e6:.0f}", f"{added:.0f}", limit))
+    header = ("log", "us a step", "added", "at most")
+    print_table(header, rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,10 +19,13 @@ from .engines.base import Batch
 from .engines.memory import rows_share_memory
 from .errors import GradientError
 from .places import Place, spread
-from .ranks import Group, Share, is_spread, local_of, share_of, stored
+from .ranks import Group, Share, is_pending, is_spread, local_of, share_of, stored
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
+
+HERE = None, True
+"""The group of a gradient that is on no other rank, and that it counts."""
 
 # One call into C for all tensors costs less than a line of Python for each.
 _ORDINARY = {Tensor}
@@ -121,13 +124,14 @@ def buckets_of(
     buckets: dict[tuple[Any, ...], Bucket] = {}
     strided, given = torch.strided, repeat(None) if places is None else places
     for index, (gradient, place) in enumerate(zip(gradients, given, strict=False)):
-        share = share_of(gradient) if is_spread(gradient) else None
+        share = None
         if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
             measured, written = _forms_of(gradient, order)
+            share = share_of(gradient) if is_spread(gradient) else None
         rows = place is not None and place.rows
-        group, counts = (share.group, share.counts) if share else (None, True)
+        group, counts = HERE if share is None else (share.group, share.counts)
         key = (gradient.device, gradient.dtype, rows, group, counts)
         bucket = buckets.get(key)
         if bucket is None:
@@ -160,13 +164,19 @@ def refuse_unordered(gradients: Iterable[Tensor]) -> None:
     """Refuse gradients whose elements cannot be bounded one by one.
 
     Raises:
-        GradientError: A complex gradient.
+        GradientError: A complex gradient, or a sum over ranks that is pending.
     """
     for gradient in gradients:
         if gradient.is_complex():
             raise GradientError(
                 f"Found a gradient of dtype {gradient.dtype} and max_value: complex elements "
                 "cannot be bounded one by one. Leave max_value at None."
+            )
+        if is_spread(gradient) and is_pending(gradient):
+            raise GradientError(
+                f"Found a gradient with placements {tuple(gradient.placements)} and max_value: "
+                "elements that are still to be added up over ranks cannot be bounded. Leave "
+                "max_value at None, or redistribute() it to Replicate first."
             )
 
 

@@ -71,6 +71,13 @@ class Share:
     """Which indices of dimension 0 are here; None for all."""
 
 
+def is_first() -> bool:
+    """Tell whether this process is the first one, or the only one."""
+    distributed = torch.distributed
+    in_group = distributed.is_available() and distributed.is_initialized()
+    return not in_group or distributed.get_rank() == 0
+
+
 def is_spread(tensor: object) -> TypeGuard[DTensor]:
     """Tell whether a tensor is a DTensor, which lies on several ranks."""
     # Importing torch.distributed.tensor takes half a second; who has a DTensor has imported it.
@@ -82,7 +89,7 @@ def groups_of(tensors: Iterable[Tensor]) -> tuple[Group, ...]:
     """Return the groups of ranks over which some of the tensors lie, in an order of their own."""
     if "torch.distributed.tensor" not in sys.modules:
         return ()
-    meshes = {tensor.device_mesh: None for tensor in tensors if is_spread(tensor)}
+    meshes = {tensor.device_mesh for tensor in tensors if is_spread(tensor)}
     found = {group for mesh in meshes if (group := _group_of(mesh)) is not None}
     return tuple(sorted(found, key=lambda group: group.ranks))
 
@@ -97,9 +104,14 @@ def local_of(tensor: DTensor) -> Tensor:
 
     Where it is still to be added up over ranks, as `Partial` says, that is done: collective.
     """
-    if any(placement.is_partial() for placement in tensor.placements):
+    if is_pending(tensor):
         tensor = tensor.redistribute(placements=_whole(tensor.placements))
     return stored(tensor)
+
+
+def is_pending(tensor: DTensor) -> bool:
+    """Tell whether a tensor is still to be added up over ranks."""
+    return any(placement.is_partial() for placement in tensor.placements)
 
 
 def stored(tensor: DTensor) -> Tensor:

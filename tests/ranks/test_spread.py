@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, distributed, nn
 
-from gradclip import GradientClipper, clip_grad_norm_, get_total_norm
+from gradclip import GradientClipper, GradientError, NonFiniteGradientError
 
 INF = math.inf
 SHAPES = {"matrix": (7, 6), "row": (1, 5), "vector": (6,), "filters": (4, 3, 2)}
@@ -59,7 +60,7 @@ def spread(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
 
     fits = [
         Replicate()
-        if placement.is_partial() or placement.is_shard(1) and full.dim() < 2
+        if placement.is_partial() or (placement.is_shard(1) and full.dim() < 2)
         else placement
         for placement in placements
     ]
@@ -157,6 +158,202 @@ def check(pool: Any, mesh: Any, words: Any, scope: str, order: float, dtype: Any
         for name, gradient in clipped.items():
             torch.testing.assert_close(own_clipped[name], gradient, rtol=2 * rounding, atol=1e-30)
     return [calls for _, _, calls in found]
+
+
+# The functions
+
+
+def clip_by_function(words: str, dtype: torch.dtype, limit: float, with_gradients: bool) -> Any:
+    from gradclip import clip_grad_norm_, clip_grad_value_, get_total_norm
+
+    full = full_gradients(dtype)
+    parameters = []
+    for gradient in full.values():
+        own = placements_of(words)
+        parameter = nn.Parameter(spread(torch.zeros_like(gradient), mesh_of("one"), own))
+        if with_gradients or distributed.get_rank() == 0:
+            parameter.grad = spread_alone(gradient, mesh_of("one"), own)
+        parameters.append(parameter)
+    before = get_total_norm([p.grad for p in parameters]) if with_gradients else None
+    with Recorded() as calls:
+        norm = clip_grad_norm_(parameters, limit)
+    types = (type(norm) is Tensor, norm.dtype, norm.shape)
+    found = [p.grad.to_local().double() for p in parameters if p.grad is not None]
+    clip_grad_value_(parameters, 0.01)
+    bounded = max(
+        (
+            p.grad.to_local().abs().amax().item()
+            for p in parameters
+            if p.grad is not None and p.grad.to_local().numel()
+        ),
+        default=0.0,
+    )
+    return None if before is None else before.item(), norm.item(), types, found, calls, bounded
+
+
+def spread_alone(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
+    """Spread a tensor that every rank has, without telling the others."""
+    from torch.distributed.tensor import DTensor
+
+    local = full
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            parts = local.chunk(mesh.size(dimension), placement.dim)
+            place = mesh.get_local_rank(dimension)
+            local = parts[place] if place < len(parts) else local.narrow(placement.dim, 0, 0)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
+@pytest.mark.parametrize("words", ["0", "R"])
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_the_functions_return_plain_norms_of_the_whole(ranks, words, limit):
+    full = full_gradients(torch.float32)
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in full.values()))
+    for before, found, types, _, calls, bounded in ranks.run(
+        clip_by_function, words, torch.float32, limit, True
+    ):
+        assert before == found == pytest.approx(norm, rel=1e-6)
+        assert types == (True, torch.float64, torch.Size([]))
+        assert calls == ["all_reduce"]
+        assert bounded <= 0.01
+
+
+def test_ranks_without_gradients_enter_the_collective(two_ranks):
+    """One of two has none, which has the second half of each vector."""
+    full = full_gradients(torch.float32)
+    halves = [gradient.chunk(2)[0].double() for gradient in full.values()]
+    norm = math.sqrt(sum(half.square().sum().item() for half in halves))
+    results = two_ranks.run(clip_by_function, "0", torch.float32, 0.5, False)
+    assert [found for _, found, *_ in results] == [pytest.approx(norm, rel=1e-6)] * 2
+
+
+# Training
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3, bias=False))
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.inner(inputs).tanh())
+
+
+def trained(kind: str, options: dict[str, Any], log: str | None = None) -> Any:
+    """Train a few steps, in one process or spread over the ranks; every rank has its batches."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    net: nn.Module = Net()
+    wrapped = net
+    if kind == "fsdp2":
+        fully_shard(net.inner)
+        fully_shard(net)
+    elif kind == "ddp":
+        wrapped = DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    options = {"max_norm": 0.05} | options
+    clipper = GradientClipper(optimizer, model=net, log=log, **options)
+    norms = []
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    for step in range(6):
+        batch = torch.randn(4 * world, 5, generator=torch.Generator().manual_seed(step))
+        if step == 3 and options.get("nonfinite"):
+            batch[-1, 0] = math.nan  # on the last rank alone
+        own = batch if kind == "alone" else batch[4 * rank : 4 * rank + 4]
+        optimizer.zero_grad()
+        wrapped(own).square().mean().backward()
+        with Recorded() as calls:
+            optimizer.step()
+        norms.append(clipper.last.norms.tolist())
+    clipper.close()
+    weights = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in net.parameters()]
+    return norms, weights, len(calls), clipper.state_dict()
+
+
+RULES = {
+    "fixed": {},
+    "each parameter": {"scope": "parameter", "max_norm": 0.01},
+    "each unit": {"scope": "unit", "max_norm": 0.005},
+    "largest element": {"norm_type": math.inf, "max_norm": 0.01},
+    "left out": {"nonfinite": "skip"},
+    "erased": {"nonfinite": "zero"},
+    "percentile": {"max_norm": "percentile", "scope": "unit"},
+    "weights": {"max_norm": "weights", "scope": "unit"},
+}
+
+
+def with_rule(kind: str, name: str, log: str | None = None) -> Any:
+    from gradclip.thresholds import Percentile, RelativeToWeights
+
+    options = dict(RULES[name])
+    made = {"percentile": Percentile(50), "weights": RelativeToWeights(0.01)}
+    options["max_norm"] = made.get(options.get("max_norm"), options.get("max_norm", 0.05))
+    return trained(kind, options, log)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+def test_training_is_that_of_one_process_with_the_whole_batch(ranks, kind, name):
+    needed, weights, _, state = ranks.run(with_rule, "alone", name)[0]
+    found = ranks.run(with_rule, kind, name)
+    for own, own_weights, calls, own_state in found:
+        for norms, expected in zip(own, needed, strict=True):
+            assert norms == pytest.approx(expected, rel=1e-4, abs=1e-7, nan_ok=True)
+        for one, other in zip(own_weights, weights, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        if kind == "fsdp2":
+            assert calls == (2 if name == "weights" else 1)
+        else:
+            assert calls == 0
+        assert own_state["counters"] == state["counters"]
+        assert repr(own) == repr(found[0][0])  # the same bits on all ranks
+
+
+def test_only_the_first_rank_writes_into_a_directory(two_ranks, tmp_path):
+    two_ranks.run(with_rule, "fsdp2", "fixed", str(tmp_path / "logs"))
+    [file] = (tmp_path / "logs").iterdir()
+    reader = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+    assert [point.step for point in reader.Scalars("grad_norm/pre")] == [*range(6)]
+
+
+# What is refused, and errors
+
+
+def bounded_while_pending() -> str:
+    parameter = nn.Parameter(spread(torch.zeros(4), mesh_of("one"), placements_of("R")))
+    parameter.grad = spread(torch.ones(4), mesh_of("one"), placements_of("P"))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    GradientClipper(optimizer, 1.0, max_value=0.5)
+    with pytest.raises(GradientError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_elements_of_pending_sums_cannot_be_bounded(two_ranks):
+    for message in two_ranks.run(bounded_while_pending):
+        assert "still to be added up over ranks cannot be bounded" in message
+
+
+def raising_everywhere() -> str:
+    parameter = nn.Parameter(spread(torch.zeros(4), mesh_of("one"), placements_of("0")))
+    parameter.grad = spread(
+        torch.tensor([1.0, 2.0, 3.0, math.nan]), mesh_of("one"), placements_of("0")
+    )
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    GradientClipper(optimizer, 1.0, nonfinite="raise")
+    with pytest.raises(NonFiniteGradientError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_all_ranks_raise_for_a_gradient_on_one_of_them(two_ranks):
+    for message in two_ranks.run(raising_everywhere):
+        assert "is nan at step 0, from these parameters: those of several ranks" in message
 
 
 SCOPES = ("global", "parameter", "unit")

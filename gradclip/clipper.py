@@ -92,7 +92,8 @@ class GradientClipper:
             `NonFiniteGradientError`. "propagate": nothing.
         skip_limit: So many skipped steps in a row raise a `SkipLimitError`; None for no limit.
         model: Gives parameters their names in labels and errors; without it they are numbered.
-        log: A directory for TensorBoard, a ``SummaryWriter``, a `Sink`, or a list of these.
+        log: A directory for TensorBoard, into which the first of several processes writes; a
+            ``SummaryWriter``, a `Sink`, or a list of these.
         ranks: Not available in this version.
         grad_scaler: The ``GradScaler`` of several optimizers: the gradients of all are unscaled
             at the first step. One optimizer needs none here.

@@ -12,7 +12,7 @@ what is done elsewhere, bit by bit, also with ``fullgraph=True``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from .engines.base import host_may_read, norm_dtype
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
 from .gradients import Bucket, buckets_of, coalesce_, distinct, refuse_unordered
 from .norms import norms_of
+from .ranks import Group, groups_of
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -70,7 +71,9 @@ def clip_grad_norm_(
         NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
-    return _clip_norm_(listed_gradients(parameters), limit, order, error_if_nonfinite)
+    listed = listed_parameters(parameters)
+    gradients = listed_gradients(listed)
+    return _clip_norm_(gradients, limit, order, error_if_nonfinite, **_across(listed))
 
 
 def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -92,7 +95,8 @@ def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float 
         GradientError: A gradient whose dtype or layout cannot be clipped.
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
-    return _clip_norm_(_listed(tensors), limit, order, False)
+    listed = _listed(tensors)
+    return _clip_norm_(listed, limit, order, False, **_across(listed))
 
 
 def clip_grad_value_(
@@ -141,10 +145,11 @@ def get_total_norm(
         NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
     """
     order = checked_order(norm_type)
+    listed = _listed(tensors)
     if error_if_nonfinite:
         # What writes nothing the compiler leaves out, error and all, where the norm is not used.
-        return _clip_norm_(_listed(tensors), math.inf, order, True)
-    return _total_norm(_listed(tensors), order)
+        return _clip_norm_(listed, math.inf, order, True, **_across(listed))
+    return _total_norm(listed, order, **_across(listed))
 
 
 def clip_grads_with_norm_(
@@ -244,9 +249,15 @@ class _ClipBackward(torch.autograd.Function):
 @operator(
     "clip_norm_(Tensor(a!)[] gradients, float limit, float order, bool finite) -> Tensor", norm_like
 )
-def _clip_norm_(gradients: list[Tensor], limit: float, order: float, finite: bool) -> Tensor:
+def _clip_norm_(
+    gradients: list[Tensor],
+    limit: float,
+    order: float,
+    finite: bool,
+    groups: Sequence[Group] = (),
+) -> Tensor:
     buckets = buckets_of(distinct(gradients), order)
-    norm = norms_of(buckets, order, scalar=True)
+    norm = norms_of(buckets, order, scalar=True, groups=groups)
     if finite and not bool(norm.isfinite()):
         raise NonFiniteGradientError(
             f"The norm of the gradients is {norm.item()}: it must be finite with "
@@ -258,8 +269,8 @@ def _clip_norm_(gradients: list[Tensor], limit: float, order: float, finite: boo
 
 
 @operator("total_norm(Tensor[] tensors, float order) -> Tensor", norm_like)
-def _total_norm(tensors: list[Tensor], order: float) -> Tensor:
-    return norms_of(buckets_of(distinct(tensors), order), order, scalar=True)
+def _total_norm(tensors: list[Tensor], order: float, groups: Sequence[Group] = ()) -> Tensor:
+    return norms_of(buckets_of(distinct(tensors), order), order, scalar=True, groups=groups)
 
 
 @operator("clip_with_norm_(Tensor(a!)[] gradients, float limit, Tensor norm) -> ()", nothing)
@@ -285,6 +296,15 @@ def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
     coefficients = clip_coefficients(norm.reshape(1), limit, erase=False)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
+
+
+def _across(tensors: Sequence[Tensor]) -> dict[str, Sequence[Group]]:
+    """Return the ranks that tensors are spread over, where they are, as an argument.
+
+    Operators of compiled code, in which there are none, do not know of it.
+    """
+    groups = () if torch.compiler.is_compiling() else groups_of(tensors)
+    return {"groups": groups} if groups else {}
 
 
 def _listed(tensors: TensorOrTensors) -> list[Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -17,11 +17,15 @@ from torch.optim import Optimizer
 from .engines import engine_for, norm_dtype
 from .engines.base import Batch
 from .engines.memory import rows_share_memory
-from .errors import GradientError, NotAvailableError
+from .errors import GradientError
 from .places import Place, spread
+from .ranks import Group, Share, is_pending, is_spread, local_of, share_of, stored
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
+
+HERE = None, True
+"""The group of a gradient that is on no other rank, and that it counts."""
 
 # One call into C for all tensors costs less than a line of Python for each.
 _ORDINARY = {Tensor}
@@ -48,6 +52,10 @@ class Bucket:
     """The same of what is written."""
     rows: bool = False
     """Whether the indices of dimension 0 have norms of their own."""
+    group: Group | None = None
+    """The ranks that the gradients are spread over."""
+    counts: bool = True
+    """Whether their sums are counted here: of copies on several ranks one is."""
     indices: list[int] = field(default_factory=list)
     """Which of the gradients that were sorted these are; empty for all of them."""
 
@@ -108,29 +116,32 @@ def buckets_of(
 
     Raises:
         GradientError: A dtype or layout that cannot be clipped rightly, or rows that share memory.
-        NotAvailableError: Gradients that are sharded over several processes.
     """
     if places is None:
         bucket = _bucket_of_all(gradients)
         if bucket is not None:
             return [bucket]
-    buckets: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
+    buckets: dict[tuple[Any, ...], Bucket] = {}
     strided, given = torch.strided, repeat(None) if places is None else places
     for index, (gradient, place) in enumerate(zip(gradients, given, strict=False)):
+        share = None
         if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
             measured, written = _forms_of(gradient, order)
+            share = share_of(gradient) if is_spread(gradient) else None
         rows = place is not None and place.rows
-        key = (gradient.device, gradient.dtype, rows)
+        group, counts = HERE if share is None else (share.group, share.counts)
+        key = (gradient.device, gradient.dtype, rows, group, counts)
         bucket = buckets.get(key)
         if bucket is None:
-            bucket = buckets[key] = Bucket(gradient.device, Batch(), Batch(), rows=rows)
+            device = written.device
+            bucket = buckets[key] = Bucket(device, Batch(), Batch(), [], [], rows, group, counts)
         bucket.indices.append(index)
         bucket.measured.append(measured)
         bucket.written.append(written)
         if place is not None:
-            _add_place(bucket, gradient, place)
+            _add_place(bucket, gradient, place, share)
     for bucket in buckets.values():
         if all(map(is_, bucket.measured, bucket.written)):
             bucket.written = bucket.measured
@@ -153,13 +164,19 @@ def refuse_unordered(gradients: Iterable[Tensor]) -> None:
     """Refuse gradients whose elements cannot be bounded one by one.
 
     Raises:
-        GradientError: A complex gradient.
+        GradientError: A complex gradient, or a sum over ranks that is pending.
     """
     for gradient in gradients:
         if gradient.is_complex():
             raise GradientError(
                 f"Found a gradient of dtype {gradient.dtype} and max_value: complex elements "
                 "cannot be bounded one by one. Leave max_value at None."
+            )
+        if is_spread(gradient) and is_pending(gradient):
+            raise GradientError(
+                f"Found a gradient with placements {tuple(gradient.placements)} and max_value: "
+                "elements that are still to be added up over ranks cannot be bounded. Leave "
+                "max_value at None, or redistribute() it to Replicate first."
             )
 
 
@@ -184,7 +201,7 @@ def copied(buckets: Iterable[Bucket]) -> list[Bucket]:
     ]
 
 
-def _add_place(bucket: Bucket, gradient: Tensor, place: Place) -> None:
+def _add_place(bucket: Bucket, gradient: Tensor, place: Place, share: Share | None) -> None:
     measured = written = place
     if place.rows and len(place.labels) != gradient.shape[0]:
         raise GradientError(
@@ -196,6 +213,8 @@ def _add_place(bucket: Bucket, gradient: Tensor, place: Place) -> None:
         # What is measured and written holds the values alone.
         measured = _place_of_values(place, gradient.coalesce().indices())
         written = _place_of_values(place, gradient._indices())
+    elif place.rows and share is not None:
+        measured = written = _place_of_share(place, share)
     elif place.rows and rows_share_memory(gradient):
         raise GradientError(
             f"Found a tensor of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
@@ -206,6 +225,14 @@ def _add_place(bucket: Bucket, gradient: Tensor, place: Place) -> None:
     bucket.written_places.append(written)
 
 
+@lru_cache(maxsize=1 << 12)
+def _place_of_share(place: Place, share: Share) -> Place:
+    """Return where the norms of the rows are that are here."""
+    if share.rows is None:
+        return place
+    return Place(place.labels.cpu()[share.rows], rows=True)
+
+
 def _place_of_values(place: Place, indices: Tensor) -> Place:
     return Place(place.labels.to(indices.device)[indices[0]], rows=True)
 
@@ -214,6 +241,8 @@ def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
     """Return the real strided tensor to measure and the strided tensor to write."""
     _refuse_unfit(gradient)
     measured = written = gradient
+    if is_spread(gradient):
+        measured, written = local_of(gradient), stored(gradient)
     if gradient.layout is torch.sparse_coo:
         measured, written = gradient.coalesce()._values(), gradient._values()
     if written.is_complex():
@@ -239,12 +268,6 @@ def _refuse_unfit(gradient: Tensor) -> None:
         raise GradientError(
             f"Found a {type(gradient).__name__} among the gradients: give tensors only."
         )
-    if _is_sharded(gradient):
-        raise NotAvailableError(
-            "Found a gradient that is a DTensor, sharded over several processes: clipping across "
-            "processes is not available in this version of gradclip. Use "
-            "torch.nn.utils.clip_grad_norm_ for this model."
-        )
     what = f"a gradient of dtype {gradient.dtype} and shape {tuple(gradient.shape)}"
     if gradient.dtype not in REAL + COMPLEX:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in REAL + COMPLEX)
@@ -257,9 +280,3 @@ def _refuse_unfit(gradient: Tensor) -> None:
             f"Found {what} in layout {gradient.layout}: the layouts that can be clipped in place "
             "are torch.strided and torch.sparse_coo. Convert it with to_dense() or to_sparse()."
         )
-
-
-def _is_sharded(gradient: Tensor) -> bool:
-    # Importing torch.distributed.tensor takes half a second; who has a DTensor has imported it.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(gradient, module.DTensor)

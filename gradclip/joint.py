@@ -20,6 +20,7 @@ from .gradients import gradients_held, gradients_of, parameters_of
 from .labels import NormLabels
 from .optimizers import check_groups, refuse_within_backward
 from .places import Place
+from .ranks import Group, groups_of
 from .records import ClipRecord
 from .scaling import JointScaling, mark_of
 from .settings import Settings
@@ -62,6 +63,8 @@ class JointGradients:
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         self._scaling = JointScaling(grad_scaler)
         self._coverage = Coverage() if len(optimizers) > 1 else None
+        self._groups: tuple[Group, ...] = ()
+        self._grouped = -1
         for device in self.devices:
             engine_for(settings.engine, device)
 
@@ -148,6 +151,7 @@ class JointGradients:
 
     def _step_gradients(self, held: Held, **options: Any) -> StepGradients:
         labels, parameters = self._labels, held.parameters if self._weighed else ()
+        groups = self._groups_now()
         joint = self._everything or labels.single
         return StepGradients(
             held.gradients,
@@ -156,9 +160,17 @@ class JointGradients:
             len(labels.names),
             self.device,
             parameters=parameters,
-            names=held.names if self._watched else None,
+            names=held.names if self._watched and not groups else None,
+            groups=groups,
             **options,
         )
+
+    def _groups_now(self) -> tuple[Group, ...]:
+        """Return the ranks that the parameters are spread over, of new ones as well."""
+        count = self._labels.count
+        if count != self._grouped:
+            self._groups, self._grouped = groups_of(_parameters_held(self.optimizers)), count
+        return self._groups
 
     def _held_by(self, optimizers: Sequence[Optimizer]) -> Held:
         """Return the distinct gradients of optimizers that belong to some norm."""

@@ -42,7 +42,8 @@ class NormLabels:
         self._keys = GroupKeys(optimizers)
         self._known: dict[int, Known] = {}
         self._indices: dict[tuple[bool, str], int] = {}
-        self._parameters = -1
+        self.count = -1
+        """How many parameters the groups have."""
         self.warn_of_lost_keys = self._keys.warn_of_lost_keys
         self.names: tuple[str, ...] = ()
         """The k labels, in the order of the norms."""
@@ -66,9 +67,9 @@ class NormLabels:
         self._keys.refresh(numbered=self._scope.kind == "group")
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         count = sum(len(group["params"]) for group in groups)
-        if count != self._parameters:
+        if count != self.count:
             self._label_new()
-            self._parameters = count
+            self.count = count
 
     def of(self, parameter: Tensor) -> Known:
         """Return the name of a parameter, and where the norms of its gradient are.

@@ -13,6 +13,7 @@ from .engines import engine_for, norm_dtype
 from .engines.base import INFINITY, root
 from .gradients import Bucket
 from .places import gathered, owners
+from .ranks import Group
 
 
 def norms_of(
@@ -24,6 +25,7 @@ def norms_of(
     engine: str = "auto",
     scalar: bool = False,
     parts: list[Tensor] | None = None,
+    groups: Sequence[Group] = (),
 ) -> Tensor:
     """Measure one norm per label.
 
@@ -38,11 +40,18 @@ def norms_of(
         scalar: Whether a single norm is wanted 0-d.
         parts: Takes the power sum of every gradient, bucket by bucket, in fresh memory; no bit of
             the norms depends on it.
+        groups: The ranks that gradients are spread over: this is called on each of them, and the
+            collective of each group is entered, whether or not there are gradients here.
 
     Returns:
         Shape (k,), or () for a scalar, float64 (float32 where the device has no float64); 0 for a
         label without gradients, NaN or infinity where the gradients are not finite.
     """
+    if groups:
+        device = device or (buckets[0].device if buckets else torch.device("cpu"))
+        total = _sums_across(groups, buckets, order, count, device, engine)
+        total = total if order == INFINITY else root(total, order)
+        return total.squeeze(0) if scalar else total
     single = len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device)
     if single and parts is None:
         serving = engine_for(engine, buckets[0].device)
@@ -62,9 +71,47 @@ def norms_of(
     sums = [bucket.power_sums(engine, order) for bucket in buckets]
     if parts is not None:
         parts += map(partial(_of_gradients, order), sums, buckets)
-    places = tuple(place for bucket in buckets for place in bucket.places)
-    total = gathered(_together(sums, device), order, places, count)
+    total = _total(sums, buckets, order, count, device)
     return total if order == INFINITY else root(total, order)
+
+
+def _sums_across(
+    groups: Sequence[Group],
+    buckets: Sequence[Bucket],
+    order: float,
+    count: int,
+    device: torch.device,
+    engine: str,
+) -> Tensor:
+    """Return the power sums of the norms, the same on all ranks. One collective for each group.
+
+    What is on one rank alone, or the same on all, is in no group and added afterwards.
+    """
+    found = []
+    for group in (None, *groups):
+        own = [bucket for bucket in buckets if bucket.group == group and bucket.counts]
+        sums = [bucket.power_sums(engine, order) for bucket in own]
+        local = _total(sums, own, order, count, device)
+        found.append(local if group is None else group.reduced(local, order))
+    together = torch.stack(found)
+    return together.amax(0) if order == INFINITY else together.sum(0)
+
+
+def _total(
+    sums: Sequence[Tensor],
+    buckets: Sequence[Bucket],
+    order: float,
+    count: int,
+    device: torch.device,
+) -> Tensor:
+    """Return the power sums of the norms from those of their parts, shape (k,)."""
+    if not buckets:
+        return torch.zeros(count, dtype=norm_dtype(device), device=device)
+    together = _together(sums, device)
+    if buckets[0].places:
+        places = tuple(place for bucket in buckets for place in bucket.places)
+        return gathered(together, order, places, count)
+    return together.amax(0, keepdim=True) if order == INFINITY else together.sum(0, keepdim=True)
 
 
 def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None) -> Tensor:

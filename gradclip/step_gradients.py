@@ -17,6 +17,7 @@ from .naming import describe_nonfinite
 from .norms import norms_of
 from .parts import Parts, rescaled
 from .places import Place, present
+from .ranks import Group
 from .settings import Settings
 
 
@@ -34,10 +35,10 @@ class StepGradients:
         scale: By what GradScaler has multiplied the gradients, one element; None for not at all.
         overflow: Where only the device knows it: whether GradScaler leaves the step out, one bool.
         partial: Whether an optimizer's gradients are missing, since GradScaler leaves out its step.
+        groups: The ranks that the parameters are spread over.
 
     Raises:
         GradientError: A gradient that cannot be clipped rightly.
-        NotAvailableError: Gradients that are sharded over several processes.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class StepGradients:
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
         partial: bool = False,
+        groups: Sequence[Group] = (),
     ) -> None:
         if settings.max_value is not None:
             refuse_unordered(tensors)
@@ -64,6 +66,7 @@ class StepGradients:
         self._places = places
         self._parameters = parameters
         self._names = names
+        self._groups = groups
         self._settings = settings
         self._count = count
         self._device = device
@@ -76,8 +79,13 @@ class StepGradients:
             flag = _flag(bool(self.tensors), self._device)
             keep_if_captured(flag)
             return flag
-        places = tuple(place for bucket in self._buckets for place in bucket.places)
-        return present(places, self._count, self._device)
+        places = [
+            # Of what is spread over ranks the rows that are elsewhere are there as well.
+            place if bucket.group is None else self._places[index]
+            for bucket in self._buckets
+            for place, index in zip(bucket.places, bucket.indices, strict=True)
+        ]
+        return present(tuple(places), self._count, self._device)
 
     def weight_norms(self) -> Tensor:
         """Measure the norms of the parameters instead of their gradients; shape (k,)."""
@@ -135,7 +143,13 @@ class StepGradients:
     def _measured(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
         order, engine = self._settings.norm_type, self._settings.engine
         return norms_of(
-            buckets, order, count=self._count, device=self._device, engine=engine, parts=parts
+            buckets,
+            order,
+            count=self._count,
+            device=self._device,
+            engine=engine,
+            parts=parts,
+            groups=self._groups,
         )
 
     def _parts(self, names: Sequence[str], norms: Tensor, sums: list[Tensor]) -> Parts | None:

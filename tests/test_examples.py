@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -153,3 +154,33 @@ def test_explosion_measures_what_the_theory_says(tmp_path):
     [most] = re.findall(r"the state's gradient is at most ([\d.]+)", shown)
     assert float(most) < 2
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def norms_and_losses(shown):
+    rows = re.findall(r"^step +(\d+)  loss (\S+)  norm before (\S+), after (\S+)$", shown, re.M)
+    return [tuple(map(float, row)) for row in rows]
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_two_ranks_as_it_does_one_process(tmp_path):
+    alone = run("fsdp2.py", "alone", cwd=tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", EXAMPLES / "fsdp2.py", "logs"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    shown, expected = norms_and_losses(done.stdout), norms_and_losses(alone)
+    assert len(shown) == len(expected) == 8
+    for row, single in zip(shown[:4], expected, strict=False):
+        assert row == pytest.approx(single, rel=2e-3)  # later, rounding errors have grown
+    assert shown[-1][1] < 0.7 * shown[0][1]
+    ends = re.findall(r"^rank (\d) of 2: (.+)$", done.stdout, re.M)
+    assert sorted(rank for rank, _ in ends) == ["0", "1"]
+    assert len({end for _, end in ends}) == 1  # the last norm and the checksum, to the last digit
+    [events] = (tmp_path / "logs").iterdir()
+    assert "tfevents" in events.name

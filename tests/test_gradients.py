@@ -72,16 +72,6 @@ def test_gradients_are_collected_once_each_from_all_groups():
     assert distinct([first, second, first]) == [first, second]
 
 
-def test_sharded_gradients_are_refused_without_importing_their_module(monkeypatch):
-    class DTensor(torch.Tensor):
-        pass
-
-    module = types.ModuleType("torch.distributed.tensor")
-    module.DTensor = DTensor
-    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", module)
-    with pytest.raises(NotAvailableError, match="DTensor, sharded over several processes"):
-        buckets_of([torch.ones(1), torch.ones(1).as_subclass(DTensor)], 2.0)
-
 
 def test_other_subclasses_are_clipped_as_what_they_are():
     class Named(torch.Tensor):

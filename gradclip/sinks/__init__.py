@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import ArgumentError
+from ..ranks import is_first
 from ..records import Sink
 from .callable import CallableSink
 from .jsonl import JsonlSink
@@ -27,7 +28,9 @@ def sinks_from(log: object) -> list[Sink]:
     if isinstance(log, Sink):
         return [log]
     if isinstance(log, str | os.PathLike) or hasattr(log, "add_scalar"):
-        return [TensorBoardSink(log)]  # type: ignore[arg-type]  # checked there
+        sink = TensorBoardSink(log)  # type: ignore[arg-type]  # checked there
+        # A directory is one run's: of several processes that are given it the first one writes.
+        return [sink] if is_first() or hasattr(log, "add_scalar") else []
     what = f"the class {log.__name__}" if isinstance(log, type) else f"a {type(log).__name__}"
     raise ArgumentError(
         f"log is {what}: give a directory, a SummaryWriter, a Sink, or a list of these."

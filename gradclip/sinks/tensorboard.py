@@ -47,7 +47,7 @@ class TensorBoardSink(CadencedSink):
 
     Next to a ``SummaryWriter`` of your own, rather give that writer than its directory:
     TensorBoard updates only one file per directory where it runs without its data server. Of
-    several processes, give only one a log.
+    several processes give only one such a sink; of a directory as ``log=`` the first one writes.
 
     Args:
         where: A local directory, or a ``SummaryWriter``, which stays open at `close`.

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import math
-import sys
-import types
 
 import pytest
 import torch
 from torch import nn
 
-from gradclip import NotAvailableError
 from gradclip.gradients import (
     buckets_of,
     copied,

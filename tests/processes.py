@@ -81,6 +81,6 @@ def _serve(end: Connection, rank: int, count: int, store: str) -> None:
             break
         try:
             end.send((None, function(*arguments)))
-        except BaseException:
+        except BaseException:  # noqa: BLE001  # whoever called hears of it
             end.send((traceback.format_exc(), None))
     distributed.destroy_process_group()

@@ -69,7 +69,6 @@ def test_gradients_are_collected_once_each_from_all_groups():
     assert distinct([first, second, first]) == [first, second]
 
 
-
 def test_other_subclasses_are_clipped_as_what_they_are():
     class Named(torch.Tensor):
         pass

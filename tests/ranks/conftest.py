@@ -21,7 +21,7 @@ def four_ranks() -> Iterator[Pool]:
     pool.close()
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest) -> Pool:
     """Pools of two and of four ranks."""
     return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[request.param])

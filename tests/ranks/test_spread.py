@@ -369,6 +369,7 @@ def test_shards_have_the_norms_of_the_whole_in_one_collective(ranks, scope, orde
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("words", ["0 0", "0 1", "1 0", "R 0", "0 R", "R R"])
+@pytest.mark.slow
 def test_shards_on_a_mesh_of_two_dimensions(four_ranks, scope, words):
     for calls in check(four_ranks, "two", words, scope, 2.0, torch.float32):
         assert calls == ["all_reduce"]
@@ -389,6 +390,7 @@ def test_sums_that_are_pending_are_measured_as_what_they_add_up_to(ranks, scope,
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("order", [2.0, INF])
+@pytest.mark.slow
 def test_several_meshes_in_one_model_take_a_collective_for_each_group(four_ranks, scope, order):
     """As expert parallel on a mesh of its own, of which there are copies."""
     mesh = {"matrix": "one", "row": "two", "vector": "a", "filters": "b"}

@@ -9,7 +9,7 @@ READY := $(STAMP) $(NATIVE)
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds \
-    bench-logging pictures wheel clean
+    bench-logging bench-distributed pictures wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
@@ -57,6 +57,9 @@ bench-thresholds: $(READY)
 
 bench-logging: $(READY)
 	$(BIN)/python -m benchmarks.logging
+
+bench-distributed: $(READY)
+	$(BIN)/python -m benchmarks.distributed --save benchmarks/results/distributed.md
 
 # Those of the README that come from a demo run; wants chromium and chromedriver.
 pictures: $(READY)

@@ -19,7 +19,17 @@ from .engines.base import Batch
 from .engines.memory import rows_share_memory
 from .errors import GradientError
 from .places import Place, spread
-from .ranks import Group, Share, is_pending, is_spread, local_of, share_of, stored
+from .ranks import (
+    LOCAL,
+    Group,
+    Share,
+    common_share_of,
+    is_pending,
+    is_spread,
+    local_of,
+    share_of,
+    stored,
+)
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -150,14 +160,21 @@ def buckets_of(
 
 def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
     """Return the bucket that takes all: the usual case, told by two passes in C."""
-    if {*map(type, gradients)} != _ORDINARY:
+    types, (group, counts) = {*map(type, gradients)}, HERE
+    if len(types) == 1 and is_spread(gradients[0]):
+        share = common_share_of(gradients)  # type: ignore[arg-type]
+        if share is None:
+            return None
+        group, counts, gradients = share.group, share.counts, [*map(LOCAL, gradients)]
+        types = {*map(type, gradients)}
+    if types != _ORDINARY:
         return None
     facts = {*map(_FACTS, gradients)}
     dtype, device, layout = next(iter(facts))
     if len(facts) > 1 or dtype not in REAL or layout is not torch.strided:
         return None
     listed = Batch(gradients)
-    return Bucket(device, listed, listed)
+    return Bucket(device, listed, listed, group=group, counts=counts)
 
 
 def refuse_unordered(gradients: Iterable[Tensor]) -> None:

@@ -88,11 +88,14 @@ def _sums_across(
     What is on one rank alone, or the same on all, is in no group and added afterwards.
     """
     found = []
-    for group in (None, *groups):
+    alone = any(bucket.group is None for bucket in buckets)
+    for group in (None, *groups) if alone else groups:
         own = [bucket for bucket in buckets if bucket.group == group and bucket.counts]
         sums = [bucket.power_sums(engine, order) for bucket in own]
         local = _total(sums, own, order, count, device)
         found.append(local if group is None else group.reduced(local, order))
+    if len(found) == 1:
+        return found[0]
     together = torch.stack(found)
     return together.amax(0) if order == INFINITY else together.sum(0)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
+
+
+# One call into C for all tensors costs less than a line of Python for each.
+_SPEC, _MESH = attrgetter("_spec"), attrgetter("_spec.mesh")
+LOCAL = attrgetter("_local_tensor")
+"""The memory of a DTensor that is here."""
+MOST_KNOWN = 8
+_COMMON: dict[tuple[int, ...], tuple[Share | None, tuple[object, ...]]] = {}
+"""By the ids of descriptions what is common, with them, so that their ids stay theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +97,42 @@ def is_spread(tensor: object) -> TypeGuard[DTensor]:
 
 def groups_of(tensors: Iterable[Tensor]) -> tuple[Group, ...]:
     """Return the groups of ranks over which some of the tensors lie, in an order of their own."""
-    if "torch.distributed.tensor" not in sys.modules:
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
         return ()
-    meshes = {tensor.device_mesh for tensor in tensors if is_spread(tensor)}
-    found = {group for mesh in meshes if (group := _group_of(mesh)) is not None}
+    spread = [tensor for tensor in tensors if isinstance(tensor, module.DTensor)]
+    meshes = {id(mesh): mesh for mesh in map(_MESH, spread)}  # to hash a mesh takes microseconds
+    found = {group for mesh in meshes.values() if (group := _group_of(mesh)) is not None}
     return tuple(sorted(found, key=lambda group: group.ranks))
 
 
 def share_of(tensor: DTensor) -> Share | None:
     """Return what this rank has of a tensor; None where it is not in its mesh."""
     return _share_of(tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape))
+
+
+def common_share_of(tensors: Sequence[DTensor]) -> Share | None:
+    """Return the group of ranks of tensors and whether they count, if it is the same for all.
+
+    None where it is not, or a sum is pending. What was found is known by the descriptions of the
+    tensors, which FSDP2 keeps from step to step.
+    """
+    specs = (*map(_SPEC, tensors),)
+    key = (*map(id, specs),)
+    known = _COMMON.get(key)
+    if known is None:
+        while len(_COMMON) >= MOST_KNOWN:
+            del _COMMON[next(iter(_COMMON))]
+        known = _COMMON[key] = _in_common(tensors), specs
+    return known[0]
+
+
+def _in_common(tensors: Sequence[DTensor]) -> Share | None:
+    shares = [share_of(tensor) for tensor in tensors]
+    kinds = {None if share is None else (share.group, share.counts) for share in shares}
+    if len(kinds) > 1 or shares[0] is None or any(map(is_pending, tensors)):
+        return None
+    return shares[0]
 
 
 def local_of(tensor: DTensor) -> Tensor:

@@ -69,6 +69,7 @@ class Model(nn.Module):
         self.wide = nn.Parameter(torch.zeros(2, 2, 2, dtype=torch.float64))
         self.number = nn.Parameter(torch.zeros(()))
         self.c = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+        self.table = nn.Parameter(torch.zeros(2, 5))
 
 
 def with_gradients(model: nn.Module, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -126,7 +127,9 @@ def test_what_is_in_no_norm_has_none_of_its_own():
     expected = needed(with_gradients(model), 2.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     found = logged(model, [optimizer], scope=Scope(exclude=["matrix", "c*"]))
-    assert found == pytest.approx({k: expected[k] for k in ("brain", "wide", "number")}, rel=1e-6)
+    assert found == pytest.approx(
+        {k: expected[k] for k in ("brain", "table", "wide", "number")}, rel=1e-6
+    )
 
 
 def test_a_gradient_that_parameters_share_is_that_of_the_first():

@@ -128,10 +128,11 @@ def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None)
 
 def _of_gradients(order: float, sums: Tensor, bucket: Bucket) -> Tensor:
     """Return the power sums of gradients from theirs, or from those of their rows in some norm."""
-    if not bucket.rows:
-        return sums.clone()  # the norms will be in their memory
     if capturing():
         return sums  # nobody reads what a graph measures of parameters
+    sums = sums.clone()  # the norms will be in their memory
+    if not bucket.rows:
+        return sums
     places = tuple(bucket.places)
     return gathered(sums, order, owners(places), len(places))
 

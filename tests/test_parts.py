@@ -122,6 +122,16 @@ def test_each_parameter_has_its_norm_before_clipping(scope, order, engine):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_gradients_of_one_row_each_have_their_norms():
+    parameters = [nn.Parameter(torch.zeros(1, size)) for size in (4, 9)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer, sink = torch.optim.SGD(parameters, lr=0.0), MemorySink(per_parameter="all")
+    with GradientClipper(optimizer, None, scope="unit", log=sink):
+        optimizer.step()
+    assert [*sink.steps[0].parameter_norms.values()] == [4.0, 6.0]
+
+
 def test_what_is_in_no_norm_has_none_of_its_own():
     model = Model()
     expected = needed(with_gradients(model), 2.0)

@@ -102,13 +102,14 @@ def groups_of(tensors: Iterable[Tensor]) -> tuple[Group, ...]:
         return ()
     spread = [tensor for tensor in tensors if isinstance(tensor, module.DTensor)]
     meshes = {id(mesh): mesh for mesh in map(_MESH, spread)}  # to hash a mesh takes microseconds
-    found = {group for mesh in meshes.values() if (group := _group_of(mesh)) is not None}
+    found = {group for mesh in meshes.values() if (group := _group_of(mesh, _world())) is not None}
     return tuple(sorted(found, key=lambda group: group.ranks))
 
 
 def share_of(tensor: DTensor) -> Share | None:
     """Return what this rank has of a tensor; None where it is not in its mesh."""
-    return _share_of(tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape))
+    mesh = tensor.device_mesh
+    return _share_of(mesh, _world(), tuple(tensor.placements), tuple(tensor.shape))
 
 
 def common_share_of(tensors: Sequence[DTensor]) -> Share | None:
@@ -164,16 +165,20 @@ def _whole(placements: Sequence[Placement]) -> list[Placement]:
     return [Replicate() if placement.is_partial() else placement for placement in placements]
 
 
-@cache
-def _group_of(mesh: DeviceMesh) -> Group | None:
-    from torch import distributed
+def _world() -> ProcessGroup | None:
+    """Return the group of all processes, which tells its meshes from equal ones of an earlier."""
+    found: ProcessGroup | None = torch.distributed.group.WORLD
+    return found
 
+
+@cache
+def _group_of(mesh: DeviceMesh, world: ProcessGroup | None) -> Group | None:
     if mesh.get_coordinate() is None:
         return None
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
     processes: tuple[ProcessGroup | None, ...]
-    if mesh.ndim > 1 and len(ranks) == distributed.get_world_size():
-        processes = (distributed.group.WORLD,)
+    if mesh.ndim > 1 and len(ranks) == torch.distributed.get_world_size():
+        processes = (world,)
     else:
         processes = tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim))
     return Group(ranks, processes, mesh.device_type)
@@ -181,9 +186,12 @@ def _group_of(mesh: DeviceMesh) -> Group | None:
 
 @lru_cache(maxsize=1 << 16)
 def _share_of(
-    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...]
+    mesh: DeviceMesh,
+    world: ProcessGroup | None,
+    placements: tuple[Placement, ...],
+    shape: tuple[int, ...],
 ) -> Share | None:
-    group, coordinate = _group_of(mesh), mesh.get_coordinate()
+    group, coordinate = _group_of(mesh, world), mesh.get_coordinate()
     if group is None or coordinate is None:
         return None
     counts, rows = True, None

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from gradclip import GradientClipper, GradientError, NonFiniteGradientError
+from gradclip import (
+    GradientClipper,
+    GradientError,
+    NonFiniteGradientError,
+    clip_grad_norm_,
+    clip_grad_value_,
+    get_total_norm,
+)
 from tests.ranks.spreading import (
     Recorded,
     full_gradients,
@@ -20,8 +30,6 @@ from tests.ranks.spreading import (
 
 
 def clip_by_function(words: str, dtype: torch.dtype, limit: float, with_gradients: bool) -> Any:
-    from gradclip import clip_grad_norm_, clip_grad_value_, get_total_norm
-
     full = full_gradients(dtype)
     parameters = []
     for gradient in full.values():
@@ -115,3 +123,26 @@ def raising_everywhere() -> str:
 def test_all_ranks_raise_for_a_gradient_on_one_of_them(two_ranks):
     for message in two_ranks.run(raising_everywhere):
         assert "is nan at step 0, from these parameters: those of several ranks" in message
+
+
+def begun_again() -> list[float]:
+    """Leave the group, join another one, and clip on a mesh that is equal to the one before."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    found = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+            )
+            mesh = init_device_mesh("cpu", (1,))
+            gradient = distribute_tensor(torch.tensor([3.0, 4.0]), mesh)
+            found.append(get_total_norm([gradient]).item())
+            distributed.destroy_process_group()
+    return found
+
+
+def test_a_group_that_is_joined_after_another_one_is_used():
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(begun_again).result(60) == [5.0, 5.0]

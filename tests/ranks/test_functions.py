@@ -20,6 +20,7 @@ from gradclip import (
     clip_grad_value_,
     get_total_norm,
 )
+from gradclip.ranks import groups_of
 from tests.ranks.spreading import (
     Recorded,
     full_gradients,
@@ -125,7 +126,7 @@ def test_all_ranks_raise_for_a_gradient_on_one_of_them(two_ranks):
         assert "is nan at step 0, from these parameters: those of several ranks" in message
 
 
-def begun_again() -> list[float]:
+def begun_again() -> list[Any]:
     """Leave the group, join another one, and clip on a mesh that is equal to the one before."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
@@ -138,11 +139,13 @@ def begun_again() -> list[float]:
             )
             mesh = init_device_mesh("cpu", (1,))
             gradient = distribute_tensor(torch.tensor([3.0, 4.0]), mesh)
-            found.append(get_total_norm([gradient]).item())
+            [group] = groups_of([gradient])
+            norm = get_total_norm([gradient]).item()
+            found.append((norm, group.processes == (mesh.get_group(),)))
             distributed.destroy_process_group()
     return found
 
 
 def test_a_group_that_is_joined_after_another_one_is_used():
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        assert pool.submit(begun_again).result(60) == [5.0, 5.0]
+        assert pool.submit(begun_again).result(60) == [(5.0, True)] * 2

@@ -26,29 +26,40 @@ class Net(nn.Module):
         return self.head(self.inner(inputs).tanh())
 
 
-def trained(kind: str, options: dict[str, Any], log: str | None = None) -> Any:
-    """Train a few steps, in one process or spread over the ranks; every rank has its batches."""
+def trained(
+    kind: str,
+    options: dict[str, Any],
+    log: str | None = None,
+    steps: tuple[int, int] = (0, 6),
+    begun: Any = None,
+) -> Any:
+    """Train a few steps, in one process or spread over the ranks, each with its part of a batch."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     torch.manual_seed(0)
     net: nn.Module = Net()
+    if begun is not None:
+        _, weights, _, state = begun
+        net.load_state_dict(dict(zip(net.state_dict(), weights, strict=True)))
     wrapped = net
     if kind == "fsdp2":
         fully_shard(net.inner)
         fully_shard(net)
     elif kind == "ddp":
         wrapped = DistributedDataParallel(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(net.parameters(), lr=2.0)
     options = {"max_norm": 0.05} | options
     clipper = GradientClipper(optimizer, model=net, log=log, **options)
+    if begun is not None:
+        clipper.load_state_dict(state)
     norms = []
-    world, rank = distributed.get_world_size(), distributed.get_rank()
-    for step in range(6):
-        batch = torch.randn(4 * world, 5, generator=torch.Generator().manual_seed(step))
+    rank, size = distributed.get_rank(), 8 // distributed.get_world_size()
+    for step in range(*steps):
+        batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
         if step == 3 and options.get("nonfinite"):
             batch[-1, 0] = math.nan  # on the last rank alone
-        own = batch if kind == "alone" else batch[4 * rank : 4 * rank + 4]
+        own = batch if kind == "alone" else batch[size * rank : size * (rank + 1)]
         optimizer.zero_grad()
         wrapped(own).square().mean().backward()
         with Recorded() as calls:
@@ -71,13 +82,13 @@ RULES = {
 }
 
 
-def with_rule(kind: str, name: str, log: str | None = None) -> Any:
+def with_rule(kind: str, name: str, *rest: Any) -> Any:
     from gradclip.thresholds import Percentile, RelativeToWeights
 
     options = dict(RULES[name])
     made = {"percentile": Percentile(50), "weights": RelativeToWeights(0.01)}
     options["max_norm"] = made.get(options.get("max_norm"), options.get("max_norm", 0.05))
-    return trained(kind, options, log)
+    return trained(kind, options, *rest)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -96,6 +107,23 @@ def test_training_is_that_of_one_process_with_the_whole_batch(ranks, kind, name)
             assert calls == 0
         assert own_state["counters"] == state["counters"]
         assert repr(own) == repr(found[0][0])  # the same bits on all ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fixed", "percentile"])
+def test_a_run_of_four_ranks_goes_on_with_two(two_ranks, four_ranks, name):
+    needed = two_ranks.run(with_rule, "alone", name)[0]
+    states = four_ranks.run(with_rule, "fsdp2", name, None, (0, 3))
+    assert len({repr(state) for *_, state in states}) == 1  # equal on all ranks
+    for norms, weights, _, state in two_ranks.run(
+        with_rule, "fsdp2", name, None, (3, 6), states[0]
+    ):
+        for own, expected in zip(norms, needed[0][3:], strict=True):
+            assert own == pytest.approx(expected, rel=1e-4)
+        for one, other in zip(weights, needed[1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        assert state["steps"] == 6
+        assert state["counters"] == needed[3]["counters"]
 
 
 def test_only_the_first_rank_writes_into_a_directory(two_ranks, tmp_path):

@@ -14,12 +14,13 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
 
-# The interpreted kernels meanwhile, and their output at the end.
+# The engines meanwhile, the interpreted kernels first, and their output at the end.
 test: $(READY)
-	@log=$$(mktemp); $(INTERPRETED) -m "interpreted and not slow" tests/engines >$$log 2>&1 & \
-	other=$$!; $(BIN)/python -m pytest -q -m "not slow"; failed=$$?; \
-	wait $$other || failed=1; echo "Triton kernels, interpreted:"; tail -n 60 $$log; rm $$log; \
-	exit $$failed
+	@log=$$(mktemp); { $(INTERPRETED) -m "interpreted and not slow" tests/engines; failed=$$?; \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" tests/engines && exit $$failed; \
+	} >$$log 2>&1 & other=$$!; \
+	$(BIN)/python -m pytest -q -m "not slow" --ignore tests/engines; failed=$$?; \
+	wait $$other || failed=1; echo "Engines:"; tail -n 90 $$log; rm $$log; exit $$failed
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -24,6 +24,7 @@ def cells_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_counts_one_collective_a_step(capsys, tmp_path):
     saved = tmp_path / "results" / "distributed.md"
     options = ["--ranks", "2", "--parameters", "8", "--rounds", "2", "--save", str(saved)]

@@ -219,6 +219,7 @@ def test_a_quiet_training_is_the_same_to_the_last_bit_with_its_line(train):
     assert all(map(torch.equal, first.parameters, again.parameters))
 
 
+@pytest.mark.slow
 def test_the_insurance_of_a_quiet_training_stops_a_corrupted_batch(train):
     first = train(QUIET)
     corrupted = replace(QUIET, bad=(400,), times=1e4)
@@ -237,6 +238,7 @@ def test_a_spiky_training_is_clipped_at_its_spikes_and_ends_better(train):
     assert again.last_loss < 1.1 * train(QUIET).last_loss
 
 
+@pytest.mark.slow
 def test_spikes_that_lift_the_level_for_good_are_named_and_clipped(train):
     training = replace(SPIKY, bad=BAD[:3], times=100.0, optimizer=adam(0.003))
     first = train(training)
@@ -257,6 +259,7 @@ def test_the_line_for_a_drifting_training_fits_it_to_the_end(train):
     assert again.last_loss < 1.1 * first.last_loss
 
 
+@pytest.mark.slow
 def test_the_line_for_a_drifting_training_stops_what_one_for_its_beginning_lets_pass(train):
     """A loss that is summed over its batch of 32, once, when norms are small."""
     late = replace(DRIFTING, summed=550)
@@ -291,6 +294,7 @@ def test_a_training_that_explodes_before_there_is_a_level_learns_with_its_line(t
 # What is no sign of anything
 
 
+@pytest.mark.slow
 def test_norms_that_fall_at_the_beginning_alone_are_no_drift(train):
     """The loss of linear regression falls until the noise is all that is left."""
     first = train(FALLING)
@@ -299,6 +303,7 @@ def test_norms_that_fall_at_the_beginning_alone_are_no_drift(train):
     assert train(FALLING, first.advice.line).clipped() == set()
 
 
+@pytest.mark.slow
 def test_a_training_that_was_clipped_already_is_advised_by_its_norms_before(train):
     usual = np.quantile(train(QUIET).run.norms, 0.7)
     clipped = train(QUIET, f"GradientClipper(optimizer, {usual})")
@@ -309,6 +314,7 @@ def test_a_training_that_was_clipped_already_is_advised_by_its_norms_before(trai
     assert train(QUIET, advice.line).clipped() == set()
 
 
+@pytest.mark.slow
 def test_steps_without_gradients_between_the_others_change_no_advice(train):
     first = train(replace(QUIET, idle=True))
     assert (first.run.norms[1::2] == 0).all()
@@ -320,6 +326,7 @@ def test_steps_without_gradients_between_the_others_change_no_advice(train):
 # What the thresholds would have clipped
 
 
+@pytest.mark.slow
 def test_a_threshold_clips_the_share_that_was_said_where_it_changes_no_norm(train):
     standing = replace(SPIKY, optimizer=sgd(0.0), steps=300)
     first = train(standing)
@@ -331,6 +338,7 @@ def test_a_threshold_clips_the_share_that_was_said_where_it_changes_no_norm(trai
         assert again.run.clip_rate == share
 
 
+@pytest.mark.slow
 def test_a_threshold_that_clips_seldom_clips_nearly_the_share_that_was_said(train):
     shares = train(QUIET).advice.shares
     few = [limit for limit, share in shares.items() if 0 < share < 0.15]

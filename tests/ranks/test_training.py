@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from gradclip import GradientClipper
 from tests.ranks.spreading import (
     Recorded,
+    mesh_of,
 )
 
 
@@ -44,8 +45,8 @@ def trained(
         net.load_state_dict(dict(zip(net.state_dict(), weights, strict=True)))
     wrapped = net
     if kind == "fsdp2":
-        fully_shard(net.inner)
-        fully_shard(net)
+        fully_shard(net.inner, mesh=mesh_of("one"))
+        fully_shard(net, mesh=mesh_of("one"))
     elif kind == "ddp":
         wrapped = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=2.0)
@@ -139,7 +140,7 @@ def scaled() -> Any:
 
     torch.manual_seed(0)
     net = Net()
-    fully_shard(net)
+    fully_shard(net, mesh=mesh_of("one"))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     clipper = GradientClipper(optimizer, 0.05)
     scaler, seen = torch.amp.GradScaler("cpu", init_scale=1024.0), []

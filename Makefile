@@ -4,12 +4,14 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 NATIVE := .venv/.native
 READY := $(STAMP) $(NATIVE)
+FRAMEWORKS := .venv/.frameworks
+INTEGRATIONS := tests/integrations gradclip/integrations
 
 # Triton looks at this when a kernel is defined: interpreted and compiled kernels need a process each.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo test test-slow test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds \
-    bench-logging bench-distributed pictures wheel clean
+.PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds \
+    bench-logging bench-distributed bench-peers bench-spikes bench-temporal-order pictures mutants wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
@@ -19,12 +21,17 @@ test: $(READY)
 	@log=$$(mktemp); { $(INTERPRETED) -m "interpreted and not slow" tests/engines; failed=$$?; \
 	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" tests/engines && exit $$failed; \
 	} >$$log 2>&1 & other=$$!; \
-	$(BIN)/python -m pytest -q -m "not slow" --ignore tests/engines; failed=$$?; \
+	$(BIN)/python -m pytest -q -m "not slow" --ignore tests/engines $(INTEGRATIONS:%=--ignore %); \
+	failed=$$?; \
 	wait $$other || failed=1; echo "Engines:"; tail -n 90 $$log; rm $$log; exit $$failed
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(INTEGRATIONS:%=--ignore %)
 	$(INTERPRETED) -m "interpreted and slow" tests/engines
+
+# In the frameworks themselves, slow ones as well.
+test-integrations: $(READY) $(FRAMEWORKS)
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(INTEGRATIONS)
 
 # On a machine with a CUDA device; PYTHON_CUDA is one that has torch, Triton and pytest.
 PYTHON_CUDA ?= python3
@@ -50,11 +57,27 @@ types: $(STAMP)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.clip --instructions
 
-# timm wants torchvision, of which its one file for AGC needs nothing.
-bench-thresholds: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
+# Beside the frameworks, not among them: where they find timm they want its torchvision, of which
+# its one file for AGC needs nothing.
+PEERS := build/peers
+$(PEERS): constraints.txt | $(STAMP)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --constraint $< --target $@ \
 	    autoclip zclip smartclip timm
-	$(BIN)/python -m benchmarks.thresholds
+	touch $@
+
+bench-thresholds: $(READY) $(PEERS)
+	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks.thresholds
+
+bench-peers: $(READY) $(FRAMEWORKS) $(PEERS)
+	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks.peers --save benchmarks/results/peers.md
+
+bench-spikes: $(READY)
+	$(BIN)/python -m benchmarks.spikes --save benchmarks/results/spikes.md
+
+bench-temporal-order: $(READY)
+	$(BIN)/python -m benchmarks.temporal_order --checkpoint build/temporal_order \
+	    --save benchmarks/results/temporal_order.md
 
 bench-logging: $(READY)
 	$(BIN)/python -m benchmarks.logging
@@ -65,6 +88,14 @@ bench-distributed: $(READY)
 # Those of the README that come from a demo run; wants chromium and chromedriver.
 pictures: $(READY)
 	$(BIN)/python -m docs.pictures
+
+# Mutants of the core that the tests do not catch, each of which has to be explained. Processes of
+# one thread, as they are forked from one that has run the tests.
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mutmut
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 1
+	$(BIN)/python tests/mutation/compare.py
 
 wheel: $(STAMP)
 	rm -rf dist
@@ -85,6 +116,10 @@ $(NATIVE): setup.py $(wildcard gradclip/engines/_native*.[ch]) | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+$(FRAMEWORKS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[integrations]'
+	touch $@ $(NATIVE)
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f gradclip/engines/_native.so

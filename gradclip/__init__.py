@@ -6,9 +6,11 @@ To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py
 ``thresholds/fixed.py``, ``thresholds/adaptive.py``, ``engines/base.py``, ``engines/reference.py``,
 ``engines/operators.py``, ``engines/native.py``, ``engines/_native.c``, ``engines/plan.py``,
 ``engines/kernels.py``, ``engines/launching.py``, ``engines/requests.py``, ``engines/triton.py``,
-``records.py``, ``buffer.py``, ``recorder.py``, ``capture.py``, ``replays.py``,
-``sinks/tensorboard.py``, ``sinks/event_files.py``, ``sinks/record_format.py``,
-``report/reading.py``, ``report/run.py``, ``report/summary.py``, ``report/advice.py``.
+``ranks.py``, ``shards.py``, ``told.py``, ``agreement.py``, ``disagreement.py``, ``peers.py``,
+``overflow.py``, ``parts.py``, ``records.py``, ``buffer.py``, ``incidents.py``, ``recorder.py``,
+``capture.py``, ``replays.py``, ``sinks/tensorboard.py``, ``sinks/event_files.py``,
+``sinks/record_format.py``, ``report/reading.py``, ``report/run.py``, ``report/summary.py``,
+``report/advice.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from .errors import (
     GradClipError,
     GradientError,
     NonFiniteGradientError,
-    NotAvailableError,
     SkipLimitError,
     StateError,
 )
@@ -35,9 +36,9 @@ from .functional import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from .ranks import Ranks
 from .records import ClipRecord, LoggedStep
 from .scopes import Scope
-from .settings import not_available
 from .sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
 from .thresholds import Threshold
 from .time_norms import TimeNorms, through_time
@@ -56,7 +57,7 @@ __all__ = [
     "LoggedStep",
     "MemorySink",
     "NonFiniteGradientError",
-    "NotAvailableError",
+    "Ranks",
     "Scope",
     "Sink",
     "SkipLimitError",
@@ -75,11 +76,3 @@ __all__ = [
     "thresholds",
     "through_time",
 ]
-
-_PLANNED = ("Ranks",)
-
-
-def __getattr__(name: str) -> object:
-    if name in _PLANNED:
-        raise not_available(f"gradclip.{name}", "leave it out")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,7 @@ from .scaling import (
     skips_on_device,
 )
 from .seen import Seen, version_of
-from .stack import running_scaler, step_running
+from .stack import making_state, running_scaler, step_running
 
 
 class Attachment:
@@ -90,6 +90,8 @@ class Attachment:
             step.changes.undo()
             mend_marks(optimizer, step.marks)
         self._step = None
+        if making_state():
+            return None
         left_out = overflows_in_passed_scaler(optimizer, kwargs)
         step = self._step = _Step(optimizer)
         if left_out:

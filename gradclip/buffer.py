@@ -119,7 +119,7 @@ class Batch:
         for record in self.records:
             parts = record.parts
             found.append(None if parts is None else NormsByParameter(parts, sums, end, order))
-            end += 0 if parts is None else len(parts.names)
+            end += len(parts or ())
         return found
 
     def _arrived(self) -> Tensor:
@@ -145,7 +145,7 @@ def finish(device: torch.device) -> None:
 
 def _numbers(record: ClipRecord) -> int:
     """Return how many numbers a record has, roughly."""
-    return record.norms.numel() + (0 if record.parts is None else len(record.parts.names))
+    return record.norms.numel() + len(record.parts or ())
 
 
 def _alike(one: ClipRecord, other: ClipRecord) -> bool:

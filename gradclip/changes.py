@@ -23,7 +23,7 @@ class Changes:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._groups: list[tuple[dict[str, Any], dict[str, tuple[object, object]]]] = []
         self._attributes: dict[str, tuple[object, object]] = {}
 
     def __bool__(self) -> bool:
@@ -39,10 +39,7 @@ class Changes:
                 parameter.grad = None
         # Some optimizers count their steps here, also without a gradient. Learning rates are
         # others' business.
-        self._groups = [
-            (g, {k: v for k, v in g.items() if isinstance(v, int | float) and k != "lr"})
-            for g in groups
-        ]
+        self._groups = [(g, {k: _kept(v) for k, v in g.items() if k != "lr"}) for g in groups]
 
     def set(self, name: str, value: object) -> None:
         """Set an attribute of the optimizer."""
@@ -60,8 +57,14 @@ class Changes:
         for parameter, gradient in self._hidden:
             if parameter.grad is None:
                 parameter.grad = gradient
-        for group, numbers in self._groups:
-            group.update(numbers)
+        for group, kept in self._groups:
+            for key in group.keys() - kept.keys() - {"lr"}:  # begun in the first step
+                del group[key]
+            for key, (value, copy) in kept.items():
+                if isinstance(value, Tensor) and isinstance(copy, Tensor):
+                    value.copy_(copy)
+                if copy is not None:
+                    group[key] = value
         for name, (earlier, ours) in self._attributes.items():
             if vars(self.optimizer).get(name) is ours:
                 if earlier is _ABSENT:
@@ -69,6 +72,13 @@ class Changes:
                 else:
                     setattr(self.optimizer, name, earlier)
         self._hidden, self._groups, self._attributes = [], [], {}
+
+
+def _kept(value: object) -> tuple[object, object]:
+    """Return a value of a group, and the number that it is now; None for anything else."""
+    if isinstance(value, Tensor):
+        return value, value.clone() if value.numel() == 1 else None
+    return value, value if isinstance(value, int | float) else None
 
 
 class GuardedArguments(dict[str, Any]):

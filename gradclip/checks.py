@@ -7,6 +7,9 @@ from numbers import Real
 
 from .errors import ArgumentError
 
+ENDLESS = 2**62
+"""More than is ever counted."""
+
 
 def checked_bound(
     name: str,
@@ -48,14 +51,14 @@ def checked_order(value: object) -> float:
 
 
 def checked_count(name: str, value: object, least: int = 0) -> int:
-    """Return ``value`` if it is a whole number that is large enough.
+    """Return ``value`` if it is a whole number that is large enough, and an int64 can go on from.
 
     Raises:
         ArgumentError: It is not.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value < ENDLESS:
         return value
-    raise ArgumentError(f"{name} is {value!r}: give a whole number >= {least}.")
+    raise ArgumentError(f"{name} is {value!r}: give a whole number >= {least} and < 2**62.")
 
 
 def _real(name: str, value: object, needed: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -12,22 +11,25 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .agreement import comparable, telling_ranks
 from .attachment import Attachment
 from .capture import capturing
 from .changes import Changes
 from .checks import checked_count
-from .coefficients import clip_coefficients, reduced, unless
+from .coefficients import are_finite, clip_coefficients, reduced, unless
 from .engines import engine_for
 from .errors import ArgumentError, AttachError
 from .joint import JointGradients
 from .labels import NormLabels
 from .limits import Limits
 from .optimizers import clippable, listed
+from .peers import Peers
 from .policies import check_capture, nonfinite_error, skip_limit_error, verdict
+from .ranks import Ranks
 from .recorder import Recorder
 from .records import ClipRecord
 from .scopes import Labelling, Scope, scope_from
-from .settings import Settings, check_later_parts, described
+from .settings import Settings, described, options_of
 from .sinks import Sink, sinks_from
 from .state import parsed_state
 from .step_gradients import StepGradients
@@ -54,9 +56,9 @@ class GradientClipper:
     A skipped step leaves parameters, the optimizer's state and the gradients as they are. A step
     that a ``GradScaler`` leaves out for its overflow is not seen at all.
 
-    No host sync on a CUDA device in a step, unless ``nonfinite`` is "raise", or a policy is
-    "skip" and the optimizer is none of torch's fused ones, or the parameters lie on several
-    devices, or several optimizers share a ``GradScaler``. Not collective.
+    No host sync on a CUDA device in a step, unless ``nonfinite`` is "raise", or a policy is "skip"
+    and the optimizer is none of torch's fused ones, or the parameters lie on several devices, or
+    several optimizers share a ``GradScaler``. Collective, as attaching is, across ranks.
 
     Steps can be captured in a CUDA graph, after a few that were not. The training loop then calls
     `flush` now and then, and steps outside the graph wait for the device.
@@ -72,10 +74,9 @@ class GradientClipper:
 
     Args:
         optimizer: The optimizer whose steps are clipped, or several in a list: the gradients of
-            one backward pass then share one norm. Of a wrapper, the optimizer inside. A
-            parameter group with a ``max_norm`` has a norm of its own; with None it is never
-            clipped and in no norm. The keys are read once, for loading a checkpoint would
-            replace them.
+            one backward pass then share one norm. Of a wrapper, the optimizer inside. A parameter
+            group with a ``max_norm``, read once, has a norm of its own; with None it is never
+            clipped and in no norm.
         max_norm: Largest norm allowed, 0 or more; a function of the step's index that returns
             it; a `Threshold`; or None to measure without clipping.
         norm_type: p of the p-norm, positive, or inf for the largest element.
@@ -94,21 +95,21 @@ class GradientClipper:
         model: Gives parameters their names in labels and errors; without it they are numbered.
         log: A directory for TensorBoard, into which the first of several processes writes; a
             ``SummaryWriter``, a `Sink`, or a list of these.
-        ranks: Not available in this version.
-        grad_scaler: The ``GradScaler`` of several optimizers: the gradients of all are unscaled
-            at the first step. One optimizer needs none here.
+        ranks: Where the parameters are that live on other ranks without being DTensors.
+        grad_scaler: The ``GradScaler``, for several optimizers, whose gradients are all unscaled
+            at the first step, or with ``ranks``, which then agree on its overflows.
         engine: Which engine measures and scales; "auto" chooses by device.
 
     Raises:
         ArgumentError: An option that cannot be meant.
-        AttachError: An optimizer that cannot be clipped through its hooks.
-        NotAvailableError: An option that this version lacks.
+        AttachError: An optimizer that cannot be clipped through its hooks, or ranks that differ.
         EngineUnavailableError: An engine that this installation lacks.
 
     Warns:
         UserWarning: An optimizer that clips by itself, too.
     """
 
+    @telling_ranks
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -122,35 +123,34 @@ class GradientClipper:
         skip_limit: int | None = None,
         model: nn.Module | None = None,
         log: Log | Sequence[Log] | None = None,
-        ranks: object = None,
+        ranks: Ranks | None = None,
         grad_scaler: GradScaler | None = None,
         engine: str = "auto",
     ) -> None:
-        check_later_parts(ranks=ranks)
         self._settings = Settings(norm_type, max_value, exceed, nonfinite, skip_limit, engine)
         self._threshold = threshold_from(max_norm)
-        optimizers = clippable(optimizer, skips=self._settings.skips)
+        options = options_of(self._settings, self._threshold, scope)
+        optimizers = clippable(optimizer, skips=self._settings.skips, ranks=ranks)
         self._given = listed(optimizer)
-        self._labels = NormLabels(optimizers, scope_from(scope), model)
-        order, weighed = self._settings.norm_type, self._threshold.needs_weights
+        self._labels = NormLabels(optimizers, scope_from(scope), model, ranks)
+        order = self._settings.norm_type
         self._recorder = Recorder(sinks_from(log), order, skip_limit)
-        watched = self._recorder.has_sinks or self._settings.raises
+        same = comparable(options, self._threshold, grad_scaler, optimizers)
+        peers = Peers(ranks, self._labels, same, self._recorder.has_sinks or self._settings.raises)
         self._joint = JointGradients(
-            optimizers, grad_scaler, self._settings, self._labels, weighed, watched
+            optimizers, grad_scaler, self._settings, self._labels, peers, self._threshold
         )
         self._limits = Limits(self._threshold, self._labels, self._joint.device, order)
-        self._close = weakref.finalize(self, self._recorder.close)
+        self._recorder.close_after(self)
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
         self._attachments = [
             Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
             for each in optimizers
         ]
+        self._joint.attach(grad_scaler)
         self._limits.claim()
-        names, engine = self._labels.names, self.engine
-        self._recorder.begin(
-            described(self._settings, self._threshold, scope, names, optimizers, engine)
-        )
+        self._recorder.begin(described(options, self.labels, optimizers, self.engine))
 
     # The pipeline
 
@@ -173,32 +173,31 @@ class GradientClipper:
         if self._settings.writes and skip is not True:
             gradients.scale_(coefficients)
         reduction = reduced(coefficients, bounded, norms)
-        now, overflow = time.time(), gradients.overflow
-        parts = gradients.parts
+        now, overflow, parts = time.time(), gradients.overflow, gradients.parts
         record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, parts)
         self._joint.cover(gradients.tensors, record)
         self._pending = record
         if skip is True:
-            self._stop(optimizer, record)
+            self._refuse_nonfinite(optimizer, record)
         return record
+
+    def _refuse_nonfinite(self, optimizer: Optimizer, record: ClipRecord) -> None:
+        """Raise for a skipped step where the policy is to; it counts all the same."""
+        if self._settings.raises and not are_finite(record.norms):
+            error = nonfinite_error(record, self._recorder.history())
+            self._joint.cover_stepped(optimizer)
+            self._count(record)
+            raise error
 
     def _finish(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Count and record the step that was taken or skipped, once for all optimizers."""
         self._joint.cover_stepped(optimizer)
-        if record is self._pending:
-            self._count(record)
-
-    # Its parts
-
-    def _stop(self, optimizer: Optimizer, record: ClipRecord) -> None:
-        """Raise for a skipped step where the policy is to; it counts all the same."""
-        settings, limit = self._settings, self._settings.skip_limit
-        if settings.raises and not bool(record.norms.isfinite().all()):
-            error = nonfinite_error(record, self._recorder.history())
-            self._finish(optimizer, record)
-            raise error
-        if limit is not None and self._recorder.counters.skipped_in_a_row + 1 >= limit:
-            self._finish(optimizer, record)
+        if record is not self._pending:
+            return
+        limit, known = self._settings.skip_limit, record.skipped is True
+        skipped = self._recorder.counters.skipped_in_a_row + 1 if limit and known else 0
+        self._count(record)
+        if limit and skipped >= limit:
             raise skip_limit_error(limit, record.step)
 
     def _count(self, record: ClipRecord) -> None:
@@ -251,7 +250,7 @@ class GradientClipper:
     def last(self) -> ClipRecord | None:
         """The record of the newest step, in tensors on the device; None before the first.
 
-        In a CUDA graph the tensors hold the newest replay, and the index is that of the capture.
+        In a CUDA graph the tensors hold the newest replay, the index is that of the capture.
         """
         return self._last
 
@@ -280,14 +279,12 @@ class GradientClipper:
         return ", ".join({engine.name: None for engine in chosen})
 
     def clip_rate(self) -> float:
-        """Return the share of the finite norms so far that exceeded their threshold. Host sync."""
+        """Return the share of the finite norms so far that were (to be) reduced. Host sync."""
         return self._recorder.counters.clip_rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Return step, counters, labels and the threshold's state. Host sync.
-
-        It loads with ``weights_only=True``.
-        """
+        """Return all that a run goes on from; loads with ``weights_only=True``. Host sync."""
+        self._limits.follow_labels()
         return {
             "steps": self.steps,
             "counters": asdict(self._recorder.counters),
@@ -303,7 +300,8 @@ class GradientClipper:
             StateError: It is no such state, or of another threshold or other labels; nothing was
                 changed.
         """
-        steps, counters = parsed_state(state, self.labels, type(self._threshold).__name__)
+        steps, counters = parsed_state(state, self._labels, type(self._threshold).__name__)
+        self._limits.follow_labels()
         self._threshold.load_state_dict(state["threshold"])
         self.steps, self._recorder.counters = steps, counters
 
@@ -313,6 +311,7 @@ class GradientClipper:
         """Stop clipping: take the hooks off the optimizers. The second call does nothing."""
         for attachment in self._attachments:
             attachment.detach()
+        self._joint.detach()
         self._limits.release()
 
     def flush(self) -> None:
@@ -328,7 +327,7 @@ class GradientClipper:
     def close(self) -> None:
         """Detach, write what is left, and close the logs. The second call does nothing."""
         self.detach()
-        self._close()
+        self._recorder.close()
 
     def __enter__(self) -> Self:
         return self

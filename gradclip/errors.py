@@ -5,7 +5,6 @@
     ├── AttachError             also RuntimeError: an optimizer that a hook cannot clip
     ├── GradientError           also TypeError: a gradient that cannot be clipped rightly
     ├── EngineUnavailableError  also RuntimeError: an engine asked for by name that is not there
-    ├── NotAvailableError       also NotImplementedError: a part that this version lacks
     ├── StateError              also ValueError: a state dict that does not fit
     ├── NonFiniteGradientError  also RuntimeError: a norm that is NaN or infinite
     └── SkipLimitError          also RuntimeError: too many skipped steps in a row
@@ -35,10 +34,6 @@ class GradientError(GradClipError, TypeError):
 
 class EngineUnavailableError(GradClipError, RuntimeError):
     """An engine was asked for by name and cannot serve here."""
-
-
-class NotAvailableError(GradClipError, NotImplementedError):
-    """The interface has this, but the installed version of gradclip does not."""
 
 
 class StateError(GradClipError, ValueError):

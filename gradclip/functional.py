@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import checked_bound, checked_order
@@ -26,7 +26,8 @@ from .engines.base import host_may_read, norm_dtype
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
 from .gradients import Bucket, buckets_of, coalesce_, distinct, refuse_unordered
 from .norms import norms_of
-from .ranks import Group, groups_of
+from .ranks import Group
+from .shards import groups_of
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -44,7 +45,8 @@ def clip_grad_norm_(
     """Clip the norm of the gradients of parameters, in place.
 
     The same name and signature as ``torch.nn.utils.clip_grad_norm_``. Where the norm is not
-    finite the gradients stay as they are.
+    finite the gradients stay as they are. Of DTensors it is the norm of the whole, and the call
+    collective.
 
     >>> import torch, gradclip
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -72,8 +74,7 @@ def clip_grad_norm_(
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
     listed = listed_parameters(parameters)
-    gradients = listed_gradients(listed)
-    return _clip_norm_(gradients, limit, order, error_if_nonfinite, **_across(listed))
+    return _clip_norm_(_gradients(listed), limit, order, error_if_nonfinite, **_across(listed))
 
 
 def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -230,6 +231,8 @@ class _ClipBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         max_norm, max_value, grad_scaler = ctx.options
+        if max_value < math.inf:
+            refuse_unordered([gradient])
         # Others may hold this gradient too: what is written is a copy.
         copy = gradient.clone(memory_format=torch.contiguous_format)
         [bucket] = buckets_of([copy], 2.0)
@@ -293,7 +296,8 @@ def _clip_value_(gradients: list[Tensor], bound: float) -> None:
 def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
     if limit == math.inf or (host_may_read(norm) and norm.item() <= limit):
         return
-    coefficients = clip_coefficients(norm.reshape(1), limit, erase=False)
+    wide = norm.reshape(1).to(norm_dtype(norm.device))  # a user's may be in half precision
+    coefficients = clip_coefficients(wide, limit, erase=False)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
 
@@ -318,16 +322,19 @@ def listed_parameters(parameters: TensorOrTensors) -> list[Tensor]:
         GradientError: One of them is no tensor.
     """
     listed = _listed(parameters)
-    if not {*map(type, listed)} <= {Tensor, nn.Parameter}:
-        for parameter in listed:
-            if not isinstance(parameter, Tensor):
-                raise GradientError(
-                    f"Found a {type(parameter).__name__} among the parameters: give tensors only, "
-                    "as model.parameters() does."
-                )
+    for kind in {*map(type, listed)}:
+        if not issubclass(kind, Tensor) and not all(isinstance(p, Tensor) for p in listed):
+            raise GradientError(
+                f"Found a {kind.__name__} among the parameters: give tensors only, as "
+                "model.parameters() does."
+            )
     return listed
 
 
 def listed_gradients(parameters: TensorOrTensors) -> list[Tensor]:
     """Return the gradients that parameters have; one object as often as they share it."""
-    return [g for p in listed_parameters(parameters) for g in [p.grad] if g is not None]
+    return _gradients(listed_parameters(parameters))
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [g for p in parameters for g in [p.grad] if g is not None]

@@ -19,9 +19,9 @@ from .engines.base import Batch
 from .engines.memory import rows_share_memory
 from .errors import GradientError
 from .places import Place, spread
-from .ranks import (
+from .ranks import Group
+from .shards import (
     LOCAL,
-    Group,
     Share,
     common_share_of,
     is_pending,
@@ -115,7 +115,10 @@ def distinct(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def buckets_of(
-    gradients: Sequence[Tensor], order: float, places: Iterable[Place] | None = None
+    gradients: Sequence[Tensor],
+    order: float,
+    places: Iterable[Place] | None = None,
+    counted: Sequence[bool] = (),
 ) -> list[Bucket]:
     """Sort gradients into buckets.
 
@@ -123,11 +126,12 @@ def buckets_of(
         gradients: Distinct gradients of any mixture of devices, dtypes and layouts. Not written.
         order: p of the norm to be measured.
         places: For each gradient where its norms are; None where all share one.
+        counted: For each whether it counts here, not as a copy on another rank; empty for all.
 
     Raises:
         GradientError: A dtype or layout that cannot be clipped rightly, or rows that share memory.
     """
-    if places is None:
+    if places is None and not counted:
         bucket = _bucket_of_all(gradients)
         if bucket is not None:
             return [bucket]
@@ -142,6 +146,7 @@ def buckets_of(
             share = share_of(gradient) if is_spread(gradient) else None
         rows = place is not None and place.rows
         group, counts = HERE if share is None else (share.group, share.counts)
+        counts = counts and (not counted or counted[index])
         key = (gradient.device, gradient.dtype, rows, group, counts)
         bucket = buckets.get(key)
         if bucket is None:

@@ -7,24 +7,31 @@ from dataclasses import dataclass, field
 from itertools import compress
 from operator import is_
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from .agreement import BY_NAME
 from .changes import Changes
 from .coverage import Coverage
 from .engines import engine_for
 from .engines.base import host_may_read
+from .errors import AttachError
 from .gradients import gradients_held, gradients_of, parameters_of
 from .labels import NormLabels
+from .limits import is_foreign, learns
 from .optimizers import check_groups, refuse_within_backward
+from .overflow import AgreedOverflow, refuse_apart
+from .peers import Peers
 from .places import Place
-from .ranks import Group, groups_of
 from .records import ClipRecord
 from .scaling import JointScaling, mark_of
 from .settings import Settings
-from .step_gradients import StepGradients
+from .step_gradients import StepGradients, Weight
+from .thresholds import Threshold
 
 
 class JointGradients:
@@ -39,11 +46,12 @@ class JointGradients:
         grad_scaler: The GradScaler of several optimizers, or None.
         settings: How to measure and what may be written.
         labels: The labels of the norms.
-        weighed: Whether the norms of the parameters will be asked for.
-        watched: Whether the parts of the norms are.
+        peers: The other ranks.
+        threshold: What will be asked about the norms.
 
     Raises:
         EngineUnavailableError: The engine does not serve a device of the parameters.
+        AttachError: The ranks do not fit together.
     """
 
     def __init__(
@@ -52,21 +60,35 @@ class JointGradients:
         grad_scaler: object,
         settings: Settings,
         labels: NormLabels,
-        weighed: bool = False,
-        watched: bool = False,
+        peers: Peers,
+        threshold: Threshold,
     ) -> None:
         self.optimizers = optimizers
         self._settings = settings
         self._labels = labels
-        self._weighed = weighed
-        self._watched = watched
+        self._peers = peers
+        self._weighed = threshold.needs_weights
+        self._heeded = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
-        self._scaling = JointScaling(grad_scaler)
+        self._scaling = JointScaling(grad_scaler, everywhere=peers.across is not None)
         self._coverage = Coverage() if len(optimizers) > 1 else None
-        self._groups: tuple[Group, ...] = ()
-        self._grouped = -1
+        self._overflow: AgreedOverflow | None = None
+        self._round: WeakSet[Optimizer] = WeakSet()
+        self._states: object = None
         for device in self.devices:
             engine_for(settings.engine, device)
+        peers.refresh(_parameters_held(optimizers))
+
+    def attach(self, grad_scaler: object) -> None:
+        """Let ranks agree on the overflows of the GradScaler, until `detach`."""
+        across = self._peers.across
+        if across is not None and isinstance(grad_scaler, GradScaler):
+            self._overflow = AgreedOverflow(grad_scaler, self.optimizers, across, self.device)
+
+    def detach(self) -> None:
+        """Leave the GradScaler as it was; the second call does nothing."""
+        if self._overflow is not None:
+            self._overflow.release()
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +118,9 @@ class JointGradients:
         for optimizer in self.optimizers:
             check_groups(optimizer)
         self._labels.refresh()
+        self._peers.refresh(_parameters_held(self.optimizers))
+        if self._peers.across is not None:
+            refuse_apart(self._overflow)
         overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
             overflow = overflow > 0
@@ -126,6 +151,8 @@ class JointGradients:
     ) -> StepGradients | ClipRecord | None:
         self._scaling.unscale(stepping, self.optimizers, changes)
         own = self._held_by([stepping]).gradients
+        if self._peers.across is not None:
+            return self._of_round(coverage, stepping, own)
         if not own:
             return self._of_none(stepping)
         covering = [coverage.record_for(stepping, gradient) for gradient in own]
@@ -133,15 +160,51 @@ class JointGradients:
         if len(records) == len(own):
             return max(records, key=lambda record: record.step)
         self._scaling.refuse_new(stepping, [g for g in own if not coverage.knows(g)])
-        others = [optimizer for optimizer in self.optimizers if optimizer is not stepping]
-        overflowed = [each for each in others if self._scaling.overflowed(each)]
-        left_out = {*overflowed, *filter(self._scaling.stepped, others)}
-        left = [each for each in others if each not in left_out]
+        left, partial = self._still_to_step(stepping)
         needed = {id(gradient) for gradient in own}
         held = self._held_by([stepping, *left]).filtered(
             lambda gradient: id(gradient) in needed or not coverage.knows(gradient)
         )
-        return self._step_gradients(held, partial=bool(overflowed))
+        return self._step_gradients(held, partial=partial)
+
+    def _still_to_step(self, stepping: Optimizer) -> tuple[list[Optimizer], bool]:
+        """Return the others whose gradients are of use, and whether an overflow left one out."""
+        others = [optimizer for optimizer in self.optimizers if optimizer is not stepping]
+        overflowed = [each for each in others if self._scaling.overflowed(each)]
+        left_out = {*overflowed, *filter(self._scaling.stepped, others)}
+        return [each for each in others if each not in left_out], bool(overflowed)
+
+    def _of_round(
+        self, coverage: Coverage, stepping: Optimizer, own: Sequence[Tensor]
+    ) -> StepGradients | ClipRecord | None:
+        """Return what is clipped together with other ranks, which may have gradients of others.
+
+        A round begins with an optimizer that has stepped in the last one, or after an update of
+        the scaler: all ranks know that, whatever gradients they have.
+        """
+        states = self._scaling.states
+        if self._round and stepping not in self._round and states is self._states:
+            self._round.add(stepping)
+            records = [coverage.record_for(stepping, gradient) for gradient in own]
+            if None in records:
+                raise AttachError(
+                    f"Gradients of {type(stepping).__name__} were computed after another optimizer "
+                    "of the clipper had stepped, and ranks agree on those of one backward pass: "
+                    "step with all of them before the next one, or give each of them a clipper of "
+                    "its own."
+                )
+            return max(filter(None, records), key=lambda record: record.step, default=None)
+        self._round, self._states = WeakSet([stepping]), states
+        left, partial = self._still_to_step(stepping)
+        covered = {
+            id(gradient)
+            for optimizer in (stepping, *left)
+            for gradient in gradients_held(optimizer)
+            if coverage.record_for(optimizer, gradient) is not None
+        }
+        held = self._held_by([stepping, *left])
+        held = held.filtered(lambda gradient: id(gradient) not in covered)
+        return self._step_gradients(held, partial=partial)
 
     def _of_none(self, stepping: Optimizer) -> StepGradients | None:
         """Record a step for which nobody has a gradient once, as that of the first optimizer."""
@@ -150,8 +213,8 @@ class JointGradients:
         return self._step_gradients(Held())
 
     def _step_gradients(self, held: Held, **options: Any) -> StepGradients:
-        labels, parameters = self._labels, held.parameters if self._weighed else ()
-        groups = self._groups_now()
+        labels, peers = self._labels, self._peers
+        names = peers.names if peers.reach else held.names if peers.watched else None
         joint = self._everything or labels.single
         return StepGradients(
             held.gradients,
@@ -159,18 +222,14 @@ class JointGradients:
             self._settings,
             len(labels.names),
             self.device,
-            parameters=parameters,
-            names=held.names if self._watched and not groups else None,
-            groups=groups,
+            weights=held.weights if self._weighed else None,
+            names=names,
+            reach=peers.reach,
+            counted=() if labels.complete else held.counted,
+            parts=peers.places(held.names),
+            heeded=self._heeded,
             **options,
         )
-
-    def _groups_now(self) -> tuple[Group, ...]:
-        """Return the ranks that the parameters are spread over, of new ones as well."""
-        count = self._labels.count
-        if count != self._grouped:
-            self._groups, self._grouped = groups_of(_parameters_held(self.optimizers)), count
-        return self._groups
 
     def _held_by(self, optimizers: Sequence[Optimizer]) -> Held:
         """Return the distinct gradients of optimizers that belong to some norm."""
@@ -180,22 +239,28 @@ class JointGradients:
             return Held(gradients, names=self._names(parameters, gradients))
         names: list[str] = []
         held, seen = Held(names=names), set()
+        # What has a norm of its own has a threshold as well while its gradient is on other ranks.
+        idle = self._weighed and self._labels.kind in BY_NAME
         for parameter in parameters:
             gradient = parameter.grad
-            if gradient is None or id(gradient) in seen:
+            if id(gradient) in seen or (gradient is None and not idle):
                 continue
             known = self._labels.of(parameter)
-            if known.place is not None:
+            if known.place is None:
+                continue
+            if self._weighed:
+                held.weights.append(Weight(parameter, known.place, known.counts))
+            if gradient is not None:
                 seen.add(id(gradient))
                 held.gradients.append(gradient)
                 held.places.append(known.place)
-                held.parameters.append(parameter)
+                held.counted.append(known.counts)
                 names.append(known.name)
         return held
 
     def _names(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[str]:
         """Return the names of the parameters that gradients belong to, where they are wanted."""
-        if not self._watched:
+        if not self._peers.watched:
             return ()
         if len(gradients) < len(parameters):
             held = {id(each.grad): each for each in reversed(parameters)}
@@ -218,10 +283,12 @@ class Held:
     gradients: list[Tensor] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     """For each where its norms are; empty where all share one."""
-    parameters: list[Tensor] = field(default_factory=list)
-    """For each the parameter it belongs to; empty where all share one."""
     names: Sequence[str] = field(default_factory=list)
     """For each the name of that parameter; empty where nobody asks for it."""
+    counted: list[bool] = field(default_factory=list)
+    """For each whether it counts here, not as a copy on another rank; empty where all share one."""
+    weights: list[Weight] = field(default_factory=list)
+    """The parameters, where their norms are asked for."""
 
     def filtered(self, wanted: Callable[[Tensor], bool]) -> Held:
         """Return those of which the gradient is wanted."""
@@ -229,8 +296,9 @@ class Held:
         return Held(
             list(compress(self.gradients, kept)),
             list(compress(self.places, kept)),
-            list(compress(self.parameters, kept)),
             list(compress(self.names, kept)),
+            list(compress(self.counted, kept)),
+            [each for each in self.weights if (g := each.parameter.grad) is None or wanted(g)],
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import ref
 
 import torch
@@ -15,7 +15,10 @@ from .errors import ArgumentError, AttachError
 from .group_keys import ABSENT, GroupKeys
 from .naming import NamedParameter, group_name, named_parameters
 from .places import NOWHERE, Place
+from .ranks import Ranks
 from .scopes import SHARED, Scope
+from .shards import is_elsewhere, mesh_ranks
+from .told import Agreed, Key, ToldParameter
 
 
 class NormLabels:
@@ -25,6 +28,7 @@ class NormLabels:
         optimizers: The optimizers, in the order in which they are counted.
         scope: The labelling of parameters whose group has no ``max_norm``.
         model: Gives parameters their names.
+        ranks: Tells which parameters have copies on other ranks.
 
     Raises:
         ArgumentError: The scope labels a parameter with what is no label, or a group has an
@@ -32,16 +36,22 @@ class NormLabels:
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], scope: Scope, model: nn.Module | None = None
+        self,
+        optimizers: Sequence[Optimizer],
+        scope: Scope,
+        model: nn.Module | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
         self._optimizers = optimizers
         self._scope = scope
         self._model = model
+        self._ranks = ranks
+        self._agreed = False
         self._keys = GroupKeys(optimizers)
         self._known: dict[int, Known] = {}
-        self._indices: dict[tuple[bool, str], int] = {}
+        self._indices: dict[Key, int] = {}
         self.count = -1
         """How many parameters the groups have."""
         self.warn_of_lost_keys = self._keys.warn_of_lost_keys
@@ -53,8 +63,81 @@ class NormLabels:
         """Whether all gradients share one norm, so that no place need be looked up."""
         self.single = True
         """Whether there is one label, and all that is labelled belongs to it."""
+        self.complete = True
+        """Whether all parameters count here, none being a copy of what is on another rank."""
         self.refresh()
-        scope.check_names([each.name for each in self._named()])
+        if ranks is None:
+            scope.exclude.check(self.all_names)
+
+    @property
+    def kind(self) -> str:
+        """The scope's kind; "" for a function."""
+        return self._scope.kind if isinstance(self._scope.kind, str) else ""
+
+    @property
+    def all_names(self) -> list[str]:
+        """The names of all parameters, in a norm or not."""
+        return [each.name for each in self._named()]
+
+    @property
+    def told(self) -> list[ToldParameter]:
+        """What other ranks need to know of the parameters that are in some norm."""
+        told = []
+        for known in self._known.values():
+            parameter = known.parameter()
+            if known.place is None or parameter is None:
+                continue
+            # What FullyShardedDataParallel has made flat had rows.
+            flat = self.kind == "unit" and getattr(parameter, "_fsdp_flattened", False)
+            told.append(
+                ToldParameter(
+                    known.name,
+                    known.given,
+                    tuple(parameter.shape),
+                    known.place.labels.tolist(),
+                    known.place.rows or flat,
+                    known.copy_of,
+                    mesh_ranks(parameter),
+                )
+            )
+        return told
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """The names of parameters that are DTensors on other ranks alone."""
+        return [each.name for each in self._named() if is_elsewhere(each.parameter)]
+
+    @property
+    def by_key(self) -> dict[Key, float | None]:
+        """The labels, each with whether the clipper's threshold rules it, and their limits."""
+        return dict(zip(self._indices, self.limits, strict=True))
+
+    def adopt(self, agreed: Agreed, rank: int) -> None:
+        """Take over the labels that ranks have agreed on.
+
+        Args:
+            agreed: These.
+            rank: The number of this rank.
+
+        Raises:
+            ArgumentError: A name that the scope excludes is that of no parameter.
+        """
+        self._scope.exclude.check(agreed.everyone)
+        indices = {key: index for index, key in enumerate(agreed.limits)}
+        moved = _indices([*(indices.get(key, NOWHERE) for key in self._indices), NOWHERE])
+        counted = {name for name, each in agreed.originals.items() if rank in each.ranks}
+        for id_, known in self._known.items():
+            if known.copy_of is not None:
+                original = agreed.originals[known.copy_of]
+                labels = [NOWHERE if key is None else indices[key] for key in original.keys]
+                place, counts = Place(_indices(labels), original.rows), known.copy_of in counted
+                counted.discard(known.copy_of)
+                self._known[id_] = replace(known, place=place, counts=counts)
+            elif known.place is not None:
+                place = Place(moved[known.place.labels], known.place.rows)
+                self._known[id_] = replace(known, place=place)
+        self._agreed = True
+        self._settle(indices, [*agreed.limits.values()])
 
     def refresh(self) -> None:
         """Label the groups and parameters that were added since.
@@ -86,20 +169,32 @@ class NormLabels:
 
     def _label_new(self) -> None:
         """Label what is new; all of it or, on an error, nothing."""
-        table = _Table(self._indices, self.limits)
+        any_placed = any(each.place is not None for each in self._known.values())
+        # Not the norm of nothing, once there is something.
+        table = _Table(self._indices, self.limits) if any_placed else _Table({}, ())
         known: dict[int, Known] = {}
         for named in self._named():
             found = self._known.get(id(named.parameter))
             if found is None or found.parameter() is not named.parameter:
-                found = Known(ref(named.parameter), named.name, self._new_place(named, table))
+                found = self._new(named, table)
             known[id(named.parameter)] = found
         self._check_distinct(known.values())
         if not table.indices:
             table.index_of(SHARED)  # everything is left out: a norm of nothing
-        self._known, self._indices, self.limits = known, table.indices, tuple(table.limits)
-        self.names = tuple(label for _, label in table.indices)
-        self.everything = self._scope.is_everything and not self._keys.given
-        kept = [each.place for each in known.values() if each.place is not None]
+        self._known = known
+        self._settle(table.indices, table.limits)
+
+    def _settle(self, indices: dict[Key, int], limits: Sequence[float | None]) -> None:
+        self._indices, self.limits = indices, tuple(limits)
+        self.names = tuple(label for _, label in indices)
+        self.complete = all(each.counts for each in self._known.values())
+        self.everything = (
+            self._scope.is_everything
+            and not self._keys.given
+            and self.complete
+            and len(self.names) == 1
+        )
+        kept = [each.place for each in self._known.values() if each.place is not None]
         self.single = len(self.names) == 1 and not any(place.rows for place in kept)
 
     def _check_distinct(self, known: Iterable[Known]) -> None:
@@ -115,6 +210,19 @@ class NormLabels:
 
     def _named(self) -> Iterator[NamedParameter]:
         return named_parameters(self._optimizers, self._model)
+
+    def _new(self, named: NamedParameter, table: _Table) -> Known:
+        name, parameter, count = named.name, named.parameter, len(table.indices)
+        place = self._new_place(named, table)
+        copy_of = None
+        if self._ranks is not None and place is not None:
+            copy_of = self._ranks.original_of(name, parameter)
+        if self._agreed and (copy_of is not None or len(table.indices) > count):
+            raise AttachError(
+                f"{name} was added after the ranks had agreed on the norms and the copies of "
+                "parameters, which it changes: detach() on all ranks, and attach new clippers."
+            )
+        return Known(ref(parameter), name, place, named.given, copy_of)
 
     def _new_place(self, named: NamedParameter, table: _Table) -> Place | None:
         group = group_name(self._optimizers, named.optimizer, named.group)
@@ -141,14 +249,18 @@ class Known:
     """Its name at that time."""
     place: Place | None
     """None where its gradient is in no norm."""
+    given: bool = True
+    """Whether the name is no place in the groups."""
+    copy_of: str | None = None
+    """What all copies of it are called, where other ranks have some."""
+    counts: bool = True
+    """Whether it is the one of them that counts."""
 
 
 class _Table:
     """The labels so far, with the thresholds of groups that have their own."""
 
-    def __init__(
-        self, indices: dict[tuple[bool, str], int], limits: Sequence[float | None]
-    ) -> None:
+    def __init__(self, indices: dict[Key, int], limits: Sequence[float | None]) -> None:
         self.indices = dict(indices)
         self.limits = list(limits)
 

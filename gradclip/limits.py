@@ -42,8 +42,7 @@ class Limits:
         self._labels = labels
         self._device = device
         self._order = order
-        self._learns = type(threshold).observe is not Threshold.observe
-        self._foreign = not type(threshold).__module__.startswith(f"{__package__}.")
+        self._learns, self._foreign = learns(threshold), is_foreign(threshold)
         self._context: StepContext | None = None
         self._started: tuple[str, ...] = ()
         self._ruled: Tensor | None = None
@@ -53,7 +52,7 @@ class Limits:
                 f"{threshold!r} learns from the norms of another clipper already, which this "
                 "one's would mix with: make one for each clipper, or detach() the other first."
             )
-        self._follow_labels()
+        self.follow_labels()
 
     def claim(self) -> None:
         """Take a threshold that learns for this clipper alone."""
@@ -80,7 +79,7 @@ class Limits:
             ArgumentError: The threshold returned another shape, or on another device, or on the CPU
             a number that is no limit.
         """
-        self._follow_labels()
+        self.follow_labels()
         if capturing():
             keep_if_captured(self._own, self._ruled, {**getattr(self._threshold, "__dict__", {})})
         weight_norms = gradients.weight_norms() if self._threshold.needs_weights else None
@@ -120,7 +119,7 @@ class Limits:
         found = self._threshold.thresholds(norms.clone(), _copied(context))
         return _checked(self._threshold, found, norms)
 
-    def _follow_labels(self) -> None:
+    def follow_labels(self) -> None:
         """Start the threshold, again whenever there are new labels that it rules."""
         names, limits = self._labels.names, self._labels.limits
         if names is self._started:
@@ -133,6 +132,16 @@ class Limits:
             self._ruled = torch.tensor(ruled, dtype=torch.int64, device=self._device)
         self._threshold.start(tuple(names[i] for i in ruled), self._device, dtype)
         self._started = names
+
+
+def learns(threshold: Threshold) -> bool:
+    """Tell whether a threshold learns from the norms."""
+    return type(threshold).observe is not Threshold.observe
+
+
+def is_foreign(threshold: Threshold) -> bool:
+    """Tell whether a threshold is a user's own, of which nothing more is known."""
+    return not type(threshold).__module__.startswith(f"{__package__}.")
 
 
 def _part(context: StepContext, ruled: Tensor) -> StepContext:

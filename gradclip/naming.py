@@ -24,6 +24,8 @@ class NamedParameter:
     """Number of the optimizer."""
     group: int
     """Number of its parameter group."""
+    given: bool
+    """Whether the name is no place in the groups."""
 
 
 def named_parameters(
@@ -41,12 +43,13 @@ def named_parameters(
                     continue
                 name = known.get(id(parameter))
                 if name is None:
-                    within = group_name(optimizers, number, index)
                     name = given[place] if place < len(given) else ""
-                    name = f"{within}, parameter {place}" if not name or name in taken else name
+                    name = "" if name in taken else name
+                within = group_name(optimizers, number, index)
                 named.add(id(parameter))
                 taken.add(name)
-                yield NamedParameter(name, parameter, number, index)
+                shown = name or f"{within}, parameter {place}"
+                yield NamedParameter(shown, parameter, number, index, bool(name))
 
 
 def group_name(optimizers: Sequence[Optimizer], optimizer: int, group: int) -> str:
@@ -56,19 +59,20 @@ def group_name(optimizers: Sequence[Optimizer], optimizer: int, group: int) -> s
 
 
 def describe_nonfinite(
-    names: Sequence[str], gradients: Sequence[Tensor], sums: Sequence[float]
+    names: Sequence[str], gradients: Sequence[Tensor] | None, sums: Sequence[float]
 ) -> str:
     """List the parameters whose power sums are not finite, with how many elements. Host sync.
 
     Args:
         names: Names of the parameters.
-        gradients: Their gradients.
+        gradients: Their gradients; None where not all of them are here, to count no elements.
         sums: The power sums of these.
     """
-    found: list[str] = []
-    for name, gradient, total in zip(names, gradients, sums, strict=True):
-        if not math.isfinite(total):
-            found.append(name if len(found) >= MOST_NAMED else f"{name} ({_elements(gradient)})")
+    culprits = [index for index, total in enumerate(sums) if not math.isfinite(total)]
+    found = [names[index] for index in culprits]
+    if gradients is not None:
+        for place, index in enumerate(culprits[:MOST_NAMED]):
+            found[place] += f" ({_elements(gradients[index])})"
     return joined(found)
 
 

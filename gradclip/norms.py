@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,8 +13,8 @@ from .capture import capturing
 from .engines import engine_for, norm_dtype
 from .engines.base import INFINITY, root
 from .gradients import Bucket
-from .places import gathered, owners
-from .ranks import Group
+from .places import Places, gathered, owners
+from .ranks import Group, Reach, reach_of
 
 
 def norms_of(
@@ -40,18 +41,18 @@ def norms_of(
         scalar: Whether a single norm is wanted 0-d.
         parts: Takes the power sum of every gradient, bucket by bucket, in fresh memory; no bit of
             the norms depends on it.
-        groups: The ranks that gradients are spread over: this is called on each of them, and the
-            collective of each group is entered, whether or not there are gradients here.
+        groups: Ranks whose collective is entered also where none of their gradients is here. Those
+            that gradients are spread over need not be among them; this is called on all of them.
 
     Returns:
         Shape (k,), or () for a scalar, float64 (float32 where the device has no float64); 0 for a
         label without gradients, NaN or infinity where the gradients are not finite.
     """
-    if groups:
+    spread = {bucket.group for bucket in buckets if bucket.group is not None}.union(groups)
+    if spread:
         device = device or (buckets[0].device if buckets else torch.device("cpu"))
-        total = _sums_across(groups, buckets, order, count, device, engine)
-        total = total if order == INFINITY else root(total, order)
-        return total.squeeze(0) if scalar else total
+        found = tallied(buckets, order, reach_of(spread), count=count, device=device, engine=engine)
+        return found.norms.squeeze(0) if scalar else found.norms
     single = len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device)
     if single and parts is None:
         serving = engine_for(engine, buckets[0].device)
@@ -71,33 +72,100 @@ def norms_of(
     sums = [bucket.power_sums(engine, order) for bucket in buckets]
     if parts is not None:
         parts += map(partial(_of_gradients, order), sums, buckets)
-    total = _total(sums, buckets, order, count, device)
-    return total if order == INFINITY else root(total, order)
+    return _norms(_total(sums, buckets, order, count, device), order)
 
 
-def _sums_across(
-    groups: Sequence[Group],
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What several ranks have found together, the same bits on all of them."""
+
+    norms: Tensor
+    """Shape (k,)."""
+    parts: Tensor | None = None
+    """The power sums of the gradients of all parameters."""
+    weight_norms: Tensor | None = None
+    """Of the parameters, shape (k,)."""
+    present: Tensor | None = None
+    """Which of the norms have a gradient behind them on some rank; shape (k,), bool."""
+
+
+def tallied(
     buckets: Sequence[Bucket],
     order: float,
+    reach: Reach,
+    *,
     count: int,
     device: torch.device,
     engine: str,
-) -> Tensor:
-    """Return the power sums of the norms, the same on all ranks. One collective for each group.
+    parts: tuple[Places, int] | None = None,
+    weights: Sequence[Bucket] | None = None,
+    present: Tensor | None = None,
+) -> Tally:
+    """Measure one norm per label over several ranks. One collective for each of their groups.
 
-    What is on one rank alone, or the same on all, is in no group and added afterwards.
+    Args:
+        buckets: The gradients that are here. Not written.
+        order: p of the p-norm, positive or infinity.
+        reach: The ranks. All of them call this, and ask for the same.
+        count: k, how many norms there are.
+        device: Where the norms are wanted.
+        engine: Which engine measures.
+        parts: To be told the sums of all parameters: where the gradients are among these, and how
+            many there are.
+        weights: To be told the norms of the parameters: these, where they have gradients here.
+        present: To be told which norms have a gradient: those that have one here.
     """
-    found = []
-    alone = any(bucket.group is None for bucket in buckets)
-    for group in (None, *groups) if alone else groups:
-        own = [bucket for bucket in buckets if bucket.group == group and bucket.counts]
+    entered = {*reach.groups}
+
+    def counted(group: Group | None, some: Sequence[Bucket]) -> list[Bucket]:
+        own = [b for b in some if (b.group if b.group in entered else None) == group]
+        return [bucket for bucket in own if bucket.counts]
+
+    def told(group: Group | None) -> Tensor:
+        own = counted(group, buckets)
         sums = [bucket.power_sums(engine, order) for bucket in own]
-        local = _total(sums, own, order, count, device)
-        found.append(local if group is None else group.reduced(local, order))
-    if len(found) == 1:
-        return found[0]
-    together = torch.stack(found)
-    return together.amax(0) if order == INFINITY else together.sum(0)
+        vectors = [_total(sums, own, order, count, device)]
+        if parts is not None:
+            vectors.append(_by_parameter(sums, own, order, *parts, device))
+        if weights is not None:
+            own = counted(group, weights)
+            sums = [bucket.power_sums(engine, order) for bucket in own]
+            vectors.append(_total(sums, own, order, count, device))
+        if present is not None:
+            vectors.append(present.to(vectors[0].dtype))
+        return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
+
+    alone = any(bucket.group not in entered for bucket in buckets)
+    together = reach.combined(told, order, alone=alone)
+    lengths = [count] if parts is None else [count, parts[1]]
+    lengths += [count for asked in (weights, present) if asked is not None]
+    found = iter(torch.split(together, lengths) if len(lengths) > 1 else [together])
+    return Tally(
+        _norms(next(found), order),
+        None if parts is None else next(found),
+        None if weights is None else _norms(next(found), order),
+        None if present is None else next(found) > 0,
+    )
+
+
+def _norms(power_sums: Tensor, order: float) -> Tensor:
+    return power_sums if order == INFINITY else root(power_sums, order)
+
+
+def _by_parameter(
+    sums: Sequence[Tensor],
+    buckets: Sequence[Bucket],
+    order: float,
+    places: Places,
+    count: int,
+    device: torch.device,
+) -> Tensor:
+    """Return the power sums of the gradients of all parameters, shape (count,)."""
+    if not buckets:
+        return torch.zeros(count, dtype=norm_dtype(device), device=device)
+    found = _together(list(map(partial(_of_gradients, order), sums, buckets)), device)
+    indices = [index for bucket in buckets for index in bucket.indices or range(len(places))]
+    return gathered(found, order, tuple(places[index] for index in indices), count)
 
 
 def _total(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import warnings
 from typing import Any
 from weakref import WeakSet
@@ -10,9 +12,9 @@ import torch
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .errors import AttachError
+from .errors import ArgumentError, AttachError
 from .gradients import parameters_of
-from .settings import not_available
+from .ranks import Ranks
 
 WRAPPED_AS = ("optimizer", "base_optimizer")
 """Attributes under which wrappers hold the optimizer that they step."""
@@ -21,7 +23,7 @@ attached: WeakSet[Optimizer] = WeakSet()
 """The optimizers that some clipper holds."""
 
 
-def clippable(given: object, *, skips: bool) -> list[Optimizer]:
+def clippable(given: object, *, skips: bool, ranks: object = None) -> list[Optimizer]:
     """Return the optimizers whose steps are to be clipped, those inside wrappers included.
 
     Warns of an optimizer that clips by itself.
@@ -29,12 +31,17 @@ def clippable(given: object, *, skips: bool) -> list[Optimizer]:
     Args:
         given: An optimizer, a wrapper of one, or several in a list or tuple.
         skips: Whether a policy leaves out steps.
+        ranks: Where parameters live that are not here, or None.
 
     Raises:
         AttachError: One that can't be clipped, for the reason that the message gives.
-        NotAvailableError: One with sharded parameters.
+        ArgumentError: ``ranks`` is something else.
     """
-    optimizers = [_checked(each, skips=skips) for each in listed(given) or [None]]
+    if not (ranks is None or isinstance(ranks, Ranks)):
+        raise ArgumentError(f"ranks is {ranks!r}: give gradclip.Ranks(group), or None.")
+    sharded = ranks is not None
+    found = listed(given) or [None]
+    optimizers = [_checked(each, skips=skips, sharded=sharded) for each in found]
     for index, optimizer in enumerate(optimizers):
         if any(optimizer is other for other in optimizers[:index]):
             raise AttachError(
@@ -78,7 +85,8 @@ def refuse_within_backward(optimizer: Optimizer) -> None:
         )
 
 
-def _checked(given: object, *, skips: bool) -> Optimizer:
+def _checked(given: object, *, skips: bool, sharded: bool) -> Optimizer:
+    _refuse_deepspeed(given)
     optimizer = _innermost(given)
     if not isinstance(optimizer, Optimizer):
         raise AttachError(_not_an_optimizer(optimizer))
@@ -99,10 +107,13 @@ def _checked(given: object, *, skips: bool) -> Optimizer:
             "or use the one that is there."
         )
     check_groups(optimizer)
-    if any(getattr(p, "_fsdp_flattened", False) for p in parameters_of(optimizer.param_groups)):
-        raise not_available(
-            "Clipping under FullyShardedDataParallel",
-            "call the clip_grad_norm_ of the wrapped module",
+    if not sharded:
+        _refuse_flat_shards(optimizer)
+    _refuse_zero(optimizer)
+    if sharded and isinstance(optimizer, LBFGS):
+        raise AttachError(
+            "LBFGS evaluates its closure as often as its own part of the gradients asks for, so "
+            "that ranks would wait for each other: choose another optimizer, or leave out ranks=."
         )
     if skips and isinstance(optimizer, LBFGS):
         raise AttachError(
@@ -110,6 +121,70 @@ def _checked(given: object, *, skips: bool) -> Optimizer:
             "skipped: choose another policy than 'skip'."
         )
     return optimizer
+
+
+def _refuse_flat_shards(optimizer: Optimizer) -> None:
+    if any(getattr(p, "_fsdp_flattened", False) for p in parameters_of(optimizer.param_groups)):
+        raise AttachError(
+            f"{type(optimizer).__name__} holds the flat parameters of FullyShardedDataParallel, of "
+            "which a part is on each rank: give "
+            "ranks=gradclip.Ranks(the wrapped module's process_group), with replicated='*' for "
+            "ShardingStrategy.NO_SHARD."
+        )
+
+
+def _refuse_deepspeed(given: Any) -> None:
+    """Refuse what a DeepSpeed engine steps, known by its type alone: nothing is imported."""
+    chain: list[Any] = []
+    while given is not None and not any(given is each for each in chain):
+        chain.append(given)
+        held = (getattr(given, name, None) for name in (*WRAPPED_AS, "engine"))
+        given = next((each for each in held if each is not None), None)
+    found = next(filter(_is_of_deepspeed, chain), None)
+    if found is None and "deepspeed" in sys.modules:
+        found = next(filter(_is_of_deepspeed, _holders_of(chain[-1])), None)
+    if found is not None:
+        raise AttachError(
+            f"Found a {type(found).__name__} of DeepSpeed, whose engine keeps the gradients to "
+            "itself, in flat parts and scaled, and steps them piece by piece, so that no hook sees "
+            "the norm of the whole: set gradient_clipping in DeepSpeed's configuration, and read "
+            "engine.get_global_grad_norm()."
+        )
+
+
+def _is_of_deepspeed(found: object) -> bool:
+    """Tell whether it is an engine of DeepSpeed or an optimizer of one; its schedulers are not."""
+    modules = [str(kind.__module__) for kind in type(found).__mro__]
+    return any(
+        module.startswith("deepspeed.runtime.") and module != "deepspeed.runtime.lr_schedules"
+        for module in modules
+    )
+
+
+def _refuse_zero(optimizer: Optimizer) -> None:
+    """Refuse what ZeroRedundancyOptimizer steps out of sight, or with a part of the gradients."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return
+    kind = module.ZeroRedundancyOptimizer
+    if isinstance(optimizer, kind) and getattr(optimizer, "_overlap_with_ddp", False):
+        raise AttachError(
+            "ZeroRedundancyOptimizer has overlap_with_ddp=True and steps inside backward(), where "
+            "no norm over all gradients is known: build it without."
+        )
+    holders = _holders_of(optimizer)
+    if any(isinstance(each, kind) and each.optim is optimizer for each in holders):
+        raise AttachError(
+            f"This {type(optimizer).__name__} is the inner one of a ZeroRedundancyOptimizer and "
+            "has the parameters of this rank alone: give the ZeroRedundancyOptimizer, whose "
+            "gradients are whole."
+        )
+
+
+def _holders_of(held: object) -> list[Any]:
+    """Return what refers to an object, by itself or in its attributes."""
+    found = gc.get_referrers(held)
+    return found + [each for own in found if type(own) is dict for each in gc.get_referrers(own)]
 
 
 def _innermost(given: Any) -> Any:
@@ -137,7 +212,7 @@ def _warn_of_own_clipping(optimizer: Optimizer) -> None:
             "gradclip and out of its sight: switch it off (0 or None, as the optimizer has it), "
             "or give max_norm=None to measure only.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -22,6 +22,9 @@ class Parts:
     nonfinite: str | None = None
     """Which parameters hold NaN or infinity, and how many; None where the host did not look."""
 
+    def __len__(self) -> int:
+        return len(self.names)
+
 
 class NormsByParameter(Mapping[str, float]):
     """Norms of the gradients of a step by the names of their parameters, computed when read.

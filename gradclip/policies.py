@@ -73,8 +73,7 @@ def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientErro
     """
     norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
     found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
-    parts = record.parts
-    culprits = "those of several ranks, not told apart" if parts is None else parts.nonfinite
+    culprits = record.parts and record.parts.nonfinite
     return NonFiniteGradientError(
         f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
         f"{culprits}. The norms before: {before}. The step was not taken and the gradients are as "

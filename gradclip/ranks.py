@@ -1,207 +1,250 @@
-"""Which ranks a gradient is spread over, what of it counts here, and the collective."""
+"""Ranks that have parts of one gradient, and the collective in which they tell each other."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from operator import attrgetter
-from typing import TYPE_CHECKING, TypeGuard
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .engines.base import INFINITY
+from .errors import ArgumentError, AttachError
+from .selection import Chosen, Selection
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.placement_types import Placement
 
 
-# One call into C for all tensors costs less than a line of Python for each.
-_SPEC, _MESH = attrgetter("_spec"), attrgetter("_spec.mesh")
-LOCAL = attrgetter("_local_tensor")
-"""The memory of a DTensor that is here."""
-MOST_KNOWN = 8
-_COMMON: dict[tuple[int, ...], tuple[Share | None, tuple[object, ...]]] = {}
-"""By the ids of descriptions what is common, with them, so that their ids stay theirs."""
+class Ranks:
+    """Where the parameters live that are not here: a clipper on each of these ranks has one norm.
 
+    For parameters that are spread over processes without being DTensors: the stages of a pipeline,
+    shards as those of Megatron-LM, the flat parameters of ``FullyShardedDataParallel``. DTensors
+    need none, nor does DistributedDataParallel, whose gradients are whole on every rank.
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Ranks over which gradients are spread."""
+    A clipper is attached on all ranks at once, with the same options, and all of them step
+    together, those included that have no gradient or no parameter. Names tell what belongs
+    together: parameters of the same name are parts of one, except for copies.
 
-    ranks: tuple[int, ...]
-    """Their global numbers, rising."""
-    processes: tuple[ProcessGroup | None, ...]
-    """One for all of them, or one for each dimension of their mesh."""
-    device_type: str
-    """Of the tensors that the collective takes."""
+    >>> import gradclip
+    >>> gradclip.Ranks(replicated="*.norm.weight")
+    Ranks(replicated='*.norm.weight')
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Group) and self.ranks == other.ranks
+    Args:
+        group: The ranks: a ``torch.distributed.ProcessGroup``, a ``DeviceMesh`` of one dimension,
+            or None for all.
+        replicated: Parameters whose gradient is the same on several ranks and counts once, such as
+            tied embeddings of the first and the last stage, or layer norms under sequence
+            parallelism: names, in which ``*`` and ``?`` stand for any letters and any letter; or a
+            function of name and parameter that is true for them. Copies have the same name on all
+            their ranks, or the function returns one for them, a string. Each has the whole
+            gradient when the optimizer steps; of shards that are copied, each shard has a name.
 
-    def __hash__(self) -> int:
-        return hash(self.ranks)
+    Raises:
+        ArgumentError: ``group`` or ``replicated`` is none of these.
+    """
 
-    def reduced(self, sums: Tensor, order: float) -> Tensor:
-        """Return sums over all ranks, of infinite order the largest. Collective; same everywhere.
+    def __init__(
+        self, group: ProcessGroup | DeviceMesh | None = None, replicated: Chosen = ()
+    ) -> None:
+        self.replicated = Selection("replicated", replicated)
+        self.group = None if group is None else _process_group(group)
+        self.told = False
+        """Whether the clipper that is being attached has told the others of itself."""
 
-        Args:
-            sums: Of this rank, of one shape on all of them. Not written.
-            order: p of the norm.
+    def __repr__(self) -> str:
+        several = f"{self.group.size()} ranks" if self.group is not None else ""
+        copies = f"replicated={self.replicated!r}" if self.replicated else ""
+        return f"Ranks({', '.join(filter(None, (several, copies)))})"
+
+    def original_of(self, name: str, parameter: Tensor) -> str | None:
+        """Return the name that all copies of a replicated parameter share; None for others."""
+        found = self.replicated.of(name, parameter)
+        if isinstance(found, str):
+            return str(found) or None
+        return name if found else None
+
+    def joined(self) -> Group:
+        """Return the ranks, of which this one must be one.
+
+        Raises:
+            AttachError: There is no process group.
         """
-        from torch import distributed
-
-        kind = distributed.ReduceOp.MAX if order == INFINITY else distributed.ReduceOp.SUM
-        device = self._device(sums.device)
-        total = sums.clone() if sums.device == device else sums.to(device)
-        for processes in self.processes:
-            distributed.all_reduce(total, kind, processes)
-        return total.to(sums.device)
-
-    def _device(self, device: torch.device) -> torch.device:
-        """Return where the collective takes tensors: where they are, if it serves that."""
-        if device.type == self.device_type or self.device_type == "cpu":
-            return device if device.type == self.device_type else torch.device("cpu")
-        return torch.device(self.device_type, torch.get_device_module(device).current_device())
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise AttachError(
+                "ranks= was given and there is no process group: call "
+                "torch.distributed.init_process_group() first, or leave ranks at None."
+            )
+        group = self.group or distributed.distributed_c10d._get_default_group()
+        ranks = tuple(sorted(distributed.get_process_group_ranks(group)))
+        types = tuple(distributed.distributed_c10d._device_capability(group))
+        return Group(ranks, (group,), types)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
-    """What this rank has of a gradient. Told apart by identity."""
+class Group:
+    """Ranks over which gradients are spread. Told apart by identity."""
 
-    group: Group
-    counts: bool
-    """Whether it is counted here: of copies one is."""
-    rows: Tensor | None
-    """Which indices of dimension 0 are here; None for all."""
+    ranks: tuple[int, ...]
+    """Their global numbers, rising."""
+    processes: tuple[ProcessGroup, ...]
+    """One for all of them, or one for each dimension of their mesh."""
+    device_types: tuple[str, ...]
+    """Of the tensors that the collective takes."""
+
+    @property
+    def own(self) -> int:
+        """The number of this rank."""
+        return distributed.get_rank()
+
+    def reduced_(self, values: Tensor, order: float) -> Tensor:
+        """Return values added up over all ranks, of infinite order the largest. Collective.
+
+        Args:
+            values: Of this rank, 1-d, as many on all of them. May be written.
+            order: p of the norm.
+
+        Returns:
+            The same bits on all ranks, where the values were; NaN where one of them has it.
+        """
+        device = self._device(values.device)
+        total = values if device == values.device else values.to(device)
+        if order == INFINITY:
+            # Backends may take any number for larger than NaN: it is told apart.
+            total = torch.cat([total.nan_to_num(nan=INFINITY, posinf=INFINITY), total.isnan()])
+        # As distributed.all_reduce does, which takes as long again for questions.
+        work = self._united().allreduce([total], _options(order == INFINITY))
+        if work is not None:
+            work.wait()
+        if order == INFINITY:
+            total, unknown = total.chunk(2)
+            total = torch.where(unknown > 0, torch.nan, total)
+        return total if total.device == values.device else total.to(values.device)
+
+    def gathered(self, told: Any) -> dict[int, Any]:
+        """Return what every rank tells, by its number, rising. Collective.
+
+        Args:
+            told: What this one does; it must be possible to pickle it.
+        """
+        if distributed.get_backend(self.processes[0]) == "fake":
+            return {self.own: told}  # nobody else is there
+        found: list[Any] = [None] * len(self.ranks)
+        distributed.all_gather_object(found, (self.own, told), self._united())
+        return dict(sorted(found, key=lambda each: each[0]))
+
+    def _united(self) -> ProcessGroup:
+        """Return one group for all ranks; made when all of them enter their first collective."""
+        if len(self.processes) == 1:
+            return self.processes[0]
+        return _made_for(self.ranks, distributed.distributed_c10d._get_default_group())
+
+    def _device(self, device: torch.device) -> torch.device:
+        """Return where the collective takes tensors: where they are, if it serves that."""
+        if device.type in self.device_types:
+            return device
+        if "cpu" in self.device_types:
+            return torch.device("cpu")
+        kind = self.device_types[0]
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The ranks that a norm spans; nothing where it is on one rank alone, or the same on all."""
+
+    groups: tuple[Group, ...] = ()
+    """Those of DTensors, in the order in which their collectives are entered."""
+    across: Group | None = None
+    """Those of all else, over which the norms of DTensors are added up as well; the last."""
+
+    def __bool__(self) -> bool:
+        return bool(self.groups) or self.across is not None
+
+    def combined(
+        self, told: Callable[[Group | None], Tensor], order: float, *, alone: bool
+    ) -> Tensor:
+        """Return what all ranks have told of each group. One collective for each of them.
+
+        Args:
+            told: Returns for a group what this rank has of it, in fresh memory; for None what is
+                in none of ``groups``.
+            order: p of the norm: sums, or of infinite order the largest.
+            alone: Whether there is anything in none of them.
+        """
+        found = [told(None)] if alone or self.across is not None else []
+        found += [group.reduced_(told(group), order) for group in self.groups]
+        total = found[0]
+        if len(found) > 1:
+            # Ranks have the groups in different places, and the same bits whatever the order.
+            together = torch.stack(found).sort(0).values
+            total = together.amax(0) if order == INFINITY else together.sum(0)
+        return total if self.across is None else self.across.reduced_(total, order)
+
+
+def reach_of(groups: Iterable[Group], across: Group | None = None) -> Reach:
+    """Return the ranks that a norm spans.
+
+    Args:
+        groups: Those of DTensors.
+        across: Those of all else.
+
+    Raises:
+        AttachError: What is on both cannot be counted once.
+    """
+    if across is None:
+        return Reach(in_order(groups))
+    outside = []
+    for group in groups:
+        common = {*group.ranks}.intersection(across.ranks)
+        if len(common) == len(group.ranks):
+            continue  # each has its part, and all are counted together
+        if len(common) > 1:
+            raise AttachError(
+                f"DTensors lie on the ranks {[*group.ranks]}, of which ranks= has "
+                f"{sorted(common)}: give it a group with all of them, or with one of them, as the "
+                "mesh of the pipeline's dimension is."
+            )
+        outside.append(group)
+    return Reach(in_order(outside), across)
+
+
+@cache
+def _made_for(ranks: tuple[int, ...], world: ProcessGroup) -> ProcessGroup:
+    return distributed.new_group([*ranks], use_local_synchronization=True)  # type: ignore[no-any-return]
+
+
+@cache
+def _options(largest: bool) -> distributed.AllreduceOptions:
+    options = distributed.AllreduceOptions()
+    kind = distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM
+    options.reduceOp = kind  # type: ignore[assignment]  # torch's own stub knows one of its types
+    if hasattr(options, "asyncOp"):  # torch 2.7 and later
+        options.asyncOp = False
+    return options
+
+
+def in_order(groups: Iterable[Group]) -> tuple[Group, ...]:
+    """Return groups as all of their ranks enter their collectives one after the other."""
+    return tuple(sorted(groups, key=lambda group: group.ranks))
 
 
 def is_first() -> bool:
     """Tell whether this process is the first one, or the only one."""
-    distributed = torch.distributed
     in_group = distributed.is_available() and distributed.is_initialized()
     return not in_group or distributed.get_rank() == 0
 
 
-def is_spread(tensor: object) -> TypeGuard[DTensor]:
-    """Tell whether a tensor is a DTensor, which lies on several ranks."""
-    # Importing torch.distributed.tensor takes half a second; who has a DTensor has imported it.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def groups_of(tensors: Iterable[Tensor]) -> tuple[Group, ...]:
-    """Return the groups of ranks over which some of the tensors lie, in an order of their own."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return ()
-    spread = [tensor for tensor in tensors if isinstance(tensor, module.DTensor)]
-    meshes = {id(mesh): mesh for mesh in map(_MESH, spread)}  # to hash a mesh takes microseconds
-    found = {group for mesh in meshes.values() if (group := _group_of(mesh, _world())) is not None}
-    return tuple(sorted(found, key=lambda group: group.ranks))
-
-
-def share_of(tensor: DTensor) -> Share | None:
-    """Return what this rank has of a tensor; None where it is not in its mesh."""
-    mesh = tensor.device_mesh
-    return _share_of(mesh, _world(), tuple(tensor.placements), tuple(tensor.shape))
-
-
-def common_share_of(tensors: Sequence[DTensor]) -> Share | None:
-    """Return the group of ranks of tensors and whether they count, if it is the same for all.
-
-    None where it is not, or a sum is pending. What was found is known by the descriptions of the
-    tensors, which FSDP2 keeps from step to step.
-    """
-    specs = (*map(_SPEC, tensors),)
-    key = (*map(id, specs),)
-    known = _COMMON.get(key)
-    if known is None:
-        while len(_COMMON) >= MOST_KNOWN:
-            del _COMMON[next(iter(_COMMON))]
-        known = _COMMON[key] = _in_common(tensors), specs
-    return known[0]
-
-
-def _in_common(tensors: Sequence[DTensor]) -> Share | None:
-    shares = [share_of(tensor) for tensor in tensors]
-    kinds = {None if share is None else (share.group, share.counts) for share in shares}
-    if len(kinds) > 1 or shares[0] is None or any(map(is_pending, tensors)):
-        return None
-    return shares[0]
-
-
-def local_of(tensor: DTensor) -> Tensor:
-    """Return the part of a tensor that is here, to be measured.
-
-    Where it is still to be added up over ranks, as `Partial` says, that is done: collective.
-    """
-    if is_pending(tensor):
-        tensor = tensor.redistribute(placements=_whole(tensor.placements))
-    return stored(tensor)
-
-
-def is_pending(tensor: DTensor) -> bool:
-    """Tell whether a tensor is still to be added up over ranks."""
-    return any(placement.is_partial() for placement in tensor.placements)
-
-
-def stored(tensor: DTensor) -> Tensor:
-    """Return the memory that is here, to be written."""
-    local = tensor.to_local()
-    wait = getattr(local, "wait", None)  # of a collective that is under way
-    found: Tensor = local if wait is None else wait()
-    return found
-
-
-def _whole(placements: Sequence[Placement]) -> list[Placement]:
-    from torch.distributed.tensor import Replicate
-
-    return [Replicate() if placement.is_partial() else placement for placement in placements]
-
-
-def _world() -> ProcessGroup | None:
-    """Return the group of all processes, which tells its meshes from equal ones of an earlier."""
-    found: ProcessGroup | None = torch.distributed.group.WORLD
-    return found
-
-
-@cache
-def _group_of(mesh: DeviceMesh, world: ProcessGroup | None) -> Group | None:
-    if mesh.get_coordinate() is None:
-        return None
-    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
-    processes: tuple[ProcessGroup | None, ...]
-    if mesh.ndim > 1 and len(ranks) == torch.distributed.get_world_size():
-        processes = (world,)
-    else:
-        processes = tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim))
-    return Group(ranks, processes, mesh.device_type)
-
-
-@lru_cache(maxsize=1 << 16)
-def _share_of(
-    mesh: DeviceMesh,
-    world: ProcessGroup | None,
-    placements: tuple[Placement, ...],
-    shape: tuple[int, ...],
-) -> Share | None:
-    group, coordinate = _group_of(mesh, world), mesh.get_coordinate()
-    if group is None or coordinate is None:
-        return None
-    counts, rows = True, None
-    for dimension, (place, placement) in enumerate(zip(coordinate, placements, strict=True)):
-        if not hasattr(placement, "dim"):  # a copy, or a part of a sum
-            counts = counts and place == 0
-        elif shape and placement.dim % len(shape) == 0:
-            rows = torch.arange(shape[0], device="cpu") if rows is None else rows
-            parts, _ = placement._split_tensor(  # type: ignore[attr-defined]
-                rows, mesh.size(dimension), with_padding=False, contiguous=True
-            )
-            rows = parts[place]
-    return Share(group, counts, rows)
+def _process_group(given: Any) -> ProcessGroup:
+    if getattr(given, "ndim", None) == 1 and hasattr(given, "get_group"):
+        given = given.get_group()
+    if distributed.is_available() and isinstance(given, distributed.ProcessGroup):
+        return given
+    raise ArgumentError(
+        f"group is {given!r}: give a torch.distributed.ProcessGroup that this rank is in, a "
+        "DeviceMesh of one dimension (mesh['pp'] of a larger one), or None for all ranks."
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
+from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
@@ -150,8 +152,22 @@ class Recorder:
         self._deliver(wait=True)
         self._each_sink(lambda sink: sink.flush())
 
+    def close_after(self, owner: object) -> None:
+        """Close once the owner is collected or this process ends; its forked children do not."""
+        # Unlike finalizers of weakref also at the end of a process that was forked to train.
+        Finalize(owner, self.close, exitpriority=0)
+
     def close(self) -> None:
         """Write everything and release the sinks; the second call does nothing."""
+        # The garbage collector may call this while somebody's mode takes every operation of this
+        # thread, as where torch.compile works on tensors without values.
+        if torch._C._len_torch_dispatch_stack():
+            with ThreadPoolExecutor(1) as elsewhere:
+                elsewhere.submit(self._close).result()
+        else:
+            self._close()
+
+    def _close(self) -> None:
         try:
             self.flush()
         finally:
@@ -179,7 +195,18 @@ class Recorder:
         for batch in self._buffer.take(wait=wait):
             rows += self._rows(batch)
         if rows:
-            self._each_sink(lambda sink: sink.write(_as_wanted(rows, sink)))
+            self._each_sink(lambda sink: sink.write(self._as_wanted(rows, sink)))
+
+    @property
+    def _asked(self) -> bool:
+        """Whether a sink asks for the norms of parameters."""
+        return any(sink.per_parameter for sink in self._sinks)
+
+    def _as_wanted(self, rows: Sequence[LoggedStep], sink: Sink) -> tuple[LoggedStep, ...]:
+        """Return steps without the norms of parameters, unless the sink asks for them."""
+        if sink.per_parameter or not self._asked:
+            return tuple(rows)
+        return tuple(row._replace(parameter_norms=None) for row in rows)
 
     def _rows(self, batch: Batch) -> list[LoggedStep]:
         """Count a batch, and return it as plain numbers where a sink wants them."""
@@ -217,7 +244,7 @@ class Recorder:
             (counts[0].double() / counts[1].clamp(min=1)).tolist(),
             counts[2].tolist(),
             counts[3].tolist(),
-            parts if any(sink.per_parameter for sink in self._sinks) else [None] * len(steps),
+            parts if self._asked else [None] * len(steps),
             [self._incident(*step) for step in zip(steps, totals, parts, strict=True)],
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
@@ -272,13 +299,6 @@ class Recorder:
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-def _as_wanted(rows: Sequence[LoggedStep], sink: Sink) -> tuple[LoggedStep, ...]:
-    """Return steps without the norms of parameters, unless the sink asks for them."""
-    if sink.per_parameter or rows[0].parameter_norms is None:
-        return tuple(rows)
-    return tuple(row._replace(parameter_norms=None) for row in rows)
 
 
 def _flush_every(sink: Sink) -> int:

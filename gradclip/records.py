@@ -138,9 +138,10 @@ class Counters:
 class Sink(ABC):
     """Where logged steps go; the one thing to derive from for a destination of one's own.
 
-    Called by the clipper with batches, never within the arithmetic of a step. A sink that raises
-    is reported once as a warning and never stops training: it misses that batch and is given the
-    next. One sink serves one clipper.
+    Called by the clipper with batches, never within the arithmetic of a step. The step that
+    completes a batch waits for it, so that one that is slow should hand its work on. A sink that
+    raises is reported once as a warning and never stops training: it misses that batch and is given
+    the next. One sink serves one clipper.
 
     >>> import gradclip
     >>> class Largest(gradclip.Sink):

@@ -110,18 +110,20 @@ class JointScaling:
 
     Args:
         grad_scaler: The GradScaler of all of them; None where the loss is not scaled.
+        everywhere: Whether other ranks have gradients of optimizers that have none here.
 
     Raises:
         ArgumentError: It is something else.
     """
 
-    def __init__(self, grad_scaler: object) -> None:
+    def __init__(self, grad_scaler: object, *, everywhere: bool = False) -> None:
         if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
             raise ArgumentError(
                 f"grad_scaler is a {type(grad_scaler).__name__}: give the torch.amp.GradScaler "
                 "that scales the loss."
             )
         self._given = grad_scaler
+        self._everywhere = everywhere
         self._scaler: GradScaler | None = None
         self._early: dict[int, _Early] = {}
 
@@ -162,6 +164,11 @@ class JointScaling:
                 "different losses, as those of a GAN, a clipper each."
             )
 
+    @property
+    def states(self) -> object:
+        """What the running scaler knows of optimizers since its last update; else None."""
+        return None if self._scaler is None else self._scaler._per_optimizer_states
+
     def overflowed(self, optimizer: Optimizer) -> bool:
         """Tell whether the scaler leaves out the optimizer's step. Host sync, as it has itself."""
         return self._scaler is not None and _overflowed(self._scaler, optimizer)
@@ -182,7 +189,8 @@ class JointScaling:
         for key in updated:
             del self._early[key]
         for optimizer, gradients in held.items():
-            if gradients and _stage(scaler, optimizer) is OptState.READY:
+            asked = gradients or self._everywhere
+            if asked and _stage(scaler, optimizer) is OptState.READY:
                 scaler.unscale_(optimizer)
                 if optimizer is not stepping:
                     self._early[id(optimizer)] = _Early(scaler, optimizer, gradients)

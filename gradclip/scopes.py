@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from torch import Tensor
 
 from .errors import ArgumentError
+from .selection import Chosen, Selection
 
 KINDS = ("global", "group", "parameter", "unit")
 SHARED = "global"
@@ -48,7 +48,7 @@ class Scope:
         self,
         kind: str | Labelling = "global",
         *,
-        exclude: str | Iterable[str] | Callable[[str, Tensor], object] = (),
+        exclude: Chosen = (),
     ) -> None:
         if isinstance(kind, type) or not (kind in KINDS or callable(kind)):
             raise ArgumentError(
@@ -56,13 +56,10 @@ class Scope:
                 "function of a parameter's name and the parameter that returns a label."
             )
         self.kind = kind
-        self.exclude = exclude if callable(exclude) else _names(exclude)
+        self.exclude = Selection("exclude", exclude)
 
     def __repr__(self) -> str:
-        shown: object = self.exclude
-        if isinstance(shown, tuple) and len(shown) == 1:
-            [shown] = shown
-        exclude = f", exclude={shown!r}" if shown else ""
+        exclude = f", exclude={self.exclude!r}" if self.exclude else ""
         return f"Scope({self.kind!r}{exclude})"
 
     @property
@@ -81,32 +78,13 @@ class Scope:
         Raises:
             ArgumentError: A function returned what is no label.
         """
-        if self._excludes(name, parameter):
+        if self.exclude.of(name, parameter):
             return None
         if callable(self.kind):
             return _checked(self.kind(name, parameter), name, parameter)
         if self.kind == "unit" and parameter.dim() > 1:
             return [f"{name}[{index}]" for index in range(len(parameter))]
         return {"global": SHARED, "group": group}.get(self.kind, name)
-
-    def check_names(self, names: Sequence[str]) -> None:
-        """Check that every name to exclude is the name of something.
-
-        Raises:
-            ArgumentError: One matches no parameter.
-        """
-        for pattern in () if callable(self.exclude) else self.exclude:
-            if not any(_matches(name, pattern) for name in names):
-                some = ", ".join(names[:5])
-                raise ArgumentError(
-                    f"exclude={pattern!r} matches no parameter; there are {some or 'none'}"
-                    f"{', ...' if len(names) > 5 else ''}. Names are the model's with model=."
-                )
-
-    def _excludes(self, name: str, parameter: Tensor) -> bool:
-        if callable(self.exclude):
-            return bool(self.exclude(name, parameter))
-        return any(_matches(name, pattern) for pattern in self.exclude)
 
 
 def scope_from(scope: object) -> Scope:
@@ -116,21 +94,6 @@ def scope_from(scope: object) -> Scope:
         ArgumentError: It is none of kind, function and `Scope`.
     """
     return scope if isinstance(scope, Scope) else Scope(cast("str | Labelling", scope))
-
-
-def _names(exclude: object) -> tuple[str, ...]:
-    names = (exclude,) if isinstance(exclude, str) else exclude
-    if isinstance(names, Iterable):
-        names = tuple(names)
-        if all(isinstance(name, str) for name in names):
-            return names
-    raise ArgumentError(
-        f"exclude is {exclude!r}: give a name or several, or a function of name and parameter."
-    )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
 def _checked(found: object, name: str, parameter: Tensor) -> Labels:

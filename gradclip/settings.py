@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from ._version import __version__
 from .checks import checked_bound, checked_count, checked_order
 from .engines import check_engine_name
-from .errors import ArgumentError, NotAvailableError
+from .errors import ArgumentError
 
 SHOWN = 20
 """Names of norms that a description shows."""
@@ -24,7 +24,6 @@ class Settings:
 
     Raises:
         ArgumentError: An option that cannot be meant.
-        NotAvailableError: An option that this version lacks.
         EngineUnavailableError: An engine that this installation lacks.
     """
 
@@ -72,20 +71,32 @@ class Settings:
         return self.max_value is not None and self.exceed != "scale"
 
 
-def described(
-    settings: Settings,
-    threshold: object,
-    scope: object,
-    norms: Sequence[str],
-    optimizers: Sequence[object],
-    engine: str,
-) -> dict[str, str]:
-    """Return how a clipper is set, by the names of its options, for people.
+def options_of(settings: Settings, threshold: object, scope: object) -> dict[str, str]:
+    """Return what decides how a clipper clips, by the names of its options, for people.
 
     Args:
         settings: Its settings.
         threshold: Its threshold.
         scope: Its scope.
+    """
+    return {
+        "max_norm": repr(threshold),
+        "norm_type": f"{settings.norm_type:g}",
+        "max_value": str(settings.max_value),
+        "scope": scope if isinstance(scope, str) else repr(scope),
+        "exceed": settings.exceed,
+        "nonfinite": settings.nonfinite,
+        "skip_limit": str(settings.skip_limit),
+    }
+
+
+def described(
+    options: Mapping[str, str], norms: Sequence[str], optimizers: Sequence[object], engine: str
+) -> dict[str, str]:
+    """Return how a clipper is set and what it serves, for people.
+
+    Args:
+        options: Its options.
         norms: Names of its norms.
         optimizers: What it is attached to.
         engine: The engines that serve it.
@@ -93,29 +104,12 @@ def described(
     shown = ", ".join(norms[:SHOWN]) + (", ..." if len(norms) > SHOWN else "")
     return {
         "optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
-        "max_norm": repr(threshold),
-        "norm_type": f"{settings.norm_type:g}",
-        "max_value": str(settings.max_value),
-        "scope": scope if isinstance(scope, str) else repr(scope),
+        **options,
         "norms": f"{len(norms)}: {shown}",
-        "exceed": settings.exceed,
-        "nonfinite": settings.nonfinite,
-        "skip_limit": str(settings.skip_limit),
         "engine": engine,
         "gradclip": __version__,
         "torch": torch.__version__,
     }
-
-
-def check_later_parts(*, ranks: object) -> None:
-    """Refuse, with a clear error, what the interface has and this version lacks."""
-    if ranks is not None:
-        raise not_available("ranks=", "leave it at None, and train in one process or under DDP")
-
-
-def not_available(what: str, remedy: str) -> NotAvailableError:
-    """Return the error for a part that this version lacks."""
-    return NotAvailableError(f"{what} is not available in this version of gradclip: {remedy}.")
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .checks import checked_count
 from .errors import ArgumentError, StateError
+from .labels import NormLabels
 from .records import Counters
 
 SHOWN = 5
@@ -15,14 +16,12 @@ SHOWN = 5
 KEYS = {"steps", "counters", "labels", "rule", "threshold"}
 
 
-def parsed_state(
-    state: Mapping[str, Any], labels: Sequence[str], rule: str
-) -> tuple[int, Counters]:
+def parsed_state(state: Mapping[str, Any], labels: NormLabels, rule: str) -> tuple[int, Counters]:
     """Return steps and counters of a saved clipper.
 
     Args:
         state: The saved clipper.
-        labels: The labels of the clipper that it is for.
+        labels: Those of the clipper that it is for, brought up to date where it has others.
         rule: Name of the class of its threshold.
 
     Raises:
@@ -36,12 +35,19 @@ def parsed_state(
             f"The threshold is {rule} and the state is of {state['rule']!r}: load it into a "
             "clipper with the threshold it was saved from. Nothing was loaded."
         )
-    _check_labels(state["labels"], labels)
     try:
         counts = {k: checked_count(k, v) for k, v in state["counters"].items()}
         steps = checked_count("steps", state["steps"])
     except ArgumentError as error:
         raise StateError(f"The state does not fit, {error} Nothing was loaded.") from None
+    if counts["clipped"] > counts["finite"]:
+        raise StateError(
+            f"The state says that {counts['clipped']} of {counts['finite']} finite norms were "
+            "clipped: give one that was not changed. Nothing was loaded."
+        )
+    if state["labels"] != list(labels.names):
+        labels.refresh()  # groups may have been added since
+    _check_labels(state["labels"], labels.names)
     return steps, Counters(**counts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,22 @@ from .coefficients import are_finite
 from .engines.base import host_may_read
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
 from .naming import describe_nonfinite
-from .norms import norms_of
+from .norms import norms_of, tallied
 from .parts import Parts, rescaled
 from .places import Place, present
-from .ranks import Group
+from .ranks import Reach
 from .settings import Settings
+
+ALONE = Reach()
+
+
+class Weight(NamedTuple):
+    """A parameter whose norm is asked for."""
+
+    parameter: Tensor
+    place: Place
+    counts: bool
+    """Whether it counts here, not as a copy on another rank."""
 
 
 class StepGradients:
@@ -30,12 +42,16 @@ class StepGradients:
         settings: How to measure and what may be written.
         count: k, how many norms there are.
         device: Where the norms are wanted.
-        parameters: The parameters of the gradients, where their norms will be asked for.
-        names: The names of these parameters, where the parts of the norms will be.
+        weights: The parameters whose norms will be asked for, if any will.
+        names: The names of the gradients' parameters, where the parts of the norms will be.
+        reach: The ranks that the norms span.
+        counted: For each gradient whether it counts here, not as a copy on another rank; empty for
+            all of them.
+        parts: For each where it is among the parameters of all ranks, whose names are ``names``.
+        heeded: Whether it matters which norms have a gradient behind them on some rank.
         scale: By what GradScaler has multiplied the gradients, one element; None for not at all.
         overflow: Where only the device knows it: whether GradScaler leaves the step out, one bool.
         partial: Whether an optimizer's gradients are missing, since GradScaler leaves out its step.
-        groups: The ranks that the parameters are spread over.
 
     Raises:
         GradientError: A gradient that cannot be clipped rightly.
@@ -49,12 +65,15 @@ class StepGradients:
         count: int,
         device: torch.device,
         *,
-        parameters: Sequence[Tensor] = (),
+        weights: Sequence[Weight] | None = None,
         names: Sequence[str] | None = None,
+        reach: Reach = ALONE,
+        counted: Sequence[bool] = (),
+        parts: Sequence[Place] = (),
+        heeded: bool = True,
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
         partial: bool = False,
-        groups: Sequence[Group] = (),
     ) -> None:
         if settings.max_value is not None:
             refuse_unordered(tensors)
@@ -64,17 +83,26 @@ class StepGradients:
         self.parts: Parts | None = None
         """What each gradient has in the norms, once they were measured."""
         self._places = places
-        self._parameters = parameters
+        self._weights = weights
         self._names = names
-        self._groups = groups
+        self._reach = reach
+        self._counted = counted
+        self._part_places = tuple(parts)
+        self._heeded = heeded
+        self._present: Tensor | None = None
+        self._weight_norms: Tensor | None = None
+        self._if_bounded: Tensor | None = None
         self._settings = settings
         self._count = count
         self._device = device
         self._scale = scale
-        self._buckets = buckets_of(tensors, settings.norm_type, places)
+        self._buckets = self._bucketed(tensors)
 
     def present(self) -> Tensor:
         """Tell which of the k norms have a gradient behind them; shape (k,), bool."""
+        return self._present_here() if self._present is None else self._present
+
+    def _present_here(self) -> Tensor:
         if self._places is None:
             flag = _flag(bool(self.tensors), self._device)
             keep_if_captured(flag)
@@ -89,12 +117,15 @@ class StepGradients:
 
     def weight_norms(self) -> Tensor:
         """Measure the norms of the parameters instead of their gradients; shape (k,)."""
-        weights = [parameter.data for parameter in self._parameters]
-        buckets = buckets_of(weights, self._settings.norm_type, self._places)
-        return self._measured(buckets)
+        return self._measured(self._weighed()) if self._weight_norms is None else self._weight_norms
 
     def norms(self) -> Tensor:
-        """Measure the true norms, whatever scale the gradients carry; shape (k,)."""
+        """Measure the true norms, whatever scale the gradients carry; shape (k,).
+
+        Collective where they span several ranks, which tell each other all that they will be asked.
+        """
+        if self._reach:
+            return self._norms_across()
         if self._names is None:
             return self._norms(self._buckets)
         sums: list[Tensor] = []
@@ -110,7 +141,10 @@ class StepGradients:
         """
         if self._settings.max_value is None:
             return norms
-        return self._norms(self._clamped(copied(self._buckets), self._bounds(norms, False)))
+        if self._if_bounded is None:
+            clamped = self._clamped(copied(self._buckets), self._bounds(norms, False))
+            self._if_bounded = self._norms(clamped)
+        return self._if_bounded
 
     def bound_(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
         """Apply ``max_value`` where the norm is finite, and in place; return the norms then.
@@ -126,8 +160,12 @@ class StepGradients:
         if not self._settings.writes:
             return self.norms_if_bounded(norms)
         if coalesce_(self.tensors):
-            self._buckets = buckets_of(self.tensors, self._settings.norm_type, self._places)
-        return self._norms(self._clamped(self._buckets, self._bounds(norms, untouched)))
+            self._buckets = self._bucketed(self.tensors)
+        clamped = self._clamped(self._buckets, self._bounds(norms, untouched))
+        if self._if_bounded is None:
+            return self._norms(clamped)
+        known = self._if_bounded
+        return torch.where(untouched, norms, known) if isinstance(untouched, Tensor) else known
 
     def scale_(self, coefficients: Tensor) -> None:
         """Multiply each gradient by the coefficient of its norm, in place; shape (k,)."""
@@ -137,34 +175,77 @@ class StepGradients:
             bucket.scale_(self._settings.engine, coefficients)
 
     def _norms(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
-        norms = self._measured(buckets, parts)
+        return self._unscaled(self._measured(buckets, parts))
+
+    def _unscaled(self, norms: Tensor) -> Tensor:
         return norms if self._scale is None else norms / self._scale.to(norms)
 
     def _measured(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
-        order, engine = self._settings.norm_type, self._settings.engine
-        return norms_of(
-            buckets,
+        order = self._settings.norm_type
+        if self._reach:
+            return tallied(buckets, order, self._reach, **self._options).norms
+        return norms_of(buckets, order, parts=parts, **self._options)
+
+    def _norms_across(self) -> Tensor:
+        """Measure the norms together with other ranks, and remember what else these tell."""
+        order, watched = self._settings.norm_type, self._names is not None and not capturing()
+        found = tallied(
+            self._buckets,
             order,
-            count=self._count,
-            device=self._device,
-            engine=engine,
-            parts=parts,
-            groups=self._groups,
+            self._reach,
+            **self._options,
+            parts=(self._part_places, len(self._names or ())) if watched else None,
+            weights=None if self._weights is None else self._weighed(),
+            present=self._present_here() if self._heeded else None,
+        )
+        self._present, self._weight_norms = found.present, found.weight_norms
+        norms = self._unscaled(found.norms)
+        if found.parts is not None:
+            self.parts = self._described(self._names or (), None, norms, [found.parts])
+        return norms
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What every measurement is given."""
+        engine = self._settings.engine
+        return {"count": self._count, "device": self._device, "engine": engine}
+
+    def _bucketed(self, tensors: Sequence[Tensor]) -> list[Bucket]:
+        return buckets_of(tensors, self._settings.norm_type, self._places, self._counted)
+
+    def _weighed(self) -> list[Bucket]:
+        weights = self._weights or ()
+        counted = [weight.counts for weight in weights]
+        return buckets_of(
+            [weight.parameter.data for weight in weights],
+            self._settings.norm_type,
+            None if self._places is None else [weight.place for weight in weights],
+            () if all(counted) else counted,
         )
 
     def _parts(self, names: Sequence[str], norms: Tensor, sums: list[Tensor]) -> Parts | None:
         if capturing() or not sums:
             return None
-        gradients, order = self.tensors, self._settings.norm_type
+        gradients = self.tensors
         if len(self._buckets) > 1:
             indices = [index for bucket in self._buckets for index in bucket.indices]
             names = [names[index] for index in indices]
             gradients = [gradients[index] for index in indices]
+        return self._described(names, gradients, norms, sums)
+
+    def _described(
+        self,
+        names: Sequence[str],
+        gradients: Sequence[Tensor] | None,
+        norms: Tensor,
+        sums: list[Tensor],
+    ) -> Parts:
         if self._scale is not None:
-            sums = [rescaled(each, order, self._scale) for each in sums]
+            sums = [rescaled(each, self._settings.norm_type, self._scale) for each in sums]
         nonfinite = None
         if (self._settings.raises or host_may_read(norms)) and not are_finite(norms):
-            nonfinite = describe_nonfinite(names, gradients, torch.cat(sums).tolist())
+            values = [value for each in sums for value in each.tolist()]  # of several devices
+            nonfinite = describe_nonfinite(names, gradients, values)
         return Parts(names, sums, nonfinite)
 
     def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
         UserWarning: A file ends early.
     """
     runs: dict[str, Columns] = {}
-    skipped: dict[str, float] = {}
+    skipped: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(files):
         for event in _events(path):
             numbers, parameters = _numbers(event)
@@ -43,8 +44,11 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
                 if "pre" not in named:
                     continue
                 count = named.get("skipped_steps", 0.0)
-                left_out = float(count > skipped.get(clipper, 0.0))
-                skipped[clipper] = count
+                counts = skipped.setdefault(clipper, [(-1, 0.0)])
+                while counts[-1][0] >= event.step >= 0:  # a run that was resumed replaces them
+                    counts.pop()
+                left_out = float(count > counts[-1][1])
+                counts.append((event.step, count))
                 if clipper not in runs:
                     which = f" (grad_norm{clipper})" if clipper else ""
                     runs[clipper] = Columns(f"{directory}{which}")
@@ -87,7 +91,9 @@ def _events(path: Path) -> Iterator[Event]:
     with path.open("rb") as file:
         while header := file.read(12):
             [length] = struct.unpack_from("<Q", header.ljust(8))
-            content = file.read(length) if header == header_of(length) else b""
+            # No more than there is: any number may stand there.
+            whole = length <= os.fstat(file.fileno()).st_size and header == header_of(length)
+            content = file.read(length) if whole else b""
             if not content or file.read(4) != checksum_of(content):
                 warn_of(path, "it is cut short or damaged, and read up to there")
                 return

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import FileIO
 
 from ..errors import ArgumentError
 from ..records import LoggedStep
 from .cadence import CadencedSink
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class JsonlSink(CadencedSink):
@@ -63,12 +70,21 @@ class JsonlSink(CadencedSink):
         if not lines:
             return
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with open(self.path, "ab+", buffering=0) as file:
+        with open(self.path, "ab+", buffering=0) as file, _locked(file):
             begun = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0
             torn = begun and file.read(1) != b"\n"
             content = (b"\n" if torn else b"") + lines.encode()
             if file.write(content) < len(content):
                 raise OSError(f"{self.path}: not all of the lines were written; is the disk full?")
+
+
+@contextmanager
+def _locked(file: FileIO) -> Iterator[None]:
+    """Keep a line that another process is just writing from looking like one that was torn."""
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+    yield  # and closing the file unlocks it
 
 
 def _fields(step: LoggedStep) -> dict[str, object]:

@@ -1,0 +1,251 @@
+"""Clipping in the Trainer of Hugging Face Transformers.
+
+trainer = Trainer(
+    model,
+    TrainingArguments("out", max_grad_norm=0),
+    train_dataset=data,
+    callbacks=[GradClipCallback(1.0)],
+)
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..clipper import GradientClipper
+from ..errors import ArgumentError, AttachError, StateError
+from ..gradients import parameters_of
+from ..limits import learns
+from ..records import LoggedStep, Sink
+from ..sinks.tags import TOTAL, scalars
+from ..stack import locals_of
+from ..thresholds import Threshold
+from .options import as_new, checked_options
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import (
+        CallbackHandler,
+        ExportableState,
+    )
+except ImportError as error:
+    raise ImportError(
+        "gradclip.integrations.transformers needs Hugging Face Transformers, which could not be "
+        f'imported ({error}): pip install "gradclip[transformers]"'
+    ) from error
+
+__all__ = ["GradClipCallback"]
+
+_AS_GIVEN = "as given to the callback that is restored"
+"""What stands for ``max_norm`` in a checkpoint: rules and sinks are no JSON."""
+
+
+class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Clip the gradients at every step of a ``Trainer``, and record their norms.
+
+    The Trainer's own clipping has to be off, ``TrainingArguments(max_grad_norm=0)``. It measures
+    the norm all the same and logs it as ``grad_norm``, in the precision of the gradients.
+
+    At each step that the Trainer logs, the norm before and after, the threshold, the clip rate and
+    the counts of steps not finite or skipped are in ``trainer.state.log_history``, as
+    ``grad_norm/pre`` and so on, and in whatever the Trainer reports to. With ``log`` all steps go
+    there instead.
+
+    A checkpoint holds the clipper's counts and what its rule has learned, and
+    ``train(resume_from_checkpoint=...)`` goes on exactly. Any other ``train()`` begins anew. The
+    clipper is attached when training begins and detached when it ends; where it ended with an
+    error, the next one or `close` detaches it.
+
+    Args:
+        max_norm: As `GradientClipper` takes it. Each training gets a copy of a rule.
+        **options: Those of `GradientClipper`, but for ``model``, which is the Trainer's. Sinks in
+            ``log`` are closed at the end of a training, and written to again by the next.
+
+    Raises:
+        ArgumentError: An option that cannot be meant.
+        EngineUnavailableError: An engine that this installation lacks.
+        TypeError: An option that `GradientClipper` does not have.
+    """
+
+    _asked: ClassVar[Callable[[], GradClipCallback | None]] = staticmethod(lambda: None)
+    """The callback whose state was asked for last, weakly."""
+
+    def __init__(
+        self, max_norm: float | Threshold | Callable[[int], float | None] | None, **options: Any
+    ) -> None:
+        restored = type(self)._asked() if _stands_in(max_norm) else None
+        if restored is not None:
+            # Transformers replaces a callback by a new one, having asked for the old one's state.
+            self.__dict__ = restored.__dict__
+            return
+        if "model" in options:
+            raise ArgumentError(
+                "model was given, and the names of the parameters are those of the Trainer's "
+                "model: leave it out."
+            )
+        self._threshold = checked_options(max_norm, options)
+        self._options = options
+        self._newest: _Newest | None = None
+        self._clipper: GradientClipper | None = None
+
+    @property
+    def clipper(self) -> GradientClipper | None:
+        """The clipper of this training or the last one; None before the first."""
+        return self._clipper
+
+    def close(self) -> None:
+        """Detach the clipper and close its logs, as the end of a training does."""
+        if self._clipper is not None:
+            self._clipper.close()
+
+    # What the Trainer calls
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attach a clipper to the optimizer.
+
+        Raises:
+            ArgumentError: The Trainer clips by itself.
+            AttachError: The optimizer cannot be clipped.
+        """
+        self.close()
+        _refuse_own_clipping(args.max_grad_norm)
+        _refuse_foreign_parameters(model, optimizer)
+        _go_first(self)
+        options = {**self._options}
+        if options.get("log") is None:
+            options["log"] = self._newest = _Newest()
+        self._clipper = GradientClipper(optimizer, as_new(self._threshold), model=model, **options)
+        self._restore(self._clipper, state)
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the newest step to what the Trainer logs of its training."""
+        if logs is None or "loss" not in logs or self._clipper is None or self._newest is None:
+            return
+        self._clipper.flush()
+        numbers = self._newest.take()
+        logs.update(numbers)
+        history = state.log_history
+        if history and history[-1].get("step") == state.global_step:
+            history[-1].update(numbers)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach the clipper."""
+        self.close()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps. Host sync."""
+        type(self)._asked = staticmethod(weakref.ref(self))
+        saved = None if self._clipper is None else _packed(self._clipper.state_dict())
+        return {"args": {"max_norm": _AS_GIVEN}, "attributes": {}, "clipper": saved}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the clipper out of copies, which begin anew."""
+        return {**vars(self), "_clipper": None, "_newest": None}
+
+    def _restore(self, clipper: GradientClipper, state: Any) -> None:
+        """Go on where a checkpoint was left, if the training goes on from one."""
+        # The Trainer writes under this key without asking whether the checkpoint has it.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if not state.global_step:
+            return
+        packed = saved.get("clipper") if isinstance(saved, dict) else None
+        clipper.steps = state.global_step
+        if packed is not None:
+            try:
+                clipper.load_state_dict(_unpacked(packed))
+            except StateError as error:
+                _warn(f"The clipper of the checkpoint is not this one, which begins anew: {error}")
+        elif learns(self._threshold):
+            _warn(
+                "The checkpoint has no state of a clipper, so that its rule begins to learn anew: "
+                "give a checkpoint of a training with this callback to go on exactly."
+            )
+
+
+class _Newest(Sink):
+    """Keeps the newest step until it is logged."""
+
+    def __init__(self) -> None:
+        self._step: LoggedStep | None = None
+
+    def write(self, steps: Sequence[LoggedStep]) -> None:
+        self._step = steps[-1]
+
+    def take(self) -> dict[str, float]:
+        """Return the numbers of the newest step, once; empty where none came since."""
+        step, self._step = self._step, None
+        return {} if step is None else dict(scalars(TOTAL, step))
+
+
+def _stands_in(max_norm: object) -> bool:
+    return isinstance(max_norm, str) and max_norm == _AS_GIVEN
+
+
+def _refuse_own_clipping(max_grad_norm: float | None) -> None:
+    if max_grad_norm is None or max_grad_norm > 0:
+        what = "fails at its first step" if max_grad_norm is None else "clips by itself beforehand"
+        raise ArgumentError(
+            f"TrainingArguments has max_grad_norm={max_grad_norm}, with which the Trainer {what}: "
+            "give max_grad_norm=0 beside GradClipCallback."
+        )
+
+
+def _refuse_foreign_parameters(model: nn.Module | None, optimizer: Any) -> None:
+    """Refuse an optimizer that stands for others, which step inside ``backward()``."""
+    if model is None or not isinstance(optimizer, Optimizer):
+        return
+    known = {id(parameter) for parameter in model.parameters()}
+    if not any(id(each) in known for each in parameters_of(optimizer.param_groups)):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        raise AttachError(
+            f"{type(inner).__name__} holds no parameter of the model, as where each layer is "
+            "stepped inside backward() and no norm over all gradients is known: choose another "
+            "optim= in TrainingArguments, one that is not layerwise."
+        )
+
+
+def _go_first(callback: GradClipCallback) -> None:
+    """Put a callback before those that report, so that they report what it adds to the logs."""
+    for handler in locals_of(CallbackHandler.call_event.__code__, "self"):
+        others = [each for each in handler.callbacks if each is not callback]
+        handler.callbacks = [callback, *others]
+        return
+
+
+def _packed(state: Mapping[str, Any]) -> str:
+    """Return a state as text: a checkpoint keeps callbacks as JSON."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _unpacked(text: str) -> Any:
+    return torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)

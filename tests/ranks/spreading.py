@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed
 
 INF = math.inf
 SHAPES = {"matrix": (7, 6), "row": (1, 5), "vector": (6,), "filters": (4, 3, 2)}
 LIMIT = 0.7
+
+
+def quick(values: Iterable[Any], *some: Any) -> list[Any]:
+    """Return the values of a parameter, of which all but some make slow tests."""
+    return [
+        value if value in some else pytest.param(value, marks=pytest.mark.slow) for value in values
+    ]
 
 
 def meshes() -> dict[str, Any]:
@@ -70,23 +79,37 @@ def spread(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
             # Parts that differ by rank and add up to the whole, exactly.
             count, place = mesh.size(dimension), mesh.get_local_rank(dimension)
             local = local * (2 if place == 0 else 0 if place < count - 1 else -1)
-    return DTensor.from_local(local, mesh, given, run_check=False)
+    return DTensor.from_local(
+        local, mesh, given, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
+def spread_alone(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
+    """Spread a tensor that every rank has, without telling the others."""
+    from torch.distributed.tensor import DTensor
+
+    local = full
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            parts = local.chunk(mesh.size(dimension), placement.dim)
+            place = mesh.get_local_rank(dimension)
+            local = parts[place] if place < len(parts) else local.narrow(placement.dim, 0, 0)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
 
 
 class Recorded:
-    """Counts the collectives that are entered."""
+    """Names the collectives that are entered, when they are over."""
 
     def __enter__(self) -> list[str]:
-        self._real = {name: getattr(distributed, name) for name in ("all_reduce", "all_gather")}
-        calls: list[str] = []
+        from torch.distributed.tensor.debug import CommDebugMode
 
-        def counted(name: str, real: Any) -> Any:
-            return lambda *args, **kwargs: (calls.append(name), real(*args, **kwargs))[1]
+        self._mode, self._calls = CommDebugMode(), []
+        self._mode.__enter__()
+        return self._calls
 
-        for name, real in self._real.items():
-            setattr(distributed, name, counted(name, real))
-        return calls
-
-    def __exit__(self, *error: object) -> None:
-        for name, real in self._real.items():
-            setattr(distributed, name, real)
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+        for kind, count in self._mode.get_comm_counts().items():
+            self._calls += [str(kind).rpartition(".")[2].strip("_")] * count

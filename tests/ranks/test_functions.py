@@ -16,17 +16,21 @@ from gradclip import (
     GradientClipper,
     GradientError,
     NonFiniteGradientError,
+    clip_backward,
     clip_grad_norm_,
+    clip_grad_units_,
     clip_grad_value_,
     get_total_norm,
 )
-from gradclip.ranks import groups_of
+from gradclip.shards import groups_of
 from tests.ranks.spreading import (
+    SHAPES,
     Recorded,
     full_gradients,
     mesh_of,
     placements_of,
     spread,
+    spread_alone,
 )
 
 
@@ -56,21 +60,6 @@ def clip_by_function(words: str, dtype: torch.dtype, limit: float, with_gradient
     return None if before is None else before.item(), norm.item(), types, found, calls, bounded
 
 
-def spread_alone(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
-    """Spread a tensor that every rank has, without telling the others."""
-    from torch.distributed.tensor import DTensor
-
-    local = full
-    for dimension, placement in enumerate(placements):
-        if placement.is_shard():
-            parts = local.chunk(mesh.size(dimension), placement.dim)
-            place = mesh.get_local_rank(dimension)
-            local = parts[place] if place < len(parts) else local.narrow(placement.dim, 0, 0)
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
-    )
-
-
 @pytest.mark.parametrize("words", ["0", "R"])
 @pytest.mark.parametrize("limit", [0.5, 1e9])
 def test_the_functions_return_plain_norms_of_the_whole(ranks, words, limit):
@@ -81,7 +70,7 @@ def test_the_functions_return_plain_norms_of_the_whole(ranks, words, limit):
     ):
         assert before == found == pytest.approx(norm, rel=1e-6)
         assert types == (True, torch.float64, torch.Size([]))
-        assert calls == ["all_reduce"]
+        assert calls == ["allreduce"]
         assert bounded <= 0.01
 
 
@@ -94,36 +83,65 @@ def test_ranks_without_gradients_enter_the_collective(two_ranks):
     assert [found for _, found, *_ in results] == [pytest.approx(norm, rel=1e-6)] * 2
 
 
-def bounded_while_pending() -> str:
-    parameter = nn.Parameter(spread(torch.zeros(4), mesh_of("one"), placements_of("R")))
-    parameter.grad = spread(torch.ones(4), mesh_of("one"), placements_of("P"))
+def units_clipped(words: str) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    alone = {name: nn.Parameter(weight) for name, weight in weights.items()}
+    mesh, placements = mesh_of("one"), placements_of(words)
+    whole = {name: nn.Parameter(spread(w, mesh, placements)) for name, w in weights.items()}
+    for name, gradient in full_gradients(torch.float32).items():
+        alone[name].grad = gradient.clone()
+        whole[name].grad = spread(gradient, mesh, placements)
+    norms = [clip_grad_units_(each.values(), 0.02).item() for each in (alone, whole)]
+    return norms, [(alone[name].grad, whole[name].grad.full_tensor()) for name in alone]
+
+
+@pytest.mark.parametrize("words", ["0", "1", "R"])
+def test_units_are_clipped_by_the_norms_of_the_whole(ranks, words):
+    for (alone, whole), gradients in ranks.run(units_clipped, words):
+        assert whole == pytest.approx(alone, rel=1e-6)
+        for expected, found in gradients:
+            torch.testing.assert_close(found, expected)
+
+
+def clipped_on_its_way(words: str, options: dict[str, float]) -> Tensor:
+    full = torch.arange(12.0).reshape(4, 3)
+    x = spread(torch.zeros(4, 3), mesh_of("one"), placements_of(words)).requires_grad_()
+    (
+        clip_backward(x, **options) * spread(full, mesh_of("one"), placements_of(words))
+    ).sum().backward()
+    return x.grad.full_tensor()
+
+
+@pytest.mark.parametrize("words", ["0", "1", "R"])
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"max_norm": 1.0, "max_value": 5.0}])
+def test_the_gradient_on_its_way_is_clipped_by_the_norm_of_the_whole(ranks, words, options):
+    bounded = torch.arange(12.0).reshape(4, 3).clamp(max=options.get("max_value", 100.0))
+    for found in ranks.run(clipped_on_its_way, words, options):
+        torch.testing.assert_close(found, bounded / torch.linalg.vector_norm(bounded))
+
+
+def refused(placement: str, gradient: list[float], error: type, options: dict[str, Any]) -> str:
+    """Return the message of the error for a step with a gradient."""
+    placements = placements_of(placement.replace("P", "R"))
+    parameter = nn.Parameter(spread(torch.zeros(4), mesh_of("one"), placements))
+    parameter.grad = spread(torch.tensor(gradient), mesh_of("one"), placements_of(placement))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    GradientClipper(optimizer, 1.0, max_value=0.5)
-    with pytest.raises(GradientError) as caught:
+    GradientClipper(optimizer, 1.0, **options)
+    with pytest.raises(error) as caught:
         optimizer.step()
     return str(caught.value)
 
 
 def test_elements_of_pending_sums_cannot_be_bounded(two_ranks):
-    for message in two_ranks.run(bounded_while_pending):
+    for message in two_ranks.run(refused, "P", [1.0] * 4, GradientError, {"max_value": 0.5}):
         assert "still to be added up over ranks cannot be bounded" in message
 
 
-def raising_everywhere() -> str:
-    parameter = nn.Parameter(spread(torch.zeros(4), mesh_of("one"), placements_of("0")))
-    parameter.grad = spread(
-        torch.tensor([1.0, 2.0, 3.0, math.nan]), mesh_of("one"), placements_of("0")
-    )
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    GradientClipper(optimizer, 1.0, nonfinite="raise")
-    with pytest.raises(NonFiniteGradientError) as caught:
-        optimizer.step()
-    return str(caught.value)
-
-
 def test_all_ranks_raise_for_a_gradient_on_one_of_them(two_ranks):
-    for message in two_ranks.run(raising_everywhere):
-        assert "is nan at step 0, from these parameters: those of several ranks" in message
+    values, options = [1.0, 2.0, 3.0, math.nan], {"nonfinite": "raise"}
+    for message in two_ranks.run(refused, "0", values, NonFiniteGradientError, options):
+        assert "is nan at step 0, from these parameters: group 0, parameter 0." in message
 
 
 def begun_again() -> list[Any]:

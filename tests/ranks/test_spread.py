@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradclip import GradientClipper
+from gradclip.thresholds import RelativeToWeights
 from tests.ranks.spreading import (
     INF,
     LIMIT,
@@ -17,8 +19,12 @@ from tests.ranks.spreading import (
     full_gradients,
     mesh_of,
     placements_of,
+    quick,
     spread,
+    spread_alone,
 )
+
+WEIGHT = torch.arange(1.0, 13.0).reshape(4, 3)
 
 
 def labels_of(scope: str, name: str, shape: tuple[int, ...]) -> list[str]:
@@ -89,11 +95,11 @@ SCOPES = ("global", "parameter", "unit")
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
+@pytest.mark.parametrize("order", quick([1.0, 2.0, 3.0, INF], 2.0, INF))
 @pytest.mark.parametrize("words", ["0", "1", "R"])
 def test_shards_have_the_norms_of_the_whole_in_one_collective(ranks, scope, order, words):
     for calls in check(ranks, "one", words, scope, order, torch.float32):
-        assert calls == ["all_reduce"]
+        assert calls == ["allreduce"]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -101,7 +107,7 @@ def test_shards_have_the_norms_of_the_whole_in_one_collective(ranks, scope, orde
 @pytest.mark.slow
 def test_shards_on_a_mesh_of_two_dimensions(four_ranks, scope, words):
     for calls in check(four_ranks, "two", words, scope, 2.0, torch.float32):
-        assert calls == ["all_reduce"]
+        assert calls == ["allreduce"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -125,4 +131,75 @@ def test_several_meshes_in_one_model_take_a_collective_for_each_group(four_ranks
     mesh = {"matrix": "one", "row": "two", "vector": "a", "filters": "b"}
     words = {"matrix": "0", "row": "R 1", "vector": "0", "filters": "1"}
     for calls in check(four_ranks, mesh, words, scope, order, torch.float32):
-        assert calls == ["all_reduce"] * 3
+        assert calls == ["allreduce"] * 3
+
+
+def weighed(scope: str) -> Any:
+    """Clip by the norms of the weights where the first rank alone has a gradient."""
+    weight = nn.Parameter(spread(WEIGHT, mesh_of("one"), placements_of("0")))
+    optimizer = torch.optim.SGD([("weight", weight)], lr=0.0)
+    clipper = GradientClipper(optimizer, RelativeToWeights(0.5), scope=scope)
+    if mesh_of("one").get_local_rank() == 0:
+        weight.grad = spread_alone(torch.ones(4, 3), mesh_of("one"), placements_of("0"))
+    optimizer.step()
+    return clipper.last.thresholds.tolist()
+
+
+@pytest.mark.parametrize("scope", ["parameter", "unit"])
+def test_weights_count_whole_also_where_a_rank_has_no_gradient(ranks, scope):
+    rows = WEIGHT if scope == "unit" else WEIGHT.reshape(1, -1)
+    needed = [norm / 2 for norm in torch.linalg.vector_norm(rows, dim=1).tolist()]
+    for found in ranks.run(weighed, scope):
+        assert found == pytest.approx(needed)
+
+
+def on_three_meshes(seed: int) -> float:
+    full, mesh = full_gradients(torch.float32, seed), {"matrix": "one", "row": "a", "vector": None}
+    parameters = []
+    for name, own in mesh.items():
+        parameter = nn.Parameter(torch.zeros_like(full[name]))
+        parameter.grad = full[name]
+        if own is not None:
+            parameter = nn.Parameter(spread(parameter.data, mesh_of(own), placements_of("0")))
+            parameter.grad = spread(full[name], mesh_of(own), placements_of("0"))
+        parameters.append(parameter)
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    clipper = GradientClipper(optimizer, 1.0)
+    optimizer.step()
+    return clipper.last.norm.item()
+
+
+@pytest.mark.slow
+def test_sums_of_several_groups_have_the_same_bits_on_all_ranks(four_ranks):
+    for seed in range(20):
+        found = four_ranks.run(on_three_meshes, seed)
+        assert len({*found}) == 1
+
+
+def on_half_of_the_ranks(order: float) -> Any:
+    """Stages of two dimensions each: replicas, of which there is one, and shards."""
+    mesh = stages()["replicas", "shards"]
+    weight = nn.Parameter(spread(torch.zeros(4), mesh, placements_of("R 0")))
+    weight.grad = spread(torch.arange(4.0), mesh, placements_of("R 0"))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    clipper = GradientClipper(optimizer, None, norm_type=order)
+    optimizer.step()
+    with Recorded() as calls:
+        optimizer.step()
+    return clipper.last.norm.item(), calls
+
+
+@cache
+def stages() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("stages", "replicas", "shards"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "norm"), [(2.0, 14**0.5), (INF, 3.0)])
+def test_a_mesh_of_two_dimensions_that_is_not_the_world_takes_one_collective(
+    four_ranks, order, norm
+):
+    for found in four_ranks.run(on_half_of_the_ranks, order):
+        assert found == (pytest.approx(norm), ["allreduce"])

@@ -1,0 +1,26 @@
+"""Scripts run on several processes, as their users run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def torchrun(script: Path, *arguments: str, processes: int, cwd: Path) -> list[str]:
+    """Return what each process printed: in one stream, lines of several may share a line."""
+    printed = cwd / "printed"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    files = ["--redirects", "1", "--log-dir", printed]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", str(processes), *files, script, *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    files = [next(printed.rglob(f"{rank}/stdout.log")) for rank in range(processes)]
+    return [file.read_text() for file in files]

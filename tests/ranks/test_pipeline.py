@@ -1,0 +1,217 @@
+"""Pipelines of torch.distributed.pipelining, against one process that has the whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.functional import cross_entropy
+
+from gradclip import GradientClipper, MemorySink, NonFiniteGradientError, Ranks
+from tests.ranks.spreading import Recorded, quick
+
+LETTERS, WIDTH, BLOCKS, BATCH, MICROBATCHES, STEPS = 11, 6, 8, 8, 4, 6
+TIED, HEAD = "embed.weight", "head.weight"
+PARAMETERS = ("weight", "bias")
+OF_THE_LAST = f"blocks.{BLOCKS - 1}.bias"
+BAD = 2
+"""The step at which it is bad, where it is."""
+LIMITS = {"global": 5.0, "parameter": 0.7}
+SCHEDULES = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B"]
+
+
+class Part(nn.Module):
+    """A stage of a model, with the names of the whole; the only one is the whole."""
+
+    def __init__(self, stage: int, stages: int, head: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stage, self.stages = stage, stages
+        self.first, self.last = stage == 0, stage == stages - 1
+        embed = nn.Embedding(LETTERS, WIDTH)
+        blocks = [nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS)]
+        own = {str(i): block for i, block in enumerate(blocks) if i * stages // BLOCKS == stage}
+        if self.first or (self.last and not head):
+            self.embed = embed
+        elif self.last:
+            self.head = nn.Linear(WIDTH, LETTERS, bias=False)
+            self.head.weight = embed.weight
+        self.blocks = nn.ModuleDict(own)
+        self.double()
+
+    @property
+    def tied(self) -> nn.Parameter:
+        return self.head.weight if hasattr(self, "head") else self.embed.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.first:
+            inputs = self.embed(inputs)
+        for block in self.blocks.values():
+            inputs = inputs + block(inputs).tanh()
+        return inputs @ self.tied.T if self.last else inputs
+
+
+def parts_of(kind: str, *, head: bool) -> list[Part]:
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    if kind == "whole":
+        return [Part(0, 1, head)]
+    own = [rank, rank + count] if kind == "ScheduleInterleaved1F1B" else [rank]
+    return [Part(stage, count * len(own), head) for stage in own]
+
+
+@cache
+def ends() -> Any:
+    return distributed.new_group([0, distributed.get_world_size() - 1])
+
+
+def backward_of(kind: str, parts: list[Part]) -> Callable[[Tensor, Tensor], None]:
+    from torch.distributed import pipelining
+
+    if kind == "whole":
+        return lambda letters, targets: cross_entropy(parts[0](letters), targets).backward()
+    stages = [
+        pipelining.PipelineStage(part, part.stage, part.stages, torch.device("cpu"))
+        for part in parts
+    ]
+    given = stages if len(stages) > 1 else stages[0]
+    schedule = getattr(pipelining, kind)(given, MICROBATCHES, loss_fn=cross_entropy)
+    group = ends()
+
+    def backward(letters: Tensor, targets: Tensor) -> None:
+        inputs = (letters,) if parts[0].first else ()
+        schedule.step(*inputs, target=targets if parts[-1].last else None)
+        for part in parts:
+            if part.first or part.last:
+                distributed.all_reduce(part.tied.grad, group=group)
+
+    return backward
+
+
+def attached(parts: list[Part], **options: Any) -> tuple[torch.optim.Optimizer, GradientClipper]:
+    """Names come from the stage, or where there are several from the optimizer."""
+    named = [each for part in parts for each in part.named_parameters()]
+    single = len(parts) == 1
+    given = parts[0].parameters() if single else named
+    optimizer = torch.optim.SGD(given, lr=0.2, momentum=0.9)
+    limit = LIMITS.get(options.get("scope", "global"))
+    model = parts[0] if single else None
+    return optimizer, GradientClipper(optimizer, **{"max_norm": limit} | options, model=model)
+
+
+def one_name(name: str, parameter: Any) -> str | None:
+    return "tokens" if name in (TIED, HEAD) else None
+
+
+def trained(kind: str, options: dict[str, Any], copies: str = TIED, bad: float = 0.0) -> Any:
+    """Train a few steps; the third one's gradient of the last stage may be bad.
+
+    Returns:
+        For each step the norms, the weights, which of them moved, and the collectives; the
+        counters; the norms by parameter of each step.
+    """
+    head = copies == HEAD and kind != "whole"
+    parts = parts_of(kind, head=head)
+    ranks = None if kind == "whole" else Ranks(replicated=one_name if head else copies)
+    sink = MemorySink(per_parameter="all") if options.get("log") else None
+    log = sink if distributed.get_rank() == 0 else None
+    optimizer, clipper = attached(parts, **options | {"ranks": ranks, "log": log})
+    backward = backward_of(kind, parts)
+    named = {name: p for part in parts for name, p in part.named_parameters()}
+    found = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        letters, targets = torch.randint(LETTERS, (2, BATCH), generator=generator)
+        optimizer.zero_grad()
+        backward(letters, targets)
+        if step == BAD and bad and OF_THE_LAST in named:
+            named[OF_THE_LAST].grad[0] = bad
+        before = {name: p.detach().clone() for name, p in named.items()}
+        with Recorded() as calls:
+            optimizer.step()
+        norms = dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True))
+        weights = {TIED if name == HEAD else name: p.detach().clone() for name, p in named.items()}
+        moved = [not torch.equal(p, before[name]) for name, p in named.items()]
+        found.append((norms, weights, any(moved), calls))
+    clipper.close()
+    logged = [step.parameter_norms for step in sink.steps] if sink is not None else []
+    return found, clipper.state_dict()["counters"], logged
+
+
+def check(pool: Any, kind: str, options: dict[str, Any], *rest: Any) -> Any:
+    """Compare every rank at every step with one process; return what both have found."""
+    whole = pool.run(trained, "whole", options, *rest)[0]
+    each = pool.run(trained, kind, options, *rest)
+    everything: set[str] = set()
+    for found, counters, _ in each:
+        assert counters == whole[1]
+        for own, needed, first in zip(found, whole[0], each[0][0], strict=True):
+            norms, weights, _, calls = own
+            assert repr(norms) == repr(first[0])  # the same bits and order on all ranks
+            assert norms == pytest.approx(needed[0], rel=1e-6, nan_ok=True)
+            assert calls == ["allreduce"]
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, needed[1][name], rtol=1e-9, atol=1e-12)
+        everything |= weights.keys()
+    assert everything == whole[0][0][1].keys()
+    return whole, each
+
+
+@pytest.mark.parametrize("scope", LIMITS)
+@pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
+def test_training_is_that_of_one_process_with_the_whole_model(ranks, kind, scope):
+    (found, _, _), _ = check(ranks, kind, {"scope": scope})
+    exceeding = [norm > LIMITS[scope] for norms, *_ in found for norm in norms.values()]
+    assert True in exceeding
+    assert False in exceeding
+
+
+@pytest.mark.parametrize("scope", LIMITS)
+def test_tied_weights_of_two_names_have_one_norm(ranks, scope):
+    check(ranks, "Schedule1F1B", {"scope": scope}, HEAD)
+
+
+@pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
+def test_tied_weights_that_it_is_not_told_of_count_twice(two_ranks, kind):
+    options = {"scope": "parameter", "max_norm": None}
+    norms = two_ranks.run(trained, "whole", options)[0][0][0][0]
+    for found, _, _ in two_ranks.run(trained, kind, options, ()):
+        assert found[0][0] == pytest.approx(norms | {TIED: math.sqrt(2) * norms[TIED]}, rel=1e-9)
+    squares = [norm**2 for norm in norms.values()]
+    for found, _, _ in two_ranks.run(trained, kind, {"max_norm": None}, ()):
+        [norm] = found[0][0].values()
+        assert norm == pytest.approx(math.sqrt(sum(squares) + norms[TIED] ** 2), rel=1e-9)
+        assert norm != pytest.approx(math.sqrt(sum(squares)), rel=0.02)
+
+
+@pytest.mark.parametrize(("bad", "scope"), [(math.nan, "global"), (math.inf, "parameter")])
+@pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
+def test_a_bad_gradient_of_the_last_stage_leaves_the_step_out_on_all(ranks, kind, bad, scope):
+    options = {"scope": scope, "nonfinite": "skip"}
+    for found, counters, _ in check(ranks, kind, options, TIED, bad)[1]:
+        assert [moved for _, _, moved, _ in found] == [step != BAD for step in range(STEPS)]
+        assert (counters["skipped_steps"], counters["nonfinite_steps"]) == (1, 1)
+
+
+def refused(kind: str) -> str:
+    with pytest.raises(NonFiniteGradientError) as caught:
+        trained(kind, {"nonfinite": "raise"}, TIED, math.nan)
+    return str(caught.value)
+
+
+def test_an_error_names_the_parameter_of_another_stage_on_all(two_ranks):
+    for message in two_ranks.run(refused, "ScheduleGPipe"):
+        assert OF_THE_LAST in message
+
+
+@pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
+def test_the_first_rank_logs_the_norms_of_all_parameters(two_ranks, kind):
+    (_, _, needed), each = check(two_ranks, kind, {"log": True})
+    assert [*needed[0]] == [TIED, *(f"blocks.{i}.{n}" for i in range(BLOCKS) for n in PARAMETERS)]
+    assert len(each[0][2]) == len(needed) == STEPS
+    for norms, expected in zip(each[0][2], needed, strict=True):
+        assert norms == pytest.approx(expected, rel=1e-6)

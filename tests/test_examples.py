@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.launching import torchrun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -74,6 +75,7 @@ def test_minimal_logs_where_it_says(minimal, folder):
     assert "tfevents" in events.name
 
 
+@pytest.mark.slow
 def test_minimal_takes_the_folder_of_its_logs(tmp_path):
     printed = run("minimal.py", str(tmp_path / "logs"), cwd=tmp_path)
     assert f"--logdir {tmp_path / 'logs'}" in printed
@@ -86,6 +88,7 @@ def test_minimal_is_short():
     assert len((EXAMPLES / "minimal.py").read_text().splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_through_time_shows_the_explosion_and_its_limit(through_time):
     rows = re.findall(r"^state at step +(\d+) +(\S+) +(\S+)$", through_time, flags=re.MULTILINE)
     steps, without, limited = (list(map(float, column)) for column in zip(*rows, strict=True))
@@ -96,11 +99,13 @@ def test_through_time_shows_the_explosion_and_its_limit(through_time):
     assert max(limited) == 0.5
 
 
+@pytest.mark.slow
 def test_through_time_limits_the_gradient_of_the_weights(through_time):
     [(without, limited)] = re.findall(r"all weights +(\S+) +(\S+)", through_time)
     assert float(without) > 1000 * float(limited)
 
 
+@pytest.mark.slow
 def test_amp_shows_true_norms_whatever_the_scale(amp):
     rows = re.findall(r"scale +(\S+)  norm before ([\d.]+), after ([\d.]+)", amp)
     assert len(rows) == 6
@@ -110,12 +115,14 @@ def test_amp_shows_true_norms_whatever_the_scale(amp):
         assert float(after) == min(float(before), 1.0)
 
 
+@pytest.mark.slow
 def test_amp_counts_no_step_that_overflowed(amp):
     [(overflowed, clipped)] = re.findall(r"(\d+) of 60 steps overflowed .* (\d+)% were", amp)
     assert 0 < int(overflowed) < 30
     assert 5 < int(clipped) < 95
 
 
+@pytest.mark.slow
 def test_two_optimizers_share_a_norm_and_a_step(two_optimizers):
     norms = re.findall(r"norm before ([\d.]+), after ([\d.]+)", two_optimizers)
     assert len(norms) == 5
@@ -130,6 +137,7 @@ def own_threshold(tmp_path_factory):
     return run("own_threshold.py", cwd=tmp_path_factory.mktemp("own"))
 
 
+@pytest.mark.slow
 def test_a_threshold_of_ones_own_is_short_and_learns(own_threshold):
     source = (EXAMPLES / "own_threshold.py").read_text()
     body = re.search(r"^class \w+\(\w+\):\n(.*?)^\S", source, re.DOTALL | re.MULTILINE)[1]
@@ -142,6 +150,7 @@ def test_a_threshold_of_ones_own_is_short_and_learns(own_threshold):
     assert 0 < int(re.search(r"(\d+)% of the steps were clipped", own_threshold)[1]) < 60
 
 
+@pytest.mark.slow
 def test_explosion_measures_what_the_theory_says(tmp_path):
     shown = run("explosion.py", "--out", "picture.png", cwd=tmp_path)
     rows = re.findall(r"^([\d.]+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", shown, flags=re.MULTILINE)
@@ -164,23 +173,31 @@ def norms_and_losses(shown):
 @pytest.mark.slow
 def test_fsdp2_trains_two_ranks_as_it_does_one_process(tmp_path):
     alone = run("fsdp2.py", "alone", cwd=tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", EXAMPLES / "fsdp2.py", "logs"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    shown, expected = norms_and_losses(done.stdout), norms_and_losses(alone)
+    printed = torchrun(EXAMPLES / "fsdp2.py", "logs", processes=2, cwd=tmp_path)
+    shown, expected = norms_and_losses(printed[0]), norms_and_losses(alone)
     assert len(shown) == len(expected) == 8
     for row, single in zip(shown[:4], expected, strict=False):
         assert row == pytest.approx(single, rel=2e-3)  # later, rounding errors have grown
     assert shown[-1][1] < 0.7 * shown[0][1]
-    ends = re.findall(r"^rank (\d) of 2: (.+)$", done.stdout, re.M)
-    assert sorted(rank for rank, _ in ends) == ["0", "1"]
-    assert len({end for _, end in ends}) == 1  # the last norm and the checksum, to the last digit
+    ends = [re.findall(r"^rank \d of 2: (.+)$", own, re.M) for own in printed]
+    assert ends[0] == ends[1] != []  # the last norm and the checksum, to the last digit
+    [events] = (tmp_path / "logs").iterdir()
+    assert "tfevents" in events.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_pipeline_trains_several_ranks_as_it_does_one_process(tmp_path, count):
+    alone = run("pipeline.py", "alone", "31", cwd=tmp_path)
+    printed = torchrun(EXAMPLES / "pipeline.py", "logs", "31", processes=count, cwd=tmp_path)
+    shown, expected = norms_and_losses(printed[-1]), norms_and_losses(alone)
+    assert len(shown) == len(expected) == 4
+    for row, single in zip(shown, expected, strict=True):
+        assert row == pytest.approx(single, rel=2e-3)
+        assert row[3] == min(row[2], 1.0)
+    assert shown[-1][1] < 0.7 * shown[0][1]
+    ends = [re.findall(rf"^rank \d of {count}: (.+)$", own, re.M) for own in printed]
+    assert ends[0] == ends[-1] != []  # the last norm and the embedding, to the last digit
+    assert ends[1:-1] == [[]] * (count - 2)
     [events] = (tmp_path / "logs").iterdir()
     assert "tfevents" in events.name

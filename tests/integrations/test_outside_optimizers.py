@@ -1,0 +1,347 @@
+"""Optimizers of other packages, against the same steps clipped by hand, bit for bit."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradclip import AttachError, GradientClipper, clip_grad_norm_
+
+pytestmark = [
+    # bitsandbytes, of its paged optimizers:
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning"),
+]
+
+THRESHOLD = 1.0
+SCALES = (0.3, 3.0, 10.0)
+"""By what losses are multiplied, in turn, so that some gradients are too long and some are not."""
+STEPS = 20
+
+Make = Callable[[list[nn.Parameter]], Any]
+
+
+def package(name: str) -> ModuleType:
+    pytest.importorskip(name, reason=f"there is no {name}")
+    return importlib.import_module(name)
+
+
+def made(module: str, name: str, **options: Any) -> Make:
+    """Return what makes an optimizer of a package."""
+    return lambda parameters: getattr(package(module), name)(parameters, **options)
+
+
+def bits8(name: str, **options: Any) -> Make:
+    """Return what makes an optimizer of bitsandbytes that has its state in 8 bits."""
+    return lambda parameters: getattr(package("bitsandbytes").optim, name)(
+        parameters, lr=1e-3, min_8bit_size=1, **options
+    )
+
+
+def muon(name: str, **options: Any) -> Make:
+    def make(parameters: list[nn.Parameter]) -> Any:
+        matrices, bias = parameters[:2], parameters[2:]
+        groups = [{"params": matrices, "use_muon": True}, {"params": bias, "use_muon": False}]
+        return getattr(package("pytorch_optimizer"), name)(groups, **options)
+
+    return make
+
+
+def around(name: str, **options: Any) -> Make:
+    """Return what makes a wrapper around SGD."""
+
+    def make(parameters: list[nn.Parameter]) -> Any:
+        inner = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+        return getattr(package("pytorch_optimizer"), name)(inner, **options)
+
+    return make
+
+
+def sharpness_aware(name: str) -> Make:
+    def make(parameters: list[nn.Parameter]) -> Any:
+        kind = getattr(package("pytorch_optimizer"), name)
+        return kind(parameters, torch.optim.SGD, lr=0.05, momentum=0.9)
+
+    return make
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "AdamWScheduleFree": made("schedulefree", "AdamWScheduleFree", lr=0.01, foreach=True),
+    "AdamWScheduleFree loop": made("schedulefree", "AdamWScheduleFree", lr=0.01, foreach=False),
+    "SGDScheduleFree": made("schedulefree", "SGDScheduleFree", lr=0.05, warmup_steps=3),
+    "RAdamScheduleFree": made("schedulefree", "RAdamScheduleFree", lr=0.01),
+    "Lion": made("lion_pytorch", "Lion", lr=1e-3, weight_decay=0.1),
+    "Lion decoupled": made("lion_pytorch", "Lion", lr=1e-3, decoupled_weight_decay=True),
+    "Muon": muon("Muon", lr=0.02),
+    "AdaMuon": muon("AdaMuon", lr=0.02),
+    "SOAP": made("pytorch_optimizer", "SOAP", lr=3e-3, precondition_frequency=5),
+    "Shampoo": made("pytorch_optimizer", "Shampoo", lr=1e-3),
+    "Kron": made("pytorch_optimizer", "Kron", lr=1e-3),
+    "AdEMAMix": made("pytorch_optimizer", "AdEMAMix", lr=1e-3),
+    "Prodigy": made("pytorch_optimizer", "Prodigy", lr=1.0),
+    "MARS": made("pytorch_optimizer", "MARS", lr=1e-3),
+    "Adan": made("pytorch_optimizer", "Adan", lr=1e-3),
+    "CAME": made("pytorch_optimizer", "CAME", lr=1e-3),
+    "Adam8bit": bits8("Adam8bit"),
+    "AdamW8bit": bits8("AdamW8bit"),
+    "Lion8bit": bits8("Lion8bit"),
+    "SGD8bit": bits8("SGD8bit", momentum=0.9),
+    "RMSprop8bit": bits8("RMSprop8bit"),
+    "Adagrad8bit": bits8("Adagrad8bit"),
+    "AdEMAMix8bit": bits8("AdEMAMix8bit"),
+    "PagedAdamW8bit": bits8("PagedAdamW8bit"),
+}
+WRAPPERS: dict[str, Make] = {
+    "Lookahead": around("Lookahead"),
+    "OrthoGrad": around("OrthoGrad"),
+}
+WITH_CLOSURE: dict[str, Make] = {
+    "AdamWScheduleFreeClosure": made("schedulefree", "AdamWScheduleFreeClosure", lr=0.01),
+    "SGDScheduleFreeClosure": made("schedulefree", "SGDScheduleFreeClosure", lr=0.05),
+    "SAM": sharpness_aware("SAM"),
+    "LookSAM": sharpness_aware("LookSAM"),
+    "FriendlySAM": sharpness_aware("FriendlySAM"),
+}
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002  # whose global state an optimizer uses
+
+
+class Run:
+    """A small network in training, with an optimizer of some package."""
+
+    def __init__(self, make: Make) -> None:
+        generator = torch.Generator().manual_seed(7)
+        shapes = [(16, 32), (32, 8), (8,)]
+        self.parameters = [
+            nn.Parameter(torch.randn(shape, generator=generator) * 0.3) for shape in shapes
+        ]
+        seed(0)
+        self.optimizer = make(self.parameters)
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # as those without a schedule want it
+
+    def backward(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(8, 16, generator=generator)
+        wanted = torch.randn(8, 8, generator=generator)
+        inner, outer, bias = self.parameters
+        self.optimizer.zero_grad()
+        found = (inputs @ inner).tanh() @ outer + bias
+        loss = (found - wanted).square().mean() * SCALES[step % len(SCALES)]
+        loss.backward()
+        return loss
+
+    def take(self, step: int, *, threshold: float = math.inf) -> None:
+        """Take a step, after clipping by hand where there is a threshold."""
+        self.backward(step)
+        clip_grad_norm_(self.parameters, threshold)
+        seed(step)  # some draw random numbers in their steps
+        self.optimizer.step()
+
+    def values(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.parameters])
+
+    def snapshot(self) -> str:
+        """Return parameters, gradients, groups and state of the optimizer as text, exactly."""
+        torch.set_printoptions(threshold=sys.maxsize, precision=17)
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        state = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        tensors = [(p.detach(), p.grad) for p in self.parameters]
+        text = repr((tensors, groups, [exact(each) for each in state]))
+        torch.set_printoptions(profile="default")
+        return text
+
+
+def exact(state: Any) -> Any:
+    """Return a state without what has no text of its own."""
+    if isinstance(state, dict):
+        return {name: exact(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [exact(value) for value in state]
+    return state if isinstance(state, Tensor | int | float | bool | None) else type(state)
+
+
+def inner_of(optimizer: Any) -> Any:
+    for name in ("optimizer", "base_optimizer"):
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, torch.optim.Optimizer):
+            return inner
+    return optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_equal_those_clipped_by_hand(name):
+    ours, theirs, free = (Run(OPTIMIZERS[name]) for _ in range(3))
+    clipper = GradientClipper(ours.optimizer, THRESHOLD)
+    for step in range(STEPS):
+        ours.take(step)
+        theirs.take(step, threshold=THRESHOLD)
+        free.take(step)
+    assert clipper.steps == STEPS
+    assert 0.2 < clipper.clip_rate() < 0.8
+    assert torch.equal(ours.values(), theirs.values())
+    assert ours.snapshot() == theirs.snapshot()
+    assert not torch.equal(ours.values(), free.values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_step_leaves_parameters_and_state(name):
+    ours, without = Run(OPTIMIZERS[name]), Run(OPTIMIZERS[name])
+    clipper = GradientClipper(ours.optimizer, 1e4, nonfinite="skip")
+    for step in range(6):
+        if step in (0, 3):  # before there is any state, and in the middle
+            ours.backward(step)
+            ours.parameters[1].grad[0, 0] = math.nan
+            before = ours.snapshot()
+            seed(step)
+            ours.optimizer.step()
+            assert ours.snapshot() == before
+        else:
+            ours.take(step)
+            without.take(step)
+    assert (clipper.skipped, clipper.steps) == (2, 6)
+    assert torch.equal(ours.values(), without.values())
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_of_a_wrapper_the_inner_optimizer_is_clipped(name):
+    ours, theirs = Run(WRAPPERS[name]), Run(WRAPPERS[name])
+    clipper = GradientClipper(ours.optimizer, THRESHOLD)
+    inner_of(theirs.optimizer).register_step_pre_hook(
+        lambda *_: clip_grad_norm_(theirs.parameters, THRESHOLD) and None
+    )
+    for step in range(STEPS):
+        ours.take(step)
+        theirs.take(step)
+    assert clipper.steps == STEPS
+    assert 0.2 < clipper.clip_rate() < 0.8
+    assert torch.equal(ours.values(), theirs.values())
+
+
+@pytest.mark.parametrize("name", WITH_CLOSURE)
+def test_with_a_closure_each_step_takes_clipped_gradients(name):
+    ours, theirs = Run(WITH_CLOSURE[name]), Run(WITH_CLOSURE[name])
+    clipper = GradientClipper(ours.optimizer, THRESHOLD)
+    inner = inner_of(theirs.optimizer)
+    if inner is not theirs.optimizer:
+        inner.register_step_pre_hook(
+            lambda *_: clip_grad_norm_(theirs.parameters, THRESHOLD) and None
+        )
+    for step in range(STEPS):
+        ours.backward(step)
+        ours.optimizer.step(lambda step=step: ours.backward(step))
+
+        def closure(step: int = step) -> Tensor:
+            loss = theirs.backward(step)
+            if inner is theirs.optimizer:
+                clip_grad_norm_(theirs.parameters, THRESHOLD)
+            return loss
+
+        theirs.backward(step)
+        theirs.optimizer.step(closure)
+    assert clipper.steps == STEPS
+    assert 0.2 < clipper.clip_rate() < 0.8
+    assert torch.equal(ours.values(), theirs.values())
+
+
+def test_an_optimizer_that_clips_too_is_warned_of():
+    package("pytorch_optimizer")
+    run = Run(made("pytorch_optimizer", "Lamb"))
+    with pytest.warns(UserWarning, match="Lamb clips by itself with max_grad_norm=1.0"):
+        GradientClipper(run.optimizer, THRESHOLD)
+
+
+def test_a_wrapper_that_is_no_optimizer_is_refused_and_what_it_wraps_is_not():
+    wrapper = package("schedulefree").ScheduleFreeWrapper
+
+    def make(parameters: list[nn.Parameter]) -> Any:
+        return wrapper(torch.optim.SGD(parameters, lr=0.05), momentum=0.9)
+
+    ours, theirs = Run(make), Run(make)
+    with pytest.raises(AttachError, match="Found a ScheduleFreeWrapper"):
+        GradientClipper(ours.optimizer, THRESHOLD)
+    GradientClipper(ours.optimizer.base, THRESHOLD)
+    for step in range(STEPS):
+        ours.take(step)
+        theirs.take(step, threshold=THRESHOLD)
+    assert torch.equal(ours.values(), theirs.values())
+
+
+# DeepSpeed, which is not installed here: its classes by their modules and names
+
+DEEPSPEED = {
+    "DeepSpeedEngine": "deepspeed.runtime.engine",
+    "PipelineEngine": "deepspeed.runtime.pipe.engine",
+    "DeepSpeedHybridEngine": "deepspeed.runtime.hybrid_engine",
+    "DeepSpeedZeroOptimizer": "deepspeed.runtime.zero.stage_1_and_2",
+    "DeepSpeedZeroOptimizer_Stage3": "deepspeed.runtime.zero.stage3",
+    "BF16_Optimizer": "deepspeed.runtime.bf16_optimizer",
+    "FP16_Optimizer": "deepspeed.runtime.fp16.fused_optimizer",
+}
+
+
+def of_deepspeed(name: str, optimizer: Any, base: type = object) -> Any:
+    """Return an object of a class that looks like one of DeepSpeed's, and holds an optimizer."""
+    found = type(name, (base,), {"__module__": DEEPSPEED.get(name, "deepspeed.ops.adam")})()
+    found.optimizer = optimizer
+    return found
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
+@pytest.mark.parametrize("name", DEEPSPEED)
+def test_what_deepspeed_steps_is_refused_with_the_reason(name):
+    base = nn.Module if name.endswith("Engine") else object
+    given = of_deepspeed(name, sgd(), base)
+    with pytest.raises(AttachError, match=f"{name} .* gradient_clipping"):
+        GradientClipper(given, 1.0)
+    assert "deepspeed" not in sys.modules
+
+
+def test_deepspeed_is_seen_through_wrappers_and_derived_classes():
+    zero = of_deepspeed("DeepSpeedZeroOptimizer", sgd())
+    engine = of_deepspeed("DeepSpeedEngine", zero, nn.Module)
+    derived = type("Own", (type(engine),), {"__module__": "mine"})()
+    derived.optimizer = zero
+    wrapper = type("Wrapper", (), {})()  # as Accelerate's around the engine
+    wrapper.engine = engine
+    outer = type("Wrapper", (), {})()  # as Accelerate's around the optimizer
+    outer.optimizer = zero
+    for given in (engine, derived, wrapper, outer, [sgd(), outer]):
+        with pytest.raises(AttachError, match="gradient_clipping"):
+            GradientClipper(given, 1.0)
+
+
+def test_the_optimizer_that_deepspeed_holds_is_refused(monkeypatch):
+    optimizer = sgd()
+    zero = of_deepspeed("DeepSpeedZeroOptimizer", optimizer)
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    with pytest.raises(AttachError, match="DeepSpeedZeroOptimizer .* gradient_clipping"):
+        GradientClipper(optimizer, 1.0)
+    del zero
+    GradientClipper(optimizer, 1.0)
+
+
+def test_a_plain_optimizer_or_scheduler_of_deepspeed_is_no_obstacle(monkeypatch):
+    kind = type("FusedAdam", (torch.optim.SGD,), {"__module__": "deepspeed.ops.adam.fused_adam"})
+    optimizer = kind([nn.Parameter(torch.zeros(2))], lr=0.1)
+    scheduler = type("WarmupLR", (), {"__module__": "deepspeed.runtime.lr_schedules"})()
+    scheduler.optimizer = optimizer
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    GradientClipper(optimizer, 1.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.markdown import table
 from gradclip.engines import engine_for
 
 RIVALS = ("compiled", "apex", "transformer engine", "gradclip", "hook")
@@ -168,8 +169,7 @@ def _left_out(found: dict[str, dict[str, str]]) -> str:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(table(names, rows))
 
 
 def _number(value: float | None, form: str) -> str:

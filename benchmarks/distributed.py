@@ -46,6 +46,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 import gradclip
 from benchmarks.gradients import Still, machine
+from benchmarks.markdown import save, table
 
 WIDTH, BLOCK = 64, 4
 REGIMES = {"under": 1e9, "clipping": 1e-3}
@@ -201,34 +202,34 @@ def measure_ranks(ranks: int, counts: list[int], rounds: int) -> list[dict[str, 
         return rows
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def costs(rows: list[dict[str, Any]]) -> list[str]:
     """Return what was measured as a Markdown table."""
     names = ["ranks", "parameters", "regime", "torch, us", *OURS, "collectives, torch", *OURS]
-    lines = [f"| {' | '.join([*names, 'all_reduce, us'])} |", "|---" * (len(names) + 1) + "|"]
-    for row in rows:
-        cells = [
+    lines = [
+        [
             *(str(row[key]) for key in ("ranks", "parameters", "regime")),
             f"{row['us']['torch']:.0f}",
             *(f"{row['ratios'][name]:.3f}" for name in OURS),
             *(str(row["collectives"][name]) for name in ("torch", *OURS)),
             f"{row['us']['all_reduce']:.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        for row in rows
+    ]
+    return table([*names, "all_reduce, us"], lines)
 
 
 def figures(rows: list[dict[str, Any]]) -> list[str]:
     """Return what the project has set itself beside what was measured, as a Markdown table."""
-    lines = ["| figure | limit | measured | met |", "|---|---|---|---|"]
+    lines = []
     most = max(row["collectives"][name] for row in rows for name in OURS)
-    lines.append(f"| collectives a step, all ranks in one group | 1 | {most} | {most == 1} |")
+    lines.append(["collectives a step, all ranks in one group", "1", f"{most}", f"{most == 1}"])
     for (ranks, parameters), limit in LIMITS.items():
         found = [row for row in rows if (row["ranks"], row["parameters"]) == (ranks, parameters)]
         for name in OURS if found else ():
             worst = max(row["ratios"][name] for row in found)
             what = f"{name}, {ranks} ranks, {parameters} parameters, of torch's time"
-            lines.append(f"| {what} | {limit} | {worst:.3f} | {worst <= limit} |")
-    return lines
+            lines.append([what, f"{limit}", f"{worst:.3f}", f"{worst <= limit}"])
+    return table(["figure", "limit", "measured", "met"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,14 +253,12 @@ def main(argv: list[str] | None = None) -> None:
         ", ".join(f"{key} {value}" for key, value in told.items()),
         f"medians of {options.rounds} calls; ratios to torch's, lower is faster",
         "",
-        *table(rows),
+        *costs(rows),
         "",
         *figures(rows),
     ]
     print("\n".join(lines))
-    if options.save is not None:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n".join(lines) + "\n")
+    save(lines, options.save)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
@@ -30,7 +29,7 @@ from gradclip.printing import print_table
 
 from .gradients import Gradients, Still, machine
 from .shapes import resnet50
-from .timing import interleaved_medians
+from .timing import by_thread, interleaved_medians
 
 STEPS = 100
 LIMITS = {"default": 40, "5 largest": 200, "all": 1000}
@@ -89,13 +88,6 @@ def many(step: Callable[[], object]) -> Callable[[], object]:
             step()
 
     return steps
-
-
-def by_thread(call: Callable[[], object], prepare: Callable[[], None]) -> float:
-    """Time a call by what this thread has computed, in seconds."""
-    start = time.thread_time()
-    call()
-    return time.thread_time() - start
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,20 +1,28 @@
-"""Other packages for adaptive clipping, each taken where it is installed.
+"""Other packages for clipping, each taken where it is installed.
 
 pip install --no-deps autoclip zclip smartclip timm
+pip install lightning accelerate
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 Step = Callable[[], object]
+Optimizers = list[Any]
 
 
 class Model(nn.Module):
@@ -25,29 +33,75 @@ class Model(nn.Module):
         self.all = nn.ParameterList(parameters)
 
 
-def autoclip_quantile(parameters: list[nn.Parameter]) -> Step:
+@dataclass
+class Clipping:
+    """What a package clips with; called, it clips.
+
+    Args:
+        clip: Clips the gradients that are there.
+        told: Clips as well and returns the norm that is told, returned or kept somewhere; None
+            where `clip` returns it or nobody does.
+        state: What has the state dict of the clipping, where there is one.
+        attach: Given optimizers, returns what to step in their place so that their steps clip, or
+            None where the package has nothing for them.
+    """
+
+    clip: Step
+    told: Step | None = None
+    state: Any = None
+    attach: Callable[[Optimizers], Optimizers | None] = lambda optimizers: None
+
+    def __call__(self) -> object:
+        """Clip."""
+        return self.clip()
+
+    def norm(self) -> float | None:
+        """Clip, and return the norm that is told."""
+        told: Any = (self.told or self.clip)()
+        return None if told is None else float(told)
+
+
+MakeFixed = Callable[[list[Optimizer], float, GradScaler | None], Clipping]
+
+
+def autoclip_quantile(parameters: list[nn.Parameter]) -> Clipping:
     """Percentile 10 of the last 1000 norms, over all parameters."""
-    clipper = importlib.import_module("autoclip.torch").QuantileClip
-    return clipper(parameters, quantile=0.1, history_length=1000, global_threshold=True).step
+    package = importlib.import_module("autoclip.torch")
+    clipper = package.QuantileClip(
+        parameters, quantile=0.1, history_length=1000, global_threshold=True
+    )
+    wrapper = importlib.import_module("autoclip.torch.clipper").OptimizerWithClipping
+
+    def told() -> object:
+        clipper.step()
+        return clipper.state["global_history"][-1]
+
+    def attach(optimizers: Optimizers) -> Optimizers | None:
+        return [wrapper(optimizers[0], clipper)] if len(optimizers) == 1 else None
+
+    return Clipping(clipper.step, told, clipper, attach)
 
 
-def zclip(parameters: list[nn.Parameter]) -> Step:
+def zclip(parameters: list[nn.Parameter]) -> Clipping:
     """The z-score rule of its authors."""
     clipper, model = importlib.import_module("zclip").ZClip(), Model(parameters)
-    return lambda: clipper.step(model)
+    return Clipping(lambda: clipper.step(model), state=_stateful(clipper))
 
 
-def smartclip_autoclip(parameters: list[nn.Parameter]) -> Step:
+def smartclip_autoclip(parameters: list[nn.Parameter]) -> Clipping:
     """Percentile 10, over all parameters."""
-    return _smartclip(parameters, lambda core: core.AutoClip(percentile=10.0, scope="global"))
+    return _smartclip(
+        parameters,
+        lambda core: core.AutoClip(mode="percentile", percentile=10.0, scope="global"),
+    )
 
 
-def smartclip_zscore(parameters: list[nn.Parameter]) -> Step:
+def smartclip_zscore(parameters: list[nn.Parameter]) -> Clipping:
     """The z-score rule, over all parameters."""
     return _smartclip(parameters, lambda core: core.ZScoreClip(scope="global"))
 
 
-def timm_agc(parameters: list[nn.Parameter]) -> Step:
+def timm_agc(parameters: list[nn.Parameter]) -> Clipping:
     """AGC, unit by unit. Its one file is loaded by itself: timm wants torchvision."""
     file = Path(str(distribution("timm").locate_file("timm/utils/agc.py")))
     spec = importlib.util.spec_from_file_location("timm_agc", file)
@@ -55,28 +109,113 @@ def timm_agc(parameters: list[nn.Parameter]) -> Step:
         raise ImportError(f"{file} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda: module.adaptive_clip_grad(parameters)
+    return Clipping(lambda: module.adaptive_clip_grad(parameters))
 
 
-PEERS: dict[str, Callable[[list[nn.Parameter]], Step]] = {
+PEERS: dict[str, Callable[[list[nn.Parameter]], Clipping]] = {
     "autoclip QuantileClip": autoclip_quantile,
     "zclip ZClip": zclip,
     "smartclip AutoClip": smartclip_autoclip,
     "smartclip ZScoreClip": smartclip_zscore,
     "timm adaptive_clip_grad": timm_agc,
 }
+"""Those with rules for their thresholds."""
 
 
-def peer(name: str, parameters: list[nn.Parameter]) -> Step | None:
-    """Return a step of a peer's clipping, or None where its package is not installed."""
+def torch_plain(
+    optimizers: list[Optimizer], max_norm: float, scaler: GradScaler | None
+) -> Clipping:
+    """Torch's own."""
+    parameters = parameters_of(optimizers)
+    return Clipping(lambda: nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def torch_compiled(
+    optimizers: list[Optimizer],
+    max_norm: float,
+    scaler: GradScaler | None,
+    backend: str = "inductor",
+) -> Clipping:
+    """Torch's own, compiled; what was compiled before is forgotten."""
+    parameters = parameters_of(optimizers)
+    torch.compiler.reset()
+    # What is freed while a graph is traced may run torch operators at its end.
+    gc.collect()
+    return Clipping(
+        torch.compile(lambda: nn.utils.clip_grad_norm_(parameters, max_norm), backend=backend)
+    )
+
+
+def lightning(optimizers: list[Optimizer], max_norm: float, scaler: GradScaler | None) -> Clipping:
+    """Lightning's Fabric, which clips the parameters of one optimizer at a time."""
+    plugins = importlib.import_module("lightning.fabric.plugins")
+    precision = scaler and plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    fabric = importlib.import_module("lightning.fabric").Fabric(
+        accelerator="cpu", devices=1, plugins=precision
+    )
+    model = Model(parameters_of(optimizers))
+
+    def clip() -> object:
+        for optimizer in optimizers:
+            norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm)
+        return norm
+
+    return Clipping(clip)
+
+
+def accelerate(optimizers: list[Optimizer], max_norm: float, scaler: GradScaler | None) -> Clipping:
+    """Accelerate's; with a scaler as its Accelerator has one on a GPU."""
+    importlib.import_module("accelerate.state").AcceleratorState._reset_state()
+    made: Any = importlib.import_module("accelerate").Accelerator(
+        cpu=True, mixed_precision="fp16" if scaler else "no"
+    )
+    parameters = parameters_of(optimizers)
+    if scaler:
+        made.native_amp, made.scaler, made._optimizers = True, scaler, optimizers
+    return Clipping(lambda: made.clip_grad_norm_(parameters, max_norm))
+
+
+FIXED: dict[str, MakeFixed] = {
+    "torch": torch_plain,
+    "torch compiled": torch_compiled,
+    "Lightning Fabric": lightning,
+    "Accelerate": accelerate,
+}
+"""Those with a threshold that is given."""
+
+
+def peer(name: str, parameters: list[nn.Parameter]) -> Clipping | None:
+    """Return a peer's clipping, or None where its package is not installed."""
     try:
         return PEERS[name](parameters)
     except (ImportError, PackageNotFoundError):
         return None
 
 
-def _smartclip(parameters: list[nn.Parameter], make: Callable[[Any], Any]) -> Step:
+def parameters_of(optimizers: list[Optimizer]) -> list[nn.Parameter]:
+    """Return the parameters of optimizers, as often as they are there."""
+    return [p for each in optimizers for group in each.param_groups for p in group["params"]]
+
+
+def _smartclip(parameters: list[nn.Parameter], make: Callable[[Any], Any]) -> Clipping:
     package = importlib.import_module("smartclip")
-    apply = importlib.import_module("smartclip.backends.torch").apply
+    backend = importlib.import_module("smartclip.backends.torch")
     clipper, model = make(package), Model(parameters)
-    return lambda: apply(model, clipper)
+    # It stops to clip when what it returned is no longer held.
+    held = ExitStack()
+
+    def told() -> object:
+        records: list[Any] = []
+        backend.apply(model, clipper, records.append)
+        return records[-1]["grad_norm"]
+
+    def attach(optimizers: Optimizers) -> Optimizers | None:
+        for optimizer in optimizers if len(optimizers) == 1 else []:
+            held.enter_context(package.clip_context(model, optimizer, clipper))
+        return optimizers if len(optimizers) == 1 else None
+
+    return Clipping(lambda: backend.apply(model, clipper), told, _stateful(clipper), attach)
+
+
+def _stateful(clipper: Any) -> Any:
+    return clipper if hasattr(clipper, "state_dict") else None

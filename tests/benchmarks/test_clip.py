@@ -35,6 +35,7 @@ def test_the_benchmark_runs_and_prints_ratios(capsys):
     assert "logging adds" in printed
 
 
+@pytest.mark.slow
 def test_the_benchmark_speaks_json(capsys):
     clip.main(["--sets", "small", "--dtypes", "float32", "--seconds", "0.1", "--json"])
     result = json.loads(capsys.readouterr().out)
@@ -64,6 +65,7 @@ def test_instructions_repeat_exactly_and_are_fewer_than_torchs():
     assert instructions.count(calls=32)["function"] == counted["function"]
 
 
+@pytest.mark.slow
 def test_without_valgrind_the_rest_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(instructions, "available", lambda: False)
     clip.main(["--sets", "small", "--dtypes", "float32", "--seconds", "0.1", "--instructions"])

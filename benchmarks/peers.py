@@ -1,0 +1,305 @@
+"""The same jobs through gradclip and through other packages, side by side in one process.
+
+    python -m benchmarks.peers [--seconds 10] [--sets small lstm] [--backend inductor]
+                               [--save benchmarks/results/peers.md]
+
+Cost of a step, error of the norm against float64, and what goes wrong in training loops (see
+`peer_hazards`). A package that is not installed is shown as such. Calls are timed in turn, each on
+gradients that were rewritten just before, and told as ratios to torch's `clip_grad_norm_` in the
+same turns. All is computed by one thread, and the time is what that thread has computed: on a busy
+machine the clock would count what others do meanwhile. "gradclip hook", "Percentile", "ZScore" and
+"RelativeToWeights" are whole steps of an optimizer that does nothing, records included; all others
+are calls of a function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cuda_rivals import deadline
+from benchmarks.gradients import Gradients, Still, machine
+from benchmarks.markdown import save, table
+from benchmarks.packages import Clipping
+from benchmarks.peer_hazards import HAZARDS, outcome, raised
+from benchmarks.peer_scenes import STEPS, USUAL
+from benchmarks.peer_ways import Way, adaptive_ways, fixed_ways, versions
+from benchmarks.shapes import SETS
+from benchmarks.timing import by_thread, interleaved_medians
+
+REFERENCE = "torch"
+REGIMES: dict[str, tuple[float, ...]] = {"under": (0.5,), "clipping": (5.0,)}
+"""Norms of the gradients that are clipped to 1."""
+VARIED = tuple(USUAL[0] + (USUAL[1] - USUAL[0]) * (index * 24 % 61) / 61 for index in range(61))
+"""Norms for rules, none of them twice in a row."""
+HALF_OF_UNITS = 5e-4
+"""Elements of such a size have AGC clip about half of the units of `Gradients`."""
+COMPILE_SECONDS = 240.0
+HARD: dict[str, tuple[Sequence[tuple[int, ...]], torch.dtype, float | None]] = {
+    "1e7 elements of 0.1": ([(2500, 4000)], torch.float32, 0.1),
+    "1e4 elements of 1e20": ([(100, 100)], torch.float32, 1e20),
+    "1e4 elements of 1e38": ([(100, 100)], torch.float32, 1e38),
+    "1e4 elements of 1e-25": ([(100, 100)], torch.float32, 1e-25),
+    "float16, 1e4 elements of 3e4": ([(100, 100)], torch.float16, 3e4),
+    "lstm in bfloat16": (SETS["lstm"](), torch.bfloat16, None),
+}
+"""Shapes, dtype, and the value of all elements; None: drawn from a normal distribution."""
+
+Medians = dict[str, float]
+Cells = dict[str, str]
+
+
+class Prepared:
+    """Ways to clip that are set up for the same gradients, and why some are not.
+
+    Args:
+        ways: The ways.
+        gradients: What they clip.
+        prepare: Writes gradients for the first call of each.
+    """
+
+    def __init__(
+        self, ways: Sequence[Way], gradients: Gradients, prepare: Callable[[], None]
+    ) -> None:
+        self.clippings: dict[str, Clipping] = {}
+        self.missing: Cells = {}
+        for way in ways:
+            if not way.installed:
+                self.missing[way.name] = "not installed"
+                continue
+            try:
+                prepare()
+                clipping = way.make([Still(gradients.parameters)], None)
+                with deadline(COMPILE_SECONDS):
+                    clipping()
+                self.clippings[way.name] = clipping
+            except Exception as error:  # noqa: BLE001  # the others can be measured
+                self.missing[way.name] = raised(error)
+
+    def medians(self, prepare: Callable[[], None], seconds: float) -> Medians:
+        """Time a step of each, in seconds."""
+        return interleaved_medians(self.clippings, prepare, seconds, timer=by_thread)
+
+    def errors(self, prepare: Callable[[], None], norm: Callable[[], float]) -> Cells:
+        """Return how far the norm that each tells is from the true one."""
+        found = dict(self.missing)
+        for name, clipping in self.clippings.items():
+            prepare()
+            true = norm()
+            try:
+                told = clipping.norm()
+                found[name] = "none told" if told is None else error_of(told, true)
+            except Exception as error:  # noqa: BLE001  # it is what there is to tell
+                found[name] = raised(error)
+        return found
+
+
+def error_of(told: float, true: float) -> str:
+    """Return the relative error of a norm, or what the norm is instead."""
+    if not math.isfinite(told) or told == 0:
+        return f"norm {told:g}"
+    return f"{abs(told / true - 1):.0e}"
+
+
+def scaled(gradients: Gradients, norms: Sequence[float]) -> Callable[[], None]:
+    """Return what rewrites gradients with one norm after the other."""
+    gradients.rewrite()
+    usual, following = gradients.norm(), itertools.cycle(norms)
+
+    def prepare() -> None:
+        gradients.rewrite()
+        held: list[Any] = [parameter.grad for parameter in gradients.parameters]
+        torch._foreach_mul_(held, next(following) / usual)
+
+    return prepare
+
+
+def warm_up(prepared: Prepared, gradients: Gradients) -> None:
+    """Let rules see `STEPS` norms; only the smallest parameter has a gradient, for speed."""
+    held = [parameter.grad for parameter in gradients.parameters]
+    smallest = min(gradients.parameters, key=lambda parameter: parameter.numel())
+    for parameter in gradients.parameters:
+        parameter.grad = None
+    smallest.grad = torch.empty_like(smallest)
+    for norm in itertools.islice(itertools.cycle(VARIED), STEPS):
+        for clipping in prepared.clippings.values():
+            smallest.grad.fill_(norm / smallest.numel() ** 0.5)
+            clipping()
+    for parameter, gradient in zip(gradients.parameters, held, strict=True):
+        parameter.grad = gradient
+
+
+def measure_set(
+    name: str, fixed: Sequence[Way], adaptive: Sequence[Way], seconds: float
+) -> dict[str, Any]:
+    """Measure the cost of a step and the error of the norm on one set of gradients.
+
+    Returns:
+        Medians of the regimes and of the two kinds of rules, errors, and what is missing.
+    """
+    gradients = Gradients(SETS[name](), torch.float32)
+    prepared = Prepared(fixed, gradients, gradients.rewrite)
+    rows: dict[str, Any] = {"missing": dict(prepared.missing)}
+    for regime, norms in REGIMES.items():
+        rows[regime] = prepared.medians(scaled(gradients, norms), seconds)
+    rows["errors"] = prepared.errors(gradients.rewrite, gradients.norm)
+    reference = [way for way in fixed if way.name == REFERENCE]
+    size = gradients.bytes // torch.float32.itemsize
+    for kind, norms in {"adaptive": VARIED, "unit": (HALF_OF_UNITS * size**0.5,)}.items():
+        ways = [way for way in adaptive if way.kind == kind]
+        prepare = scaled(gradients, norms)
+        rivals = Prepared([*reference, *ways], gradients, prepare)
+        if kind == "adaptive":
+            warm_up(rivals, gradients)
+        rows[kind] = rivals.medians(prepare, seconds)
+        rows["missing"].update(rivals.missing)
+        rows["errors"].update(rivals.errors(gradients.rewrite, gradients.norm))
+    return rows
+
+
+def hard_errors(ways: Sequence[Way], case: str) -> Cells:
+    """Return the errors of the norm in a hard case."""
+    shapes, dtype, element = HARD[case]
+    gradients = Gradients(list(shapes), dtype)
+
+    def prepare() -> None:
+        gradients.rewrite()
+        if element is not None:
+            for parameter in gradients.parameters:
+                parameter.grad = torch.full_like(parameter, element)
+
+    return Prepared(ways, gradients, prepare).errors(prepare, gradients.norm)
+
+
+def cost_table(
+    measured: dict[str, dict[str, Any]], ways: Sequence[Way], regimes: Sequence[str]
+) -> list[str]:
+    """Return ratios to torch as a Markdown table."""
+    names = [way.name for way in ways if way.name != REFERENCE]
+    rows = []
+    for name, found in measured.items():
+        for regime in regimes:
+            reference = found[regime][REFERENCE]
+            cells = [
+                f"{found[regime][each] / reference:.2f}"
+                if each in found[regime]
+                else found["missing"][each]
+                for each in names
+            ]
+            rows.append([name, regime, f"{reference * 1e6:.0f}", *cells])
+    return table(["set", "regime", "torch, us", *names], rows)
+
+
+def hazard_table(ways: Sequence[Way], hazards: Sequence[str]) -> list[str]:
+    """Run hazards with ways to clip, and return what came of it as a Markdown table."""
+    rows = [
+        [hazard, HAZARDS[hazard][1], *(outcome(way, hazard) for way in ways)] for hazard in hazards
+    ]
+    return table(["hazard", "right is", *(way.name for way in ways)], rows)
+
+
+def error_table(errors: dict[str, Cells], ways: Sequence[Way]) -> list[str]:
+    """Return errors of norms as a Markdown table."""
+    names = [way.name for way in ways]
+    return table(
+        ["gradients", *names], [[case, *(e[n] for n in names)] for case, e in errors.items()]
+    )
+
+
+def report(options: argparse.Namespace) -> list[str]:
+    """Measure everything, and return it as lines of Markdown."""
+    fixed, adaptive = fixed_ways(options.backend), adaptive_ways()
+    rules = [way for way in adaptive if way.kind == "adaptive"]
+    units = [way for way in adaptive if way.kind == "unit"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        measured = {
+            name: measure_set(name, fixed, adaptive, options.seconds) for name in options.sets
+        }
+        errors = {name: measured[name]["errors"] for name in options.sets}
+        for case in options.hard:
+            errors[case] = hard_errors([*fixed, *adaptive], case)
+    told = {
+        **machine(),
+        "cores": os.cpu_count(),
+        **versions(),
+        "backend of torch.compile": options.backend,
+        "date": datetime.date.today().isoformat(),
+    }
+    return [
+        "# gradclip beside other ways to clip",
+        "",
+        "Written by `python -m benchmarks.peers`, which says how.",
+        "",
+        ", ".join(f"{key} {value}" for key, value in told.items()),
+        "",
+        "## Cost of a step",
+        "",
+        "Time of the one thread that computes, as ratios to torch's `clip_grad_norm_` in the same",
+        "turns, lower is faster. Those with a threshold that is given, below it and above it:",
+        "",
+        *cost_table(measured, fixed, list(REGIMES)),
+        "",
+        "Those with a threshold from the norms before, each of gradclip's behind those like it:",
+        "",
+        *cost_table(measured, rules, ["adaptive"]),
+        "",
+        "Those that clip unit by unit, about half of the units:",
+        "",
+        *cost_table(measured, units, ["unit"]),
+        "",
+        "## Error of the norm",
+        "",
+        "That is returned or recorded, relative, against float64:",
+        "",
+        *error_table(errors, fixed),
+        "",
+        *error_table(errors, adaptive),
+        "",
+        "## Hazards",
+        "",
+        f"After {STEPS} usual steps. Norms are those that are left of the gradient. What attaches",
+        "itself to an optimizer is attached (autoclip's, smartclip's, gradclip's); other functions",
+        "are called right before the step, in a closure behind its backward pass.",
+        "",
+        *hazard_table(fixed, options.hazards),
+        "",
+        *hazard_table(adaptive, options.hazards),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--hard", nargs="*", choices=HARD, default=list(HARD))
+    parser.add_argument("--hazards", nargs="*", choices=HAZARDS, default=list(HAZARDS))
+    parser.add_argument("--seconds", type=float, default=10.0, help="per row of a table of costs")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--save", type=Path, help="a file for the Markdown, too")
+    options = parser.parse_args(argv)
+    threads, level = torch.get_num_threads(), logging.root.manager.disable
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    try:
+        lines = report(options)
+    finally:
+        torch.set_num_threads(threads)
+        logging.disable(level)
+        torch.compiler.reset()
+    print("\n".join(lines))
+    save(lines, options.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What a few bad gradients do to a training, clipped in several ways and not at all.
+
+    python -m benchmarks.spikes [--seeds 5] [--steps 400] [--models rnn gpt] [--processes 2]
+                                [--save benchmarks/results/spikes.md]
+
+Two small models learn the characters of real text, the topics of Python's ``help()``. At preset
+steps the gradients are corrupted between the backward pass and whatever clips: multiplied, or
+given one NaN. The loss on held-out text at the end tells what that did.
+
+All ways to clip start from the same weights and read the same batches, by seed. Each is trained to
+the first corrupted step once, and goes on from a copy of that state once for each corruption and
+once without, so that a run and its clean run differ in what is corrupted and in nothing before.
+
+Nothing is chosen by the results. The learning rate is, of three, the one with the lowest loss in a
+clean run without clipping, of a seed that is not used afterwards; the fixed threshold is what
+`gradclip report` advises for that run's norms. The rules keep their defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gradclip
+from benchmarks import spike_training
+from benchmarks.gradients import machine
+from benchmarks.markdown import save
+from benchmarks.spike_outcomes import Outcome, Pilot, rows_of
+from benchmarks.spike_picture import draw
+from benchmarks.spike_report import report
+from benchmarks.spike_training import ARMS, CORRUPTIONS, LEARNERS, Training, code_of, text
+from gradclip.demo.training import one_thread
+from gradclip.report.advice import advised
+from gradclip.report.run import run_of
+from gradclip.report.summary import summarized
+
+PILOT = 0
+"""The seed of the runs by which learning rate and fixed threshold are chosen."""
+BEGIN = 2 / 3
+"""Share of the steps after which the first gradient is corrupted."""
+LONGEST = max(corruption.steps for corruption in CORRUPTIONS.values())
+
+
+@one_thread()
+def try_rate(name: str, rate: float, steps: int) -> Pilot:
+    """Train cleanly without clipping; return the loss, and the threshold advised for the norms."""
+    sink = gradclip.MemorySink()
+    training = Training(LEARNERS[name], rate, steps, PILOT, {"max_norm": None, "log": sink})
+    training.advance(0, steps)
+    training.close()
+    run = run_of(sink.steps, name)
+    advice = advised(run, summarized(run))
+    median = float(np.median(run.norms[run.finite]))
+    return Pilot(name, rate, training.loss(), advice.kind, advice.threshold, median)
+
+
+@one_thread()
+def train(pilot: Pilot, arm: str, seed: int, steps: int) -> list[Outcome]:
+    """Train with one way to clip, to the first corrupted step once, on from there with each."""
+    options = ARMS[arm](pilot.fixed)
+    training = Training(LEARNERS[pilot.model], pilot.rate, steps, seed, options)
+    begin = first_corrupted(steps)
+    training.advance(0, begin)
+    state = training.state()
+    outcomes = []
+    for name, corruption in CORRUPTIONS.items():
+        training.load(state)
+        training.advance(begin, steps, corruption)
+        outcomes.append(Outcome(pilot.model, name, arm, seed, training.loss(), *training.counted()))
+    training.close()
+    return outcomes
+
+
+def first_corrupted(steps: int) -> int:
+    """Return the index of the first step whose gradient is corrupted."""
+    return int(steps * BEGIN)
+
+
+def chosen(pilots: Iterable[Pilot]) -> dict[str, Pilot]:
+    """Return the pilot run of each model that has the lowest loss."""
+    best: dict[str, Pilot] = {}
+    for pilot in sorted(pilots, key=lambda pilot: (math.isnan(pilot.loss), pilot.loss)):
+        best.setdefault(pilot.model, pilot)
+    return best
+
+
+def measure(
+    models: Sequence[str], seeds: int, steps: int, processes: int
+) -> tuple[list[Pilot], list[Outcome]]:
+    """Make the pilot runs, then train everything."""
+    rates = [(name, rate, steps) for name in models for rate in LEARNERS[name].rates]
+    pilots = [*results(try_rate, rates, processes)]
+    best = chosen(pilots)
+    jobs = [
+        (best[name], arm, seed, steps)
+        for name in models
+        for arm in ARMS
+        for seed in range(PILOT + 1, PILOT + 1 + seeds)
+    ]
+    return pilots, [each for several in results(train, jobs, processes) for each in several]
+
+
+def results(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], processes: int
+) -> Iterator[Any]:
+    """Yield what a function returns for each job, in their order; show how far it is."""
+    call: Callable[[tuple[Any, ...]], Any] = partial(_call, function)
+    with ExitStack() as held:
+        if processes > 1:
+            pool = held.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            found: Iterator[Any] = pool.imap(call, jobs)
+        else:
+            found = map(call, jobs)
+        for count, result in enumerate(found, start=1):
+            print(f"{function.__name__}: {count} of {len(jobs)}", file=sys.stderr, flush=True)
+            yield result
+
+
+def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
+    return function(*job)
+
+
+def settings(options: argparse.Namespace, minutes: float) -> dict[str, str]:
+    """Return how the figures were made."""
+    training, held_out, characters = text()
+    told = {**machine(), "threads": f"1 in each of {options.processes} processes"}
+    command = (
+        f"python -m benchmarks.spikes --seeds {options.seeds} --steps {options.steps} "
+        f"--models {' '.join(options.models)} --processes {options.processes}"
+    )
+    begin = first_corrupted(options.steps)
+    return {
+        "command": f"`{command} --save {options.save}`" if options.save else f"`{command}`",
+        "made with": f"gradclip {gradclip.__version__}, "
+        + ", ".join(f"{key} {value}" for key, value in told.items())
+        + f"; {date.today()}, {minutes:.0f} minutes",
+        "text": f"`pydoc_data.topics`, {len(training):,} characters of {characters} kinds to "
+        f"train on; the final loss is that of {held_out[:, 1:].numel():,} characters of the last "
+        f"{spike_training.HELD_OUT:.0%}, in nats",
+        "seeds": f"{options.seeds}, from {PILOT + 1} to {PILOT + options.seeds}",
+        "steps": f"{options.steps}, each on {spike_training.BATCH} stretches of "
+        f"{spike_training.LENGTH} characters; the learning rate rises in the first "
+        f"{spike_training.WARM_UP:.0%} of them and falls to 0 in a straight line",
+        "corrupted": f"step {begin} of 0 to {options.steps - 1}, or {begin} to "
+        f"{begin + LONGEST - 1}; the NaN is the first element of the first parameter",
+        **{name: str(LEARNERS[name]) for name in options.models},
+    }
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--models", nargs="+", choices=[*LEARNERS], default=[*LEARNERS])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--save", type=Path, help="a file for the Markdown; a picture beside it")
+    options = parser.parse_args(arguments)
+    if options.steps - first_corrupted(options.steps) < LONGEST:
+        parser.error(f"--steps: a third of them has to hold {LONGEST}")
+    if options.seeds < 2:
+        parser.error("--seeds: an interval takes 2")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, print, and draw."""
+    options = parsed(arguments)
+    start = time.monotonic()
+    pilots, outcomes = measure(options.models, options.seeds, options.steps, options.processes)
+    told = settings(options, (time.monotonic() - start) / 60)
+    rows = rows_of(outcomes)
+    code = {arm: code_of(arm) for arm in ARMS}
+    lines = report(told, code, pilots, chosen(pilots), rows)
+    if options.save:
+        picture = options.save.with_suffix(".png")
+        lines += ["", f"![Final losses by corruption and way to clip]({picture.name})"]
+        save(lines, options.save)
+        draw(rows, picture, guess=math.log(text()[2]))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

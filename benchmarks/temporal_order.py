@@ -1,0 +1,113 @@
+"""The temporal order problem with clipping and without, many seeds of each side by side.
+
+    python -m benchmarks.temporal_order [--lengths 20 30 50] [--seeds 20] [--updates 100000]
+                                        [--minutes 16] [--checkpoint DIR]
+                                        [--save benchmarks/results/temporal_order.md]
+
+Section 4 of Pascanu, Mikolov and Bengio (2013), see `benchmarks.temporal_task`: 50 tanh units, SGD
+at 0.01, batches of 20, clipping at 1. All seeds of an arm are trained at once: their weights are
+indices of dimension 0 of the same parameters, the loss is the sum of theirs, and one clipper scales
+each index by its own norm. Both arms begin with the same weights and see the same sequences.
+
+A run ends for each length after so many updates, or minutes on the wall for both arms together,
+whichever is spent first. With a folder for checkpoints the same command goes on where it was
+interrupted, to the same bits; minutes count on. The authors' program stops a seed at its success,
+and otherwise after 5,000,000 updates; here all seeds go on, so that it shows whether success lasts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+
+import torch
+
+import gradclip
+from benchmarks.gradients import machine
+from benchmarks.markdown import save
+from benchmarks.temporal_report import (
+    ABOUT_COMPARISONS,
+    ABOUT_RATES,
+    DEFINITION,
+    Result,
+    comparisons,
+    draw,
+    rates,
+    verdicts,
+)
+from benchmarks.temporal_task import SPREAD, UNITS
+from benchmarks.temporal_training import BATCH, LEARNING_RATE, MAX_NORM, Plan, trained
+
+
+def report(results: list[Result], updates: int, minutes: float) -> list[str]:
+    """Return all that is to be said, as Markdown."""
+    told = {"gradclip": gradclip.__version__, **machine(), "date": datetime.date.today()}
+    plan = results[0].plan
+    budget = (
+        f"Budget for each length: {updates:,} updates of each arm, or {minutes:g} minutes on the "
+        f"wall for both arms together, looked at every {plan.check_every:,} updates. {plan.seeds} "
+        f"seeds in each arm; {UNITS} tanh units, weights normal with standard deviation {SPREAD}, "
+        f"biases 0 (the paper's basic tanh), SGD at {LEARNING_RATE}, batch {BATCH}, threshold "
+        f"{MAX_NORM:g} for each seed's norm."
+    )
+    title = "# Temporal order, clipped and unclipped"
+    versions = ", ".join(f"{key} {value}" for key, value in told.items())
+    return [
+        *_paragraphs(title, versions, budget, DEFINITION),
+        *verdicts(results, updates, minutes),
+        "",
+        *rates(results),
+        "",
+        *_paragraphs(ABOUT_RATES),
+        *comparisons(results),
+        "",
+        ABOUT_COMPARISONS,
+    ]
+
+
+def _paragraphs(*told: str) -> list[str]:
+    return [line for each in told for line in (each, "")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train and report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[20, 30, 50])
+    parser.add_argument("--seeds", type=int, default=20, help="of each arm")
+    parser.add_argument("--updates", type=int, default=100_000, help="budget for each length")
+    parser.add_argument("--minutes", type=float, default=16, help="budget for each length")
+    parser.add_argument("--check-every", type=int, default=250, help="updates")
+    parser.add_argument("--checkpoint", type=Path, help="a folder to go on from")
+    parser.add_argument("--save", type=Path, help="a file for the Markdown, a picture beside it")
+    options = parser.parse_args(argv)
+    if not all(10 <= length < 1000 for length in options.lengths):
+        parser.error("--lengths: give some from 10 to 999")
+    if not 2 <= options.seeds < 10_000:
+        parser.error("--seeds: give 2 to 9,999")
+    if options.updates < 1 or options.check_every < 1 or not options.minutes > 0:
+        parser.error("--updates, --check-every and --minutes: give numbers above 0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices are small
+    try:
+        results = [_result(options, length) for length in options.lengths]
+        lines = report(results, options.updates, options.minutes)
+    finally:
+        torch.set_num_threads(threads)
+    print("\n".join(lines))
+    if options.save is not None:
+        picture = options.save.with_suffix(".png")
+        lines += ["", f"![Seeds that have solved the task, and errors]({picture.name})"]
+        save(lines, options.save)
+        draw(results, picture)
+
+
+def _result(options: argparse.Namespace, length: int) -> Result:
+    folder: Path | None = options.checkpoint
+    plan = Plan(length, options.seeds, options.check_every)
+    checkpoint = None if folder is None else folder / f"length-{length}.pt"
+    return Result.of(trained(plan, options.updates, options.minutes, checkpoint))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Two arms of networks, clipped and not, trained on the same sequences with checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.temporal_task import Networks, generators_for, sequences, sequences_of_all
+from gradclip import GradientClipper
+
+LEARNING_RATE, BATCH, MAX_NORM = 0.01, 20, 1.0
+VALIDATION, TEST, LARGEST_ERROR = 500, 10_000, 0.01
+ARMS = ("clipped", "unclipped")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained; a checkpoint of another plan is refused."""
+
+    length: int
+    """Of the sequences."""
+    seeds: int
+    """Networks in each arm."""
+    check_every: int = 250
+    """Updates from one check and checkpoint to the next."""
+
+
+class Arm:
+    """The networks of all seeds, which one optimizer trains.
+
+    Gradients are clipped seed by seed: index i of dimension 0 of all parameters is one norm. A
+    norm that is not finite erases the gradients of its own seed, for that step. The unclipped arm
+    only observes: nothing is written to its gradients, and its records tell what clipping would
+    have done.
+
+    Args:
+        plan: What is trained.
+        name: One of `ARMS`.
+    """
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        self.plan = plan
+        self.networks = Networks(plan.seeds, plan.length)
+        self.optimizer = torch.optim.SGD(self.networks.parameters(), lr=LEARNING_RATE)
+        self.clipper = GradientClipper(
+            self.optimizer,
+            MAX_NORM,
+            scope=lambda name, parameter: range(len(parameter)),
+            exceed="scale" if name == "clipped" else "observe",
+            nonfinite="zero",
+            model=self.networks,
+        )
+        self.largest_norms = torch.zeros(plan.seeds, dtype=torch.float64)
+        self.solved_at: list[int | None] = [None] * plan.seeds
+        self.diverged_at: list[int | None] = [None] * plan.seeds
+        self.validation_errors: list[list[float]] = []
+        self._generators = generators_for("checks", plan.length, plan.seeds)
+
+    def train(self, symbols: Tensor, classes: Tensor) -> None:
+        """Make one update with a batch for each seed."""
+        self.optimizer.zero_grad()
+        self.networks.loss(symbols, classes).backward()
+        self.optimizer.step()
+        record = self.clipper.last
+        if record is not None:
+            self.largest_norms = torch.maximum(self.largest_norms, record.norms)
+
+    def check(self, updates: int) -> None:
+        """Note after so many updates which seeds have diverged, and which have solved the task.
+
+        A seed seems to have solved it where at most 1 % of a few sequences are told wrongly; the
+        definition asks for less on 10,000 fresh ones.
+        """
+        drawn = sequences_of_all(self.plan.length, VALIDATION, self._generators)
+        wrong = self.networks.errors(*drawn).tolist()
+        self.validation_errors.append([each / VALIDATION for each in wrong])
+        for seed, finite in enumerate(self.networks.finite().tolist()):
+            if not finite and self.diverged_at[seed] is None:
+                self.diverged_at[seed] = updates
+            promising = self.solved_at[seed] is None and wrong[seed] <= LARGEST_ERROR * VALIDATION
+            if promising and self.error_of(seed, self._generators[seed]) < LARGEST_ERROR:
+                self.solved_at[seed] = updates
+
+    def error_of(self, seed: int, generator: torch.Generator) -> float:
+        """Return the share of 10,000 fresh sequences that a seed's network tells wrongly."""
+        symbols, classes = sequences(self.plan.length, TEST, generator)
+        wrong = self.networks.errors(symbols.unsqueeze(1), classes.unsqueeze(0), seed)
+        return wrong.item() / TEST
+
+    def final_errors(self) -> list[float]:
+        """Return the errors of all seeds, on the same sequences whenever it is asked."""
+        generators = generators_for("final test", self.plan.length, self.plan.seeds)
+        return [self.error_of(seed, generator) for seed, generator in enumerate(generators)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that training goes on from."""
+        return {
+            "networks": self.networks.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "clipper": self.clipper.state_dict(),
+            "largest_norms": self.largest_norms,
+            "solved_at": self.solved_at,
+            "diverged_at": self.diverged_at,
+            "validation_errors": self.validation_errors,
+            "generators": _states_of(self._generators),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for name in ("networks", "optimizer", "clipper"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("largest_norms", "solved_at", "diverged_at", "validation_errors"):
+            setattr(self, name, state[name])
+        _set_states(self._generators, state["generators"])
+
+
+class Pair:
+    """Both arms in step: the same first weights, and in every update the same sequences.
+
+    Args:
+        plan: What is trained.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.arms = {name: Arm(plan, name) for name in ARMS}
+        self.updates = 0
+        self.seconds = 0.0
+        self._generators = generators_for("training", plan.length, plan.seeds)
+
+    def round(self) -> None:
+        """Train both arms until the next check, and check them."""
+        begin, count = time.monotonic(), self.plan.check_every
+        drawn = sequences_of_all(self.plan.length, count * BATCH, self._generators)
+        symbols, classes = (each.unflatten(-1, (count, BATCH)) for each in drawn)
+        self.updates += count
+        for arm in self.arms.values():
+            for update in range(count):
+                arm.train(symbols[..., update, :], classes[..., update, :])
+            arm.check(self.updates)
+        self.seconds += time.monotonic() - begin
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint in place of the one before, which stays whole until this one is."""
+        state = {
+            "plan": vars(self.plan),
+            "updates": self.updates,
+            "seconds": self.seconds,
+            "generators": _states_of(self._generators),
+            "arms": {name: arm.state_dict() for name, arm in self.arms.items()},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: It was made by another plan.
+        """
+        state = torch.load(path, weights_only=True)
+        if state["plan"] != vars(self.plan):
+            raise ValueError(
+                f"{path} is a checkpoint of {state['plan']}, not of {vars(self.plan)}: give the "
+                "same options, or another folder."
+            )
+        self.updates, self.seconds = state["updates"], state["seconds"]
+        _set_states(self._generators, state["generators"])
+        for name, arm in self.arms.items():
+            arm.load_state_dict(state["arms"][name])
+
+
+def trained(plan: Plan, updates: int, minutes: float, checkpoint: Path | None) -> Pair:
+    """Train until one of the budgets is spent, from the checkpoint where there is one.
+
+    Args:
+        plan: What to train.
+        updates: Most updates of each arm.
+        minutes: After how many, resumed runs counted together, no more rounds are begun.
+        checkpoint: Where to keep it, None for nowhere.
+    """
+    pair = Pair(plan)
+    if checkpoint is not None and checkpoint.exists():
+        pair.load(checkpoint)
+    while pair.updates < updates and pair.seconds < 60 * minutes:
+        pair.round()
+        if checkpoint is not None:
+            pair.save(checkpoint)
+        counts = {name: _solved(arm) for name, arm in pair.arms.items()}
+        told = f"L = {plan.length}, {pair.updates:,} updates, {pair.seconds:.0f} s: {counts}"
+        print(told, file=sys.stderr, flush=True)
+    return pair
+
+
+def _solved(arm: Arm) -> str:
+    solved = sum(at is not None for at in arm.solved_at)
+    mean = sum(arm.validation_errors[-1]) / arm.plan.seeds
+    return f"{solved} solved, error {mean:.3f}, clip rate {arm.clipper.clip_rate():.4f}"
+
+
+def _states_of(generators: list[torch.Generator]) -> list[Tensor]:
+    return [generator.get_state() for generator in generators]
+
+
+def _set_states(generators: list[torch.Generator], states: list[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import concurrent.futures
+import errno
+import fcntl
 import json
 import math
 import os
@@ -7,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep
+from gradclip.sinks import jsonl
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -70,6 +75,7 @@ def test_only_chosen_steps_are_written(tmp_path):
     assert [line["step"] for line in lines(path)] == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_batches_of_several_processes_stay_whole(tmp_path):
     path = tmp_path / "run.jsonl"
     code = """
@@ -86,6 +92,30 @@ for batch in range(50):
     found = [line["step"] for line in lines(path)]
     assert len(found) == 3000
     assert all(len(set(found[at : at + 20])) == 1 for at in range(0, 3000, 20))
+
+
+def test_a_line_that_another_process_is_writing_is_waited_for(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with (
+        open(path, "a", encoding="utf-8") as other,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        fcntl.flock(other, fcntl.LOCK_EX)
+        print('{"step":', end="", file=other, flush=True)
+        written = pool.submit(JsonlSink(path).write, [step(7)])
+        with pytest.raises(concurrent.futures.TimeoutError):
+            written.result(timeout=0.2)
+        print(" 0}", file=other, flush=True)
+        fcntl.flock(other, fcntl.LOCK_UN)
+        written.result(timeout=60)
+    assert [line["step"] for line in lines(path)] == [0, 7]
+
+
+@pytest.mark.parametrize("locks", [None, Mock(flock=Mock(side_effect=OSError(errno.ENOLCK, "")))])
+def test_lines_are_written_where_there_are_no_locks(locks, monkeypatch, tmp_path):
+    monkeypatch.setattr(jsonl, "fcntl", locks)
+    JsonlSink(tmp_path / "run.jsonl").write([step(7)])
+    assert [line["step"] for line in lines(tmp_path / "run.jsonl")] == [7]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")

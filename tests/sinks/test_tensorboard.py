@@ -311,4 +311,4 @@ def test_numbers_that_cannot_be_meant_are_refused(
 ) -> None:
     with pytest.raises(ArgumentError) as caught:
         TensorBoardSink(tmp_path, **{name: number})  # type: ignore[arg-type]
-    assert str(caught.value) == f"{name} is {number!r}: give a whole number >= 1."
+    assert str(caught.value) == f"{name} is {number!r}: give a whole number >= 1 and < 2**62."

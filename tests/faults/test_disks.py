@@ -5,29 +5,41 @@ from __future__ import annotations
 import errno
 import io
 import os
+import resource
 import shutil
 import subprocess
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from gradclip import GradientClipper, LoggedStep, Sink, TensorBoardSink
+from gradclip import GradientClipper, JsonlSink, TensorBoardSink
+from gradclip.report import read_runs
 from gradclip.sinks import event_files
+from tests.faults.lives import Life, sinks
+
+
+@contextmanager
+def warnings_of(*sinks: str) -> Iterator[list[str]]:
+    """Check that each of some sinks warns once, and nobody else; give the texts by their names."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    texts += sorted(str(w.message) for w in caught if w.category is RuntimeWarning)
+    assert len(texts) == len(caught) == len(sinks), [str(w.message) for w in caught]
+    for text, sink in zip(texts, sorted(sinks), strict=True):
+        assert text.startswith(f"{sink} failed and may miss steps: "), text
 
 
 @contextmanager
 def one_warning(*matches: str) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings_of("TensorBoardSink") as texts:
         yield
-    texts = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    assert len(texts) == len(caught) == 1, texts
-    assert texts[0].startswith("TensorBoardSink failed and may miss steps: ")
     for match in matches:
         assert match in texts[0]
 
@@ -125,33 +137,68 @@ def test_an_interrupt_within_a_write_leaves_no_half_record_before_others(
     assert read_steps(tmp_path)["grad_norm/pre"][-100:] == list(range(200, 300))
 
 
-LIMITED = """
-import resource, sys, warnings
-import torch
-from gradclip import GradientClipper, TensorBoardSink
-
-warnings.simplefilter("always")
-parameter = torch.nn.Parameter(torch.zeros(2))
-optimizer = torch.optim.SGD([parameter], lr=0.0)
-GradientClipper(optimizer, 1.0, log=TensorBoardSink(sys.argv[1], flush_every=10))
-for limit, steps in ((resource.RLIM_INFINITY, 10), (4000, 30), (resource.RLIM_INFINITY, 15)):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    for _ in range(steps):
-        parameter.grad = torch.ones(2)
-        optimizer.step()
-"""
+def write_up_to_a_limit(folder: Path) -> None:
+    """Train while files may not grow beyond a size, as with a quota, and go on without a limit."""
+    endless = resource.RLIM_INFINITY
+    life = Life(*sinks(folder, 10))
+    with warnings_of("JsonlSink", "TensorBoardSink") as texts:
+        for limit, steps in ((endless, 10), (4000, 30), (endless, 15)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, endless))
+            for _ in range(steps):
+                life.step()
+        life.clipper.close()
+    assert any(found in texts[0] for found in ("is the disk full?", "File too large"))
+    assert "File too large" in texts[1]
 
 
-@pytest.mark.slow
-def test_a_write_that_the_system_refuses(tmp_path: Path, read_steps: Any) -> None:
+def test_a_write_that_the_system_refuses(tmp_path: Path, children: Any, read_steps: Any) -> None:
     """With a limit on the size of files, as a quota: Python sees OSError, the file is cut off."""
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "run")]
-    done = subprocess.run(command, timeout=120, check=True, capture_output=True, text=True)
-    assert done.stderr.count("RuntimeWarning") == 1
-    assert "File too large" in done.stderr
-    steps = read_steps(tmp_path / "run")["grad_norm/pre"]
+    children.run(write_up_to_a_limit, tmp_path)
+    steps = read_steps(tmp_path / "events")["grad_norm/pre"]
     assert steps == sorted(set(steps))
     assert set(steps) >= {*range(10), *range(40, 55)}
+    with pytest.warns(UserWarning, match="1 of its lines are no steps, and were passed over"):
+        [run] = read_runs([tmp_path / "steps.jsonl"])
+    assert {*run.steps.tolist()} >= {*range(10), *range(40, 55)}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, read_steps: Any) -> None:
+    """A disk that fills while training, with the logs themselves, and has room again later."""
+    (small_disk / "ballast").write_bytes(bytes(32 << 10))
+    life, alone = Life(*sinks(small_disk, 10)), Life()
+    with warnings_of("JsonlSink", "TensorBoardSink") as texts:
+        for _ in range(200):
+            life.step()
+        assert shutil.disk_usage(small_disk).free == 0
+        (small_disk / "ballast").unlink()
+        for _ in range(15):
+            life.step()
+        life.clipper.close()
+    assert any(found in texts[0] for found in ("is the disk full?", "No space left on device"))
+    assert "No space left on device" in texts[1]
+    for _ in range(215):
+        alone.step()
+    assert torch.equal(life.weight, alone.weight)
+    assert repr(life.clipper.state_dict()) == repr(alone.clipper.state_dict())
+
+    steps = read_steps(small_disk / "events")["grad_norm/pre"]
+    assert steps == sorted(set(steps))
+    assert set(steps) >= {*range(10), *range(200, 215)}
+    with pytest.warns(UserWarning, match="of its lines are no steps, and were passed over"):
+        [run] = read_runs([small_disk / "steps.jsonl"])
+    assert {*run.steps.tolist()} >= {*range(10), *range(200, 215)}
 
 
 def test_a_directory_below_a_file(tmp_path: Path, training: Any, read_steps: Any) -> None:
@@ -194,6 +241,19 @@ def test_what_is_removed_while_training_is_made_again(
     assert read_steps(directory)["grad_norm/pre"] == [2, 3]
 
 
+def test_a_file_of_lines_whose_directory_is_removed_is_made_again(
+    tmp_path: Path, training: Any
+) -> None:
+    """Nobody is told: each batch opens the file anew, and none is lost after the removal."""
+    run, path = training(), tmp_path / "run" / "steps.jsonl"
+    with GradientClipper(run.optimizer, 1.0, log=JsonlSink(path, flush_every=2)):
+        run.take(*[1.0] * 5)
+        shutil.rmtree(path.parent)
+        run.take(*[1.0] * 4)
+    [found] = read_runs([path])
+    assert found.steps.tolist() == [4, 5, 6, 7, 8]
+
+
 def test_a_directory_that_is_moved_takes_its_curves_along(
     tmp_path: Path, training: Any, read_steps: Any
 ) -> None:
@@ -204,23 +264,3 @@ def test_a_directory_that_is_moved_takes_its_curves_along(
         (tmp_path / "here").rename(tmp_path / "there")
         run.take(1.0)
     assert read_steps(tmp_path / "there")["grad_norm/pre"] == [0, 1]
-
-
-def test_a_sink_of_the_user_that_raises_stops_neither_training_nor_the_others(
-    tmp_path: Path, training: Any, read_steps: Any
-) -> None:
-    class Broken(Sink):
-        def write(self, steps: Sequence[LoggedStep]) -> None:
-            raise ZeroDivisionError("mine")
-
-        def close(self) -> None:
-            raise ZeroDivisionError("mine")
-
-    run = training()
-    clipper = GradientClipper(run.optimizer, 1.0, log=[Broken(), tmp_path])
-    with pytest.warns(RuntimeWarning, match="Broken failed .*ZeroDivisionError: mine"):
-        run.take(*[1.0] * 100)
-    run.take(1.0)
-    clipper.close()
-    assert clipper.steps == 101
-    assert read_steps(tmp_path)["grad_norm/pre"] == list(range(101))

@@ -1,0 +1,100 @@
+"""A training that goes on from its newest state, whenever it was killed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from gradclip import GradientClipper, JsonlSink, Sink, TensorBoardSink
+from gradclip.sinks import event_files, heading  # noqa: F401  # what every life needs
+from gradclip.thresholds import Percentile
+
+FLUSH_EVERY = 20
+SAVE_EVERY = 37
+BAD_EVERY = 53
+
+
+class Life:
+    """A parameter under momentum, whose gradient depends on itself and on the step.
+
+    Args:
+        sinks: Where its steps are logged.
+    """
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.weight = torch.nn.Parameter(torch.ones(4))
+        self.optimizer = torch.optim.SGD([self.weight], lr=0.05, momentum=0.9)
+        rule = Percentile(50, window=50)
+        self.clipper = GradientClipper(self.optimizer, rule, nonfinite="skip", log=[*sinks])
+
+    def step(self) -> None:
+        """Take a step; now and then one with a norm that is not finite."""
+        step = self.clipper.steps
+        noise = torch.randn(4, generator=torch.Generator().manual_seed(step))
+        self.weight.grad = self.weight.detach() + noise
+        if step % BAD_EVERY == BAD_EVERY - 1:
+            self.weight.grad[0] = torch.nan
+        self.optimizer.step()
+
+    def save(self, path: Path) -> None:
+        """Write the state, and only then put it in the place of the last one."""
+        state = {
+            "weight": self.weight.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "clipper": self.clipper.state_dict(),
+        }
+        beside = path.with_suffix(".new")
+        torch.save(state, beside)
+        os.replace(beside, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a state."""
+        state = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            self.weight.copy_(state["weight"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.clipper.load_state_dict(state["clipper"])
+
+
+def sinks(folder: Path, flush_every: int = FLUSH_EVERY) -> list[Sink]:
+    """Return the sinks of a life."""
+    return [
+        TensorBoardSink(folder / "events", flush_every=flush_every),
+        JsonlSink(folder / "steps.jsonl", flush_every=flush_every),
+    ]
+
+
+@contextmanager
+def said(folder: Path) -> Iterator[memoryview]:
+    """Share a number with other processes: the steps that were taken, -1 before a life begins."""
+    path = folder / "said"
+    if not path.exists():
+        path.write_bytes(bytes(8))
+    with (
+        path.open("r+b") as file,
+        mmap.mmap(file.fileno(), 8) as shared,
+        memoryview(shared) as octets,
+        octets.cast("q") as number,
+    ):
+        yield number
+
+
+def live(folder: Path, last: int) -> None:
+    """Train up to a step, from the newest state if there is one."""
+    torch.set_num_threads(1)
+    with said(folder) as number:
+        number[0] = 0
+        life, state = Life(*sinks(folder)), folder / "state.pt"
+        if state.exists():
+            life.load(state)
+        while (steps := life.clipper.steps) < last:
+            number[0] = steps
+            if steps % SAVE_EVERY == 0:
+                life.save(state)
+            life.step()
+        life.clipper.close()

@@ -1,0 +1,72 @@
+"""A million steps, logged: no more memory at the end than after the first, and no slower."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from gradclip import GradientClipper, JsonlSink, TensorBoardSink
+from gradclip.report import read_runs
+
+STEPS, BLOCK = 1_000_000, 1_000
+FLAT = 4 << 20
+"""Bytes by which memory may differ: what allocators keep."""
+SLOWER = 1.5
+
+
+class Idle(torch.optim.Optimizer):
+    """Calls its hooks and nothing else, so that a million steps are soon taken."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self) -> None:
+        for hook in [*self._optimizer_step_pre_hooks.values()]:
+            hook(self, (self,), {})
+        for hook in [*self._optimizer_step_post_hooks.values()]:
+            hook(self, (self,), {})
+
+    step.hooked = True  # torch shall not call them as well, within its profiler
+
+
+def resident() -> int:
+    """Return how many bytes of memory this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc")
+def test_a_million_steps(tmp_path: Path) -> None:
+    """Memory after a tenth against the end; medians of the time of 100 blocks then and then.
+
+    The norm rises and falls, so that steps are clipped, and some are spikes, which are logged, too.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Idle([parameter])
+    events, lines = tmp_path / "events", tmp_path / "steps.jsonl"
+    log = [TensorBoardSink(events, every=50), JsonlSink(lines, every=50)]
+    times, early = [], 0
+    with GradientClipper(optimizer, 1.0, log=log) as clipper:
+        parameter.grad = torch.ones(1)
+        for block in range(STEPS // BLOCK):
+            parameter.grad.fill_(0.5 + block % 2)  # clipped to 1, which fits
+            begun = time.process_time()
+            for _ in range(BLOCK):
+                optimizer.step()
+            times.append(time.process_time() - begun)
+            if block == STEPS // BLOCK // 10:
+                early = resident()
+        grown = resident() - early
+        assert clipper.steps == STEPS
+    assert grown < FLAT
+    first, last = times[10:110], times[-100:]
+    assert median(last) < SLOWER * median(first)
+    for path in (events, lines):
+        [run] = read_runs([path])
+        assert {*run.steps.tolist()} >= {*range(0, STEPS, 50)}

@@ -1,0 +1,685 @@
+"""The functions that torch has too, against torch's own and against exact norms.
+
+In float64 both have to agree wherever torch is right; in narrower dtypes as far as torch's own
+rounding goes. `EXCLUDED` lists where torch is no measure, each with a proof that it still is so:
+where the proof fails torch has changed, and the entry can go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import utils
+
+import gradclip
+from gradclip import ArgumentError, GradientError, NonFiniteGradientError
+
+INF, NAN = math.inf, math.nan
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+C128, C64 = torch.complex128, torch.complex64
+REAL = {C128: F64, C64: F32}
+UNIT = {F64: 2.0**-53, F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}
+SMALLEST = {F64: 2.0**-1074, F32: 2.0**-149, F16: 2.0**-24, BF16: 2.0**-133}
+EPSILON = 1e-6
+"""What torch adds to a norm before it divides by it."""
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    return REAL.get(dtype, dtype)
+
+
+# Where torch is no measure
+
+
+class Exclusion(NamedTuple):
+    reason: str
+    proof: Callable[[], bool]
+    """True as long as torch does so."""
+    fuzzed: bool = True
+    """Whether the tests with random gradients meet it."""
+
+
+def fails(call: Callable[[], Any], error: type[Exception] = RuntimeError) -> bool:
+    try:
+        call()
+    except error:
+        return True
+    return False
+
+
+def parameter(gradient: Tensor | None) -> nn.Parameter:
+    """Make a parameter with this very gradient."""
+    shape, dtype = (() if gradient is None else gradient.shape), F32
+    made = nn.Parameter(torch.zeros(shape, dtype=dtype if gradient is None else gradient.dtype))
+    made.grad = gradient
+    return made
+
+
+def after(clip: Callable[..., Any], gradient: Tensor, *arguments: Any) -> list[Any]:
+    clip([parameter(gradient)], *arguments)
+    return gradient.tolist()
+
+
+def norm_by_torch(*values: float, dtype: torch.dtype = F64, order: float = 2.0) -> Tensor:
+    return utils.get_total_norm([torch.tensor(values, dtype=dtype)], order)
+
+
+def entries() -> Tensor:
+    return torch.sparse_coo_tensor([[0, 0, 2]], [2.0, 1.0, 4.0], (3,), dtype=F64)
+
+
+EXCLUDED = {
+    "epsilon": Exclusion(
+        "torch divides by the norm + 1e-6: what it clips ends below the threshold, and what is at "
+        "the threshold is changed",
+        lambda: after(utils.clip_grad_norm_, torch.tensor([0.0, 1.0], dtype=F64), 1.0)[1] < 1.0,
+    ),
+    "not finite": Exclusion(
+        "torch makes finite elements 0 and others NaN, gradclip leaves all as they are",
+        lambda: str(after(utils.clip_grad_norm_, torch.tensor([3.0, INF]), 1.0)) == "[0.0, nan]",
+    ),
+    "range": Exclusion(
+        "torch adds powers up in float32, or in float64 beyond its range: norms of 0 or infinity",
+        lambda: (
+            norm_by_torch(1e20, 1e20, dtype=F32).item() == INF
+            and norm_by_torch(1e-25, 1e-25, dtype=F32).item() == 0
+            and norm_by_torch(*[6e4] * 4, dtype=F16).item() == INF
+        ),
+    ),
+    "rounded norm": Exclusion(
+        "torch rounds norms to the dtype of the gradients, and returns them so",
+        lambda: norm_by_torch(*[1.0] * 123, dtype=BF16).item() == 11.0625,
+    ),
+    "empty": Exclusion(
+        "torch knows no largest element of an empty tensor, gradclip says 0",
+        lambda: fails(lambda: utils.get_total_norm([torch.empty(0)], INF)),
+    ),
+    "no gradients": Exclusion(
+        "torch's clip_grad_value_ fails where there is no gradient; gradclip does nothing",
+        lambda: fails(lambda: utils.clip_grad_value_([parameter(None)], 1.0)),
+    ),
+    "no generator": Exclusion(
+        "torch warns of an empty generator",
+        lambda: warns(lambda: utils.clip_grad_norm_((p for p in []), 1.0)),
+    ),
+    "twice": Exclusion(
+        "torch counts and scales a gradient as often as it is given, gradclip once",
+        lambda: utils.get_total_norm([torch.ones(1).expand(1)] * 4).item() == 2.0,
+    ),
+    "sparse": Exclusion(
+        "torch does not clip sparse gradients",
+        lambda: all(
+            fails(lambda clip=clip: clip([parameter(entries())], 1.0), NotImplementedError)
+            for clip in (utils.clip_grad_norm_, utils.clip_grad_value_)
+        ),
+    ),
+    "shared memory": Exclusion(
+        "torch refuses to write to expanded gradients, and scales an element of one that overlaps "
+        "as often as it occurs; gradclip scales memory once",
+        lambda: (
+            fails(lambda: after(utils.clip_grad_norm_, torch.ones(1).expand(4), 1.0))
+            and after(utils.clip_grad_norm_, overlapping(torch.ones(4)), 1.0)[0][1] < 0.3
+        ),
+    ),
+    "conjugate": Exclusion(
+        "torch's foreach operators refuse lazy conjugates",
+        lambda: fails(lambda: after(utils.clip_grad_norm_, torch.tensor([3 + 4j]).conj(), 1.0)),
+    ),
+    "one element": Exclusion(
+        "torch's foreach operators refuse a norm of shape (1,), gradclip takes it",
+        lambda: fails(
+            lambda: after(utils.clip_grads_with_norm_, torch.ones(2), 1.0, torch.ones(1))
+        ),
+    ),
+    "large bound": Exclusion(
+        "torch refuses a bound above the largest number of a dtype; gradclip bounds to that number",
+        lambda: fails(lambda: after(utils.clip_grad_value_, torch.ones(2, dtype=F16), 1e20)),
+    ),
+    "complex value": Exclusion(
+        "neither bounds complex elements; gradclip says so with an error of its own",
+        lambda: fails(
+            lambda: after(utils.clip_grad_value_, torch.tensor([3 + 4j]), 1.0), RuntimeError
+        ),
+    ),
+    "order": Exclusion(
+        "torch takes orders that make no norm of the whole from norms of its parts, and NaN",
+        lambda: (
+            norm_by_torch(3.0, 4.0, order=0.0).item() == 1.0
+            and norm_by_torch(3.0, 4.0, order=-INF).item() == 3.0
+            and math.isnan(norm_by_torch(3.0, 4.0, order=NAN).item())
+        ),
+        fuzzed=False,
+    ),
+    "threshold": Exclusion(
+        "torch takes a negative threshold and turns the gradients round",
+        lambda: after(utils.clip_grad_norm_, torch.tensor([3.0, 4.0]), -5.0)[0] < 0,
+        fuzzed=False,
+    ),
+    "bound": Exclusion(
+        "torch takes a negative bound, and NaN, and sets every element to it",
+        lambda: (
+            after(utils.clip_grad_value_, torch.tensor([3.0, -4.0]), -1.0) == [-1.0, -1.0]
+            and math.isnan(after(utils.clip_grad_value_, torch.tensor([3.0]), NAN)[0])
+        ),
+        fuzzed=False,
+    ),
+    "number in words": Exclusion(
+        "torch takes whatever float() takes for a number",
+        lambda: utils.get_total_norm([torch.ones(4)], "2").item() == 2.0,  # type: ignore[arg-type]
+        fuzzed=False,
+    ),
+}
+met: set[str] = set()
+"""Those that random gradients have met."""
+
+
+def warns(call: Callable[[], Any]) -> bool:
+    with pytest.warns(UserWarning, match="is an empty generator"):
+        call()
+    return True
+
+
+def overlapping(values: Tensor) -> Tensor:
+    return values.as_strided((len(values) - 1, 2), (1, 1))
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_torch_is_still_no_measure(name):
+    assert EXCLUDED[name].proof(), f"torch has changed: {EXCLUDED[name].reason}"
+
+
+REFUSED = {
+    "order": [
+        lambda order=order: gradclip.get_total_norm([torch.ones(1)], order)
+        for order in (0.0, -1.0, -INF, NAN)
+    ],
+    "threshold": [
+        lambda limit=limit: after(gradclip.clip_grad_norm_, torch.ones(1), limit)
+        for limit in (-5.0, NAN)
+    ],
+    "bound": [
+        lambda bound=bound: after(gradclip.clip_grad_value_, torch.ones(1), bound)
+        for bound in (-1.0, NAN)
+    ],
+    "number in words": [
+        lambda: gradclip.get_total_norm([torch.ones(4)], "2"),  # type: ignore[arg-type]
+        lambda: after(gradclip.clip_grad_norm_, torch.ones(1), "2"),
+        lambda: after(gradclip.clip_grad_value_, torch.ones(1), "2"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", [name for name, each in EXCLUDED.items() if not each.fuzzed])
+def test_what_torch_takes_without_sense_is_refused(name):
+    for call in REFUSED[name]:
+        with pytest.raises(ArgumentError, match="give "):
+            call()
+
+
+# Random gradients
+
+
+class Given(NamedTuple):
+    """A gradient in words."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    layout: str
+    values: str
+    scale: float
+    seed: int
+
+    def tensor(self) -> Tensor:
+        """Make it; every call makes an equal one in memory of its own."""
+        generator = torch.Generator().manual_seed(self.seed)
+        numel = math.prod(self.shape)
+        wide = C128 if self.dtype.is_complex else F64
+        values = torch.randn(numel, generator=generator, dtype=wide) * self.scale
+        if self.values == "constant":
+            values.fill_(0.7 * self.scale)
+        elif self.values == "few":
+            values = torch.randint(-1, 2, (numel,), generator=generator).to(wide) * self.scale
+        elif numel and self.values in ("nan", "inf", "-inf"):
+            values[self.seed % numel] = float(self.values)
+        return laid_out(values.to(self.dtype).reshape(self.shape), self.layout)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """Return equal values, or some of them, in another layout."""
+    if layout == "sliced":
+        return torch.stack([values, values.flip(0) if values.dim() else values], -1)[..., 0]
+    if layout == "transposed":
+        return values.mT.contiguous().mT if values.dim() > 1 else values
+    if layout == "shifted" and values.numel():
+        flat = values.flatten()
+        return torch.cat([flat[:1], flat])[1:].reshape(values.shape)
+    if layout == "expanded" and values.dim():
+        return values[:1].clone().expand(values.shape)
+    if layout == "overlapping" and values.dim() == 1 and len(values) > 1:
+        return overlapping(values)
+    if layout == "conjugate":
+        return values.conj()
+    if layout == "negative" and values.is_complex():
+        return values.conj().imag
+    if layout == "sparse" and values.dim():
+        return values.to_sparse(1)
+    if layout == "uncoalesced" and values.dim():
+        indices = torch.arange(len(values)) // 2
+        return torch.sparse_coo_tensor(indices[None], values, values.shape)
+    return values
+
+
+class Case(NamedTuple):
+    """What a function is given."""
+
+    gradients: list[Given | None]
+    twice: str
+    container: str
+    order: float
+    share: float
+    foreach: bool | None
+
+    def parameters(self) -> list[nn.Parameter]:
+        found = [parameter(None if each is None else each.tensor()) for each in self.gradients]
+        if self.twice == "parameter":
+            return [*found, *found[:1]]
+        if self.twice == "gradient":
+            return [*found, *(parameter(each.grad) for each in found[:1])]
+        return found
+
+
+DTYPES = [F64, F64, F32, F16, BF16, C128, C64]
+SHAPES = [(5,), (3, 4), (), (1,), (2, 3, 2), (257,), (0,), (0, 3), (40, 7)]
+LAYOUTS = ["plain"] * 4 + ["sliced", "transposed", "shifted"]
+ODD = ["expanded", "overlapping", "conjugate", "negative", "sparse", "uncoalesced"]
+VALUES = ["random", "random", "constant", "few"]
+
+
+def cases(
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    layouts: Iterable[str] = (*LAYOUTS, *ODD),
+    values: Iterable[str] = (*VALUES, *VALUES, "nan", "inf", "-inf"),
+    scales: Iterable[float] = (1.0, 1.0, 1e-3, 300.0, 1e-30, 1e30, 1e-42, 1e200),
+    twice: Iterable[str] = ("no", "no", "no", "parameter", "gradient"),
+) -> st.SearchStrategy[Case]:
+    gradients = st.builds(
+        Given,
+        st.sampled_from([*dtypes]),
+        st.sampled_from(SHAPES),
+        st.sampled_from([*layouts]),
+        st.sampled_from([*values]),
+        st.sampled_from([*scales]),
+        st.integers(0, 2**16),
+    )
+    return st.builds(
+        Case,
+        st.lists(st.one_of(gradients, gradients, gradients, st.none()), max_size=7),
+        st.sampled_from([*twice]),
+        st.sampled_from(["list", "tuple", "generator", "iterator", "single"]),
+        st.sampled_from([2.0, 2.0, 2.0, 1.0, 3.0, 1.5, 0.5, INF]),
+        st.sampled_from([1e-3, 0.3, 0.999, 1.0, 1.001, 50.0, 0.0, INF]),
+        st.sampled_from([None, True, False]),
+    )
+
+
+ordinary = cases([F64], LAYOUTS, VALUES, [1.0, 1e-3, 300.0, 1e30], ["no"])
+"""What torch has to agree about to the last digits."""
+
+
+def contained(tensors: list[Tensor], container: str) -> Any:
+    """Return tensors as a user may give them; in a generator they can be read once."""
+    if container == "single" and len(tensors) == 1:
+        return tensors[0]
+    makers: dict[str, Callable[[list[Tensor]], Any]] = {
+        "tuple": tuple,
+        "generator": lambda given: (tensor for tensor in given),
+        "iterator": iter,
+    }
+    return makers.get(container, list)(tensors)
+
+
+def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return the distinct gradients."""
+    return [*{id(p.grad): p.grad for p in parameters if p.grad is not None}.values()]
+
+
+def wide(gradient: Tensor) -> Tensor:
+    """Return a copy of the elements in float64, of a sparse gradient those of its entries."""
+    gradient = gradient._values() if gradient.is_sparse else gradient
+    return gradient.detach().to(C128 if gradient.is_complex() else F64).clone()
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Return a copy of the elements in float64, of a sparse gradient all sums of its entries."""
+    return wide(gradient.to_dense() if gradient.is_sparse else gradient)
+
+
+def magnitudes(gradients: Iterable[Tensor]) -> list[float]:
+    """Return the absolute values of all elements, of duplicates those of their sums."""
+    found: list[float] = []
+    for gradient in gradients:
+        values = gradient.coalesce()._values() if gradient.is_sparse else gradient
+        found += values.to(C128 if values.is_complex() else F64).abs().flatten().tolist()
+    return found
+
+
+def exact_norm(values: list[float], order: float) -> float:
+    """Return the norm, correctly rounded but for the root; infinite where it is beyond float64."""
+    if any(map(math.isnan, values)):
+        return NAN
+    largest = max(values, default=0.0)
+    if order == INF or not 0 < largest < INF:
+        return largest
+    try:
+        return math.fsum(value**order for value in values) ** (1 / order)
+    except OverflowError:
+        return INF
+
+
+def narrow(gradients: Iterable[Tensor]) -> bool:
+    return any(real(gradient.dtype) is not F64 for gradient in gradients)
+
+
+def exclusions(case: Case, parameters: list[nn.Parameter]) -> set[str]:
+    """Say why torch is no measure of a case."""
+    gradients = gradients_of(parameters)
+    given = [each for each in case.gradients if each is not None]
+    layouts = {each.layout for each in given}
+    largest = max((value for value in magnitudes(gradients) if value < INF), default=0.0)
+    least, most = (1e-6, 1e4) if narrow(gradients) else (1e-90, 1e90)
+    norm = exact_norm(magnitudes(gradients), case.order)
+    reasons = {
+        "twice": sum(p.grad is not None for p in parameters) > len(gradients),
+        "sparse": any(gradient.is_sparse for gradient in gradients),
+        "shared memory": bool(layouts & {"expanded", "overlapping"}),
+        "conjugate": bool(layouts & {"conjugate", "negative"}),
+        "empty": case.order == INF and any(gradient.numel() == 0 for gradient in gradients),
+        "no gradients": not gradients,
+        "no generator": not parameters and case.container == "generator",
+        "complex value": any(gradient.is_complex() for gradient in gradients),
+        "range": largest != 0 and (not least < largest < most or most * 6 < norm < INF),
+        "not finite": not norm < INF,
+        "rounded norm": narrow(gradients),
+    }
+    found = {name for name, holds in reasons.items() if holds}
+    met.update(found)
+    return found
+
+
+def norm_margin(case: Case, gradients: list[Tensor]) -> float:
+    """How far torch's norm may be off, which rounds each tensor's norm and adds in float32."""
+    if not narrow(gradients):
+        return 1e-12
+    count = sum(gradient.numel() for gradient in gradients)
+    unit = max(UNIT[real(gradient.dtype)] for gradient in gradients)
+    parts = (len(gradients) + 3) * unit + (count + 8) * UNIT[F32]
+    return 2 * parts / min(1.0, case.order)
+
+
+def bits(gradient: Tensor) -> tuple[Any, ...]:
+    values = gradient._values() if gradient.is_sparse else gradient
+    return values.detach().flatten().tolist().__repr__(), gradient._version
+
+
+def assert_scaled(found: Tensor, original: Tensor, factor: float, accuracy: float) -> None:
+    """Check that a gradient is another times a factor, up to the rounding of its dtype."""
+    dtype = real(found.dtype)
+    margin = original.abs() * factor * (3 * UNIT[dtype] + accuracy) + 2 * SMALLEST[dtype]
+    assert bool(((wide(found) - original * factor).abs() <= margin).all())
+
+
+def limit_of(case: Case, norm: float) -> float:
+    return norm * case.share if 0 < norm < INF and case.share else min(case.share, 1.0)
+
+
+# The norm
+
+
+def check_norm(case: Case) -> None:
+    tensors = [p.grad for p in case.parameters() if p.grad is not None]
+    excluded = exclusions(case, case.parameters())
+    needed = exact_norm(magnitudes(gradients_of(case.parameters())), case.order)
+    before = [bits(tensor) for tensor in tensors]
+
+    def measure(module: Any, **options: Any) -> Tensor:
+        norm = module.get_total_norm(
+            contained(tensors, case.container), case.order, foreach=case.foreach, **options
+        )
+        assert norm.shape == ()
+        return norm
+
+    norm = measure(gradclip)
+    distinct = [*{id(tensor): tensor for tensor in tensors}.values()]
+    needed = exact_norm(magnitudes(distinct), case.order)
+    accuracy = 1e-6 if narrow(tensors) else 1e-12
+    assert norm.dtype is F64
+    assert norm.item() == pytest.approx(needed, rel=accuracy, abs=0, nan_ok=True)
+    if not needed < INF:
+        with pytest.raises(NonFiniteGradientError, match="The norm of the gradients is"):
+            measure(gradclip, error_if_nonfinite=True)
+        torch_fails = not excluded & {"sparse", "empty", "range"}
+        if torch_fails:
+            with pytest.raises(RuntimeError, match="is non-finite"):
+                measure(utils, error_if_nonfinite=True)
+    if not excluded & {"twice", "sparse", "empty", "range"}:
+        theirs = measure(utils)
+        margin = norm_margin(case, tensors)
+        assert norm.item() == pytest.approx(theirs.item(), rel=margin, nan_ok=True)
+    assert [bits(tensor) for tensor in tensors] == before
+
+
+@settings(max_examples=150)
+@given(case=cases())
+def test_the_norm_is_exact_and_torchs_where_that_is(case):
+    check_norm(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=700)
+@given(case=cases())
+def test_many_norms_are_exact_and_torchs_where_those_are(case):
+    check_norm(case)
+
+
+# Clipping it
+
+
+def check_clipping(case: Case, *, apart: bool, raises: bool) -> None:
+    """Clip with gradclip, look at what became of the gradients, and let torch do the same."""
+    ours, theirs = case.parameters(), case.parameters()
+    excluded = exclusions(case, theirs)
+    gradients = gradients_of(ours)
+    norm = exact_norm(magnitudes(gradients), case.order)
+    measured = gradclip.get_total_norm(gradients, case.order).item()
+    limit = limit_of(case, measured)
+    before, originals = [bits(g) for g in gradients], [wide(g) for g in gradients]
+    neighbours = [beside(p.grad, each) for p, each in zip(ours, case.gradients, strict=False)]
+    objects = [p.grad for p in ours]
+    found: float | None
+    try:
+        found = clipped(gradclip, ours, limit, case, apart=apart, raises=raises)
+    except NonFiniteGradientError:
+        assert raises
+        assert not norm < INF
+        found = None
+    assert all(p.grad is each for p, each in zip(ours, objects, strict=True))
+    accuracy = 1e-6 if narrow(gradients) else 1e-12
+    if found is not None:
+        assert found == pytest.approx(norm, rel=accuracy, abs=0, nan_ok=True)
+        assert norm < INF or not raises
+    if not measured > limit or not measured < INF:
+        assert [bits(g) for g in gradients] == before
+    else:
+        for gradient, original in zip(gradients, originals, strict=True):
+            assert_scaled(gradient, original, limit / norm, accuracy)
+    for beyond, parameter_, each in zip(neighbours, ours, case.gradients, strict=False):
+        if beyond is not None:
+            assert bits(beyond)[0] == bits(beside(parameter_.grad, each))[0]
+    unfit = {"twice", "sparse", "shared memory", "conjugate", "empty", "range", "not finite"}
+    if excluded & {*unfit, "no generator"} or not norm < INF:
+        return
+    met.add("epsilon")
+    assert clipped(utils, theirs, limit, case, apart=apart, raises=raises) == pytest.approx(
+        norm, rel=norm_margin(case, gradients)
+    )
+    if limit < INF and not any(g.dtype in (F16, BF16) for g in gradients):
+        factor = min(1.0, limit / (norm + EPSILON))
+        margin = norm_margin(case, gradients)
+        for gradient, original in zip(gradients_of(theirs), originals, strict=True):
+            assert_scaled(gradient, original, factor, margin)
+
+
+def clipped(
+    module: Any, parameters: list[nn.Parameter], limit: float, case: Case, **way: bool
+) -> float:
+    """Clip in one call or in two; return the norm."""
+    given, foreach = contained(parameters, case.container), case.foreach
+    if not way["apart"]:
+        norm = module.clip_grad_norm_(given, limit, case.order, way["raises"], foreach)
+        assert not norm.requires_grad
+        return norm.item()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = module.get_total_norm(gradients, case.order, way["raises"], foreach)
+    assert module.clip_grads_with_norm_(given, limit, norm, foreach) is None
+    return norm.item()
+
+
+def beside(gradient: Tensor | None, each: Given | None) -> Tensor | None:
+    """Return what lies between the elements of a sliced gradient."""
+    if gradient is None or each is None or each.layout != "sliced":
+        return None
+    return gradient.as_strided(gradient.shape, gradient.stride(), 1).clone()
+
+
+@settings(max_examples=200)
+@given(case=cases(), apart=st.booleans(), raises=st.booleans())
+def test_any_gradients_are_clipped_and_as_torch_does_where_it_can(case, apart, raises):
+    check_clipping(case, apart=apart, raises=raises)
+
+
+@pytest.mark.slow
+@settings(max_examples=900)
+@given(case=cases(), apart=st.booleans(), raises=st.booleans())
+def test_many_gradients_are_clipped_and_as_torch_does_where_it_can(case, apart, raises):
+    check_clipping(case, apart=apart, raises=raises)
+
+
+@settings(max_examples=150)
+@given(case=ordinary, apart=st.booleans())
+def test_ordinary_gradients_end_as_torchs_do_but_for_the_epsilon(case, apart):
+    ours, theirs = case.parameters(), case.parameters()
+    excluded = exclusions(case, ours)
+    if excluded & {"empty", "no generator"}:
+        return
+    norm = utils.get_total_norm(gradients_of(theirs), case.order).item()
+    limit = limit_of(case, norm) if case.share != 1.0 else norm * 2
+    found = clipped(gradclip, ours, limit, case, apart=apart, raises=False)
+    assert found == pytest.approx(norm, rel=1e-12)
+    clipped(utils, theirs, limit, case, apart=apart, raises=False)
+    mend = (norm + EPSILON) / norm if norm > limit else 1.0
+    if norm <= limit < norm + EPSILON:
+        mend = (norm + EPSILON) / limit if limit else 1.0
+    for one, other in zip(gradients_of(ours), gradients_of(theirs), strict=True):
+        torch.testing.assert_close(one, other * mend, rtol=1e-12, atol=0)
+
+
+@given(
+    case=ordinary,
+    norm=st.sampled_from([0.0, 1e-30, 0.5, 1.0, 7.0, 1e30, NAN, INF]),
+    dtype=st.sampled_from([F64, F32, BF16]),
+    shape=st.sampled_from([(), (1,)]),
+    limit=st.sampled_from([0.0, 0.25, 1.0, 1e9, INF]),
+)
+def test_gradients_are_scaled_by_any_norm_that_is_given(case, norm, dtype, shape, limit):
+    ours, theirs = case.parameters(), case.parameters()
+    total = torch.full(shape, norm, dtype=dtype)
+    norm = total.item()
+    before = [bits(p.grad) for p in ours if p.grad is not None]
+    originals = [wide(p.grad) for p in ours if p.grad is not None]
+    call = (limit, total, case.foreach)
+    gradclip.clip_grads_with_norm_(contained(ours, case.container), *call)
+    scaled = norm < INF and norm > limit
+    for gradient, bit, original in zip(gradients_of(ours), before, originals, strict=True):
+        assert scaled or bits(gradient) == bit
+        assert_scaled(gradient, original, limit / norm if scaled else 1.0, 2 * UNIT[dtype])
+    if shape:
+        met.add("one element")
+        return
+    if not norm < INF or limit == INF or not originals:
+        return
+    utils.clip_grads_with_norm_(contained(theirs, case.container), *call)
+    for gradient, original in zip(gradients_of(theirs), originals, strict=True):
+        factor = min(1.0, limit / (norm + EPSILON))
+        assert_scaled(gradient, original, factor, 4 * UNIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_the_dtype_of_a_norm_that_is_given_rounds_nothing(dtype):
+    weight = parameter(torch.tensor([3e4, 4e4]))
+    gradclip.clip_grads_with_norm_([weight], 1e-3, torch.tensor(5e4, dtype=dtype))
+    norm = torch.tensor(5e4, dtype=dtype).item()
+    assert_scaled(weight.grad, torch.tensor([3e4, 4e4], dtype=F64), 1e-3 / norm, 1e-6)
+
+
+# Bounding elements
+
+
+def check_bounding(case: Case, bound: float) -> None:
+    ours, theirs = case.parameters(), case.parameters()
+    excluded = exclusions(case, ours)
+    gradients = gradients_of(ours)
+    before, originals = [bits(g) for g in gradients], [dense(g) for g in gradients]
+    given = contained(ours, case.container)
+    if "complex value" in excluded:
+        with pytest.raises(GradientError, match="complex elements cannot be bounded"):
+            gradclip.clip_grad_value_(given, bound, case.foreach)
+        assert [bits(g) for g in gradients] == before
+        return
+    assert gradclip.clip_grad_value_(given, bound, case.foreach) is None
+    for gradient, bit, original in zip(gradients, before, originals, strict=True):
+        rounded = torch.tensor(bound, dtype=F64).to(gradient.dtype).double().item()
+        if bound < INF:
+            rounded = min(rounded, torch.finfo(gradient.dtype).max)
+        needed = original.clamp(-rounded, rounded)
+        torch.testing.assert_close(dense(gradient), needed, rtol=0, atol=0, equal_nan=True)
+        if not gradient.is_sparse and not bool((original.abs() > rounded).any()):
+            assert bits(gradient) == bit
+    if any(torch.finfo(gradient.dtype).max < bound < INF for gradient in gradients):
+        excluded.add("large bound")
+        met.add("large bound")
+    unfit = {"no gradients", "sparse", "shared memory", "conjugate", "large bound"}
+    if not excluded & unfit:
+        utils.clip_grad_value_(contained(theirs, case.container), bound, case.foreach)
+        for one, other in zip(gradients, gradients_of(theirs), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+bounds = st.sampled_from([0.0, 1e-3, 0.1, 0.7, 1.0, 250.0, 1e20, INF])
+
+
+@settings(max_examples=150)
+@given(case=cases([F64, F32, F16, BF16] * 4 + [C64]), bound=bounds)
+def test_any_elements_are_bounded_as_torch_does_it(case, bound):
+    check_bounding(case, bound)
+
+
+@pytest.mark.slow
+@settings(max_examples=700)
+@given(case=cases([F64, F32, F16, BF16] * 4 + [C64]), bound=bounds)
+def test_many_elements_are_bounded_as_torch_does_it(case, bound):
+    check_bounding(case, bound)
+
+
+def test_random_gradients_meet_all_that_is_excluded():
+    met.clear()
+    test_any_gradients_are_clipped_and_as_torch_does_where_it_can()
+    test_any_elements_are_bounded_as_torch_does_it()
+    test_gradients_are_scaled_by_any_norm_that_is_given()
+    assert met >= {name for name, each in EXCLUDED.items() if each.fuzzed}

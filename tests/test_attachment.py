@@ -360,3 +360,20 @@ def test_a_compiled_step_is_clipped_and_compiles_what_it_would_without(policy):
     torch._dynamo.reset()
     assert graphs[True] == graphs[False]
     assert len(graphs[True]) == 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_a_checkpoint_takes_to_make_state_is_not_seen(kind):
+    """It sets gradients of 0 where there are none, for an optimizer without state."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    net = nn.Linear(2, 1)
+    optimizer = kind(net.parameters(), lr=0.1)
+    clipper = GradientClipper(optimizer, 1.0)
+    get_state_dict(net, optimizer)
+    assert (clipper.steps, clipper.last) == (0, None)
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    get_state_dict(net, optimizer)
+    assert clipper.steps == 1

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
+from gradclip import GradientClipper
 from gradclip.changes import Changes, GuardedArguments
 
 
@@ -91,3 +94,28 @@ def test_arguments_undo_the_changes_when_they_are_let_go():
     assert weight.grad is None
     del arguments
     assert weight.grad is gradient
+
+
+class CountingInState(torch.optim.SGD):
+    """Counts in its groups: in a key that it makes, in a tensor, in one that becomes a number."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["made"] = group.get("made", 0) + 1
+            group["counted"] += 1
+            group["replaced"] = float(group["replaced"]) + 1
+        return super().step(closure)
+
+
+def test_a_skipped_step_leaves_groups_as_they_were_whatever_they_count_in():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = CountingInState(
+        [{"params": [weight], "counted": torch.zeros(()), "replaced": torch.zeros(1)}], lr=0.1
+    )
+    GradientClipper(optimizer, 1.0, nonfinite="skip")
+    for gradient, made, counted in ((math.nan, None, 0.0), (1.0, 1, 1.0), (math.inf, 1, 1.0)):
+        weight.grad = torch.full((2,), gradient)
+        optimizer.step()
+        [group] = optimizer.param_groups
+        assert group.get("made") == made
+        assert group["counted"] == group["replaced"] == counted

@@ -59,6 +59,13 @@ def test_a_count_is_a_whole_number(value):
         checked_count("steps", value)
 
 
+@pytest.mark.parametrize("value", [2**62, 10**30])
+def test_a_count_can_be_gone_on_from(value):
+    assert checked_count("steps", 2**62 - 1) == 2**62 - 1
+    with pytest.raises(ArgumentError, match=rf"steps is {value}: give .* and < 2\*\*62"):
+        checked_count("steps", value)
+
+
 def test_a_count_has_a_least_value():
     assert checked_count("every", 1, 1) == 1
     with pytest.raises(ArgumentError, match="every is 0: give a whole number >= 1"):

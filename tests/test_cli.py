@@ -227,6 +227,7 @@ def test_the_demo_in_a_process_of_its_own(tmp_path):
     assert (tmp_path / "demo/demo.png").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_runs_without_the_extra(tmp_path):
     code = WITHOUT_THE_EXTRA.format(out=str(tmp_path))
     command = [sys.executable, "-W", "error", "-c", code]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradclip.coefficients import clip_coefficients, must_skip, reduced, unless
+from gradclip.coefficients import are_finite, clip_coefficients, must_skip, reduced, unless
 
 sizes = st.floats(min_value=0, allow_infinity=False)
 
@@ -21,6 +21,12 @@ def test_a_coefficient_is_threshold_over_norm_and_never_above_one(norms, thresho
     thresholds = torch.full((len(norms),), threshold, dtype=torch.float64)
     found = clip_coefficients(vector(*norms), thresholds, erase=True).tolist()
     assert found == [1.0 if norm <= threshold else threshold / norm for norm in norms]
+
+
+@pytest.mark.parametrize("norms", [[4.0], [4.0, 2.0, 8.0]])
+def test_one_number_is_the_threshold_of_all_norms(norms):
+    found = clip_coefficients(vector(*norms), 2.0, erase=True)
+    assert found.tolist() == [2.0 / norm for norm in norms]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -40,9 +46,26 @@ def test_zero_norms_under_a_zero_threshold_are_left(count):
     assert clip_coefficients(zeros, zeros, erase=True).tolist() == [1.0] * count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norms", [[1.0], [4.0], [1.0, 4.0]])
+def test_coefficients_are_where_the_norms_are_and_of_their_dtype(norms, dtype):
+    norms = torch.tensor(norms, dtype=dtype)
+    with torch.device("meta"):
+        found = clip_coefficients(norms, torch.full_like(norms, 2.0), erase=True)
+    assert (found.device, found.dtype, found.shape) == (norms.device, dtype, norms.shape)
+
+
 def test_off_the_cpu_nothing_is_read():
     norms = torch.empty(1, device="meta")
     assert clip_coefficients(norms, norms, erase=True).shape == (1,)
+
+
+@pytest.mark.parametrize("others", [[], [5.0]])
+@pytest.mark.parametrize(
+    ("norm", "finite"), [(0.0, True), (1e308, True), (math.inf, False), (math.nan, False)]
+)
+def test_norms_are_finite_where_each_of_them_is(norm, finite, others):
+    assert are_finite(vector(*others, norm)) is finite
 
 
 @pytest.mark.parametrize(
@@ -75,8 +98,8 @@ def test_a_skipped_step_has_the_coefficient_one(as_tensor):
 
 
 def test_a_norm_is_reduced_by_the_bound_and_by_the_coefficient():
-    norms = torch.tensor([4.0, 0.0, math.inf, 4.0])
-    bounded = torch.tensor([2.0, 0.0, math.inf, 4.0])
-    coefficients = torch.tensor([0.5, 1.0, 0.0, 0.5])
-    assert reduced(coefficients, bounded, norms).tolist() == [0.25, 1.0, 0.0, 0.5]
+    norms = torch.tensor([4.0, 0.0, math.inf, 4.0, 0.5])
+    bounded = torch.tensor([2.0, 0.0, math.inf, 4.0, 0.25])
+    coefficients = torch.tensor([0.5, 1.0, 0.0, 0.5, 1.0])
+    assert reduced(coefficients, bounded, norms).tolist() == [0.25, 1.0, 0.0, 0.5, 0.5]
     assert reduced(coefficients, norms, norms) is coefficients

@@ -11,7 +11,6 @@ KINDS = {
     "AttachError": RuntimeError,
     "GradientError": TypeError,
     "EngineUnavailableError": RuntimeError,
-    "NotAvailableError": NotImplementedError,
     "StateError": ValueError,
     "NonFiniteGradientError": RuntimeError,
     "SkipLimitError": RuntimeError,

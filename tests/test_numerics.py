@@ -192,6 +192,7 @@ def test_124_million_elements_keep_the_accuracy(dtype, kind):
     assert_clipped([gradient], 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_vector_units_keep_the_accuracy(capability):
     code = (

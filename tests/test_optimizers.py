@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import AttachError, GradientClipper, NotAvailableError
+from gradclip import AttachError, GradientClipper, Ranks
 
 
 def optimizer_of(kind: type[torch.optim.Optimizer] = torch.optim.SGD, **options):
@@ -116,10 +116,16 @@ def test_lbfgs_cannot_skip():
         GradientClipper(torch.optim.LBFGS([weight]), 1.0, nonfinite="skip")
 
 
+def test_lbfgs_cannot_keep_step_with_other_ranks():
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(AttachError, match="LBFGS evaluates its closure .* leave out ranks="):
+        GradientClipper(torch.optim.LBFGS([weight]), 1.0, ranks=Ranks())
+
+
 def test_flattened_shards_are_refused():
     optimizer = optimizer_of()
     optimizer.param_groups[0]["params"][0]._fsdp_flattened = True
-    with pytest.raises(NotAvailableError, match="FullyShardedDataParallel is not available"):
+    with pytest.raises(AttachError, match="ranks=gradclip.Ranks"):
         GradientClipper(optimizer, 1.0)
 
 

@@ -6,10 +6,13 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 
 from gradclip import ArgumentError, GradientClipper, LoggedStep, Sink, __version__
 from gradclip.recorder import Recorder
@@ -270,7 +273,9 @@ def test_a_flush_every_that_cannot_be_meant_is_refused(flush_every: object) -> N
     sink.flush_every = flush_every  # type: ignore[assignment]
     with pytest.raises(ArgumentError) as caught:
         Recorder([sink], 2.0)
-    assert str(caught.value) == (f"Kept.flush_every is {flush_every!r}: give a whole number >= 1.")
+    assert str(caught.value) == (
+        f"Kept.flush_every is {flush_every!r}: give a whole number >= 1 and < 2**62."
+    )
 
 
 def test_a_sink_must_be_able_to_write() -> None:
@@ -292,6 +297,26 @@ def test_a_clipper_that_is_collected_writes_what_is_left() -> None:
     assert clipper() is None
     assert [row.step for row in sink.steps] == [0]
     assert sink.calls == ["write", "flush", "close"]
+
+
+@contextmanager
+def within_a_fake_kernel() -> Iterator[None]:
+    """As torch.compile is where it asks a kernel for the shape of its result."""
+    with FakeTensorMode() as mode, enable_python_dispatcher(), in_kernel_invocation_manager(mode):
+        yield
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, within_a_fake_kernel])
+def test_a_clipper_that_is_collected_under_a_mode_writes_what_is_left(mode) -> None:
+    sink, parameter = Kept(), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    clipper = GradientClipper(optimizer, 1.0, log=sink)
+    parameter.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    del clipper, optimizer, parameter
+    with mode():
+        gc.collect()
+    assert [step.norm for step in sink.steps] == [5.0]
 
 
 def test_sinks_hear_once_how_the_clipper_is_set():

@@ -76,6 +76,23 @@ def test_of_a_resumed_run_the_later_steps_count(tmp_path, training, kind):
     assert run.norms.tolist() == [1.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "events"])
+def test_steps_that_are_skipped_again_in_a_resumed_run_are_known(tmp_path, training, kind):
+    where, state = tmp_path / ("run.jsonl" if kind == "jsonl" else "run"), None
+    for begin in (0, 2):
+        run = training()
+        log = JsonlSink(where) if kind == "jsonl" else where
+        with GradientClipper(run.optimizer, None, nonfinite="skip", log=log) as clipper:
+            if state is not None:
+                clipper.load_state_dict(state)
+            run.take(*NORMS[begin:2])
+            state = state or clipper.state_dict()  # the third step is left out after it, both times
+            run.take(*NORMS[2:])
+    [run] = read_runs([where])
+    assert run.steps.tolist() == [0, 1, 2, 3, 4]
+    assert run.skipped.tolist() == [False, False, True, False, False]
+
+
 def test_what_is_cut_short_is_read_up_to_there(logged):
     [file] = logged["events"].iterdir()
     whole = file.read_bytes()

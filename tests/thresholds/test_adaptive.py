@@ -26,11 +26,19 @@ class Sum(AdaptiveThreshold):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_norms_that_are_not_observed_come_as_zero(count, driver):
-    run = driver(Sum(), count)
+    class Watching(Sum):
+        clipped = ()
+
+        def learn(self, norms, clipped_norms, observed):
+            super().learn(norms, clipped_norms, observed)
+            self.clipped = (*self.clipped, clipped_norms[0].item())
+
+    run = driver(Watching(), count)
     run.run([[1.0] * count, [math.nan] * count, [None] * count, [2.0] * count])
     norms = run.tensor([1.0] * count)
     run.rule.observe(norms, norms * math.nan, run.context([1.0] * count))
     assert run.ask([0.0] * count).tolist() == [3.0] * count
+    assert run.rule.clipped == (0.0, 0.0, 0.0, 1.0, 0.0)  # the first was clipped to 0
 
 
 def test_a_tensor_of_the_state_is_not_given_away(driver):
@@ -43,6 +51,15 @@ def test_a_tensor_of_the_state_is_not_given_away(driver):
 def test_it_needs_no_constructor_of_its_own(driver):
     assert repr(Sum(cap=2.0)) == "Sum(cap=2.0)"
     assert driver(Sum(cap=2.0)).run([[3.0], [3.0]]) == [[0.0], [2.0]]
+
+
+def test_it_shows_what_it_keeps_under_the_names_of_its_arguments():
+    class Named(Sum):
+        def __init__(self, one, *, other, kept):
+            super().__init__()
+            self.kept = kept
+
+    assert repr(Named(1, other=2, kept=3)) == "Named(None, kept=3)"
 
 
 def test_its_state_is_named_after_it(driver):

@@ -155,11 +155,12 @@ def test_an_unusable_norm_of_one_label_leaves_the_others_alone(make, unusable, d
 
 @adaptive
 @labels
-def test_a_clipped_norm_that_is_not_finite_leaves_the_state_bit_for_bit(make, count, driver):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_clipped_norm_that_is_not_finite_leaves_the_state_bit_for_bit(make, count, bad, driver):
     run = driver(make(), count)
     run.run(steps_of(count, 0, 12))
     before, norms = copied(held(run.rule)), run.tensor([2.0] * count)
-    run.rule.observe(norms, norms * math.nan, run.context([2.0] * count))
+    run.rule.observe(norms, norms * bad, run.context([2.0] * count))
     assert same(held(run.rule), before)
 
 
@@ -253,6 +254,7 @@ def wrong_states(state):
         for value in (-1, 2**53):
             yield f"count {value}", {**state, "counts": torch.full_like(state["counts"], value)}
         yield "fractions", {**state, "counts": state["counts"].double()}
+        yield "complex counts", {**state, "counts": state["counts"] + 0j}
 
 
 def refusal(rule, state):
@@ -281,7 +283,11 @@ def test_a_rule_without_state_saves_nothing_and_refuses_that_of_another(name, dr
     run.run(steps_of(3, 0, 5))
     assert run.rule.state_dict() == {}
     run.rule.load_state_dict({})
-    with pytest.raises(StateError, match=rf"{name} keeps no state, found "):
+    with pytest.raises(
+        StateError,
+        match=rf"(?s)^{name} keeps no state, found {{'rule': 'Percentile', .*: load the state into "
+        r"a clipper with the threshold it was saved from\. Nothing was loaded\.$",
+    ):
         run.rule.load_state_dict(driver(Percentile(), 3).rule.state_dict())
 
 
@@ -319,6 +325,13 @@ def test_cap_and_floor_hold_the_threshold(make, count, driver):
 def test_a_cap_or_floor_that_cannot_be_meant_is_refused(make, bound, value):
     with pytest.raises(ArgumentError, match=f"^{bound} is .*: give "):
         make(**{bound: value})
+
+
+@pytest.mark.parametrize("bound", ["cap", "floor"])
+def test_the_error_says_what_none_would_mean(bound):
+    message = rf"^{bound} is -1: give a finite number >= 0, or None for no {bound}\.$"
+    with pytest.raises(ArgumentError, match=message):
+        Fixed(1.0, **{bound: -1})
 
 
 @every
@@ -384,6 +397,12 @@ def test_another_default_device_or_dtype_changes_nothing(make, driver):
 
 
 @every
+def test_a_rule_is_made_without_the_default_device(make):
+    with torch.device("hpu"):  # where no tensor can be made
+        make()
+
+
+@every
 def test_the_repr_is_the_call_that_makes_the_rule(make):
     for bounds in ({}, {"cap": 3.0}, {"floor": 0.5}, {"cap": 3.0, "floor": 0.5}):
         shown = repr(make(**bounds))
@@ -394,19 +413,19 @@ def test_the_repr_is_the_call_that_makes_the_rule(make):
 
 
 @pytest.mark.parametrize(
-    ("rule", "shown"),
+    ("kind", "arguments", "shown"),
     [
-        (Fixed(1.0), "Fixed(1.0)"),
-        (Fixed(None), "Fixed(None)"),
-        (Percentile(), "Percentile(10.0, window=1000)"),
-        (ZScore(cap=1), "ZScore(2.5, decay=0.97, warmup=25, eps=1e-06, cap=1.0)"),
-        (MovingAverage(), "MovingAverage(1.05, decay=0.98, warmup=100, warmup_norm=1.0)"),
-        (MeanDeviation(), "MeanDeviation(6.0, window=128, warmup=64)"),
-        (MedianDeviation(), "MedianDeviation(10.0, window=100, warmup=50)"),
-        (RelativeToWeights(), "RelativeToWeights(0.01, eps=0.001)"),
-        (GrowthLimit(floor=0.0), "GrowthLimit(1.01, floor=0.0)"),
+        (Fixed, {"max_norm": 1.0}, "Fixed(1.0)"),
+        (Fixed, {"max_norm": None}, "Fixed(None)"),
+        (Percentile, {}, "Percentile(10.0, window=1000)"),
+        (ZScore, {"cap": 1}, "ZScore(2.5, decay=0.97, warmup=25, eps=1e-06, cap=1.0)"),
+        (MovingAverage, {}, "MovingAverage(1.05, decay=0.98, warmup=100, warmup_norm=1.0)"),
+        (MeanDeviation, {}, "MeanDeviation(6.0, window=128, warmup=64)"),
+        (MedianDeviation, {}, "MedianDeviation(10.0, window=100, warmup=50)"),
+        (RelativeToWeights, {}, "RelativeToWeights(0.01, eps=0.001)"),
+        (GrowthLimit, {"floor": 0.0}, "GrowthLimit(1.01, floor=0.0)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_defaults_are_those_of_the_sources(rule, shown):
-    assert repr(rule) == shown
+def test_the_defaults_are_those_of_the_sources(kind, arguments, shown):
+    assert repr(kind(**arguments)) == shown

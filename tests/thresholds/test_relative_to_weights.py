@@ -29,7 +29,11 @@ def test_weights_of_zero_can_leave_zero():
 def test_it_asks_for_weight_norms_and_misses_them():
     assert RelativeToWeights.needs_weights
     context = StepContext(0, torch.ones(1, dtype=torch.bool))
-    with pytest.raises(ArgumentError, match="without weight norms: the caller has to measure"):
+    with pytest.raises(
+        ArgumentError,
+        match="^RelativeToWeights got a step without weight norms: the caller has to measure them "
+        r"for a rule with needs_weights, as GradientClipper does\.$",
+    ):
         RelativeToWeights().thresholds(torch.ones(1), context)
 
 

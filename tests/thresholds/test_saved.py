@@ -24,6 +24,16 @@ def test_the_error_says_what_was_found_and_what_is_needed(wrong, message, driver
         driver(ZScore()).rule.load_state_dict(wrong)
 
 
+def test_the_error_ends_with_the_remedy(driver):
+    remedy = (
+        ": load the state into a clipper with the labels and the threshold it was saved from. "
+        "Nothing was loaded."
+    )
+    with pytest.raises(StateError) as found:
+        driver(ZScore()).rule.load_state_dict({})
+    assert str(found.value).endswith(remedy)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

@@ -7,7 +7,7 @@ import torch
 
 from gradclip import thresholds
 from gradclip.errors import ArgumentError
-from gradclip.thresholds import Fixed, StepContext, Threshold, threshold_from
+from gradclip.thresholds import Fixed, Schedule, StepContext, Threshold, threshold_from
 
 
 def context(step: int, labels: int) -> StepContext:
@@ -43,6 +43,32 @@ def test_a_class_instead_of_an_instance_is_refused():
         threshold_from(Fixed)
 
 
+def test_a_rule_that_is_no_threshold_is_refused():
+    class Half:
+        def thresholds(self, norms, context):
+            return norms / 2
+
+        def __call__(self, step):
+            return 1.0
+
+    with pytest.raises(
+        ArgumentError,
+        match="^max_norm is a Half, which is no Threshold: derive its class from "
+        r"gradclip\.Threshold\.$",
+    ):
+        threshold_from(Half())
+
+
+@pytest.mark.parametrize("function", [1.0, None, Fixed])
+def test_a_schedule_of_no_function_is_refused(function):
+    with pytest.raises(
+        ArgumentError,
+        match="^Schedule got .*: give a function of the step that returns a number >= 0, or None "
+        r"for no limit\.$",
+    ):
+        Schedule(function)
+
+
 def test_a_threshold_of_ones_own_is_taken_as_it_is():
     class Half(Threshold):
         def thresholds(self, norms, context):
@@ -74,3 +100,21 @@ def test_a_fixed_threshold_is_made_once():
     rule = Fixed(2.0)
     limits = rule.thresholds(torch.ones(3), context(0, 3))
     assert rule.thresholds(torch.zeros(3), context(1, 3)) is limits
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(3, device="meta")],
+    ids=["shape", "dtype", "device"],
+)
+def test_a_fixed_threshold_is_made_anew_for_other_norms(other):
+    rule = Fixed(2.0)
+    rule.thresholds(torch.ones(3), context(0, 3))
+    limits = rule.thresholds(other, context(1, len(other)))
+    assert (limits.shape, limits.dtype, limits.device) == (other.shape, other.dtype, other.device)
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan, math.inf, True, "1.0", torch.ones(2)])
+def test_a_fixed_threshold_that_cannot_be_meant_is_refused(max_norm):
+    with pytest.raises(ArgumentError, match="^max_norm is .*: give "):
+        Fixed(max_norm)

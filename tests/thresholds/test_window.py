@@ -46,8 +46,11 @@ def test_each_label_has_its_own_place_and_count(driver):
     assert run.rule.filled().tolist() == [[True, True], [True, True], [True, False]]
 
 
-@pytest.mark.parametrize("rule", [Plain(3), Percentile(50.0, 4)], ids=["window", "percentile"])
-def test_what_free_places_hold_in_a_saved_state_does_not_matter(rule, driver):
+@pytest.mark.parametrize(
+    "make", [lambda: Plain(3), lambda: Percentile(50.0, 4)], ids=["window", "percentile"]
+)
+def test_what_free_places_hold_in_a_saved_state_does_not_matter(make, driver):
+    rule = make()
     run = driver(rule)
     run.run([[1.0], [2.0]])
     state, expected = rule.state_dict(), run.ask([2.0])

@@ -49,6 +49,14 @@ def test_it_is_the_limit_of_the_paper(arguments, agrees_per_label):
     agrees_per_label(lambda: ZScore(**arguments), oracle(**arguments))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_norm_that_is_just_as_many_deviations_out_has_no_limit(count, driver):
+    run = driver(ZScore(z=1.0, warmup=2, eps=1.0), count)
+    run.run([[1.0] * count, [3.0] * count])  # the mean is 2, the deviation 1
+    assert run.ask([4.0] * count).tolist() == [math.inf] * count
+    assert run.ask([6.0] * count).tolist() == [2.5] * count
+
+
 def test_one_norm_that_is_not_finite_changes_nothing(driver):
     norms = [[1.0 + step % 5 / 10] for step in range(30)]
     clean, hit = driver(ZScore()), driver(ZScore())

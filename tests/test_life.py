@@ -935,12 +935,13 @@ class Machine(RuleBasedStateMachine):
             momentum = self._momentum(weight)
             if taken and weight.gradient is not None:
                 margins = stepped(weight, self.momentum, self.decay)
-                unit = 4 * UNIT[weight.parameter.dtype]
+                dtype = weight.parameter.dtype
                 for found, needed in ((values, weight.values), (momentum, weight.momentum)):
                     for value, other, margin in zip(
                         found or [], needed or [], margins if needed else [], strict=True
                     ):
-                        assert near(0.0, unit * margin)(value, other), (value, other)
+                        close = near(0.0, 4 * UNIT[dtype] * margin + SMALLEST[dtype])
+                        assert close(value, other), (value, other)
             else:
                 assert same(values, weight.values)
                 assert same(momentum, weight.momentum)

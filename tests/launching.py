@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ def torchrun(script: Path, *arguments: str, processes: int, cwd: Path) -> list[s
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     files = ["--redirects", "1", "--log-dir", printed]
     done = subprocess.run(
-        [*launcher, "--nproc-per-node", str(processes), *files, script, *arguments],
+        [*launcher, "--nproc-per-node", str(processes), *files, __file__, script, *arguments],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
@@ -24,3 +25,18 @@ def torchrun(script: Path, *arguments: str, processes: int, cwd: Path) -> list[s
     assert done.returncode == 0, done.stderr
     files = [next(printed.rglob(f"{rank}/stdout.log")) for rank in range(processes)]
     return [file.read_text() for file in files]
+
+
+def run_and_leave(script: str) -> None:
+    """Run a script, and leave without what ends an interpreter.
+
+    A thread of gloo that is just letting go of a tensor of the last collective would abort it.
+    """
+    runpy.run_path(script, run_name="__main__")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    run_and_leave(sys.argv[0])

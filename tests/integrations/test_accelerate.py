@@ -223,7 +223,7 @@ def test_the_clipper_is_saved_and_loaded_with_the_accelerators_state(tmp_path):
 
 
 SCRIPT = """
-    import json, sys, torch
+    import json, os, sys, torch
     from importlib.util import module_from_spec, spec_from_file_location
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
@@ -254,6 +254,7 @@ SCRIPT = """
     with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
         json.dump(found, file)
     accelerator.end_training()
+    os._exit(0)  # see tests/launching.py
 """
 
 

@@ -38,7 +38,7 @@ from .functional import (
 )
 from .ranks import Ranks
 from .records import ClipRecord, LoggedStep
-from .scopes import Scope
+from .scopes.scope import Scope
 from .sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
 from .thresholds import Threshold
 from .time_norms import TimeNorms, through_time

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import wraps
 from typing import ParamSpec
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed
 
 from .disagreement import (
     add_limit,
@@ -23,10 +24,12 @@ from .disagreement import (
     refuse_elsewhere,
 )
 from .errors import AttachError
-from .places import NOWHERE
 from .ranks import Group, Ranks
-from .scopes import SHARED
-from .told import Agreed, Failed, Original, Told
+from .scopes.labels import NormLabels
+from .scopes.norm_indices import NOWHERE, Place
+from .scopes.scope import SHARED
+from .shards import is_elsewhere, mesh_ranks
+from .told import Agreed, Failed, Original, Told, ToldParameter
 
 P = ParamSpec("P")
 BY_NAME = ("parameter", "unit")
@@ -50,6 +53,84 @@ def comparable(
     scaled = None if grad_scaler is None else f"that of {len(optimizers)} optimizers"
     named = {**options, "threshold": vars(threshold), "grad_scaler": scaled}
     return {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in named.items()}
+
+
+def message_of(
+    labels: NormLabels, options: Mapping[str, str], *, across: bool, watched: bool
+) -> Told:
+    """Return what this rank tells the others of its clipper.
+
+    Args:
+        labels: The labels of its norms.
+        options: How it is set, from `comparable`.
+        across: Whether it was given other ranks, so that DTensors may lie on those alone.
+        watched: Whether parameter norms are asked for on this rank.
+    """
+    elsewhere = [] if across else [p.name for p in labels.parameters if is_elsewhere(p.parameter)]
+    return Told(
+        labels.kind,
+        options,
+        labels.by_key,
+        _told_parameters(labels),
+        labels.all_names,
+        elsewhere,
+        watched,
+    )
+
+
+def _told_parameters(labels: NormLabels) -> list[ToldParameter]:
+    told = []
+    for labelled in labels.labelled:
+        parameter = labelled.parameter()
+        if labelled.place is None or parameter is None:
+            continue
+        # FullyShardedDataParallel has flattened a parameter that had rows.
+        flat = labels.kind == "unit" and getattr(parameter, "_fsdp_flattened", False)
+        told.append(
+            ToldParameter(
+                labelled.name,
+                labelled.given,
+                tuple(parameter.shape),
+                labelled.place.labels.tolist(),
+                labelled.place.rows or flat,
+                labelled.copy_of,
+                mesh_ranks(parameter),
+            )
+        )
+    return told
+
+
+def adopt(labels: NormLabels, agreed: Agreed, rank: int) -> None:
+    """Give the labels of a clipper the norms that all ranks agree on.
+
+    Args:
+        labels: The labels of its norms.
+        agreed: The agreement.
+        rank: The number of this rank.
+
+    Raises:
+        ArgumentError: A name that the scope excludes is that of no parameter on any rank.
+    """
+    labels.check_exclusions(agreed.everyone)
+    indices = {key: index for index, key in enumerate(agreed.limits)}
+    moved = _tensor([*(indices.get(key, NOWHERE) for key in labels.by_key), NOWHERE])
+    counted = {name for name, each in agreed.originals.items() if rank in each.ranks}
+    adopted = []
+    for labelled in labels.labelled:
+        if labelled.copy_of is not None:
+            original = agreed.originals[labelled.copy_of]
+            own = [NOWHERE if key is None else indices[key] for key in original.keys]
+            place, counts = Place(_tensor(own), original.rows), labelled.copy_of in counted
+            counted.discard(labelled.copy_of)
+            adopted.append(replace(labelled, place=place, counts=counts))
+        elif labelled.place is not None:
+            place = Place(moved[labelled.place.labels], labelled.place.rows)
+            adopted.append(replace(labelled, place=place))
+    labels.adopt(agreed.limits, adopted)
+
+
+def _tensor(indices: Sequence[int]) -> Tensor:
+    return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
 def agreed_alike(own: Told, groups: Iterable[Group]) -> Told:

@@ -20,7 +20,6 @@ from .coefficients import are_finite, clip_coefficients, reduced, unless
 from .engines import engine_for
 from .errors import ArgumentError, AttachError
 from .joint import JointGradients
-from .labels import NormLabels
 from .limits import Limits
 from .optimizers import clippable, listed
 from .peers import Peers
@@ -28,7 +27,8 @@ from .policies import check_capture, nonfinite_error, skip_limit_error, verdict
 from .ranks import Ranks
 from .recorder import Recorder
 from .records import ClipRecord
-from .scopes import Labelling, Scope, scope_from
+from .scopes.labels import NormLabels
+from .scopes.scope import Labelling, Scope, scope_from
 from .settings import Settings, described, options_of
 from .sinks import Sink, sinks_from
 from .state import parsed_state
@@ -132,7 +132,9 @@ class GradientClipper:
         options = options_of(self._settings, self._threshold, scope)
         optimizers = clippable(optimizer, skips=self._settings.skips, ranks=ranks)
         self._given = listed(optimizer)
-        self._labels = NormLabels(optimizers, scope_from(scope), model, ranks)
+        self._labels = NormLabels(
+            optimizers, scope_from(scope), model, None if ranks is None else ranks.original_of
+        )
         order = self._settings.norm_type
         self._recorder = Recorder(sinks_from(log), order, skip_limit)
         same = comparable(options, self._threshold, grad_scaler, optimizers)

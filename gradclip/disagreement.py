@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from .errors import AttachError
-from .told import Agreed, Failed, Key, Limits, Original, Told, ToldParameter
+from .scopes.labels import Key, Limits
+from .told import Agreed, Failed, Original, Told, ToldParameter
 
 SHOWN = 5
 """Names that an error shows."""

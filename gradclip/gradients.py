@@ -18,8 +18,8 @@ from .engines import engine_for, norm_dtype
 from .engines.base import Batch
 from .engines.memory import rows_share_memory
 from .errors import GradientError
-from .places import Place, spread
 from .ranks import Group
+from .scopes.norm_indices import Place, spread
 from .shards import (
     LOCAL,
     Share,

@@ -6,8 +6,8 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
-from .naming import joined
 from .parts import NormsByParameter
+from .scopes.naming import joined
 
 WINDOW = 100
 """Finite norms that a norm is held against: those before it."""

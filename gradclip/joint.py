@@ -21,14 +21,14 @@ from .engines import engine_for
 from .engines.base import host_may_read
 from .errors import AttachError
 from .gradients import gradients_held, gradients_of, parameters_of
-from .labels import NormLabels
 from .limits import is_foreign, learns
 from .optimizers import check_groups, refuse_within_backward
 from .overflow import AgreedOverflow, refuse_apart
 from .peers import Peers
-from .places import Place
 from .records import ClipRecord
 from .scaling import JointScaling, mark_of
+from .scopes.labels import NormLabels
+from .scopes.norm_indices import Place
 from .settings import Settings
 from .step_gradients import StepGradients, Weight
 from .thresholds import Threshold

@@ -13,8 +13,8 @@ from .capture import capturing, keep_if_captured
 from .engines import norm_dtype
 from .engines.base import host_may_read
 from .errors import ArgumentError
-from .labels import NormLabels
 from .records import ClipRecord, clipped
+from .scopes.labels import NormLabels
 from .step_gradients import StepGradients
 from .thresholds import StepContext, Threshold
 

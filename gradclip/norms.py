@@ -13,8 +13,8 @@ from .capture import capturing
 from .engines import engine_for, norm_dtype
 from .engines.base import INFINITY, root
 from .gradients import Bucket
-from .places import Places, gathered, owners
 from .ranks import Group, Reach, reach_of
+from .scopes.norm_indices import Places, gathered, owners
 
 
 def norms_of(

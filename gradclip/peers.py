@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .agreement import agreed_across, agreed_alike
-from .labels import NormLabels
-from .places import NOWHERE, Place
+from .agreement import adopt, agreed_across, agreed_alike, message_of
 from .ranks import Ranks, Reach, reach_of
+from .scopes.labels import NormLabels
+from .scopes.norm_indices import NOWHERE, Place
 from .shards import groups_of
-from .told import Told
 
 _UNKNOWN = Place(torch.tensor([NOWHERE], device="cpu"))
 
@@ -72,26 +71,17 @@ class Peers:
 
     def _agree(self, reach: Reach) -> None:
         labels = self._labels
-        elsewhere = labels.elsewhere if self.across is None else []
-        if not (reach or elsewhere):
-            return
-        own = agreed_alike(
-            Told(
-                labels.kind,
-                self._options,
-                labels.by_key,
-                labels.told,
-                labels.all_names,
-                elsewhere,
-                self.watched,
-            ),
-            reach.groups,
+        message = message_of(
+            labels, self._options, across=self.across is not None, watched=self.watched
         )
+        if not (reach or message.elsewhere):
+            return
+        own = agreed_alike(message, reach.groups)
         names, self.watched = [each.name for each in own.parameters], own.watched
         places = {name: index for index, name in enumerate(names)}
         if self._ranks is not None and reach.across is not None:
             agreed = agreed_across(own, reach.across, self._ranks)
-            labels.adopt(agreed, reach.across.own)
+            adopt(labels, agreed, reach.across.own)
             names, places, self.watched = [*agreed.names], agreed.places, agreed.watched
         self.names = tuple(names) if self.watched else None
         self._places = {name: Place(torch.tensor([i], device="cpu")) for name, i in places.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from .engines.base import INFINITY
 from .errors import ArgumentError, AttachError
-from .selection import Chosen, Selection
+from .scopes.selection import Chosen, Selection
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

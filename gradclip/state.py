@@ -8,8 +8,8 @@ from typing import Any
 
 from .checks import checked_count
 from .errors import ArgumentError, StateError
-from .labels import NormLabels
 from .records import Counters
+from .scopes.labels import NormLabels
 
 SHOWN = 5
 """Labels that an error names."""

@@ -14,11 +14,11 @@ from .capture import capturing, keep_if_captured
 from .coefficients import are_finite
 from .engines.base import host_may_read
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
-from .naming import describe_nonfinite
 from .norms import norms_of, tallied
 from .parts import Parts, rescaled
-from .places import Place, present
 from .ranks import Reach
+from .scopes.naming import describe_nonfinite
+from .scopes.norm_indices import Place, present
 from .settings import Settings
 
 ALONE = Reach()

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Key = tuple[bool, str]
-"""Whether the clipper's threshold rules a norm, and its label."""
-Limits = dict[Key, float | None]
-"""Norms in their order, with the thresholds of groups that have their own."""
+from .scopes.labels import Key, Limits
 
 
 @dataclass(frozen=True, slots=True)

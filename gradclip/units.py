@@ -13,7 +13,7 @@ from .compiled import norm_like, operator
 from .functional import TensorOrTensors, listed_gradients, listed_parameters
 from .gradients import buckets_of
 from .norms import norms_of
-from .places import Place, Places, present
+from .scopes.norm_indices import Place, Places, present
 from .thresholds import RelativeToWeights, StepContext
 from .thresholds.arguments import checked_positive
 

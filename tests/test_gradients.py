@@ -13,7 +13,7 @@ from gradclip.gradients import (
     gradients_of,
     parameters_of,
 )
-from gradclip.places import Place
+from gradclip.scopes.norm_indices import Place
 
 
 def test_one_bucket_for_each_device_and_dtype_in_order():

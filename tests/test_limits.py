@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from gradclip import ArgumentError, ClipRecord, Threshold
-from gradclip.labels import NormLabels
 from gradclip.limits import Limits
-from gradclip.places import Place
-from gradclip.scopes import Scope
+from gradclip.scopes.labels import NormLabels
+from gradclip.scopes.norm_indices import Place
+from gradclip.scopes.scope import Scope
 from gradclip.settings import Settings
 from gradclip.step_gradients import StepGradients
 

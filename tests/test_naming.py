@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from gradclip.naming import describe_nonfinite, named_parameters
+from gradclip.scopes.naming import describe_nonfinite, named_parameters
 
 
 def named(optimizers, model=None) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from gradclip.errors import ArgumentError
 from gradclip.gradients import Bucket, buckets_of
 from gradclip.norms import norms_of, tallied
-from gradclip.places import NOWHERE, Place
 from gradclip.ranks import Group, Reach
+from gradclip.scopes.norm_indices import NOWHERE, Place
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ORDERS = [1.0, 2.0, 3.0, math.inf]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradclip.places import NOWHERE, Place, gathered, owners, present, spread
+from gradclip.scopes.norm_indices import NOWHERE, Place, gathered, owners, present, spread
 
 CPU = torch.device("cpu")
 

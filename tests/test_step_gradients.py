@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradclip import GradientError
-from gradclip.places import Place
+from gradclip.scopes.norm_indices import Place
 from gradclip.settings import Settings
 from gradclip.step_gradients import StepGradients
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..clipper import GradientClipper
 from ..limits import learns
-from ..scopes import scope_from
+from ..scopes.scope import scope_from
 from ..settings import Settings
 from ..sinks import check_log
 from ..thresholds import Threshold, threshold_from

@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .capture import capturing, keep_if_captured
-from .engines.base import INFINITY
-from .errors import AttachError
+from ..capture import capturing, keep_if_captured
+from ..engines.base import INFINITY
+from ..errors import AttachError
 
 NOWHERE = -1
 """Index of the norm of a row that is in none."""

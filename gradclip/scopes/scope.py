@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 from .selection import Chosen, Selection
 
 KINDS = ("global", "group", "parameter", "unit")

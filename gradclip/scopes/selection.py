@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 
 Chosen = str | Iterable[str] | Callable[[str, Tensor], object]
 SHOWN = 5

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import ArgumentError, AttachError
+from ..errors import ArgumentError, AttachError
 from .group_keys import ABSENT, GroupKeys
 from .naming import NamedParameter, group_name, named_parameters
-from .places import NOWHERE, Place
-from .ranks import Ranks
-from .scopes import SHARED, Scope
-from .shards import is_elsewhere, mesh_ranks
-from .told import Agreed, Key, ToldParameter
+from .norm_indices import NOWHERE, Place
+from .scope import SHARED, Scope
 
 
 class NormLabels:
@@ -28,7 +25,8 @@ class NormLabels:
         optimizers: The optimizers, in the order in which they are counted.
         scope: The labelling of parameters whose group has no ``max_norm``.
         model: Gives parameters their names.
-        ranks: Tells which parameters have copies on other ranks.
+        copy_name: Returns the name that all copies of a parameter on several ranks share, and None
+            for one without copies; None where there are no other ranks.
 
     Raises:
         ArgumentError: The scope labels a parameter with what is no label, or a group has an
@@ -40,17 +38,17 @@ class NormLabels:
         optimizers: Sequence[Optimizer],
         scope: Scope,
         model: nn.Module | None = None,
-        ranks: Ranks | None = None,
+        copy_name: Callable[[str, Tensor], str | None] | None = None,
     ) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
         self._optimizers = optimizers
         self._scope = scope
         self._model = model
-        self._ranks = ranks
+        self._copy_name = copy_name
         self._agreed = False
         self._keys = GroupKeys(optimizers)
-        self._known: dict[int, Known] = {}
+        self._known: dict[int, LabelledParameter] = {}
         self._indices: dict[Key, int] = {}
         self.count = -1
         """How many parameters the groups have."""
@@ -66,8 +64,8 @@ class NormLabels:
         self.complete = True
         """Whether all parameters count here, none being a copy of what is on another rank."""
         self.refresh()
-        if ranks is None:
-            scope.exclude.check(self.all_names)
+        if copy_name is None:
+            self.check_exclusions(self.all_names)
 
     @property
     def kind(self) -> str:
@@ -77,67 +75,46 @@ class NormLabels:
     @property
     def all_names(self) -> list[str]:
         """The names of all parameters, in a norm or not."""
-        return [each.name for each in self._named()]
+        return [each.name for each in self.parameters]
 
     @property
-    def told(self) -> list[ToldParameter]:
-        """What other ranks need to know of the parameters that are in some norm."""
-        told = []
-        for known in self._known.values():
-            parameter = known.parameter()
-            if known.place is None or parameter is None:
-                continue
-            # What FullyShardedDataParallel has made flat had rows.
-            flat = self.kind == "unit" and getattr(parameter, "_fsdp_flattened", False)
-            told.append(
-                ToldParameter(
-                    known.name,
-                    known.given,
-                    tuple(parameter.shape),
-                    known.place.labels.tolist(),
-                    known.place.rows or flat,
-                    known.copy_of,
-                    mesh_ranks(parameter),
-                )
-            )
-        return told
+    def labelled(self) -> tuple[LabelledParameter, ...]:
+        """All parameters with their labels, in the order in which they were first seen."""
+        return tuple(self._known.values())
 
     @property
-    def elsewhere(self) -> list[str]:
-        """The names of parameters that are DTensors on other ranks alone."""
-        return [each.name for each in self._named() if is_elsewhere(each.parameter)]
+    def parameters(self) -> Iterator[NamedParameter]:
+        """All parameters of the optimizers under their present names, in a norm or not."""
+        return named_parameters(self._optimizers, self._model)
 
     @property
     def by_key(self) -> dict[Key, float | None]:
         """The labels, each with whether the clipper's threshold rules it, and their limits."""
         return dict(zip(self._indices, self.limits, strict=True))
 
-    def adopt(self, agreed: Agreed, rank: int) -> None:
-        """Take over the labels that ranks have agreed on.
-
-        Args:
-            agreed: These.
-            rank: The number of this rank.
+    def check_exclusions(self, names: Sequence[str]) -> None:
+        """Check that each name that the scope excludes is among these.
 
         Raises:
-            ArgumentError: A name that the scope excludes is that of no parameter.
+            ArgumentError: One matches none of them.
         """
-        self._scope.exclude.check(agreed.everyone)
-        indices = {key: index for index, key in enumerate(agreed.limits)}
-        moved = _indices([*(indices.get(key, NOWHERE) for key in self._indices), NOWHERE])
-        counted = {name for name, each in agreed.originals.items() if rank in each.ranks}
-        for id_, known in self._known.items():
-            if known.copy_of is not None:
-                original = agreed.originals[known.copy_of]
-                labels = [NOWHERE if key is None else indices[key] for key in original.keys]
-                place, counts = Place(_indices(labels), original.rows), known.copy_of in counted
-                counted.discard(known.copy_of)
-                self._known[id_] = replace(known, place=place, counts=counts)
-            elif known.place is not None:
-                place = Place(moved[known.place.labels], known.place.rows)
-                self._known[id_] = replace(known, place=place)
+        self._scope.exclude.check(names)
+
+    def adopt(
+        self, thresholds: Mapping[Key, float | None], labelled: Iterable[LabelledParameter]
+    ) -> None:
+        """Replace the norms by those that all ranks agree on; later ones are refused.
+
+        Args:
+            thresholds: The norms in their order, with the thresholds of groups that have their own.
+            labelled: The parameters, with their indices among these norms.
+        """
+        for known in labelled:
+            parameter = known.parameter()
+            if parameter is not None:
+                self._known[id(parameter)] = known
         self._agreed = True
-        self._settle(indices, [*agreed.limits.values()])
+        self._settle({key: i for i, key in enumerate(thresholds)}, [*thresholds.values()])
 
     def refresh(self) -> None:
         """Label the groups and parameters that were added since.
@@ -154,7 +131,7 @@ class NormLabels:
             self._label_new()
             self.count = count
 
-    def of(self, parameter: Tensor) -> Known:
+    def of(self, parameter: Tensor) -> LabelledParameter:
         """Return the name of a parameter, and where the norms of its gradient are.
 
         Raises:
@@ -172,8 +149,8 @@ class NormLabels:
         any_placed = any(each.place is not None for each in self._known.values())
         # Not the norm of nothing, once there is something.
         table = _Table(self._indices, self.limits) if any_placed else _Table({}, ())
-        known: dict[int, Known] = {}
-        for named in self._named():
+        known: dict[int, LabelledParameter] = {}
+        for named in self.parameters:
             found = self._known.get(id(named.parameter))
             if found is None or found.parameter() is not named.parameter:
                 found = self._new(named, table)
@@ -197,7 +174,7 @@ class NormLabels:
         kept = [each.place for each in self._known.values() if each.place is not None]
         self.single = len(self.names) == 1 and not any(place.rows for place in kept)
 
-    def _check_distinct(self, known: Iterable[Known]) -> None:
+    def _check_distinct(self, known: Iterable[LabelledParameter]) -> None:
         if self._scope.kind not in ("parameter", "unit"):
             return
         for name, count in Counter(each.name for each in known).items():
@@ -208,21 +185,18 @@ class NormLabels:
                     "clipper, with model= so that names do not depend on places."
                 )
 
-    def _named(self) -> Iterator[NamedParameter]:
-        return named_parameters(self._optimizers, self._model)
-
-    def _new(self, named: NamedParameter, table: _Table) -> Known:
+    def _new(self, named: NamedParameter, table: _Table) -> LabelledParameter:
         name, parameter, count = named.name, named.parameter, len(table.indices)
         place = self._new_place(named, table)
         copy_of = None
-        if self._ranks is not None and place is not None:
-            copy_of = self._ranks.original_of(name, parameter)
+        if self._copy_name is not None and place is not None:
+            copy_of = self._copy_name(name, parameter)
         if self._agreed and (copy_of is not None or len(table.indices) > count):
             raise AttachError(
                 f"{name} was added after the ranks had agreed on the norms and the copies of "
                 "parameters, which it changes: detach() on all ranks, and attach new clippers."
             )
-        return Known(ref(parameter), name, place, named.given, copy_of)
+        return LabelledParameter(ref(parameter), name, place, named.given, copy_of)
 
     def _new_place(self, named: NamedParameter, table: _Table) -> Place | None:
         group = group_name(self._optimizers, named.optimizer, named.group)
@@ -241,7 +215,7 @@ class NormLabels:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class LabelledParameter:
     """A parameter that was labelled."""
 
     parameter: ref[Tensor]
@@ -274,3 +248,11 @@ class _Table:
 
 def _indices(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+Key = tuple[bool, str]
+"""Whether the clipper's threshold rules a norm, and its label."""
+
+
+Limits = dict[Key, float | None]
+"""Norms in their order, with the thresholds of groups that have their own."""

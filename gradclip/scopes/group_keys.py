@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .checks import checked_bound
-from .errors import AttachError
+from ..checks import checked_bound
+from ..errors import AttachError
 from .naming import group_name
 
 KEY = "max_norm"

@@ -1,0 +1,1 @@
+"""Axis 1 of clipping: which gradients share a norm."""

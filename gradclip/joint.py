@@ -21,7 +21,6 @@ from .engines import engine_for
 from .engines.base import host_may_read
 from .errors import AttachError
 from .gradients import gradients_held, gradients_of, parameters_of
-from .limits import is_foreign, learns
 from .optimizers import check_groups, refuse_within_backward
 from .overflow import AgreedOverflow, refuse_apart
 from .peers import Peers
@@ -31,7 +30,7 @@ from .scopes.labels import NormLabels
 from .scopes.norm_indices import Place
 from .settings import Settings
 from .step_gradients import StepGradients, Weight
-from .thresholds import Threshold
+from .thresholds import Threshold, is_foreign, learns
 
 
 class JointGradients:

@@ -16,7 +16,7 @@ from .errors import ArgumentError
 from .records import ClipRecord, clipped
 from .scopes.labels import NormLabels
 from .step_gradients import StepGradients
-from .thresholds import StepContext, Threshold
+from .thresholds import StepContext, Threshold, is_foreign, learns
 
 _LEARNING: WeakValueDictionary[int, Limits] = WeakValueDictionary()
 """By the id of each threshold that learns, the one that serves it."""
@@ -132,16 +132,6 @@ class Limits:
             self._ruled = torch.tensor(ruled, dtype=torch.int64, device=self._device)
         self._threshold.start(tuple(names[i] for i in ruled), self._device, dtype)
         self._started = names
-
-
-def learns(threshold: Threshold) -> bool:
-    """Tell whether a threshold learns from the norms."""
-    return type(threshold).observe is not Threshold.observe
-
-
-def is_foreign(threshold: Threshold) -> bool:
-    """Tell whether a threshold is a user's own, of which nothing more is known."""
-    return not type(threshold).__module__.startswith(f"{__package__}.")
 
 
 def _part(context: StepContext, ruled: Tensor) -> StepContext:

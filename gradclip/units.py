@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import checked_order
+from .checks import checked_order, checked_positive
 from .coefficients import clip_coefficients
 from .compiled import norm_like, operator
 from .functional import TensorOrTensors, listed_gradients, listed_parameters
@@ -15,7 +15,6 @@ from .gradients import buckets_of
 from .norms import norms_of
 from .scopes.norm_indices import Place, Places, present
 from .thresholds import RelativeToWeights, StepContext
-from .thresholds.arguments import checked_positive
 
 
 def clip_grad_units_(

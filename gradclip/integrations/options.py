@@ -8,11 +8,10 @@ from inspect import signature
 from typing import Any
 
 from ..clipper import GradientClipper
-from ..limits import learns
 from ..scopes.scope import scope_from
 from ..settings import Settings
 from ..sinks import check_log
-from ..thresholds import Threshold, threshold_from
+from ..thresholds import Threshold, learns, threshold_from
 
 
 def checked_options(

@@ -24,11 +24,10 @@ from torch.optim import Optimizer
 from ..clipper import GradientClipper
 from ..errors import ArgumentError, AttachError, StateError
 from ..gradients import parameters_of
-from ..limits import learns
 from ..records import LoggedStep, Sink
 from ..sinks.tags import TOTAL, scalars
 from ..stack import locals_of
-from ..thresholds import Threshold
+from ..thresholds import Threshold, learns
 from .options import as_new, checked_options
 
 try:

@@ -36,6 +36,21 @@ __all__ = [
     "threshold_from",
 ]
 
+RULES = frozenset(
+    {
+        Fixed,
+        GrowthLimit,
+        MeanDeviation,
+        MedianDeviation,
+        MovingAverage,
+        Percentile,
+        RelativeToWeights,
+        Schedule,
+        ZScore,
+    }
+)
+"""The rules of this package; a class derived from one of them is a user's own."""
+
 
 def threshold_from(max_norm: object) -> Threshold:
     """Return the rule that a user's ``max_norm`` means.
@@ -58,3 +73,13 @@ def threshold_from(max_norm: object) -> Threshold:
     if callable(max_norm):
         return Schedule(max_norm)
     return Fixed(max_norm)  # type: ignore[arg-type]  # checked there
+
+
+def learns(threshold: Threshold) -> bool:
+    """Return whether a threshold learns from the norms."""
+    return type(threshold).observe is not Threshold.observe
+
+
+def is_foreign(threshold: Threshold) -> bool:
+    """Return whether a threshold is a user's own, whose tensors are copied and checked."""
+    return type(threshold) not in RULES

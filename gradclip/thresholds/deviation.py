@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import checked_count
-from .arguments import checked_positive
+from ..checks import checked_count, checked_positive
 from .arithmetic import is_number
 from .base import StepContext
 from .window import COUNTS, WindowThreshold

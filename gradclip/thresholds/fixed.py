@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_bound
-from .base import StepContext
-from .rule import Rule
+from .base import Rule, StepContext
 
 
 class Fixed(Rule):

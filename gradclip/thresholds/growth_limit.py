@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import checked_positive
 from .adaptive import AdaptiveThreshold
-from .arguments import checked_positive
 from .base import StepContext
 
 

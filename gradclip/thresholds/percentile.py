@@ -7,12 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import checked_count
-from .arguments import checked_percentile
+from ..checks import checked_count, checked_percentile
 from .arithmetic import NumberOrTensor, is_number
 from .base import StepContext
-from .ordered import Ordered
-from .window import COUNTS, WINDOW, WindowThreshold
+from .window import COUNTS, WINDOW, Ordered, WindowThreshold
 
 
 class Percentile(WindowThreshold):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import checked_positive
 from ..errors import ArgumentError
-from .arguments import checked_positive
-from .base import StepContext
-from .rule import Rule
+from .base import Rule, StepContext
 
 
 class RelativeToWeights(Rule):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..checks import checked_bound
 from ..errors import ArgumentError
-from .base import StepContext
-from .rule import Rule
+from .base import Rule, StepContext
 
 
 class Schedule(Rule):

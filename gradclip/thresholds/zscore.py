@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import checked_count
+from ..checks import checked_count, checked_decay, checked_positive
 from .adaptive import AdaptiveThreshold
-from .arguments import checked_decay, checked_positive
 from .arithmetic import is_number, square_root, where
 from .base import StepContext
 

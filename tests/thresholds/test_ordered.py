@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradclip.thresholds import ordered
-from gradclip.thresholds.ordered import Ordered
+from gradclip.thresholds import window as ordered
+from gradclip.thresholds.window import Ordered
 
 FREE = torch.finfo(torch.float64).max
 VALUES = st.one_of(st.sampled_from([0.0, 1.0, 2.0, FREE]), st.floats(0, 1e308))

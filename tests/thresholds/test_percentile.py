@@ -42,7 +42,7 @@ def test_the_tenth_percentile_clips_nine_of_ten_stationary_norms(driver):
 def test_labels_of_many_blocks_are_the_same_as_of_one(driver, monkeypatch):
     steps = torch.rand(30, 5, dtype=torch.float64).tolist()
     whole = driver(Percentile(30, window=9), 5).run(steps)
-    monkeypatch.setattr("gradclip.thresholds.ordered._BLOCK", 2 * 8)
+    monkeypatch.setattr("gradclip.thresholds.window._BLOCK", 2 * 8)
     assert driver(Percentile(30, window=9), 5).run(steps) == whole
 
 

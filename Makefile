@@ -112,7 +112,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@ $(NATIVE)
 
 # The library of the native engine, anew when its source is newer.
-$(NATIVE): setup.py $(wildcard gradclip/engines/_native*.[ch]) | $(STAMP)
+$(NATIVE): setup.py $(wildcard gradclip/engines/native/_native*.[ch]) | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -122,4 +122,4 @@ $(FRAMEWORKS): $(STAMP)
 
 clean:
 	rm -rf .venv build dist mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f gradclip/engines/_native.so
+	rm -f gradclip/engines/native/_native.so

@@ -9,9 +9,9 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ENGINES = "gradclip/engines/"
+ENGINES = "gradclip/engines/native/"
 LIBRARY = Extension(
-    "gradclip.engines._native",
+    "gradclip.engines.native._native",
     sources=[ENGINES + "_native.c"],
     depends=[ENGINES + f"_native_{part}.h" for part in ("elements", "kernels", "work")],
     libraries=["m"],

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .capture import capturing
 from .changes import Changes, GuardedArguments
 from .closures import Arguments, ClosureFinder
+from .engines.cuda_graphs import capturing
 from .errors import AttachError
 from .gradients import gradients_held, parameters_of
 from .optimizers import attached

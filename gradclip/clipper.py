@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from .agreement import comparable, telling_ranks
 from .attachment import Attachment
-from .capture import capturing
 from .changes import Changes
 from .checks import checked_count
 from .coefficients import are_finite, clip_coefficients, reduced, unless
 from .engines import engine_for
+from .engines.cuda_graphs import capturing
+from .engines.no_grad import untracked
 from .errors import ArgumentError, AttachError
 from .joint import JointGradients
 from .limits import Limits
@@ -34,7 +35,6 @@ from .sinks import Sink, sinks_from
 from .state import parsed_state
 from .step_gradients import StepGradients
 from .thresholds import Threshold, threshold_from
-from .untracked import untracked
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler

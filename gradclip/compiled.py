@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .engines import norm_dtype
-from .untracked import untracked
+from .engines.no_grad import untracked
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .engines import engine_for, norm_dtype
 from .engines.base import Batch
-from .engines.memory import rows_share_memory
+from .engines.layout import rows_share_memory
 from .errors import GradientError
 from .ranks import Group
 from .scopes.norm_indices import Place, spread

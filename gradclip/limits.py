@@ -9,9 +9,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .capture import capturing, keep_if_captured
 from .engines import norm_dtype
 from .engines.base import host_may_read
+from .engines.cuda_graphs import capturing, keep_if_captured
 from .errors import ArgumentError
 from .records import ClipRecord, clipped
 from .scopes.labels import NormLabels

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .capture import capturing
 from .engines import engine_for, norm_dtype
 from .engines.base import INFINITY, root
+from .engines.cuda_graphs import capturing
 from .gradients import Bucket
 from .ranks import Group, Reach, reach_of
 from .scopes.norm_indices import Places, gathered, owners

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .buffer import Batch, RecordBuffer
-from .capture import capturing, keep_if_captured
 from .checks import checked_count
+from .engines.cuda_graphs import capturing, keep_if_captured
 from .errors import AttachError
 from .incidents import SHOWN, NormHistory, sentence
 from .parts import NormsByParameter

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .capture import capturing, keep_if_captured
 from .coefficients import are_finite
 from .engines.base import host_may_read
+from .engines.cuda_graphs import capturing, keep_if_captured
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
 from .norms import norms_of, tallied
 from .parts import Parts, rescaled

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .checks import checked_order
 from .engines import norm_dtype
+from .engines.no_grad import untracked
 from .errors import GradientError
 from .functional import get_total_norm
-from .untracked import untracked
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradclip import engines, thresholds
-from gradclip.engines import device
-from gradclip.engines.operators import OperatorsEngine
+from gradclip.engines.operators import device
+from gradclip.engines.operators.engine import OperatorsEngine
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
@@ -202,7 +202,7 @@ def _modules_with(name: str) -> list[ModuleType]:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> dict[int, object]:
     """What is kept for graphs that are captured."""
-    monkeypatch.setattr("gradclip.capture._KEPT", kept := {})
+    monkeypatch.setattr("gradclip.engines.cuda_graphs._KEPT", kept := {})
     return kept
 
 

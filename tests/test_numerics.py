@@ -18,7 +18,7 @@ from torch import nn
 
 import gradclip
 from gradclip import engines, get_total_norm
-from gradclip.engines.host_sums import ROW, piece_norms
+from gradclip.engines.operators.host_sums import ROW, piece_norms
 
 UNIT = {
     torch.float64: 2.0**-53,

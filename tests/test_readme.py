@@ -21,8 +21,8 @@ from torch import distributed, nn
 
 import gradclip
 from gradclip import GradientClipper, MemorySink, cli, replays, thresholds
-from gradclip.engines import native
-from gradclip.engines.memory import is_narrow
+from gradclip.engines.layout import is_narrow
+from gradclip.engines.native import engine as native
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradclip.untracked import untracked
+from gradclip.engines.no_grad import untracked
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 
 from ..errors import ArgumentError, EngineUnavailableError
-from . import native
 from .base import Engine, norm_dtype
-from .operators import OperatorsEngine
+from .native import engine as native
+from .operators.engine import OperatorsEngine
 from .reference import ReferenceEngine
 
 __all__ = ["Engine", "check_engine_name", "engine_for", "norm_dtype"]
@@ -85,8 +85,8 @@ def _load_triton() -> None:
             f"is {'.'.join(map(str, OLDEST_TRITON))} or newer. {remedy}"
         )
         return
-    from .launching import INTERPRETED
-    from .triton import TritonEngine
+    from .triton.engine import TritonEngine
+    from .triton.launching import INTERPRETED
 
     _ENGINES["triton"] = TritonEngine()
     if not INTERPRETED:

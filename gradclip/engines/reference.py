@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import INFINITY, Engine, norm_dtype, rounded_bounds, rounds_to_one
-from .memory import exclusive
+from .layout import exclusive
 
 
 class ReferenceEngine(Engine):

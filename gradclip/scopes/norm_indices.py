@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..capture import capturing, keep_if_captured
 from ..engines.base import INFINITY
+from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import AttachError
 
 NOWHERE = -1

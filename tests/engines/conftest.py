@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from gradclip.engines import _ENGINES, _load_triton, host_sums, memory, native
-from gradclip.engines.host_sums import ROW
+from gradclip.engines import _ENGINES, _load_triton
+from gradclip.engines import layout as memory
+from gradclip.engines.native import engine as native
+from gradclip.engines.operators import host_sums
+from gradclip.engines.operators.host_sums import ROW
 
 LEVELS = {"native": native.BEST, "native with AVX2": 1, "native for any processor": 0}
 """Instruction sets of the native engine; for what the processor lacks the next lower serves."""
@@ -64,7 +67,7 @@ def triton_engine(request):
     if not INTERPRETED:
         request.getfixturevalue("on_cuda")
     _load_triton()
-    from gradclip.engines.triton import TritonEngine
+    from gradclip.engines.triton.engine import TritonEngine
 
     # Of what is not there, as the logarithm of 0, NumPy warns where a device is silent.
     with np.errstate(all="ignore"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradclip.engines.base import Engine
-from gradclip.engines.host_sums import ROW
+from gradclip.engines.operators.host_sums import ROW
 
 ORDERS = [1.0, 2.0, math.inf, 0.5, 3.0]
 # The limits inside the operators engine, as conftest.py lowers them.

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradclip.engines.base import Engine
-from gradclip.engines.host_sums import ROW
+from gradclip.engines.operators.host_sums import ROW
 
 ORDERS = [1.0, 2.0, math.inf, 0.5, 3.0]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradclip
-from gradclip.engines import device, engine_for
+from gradclip.engines import engine_for
+from gradclip.engines.operators import device
 
 ENGINE = engine_for("operators", torch.device("cpu"))
 REFERENCE = engine_for("reference", torch.device("cpu"))

@@ -56,7 +56,7 @@ def test_a_triton_that_is_too_old_is_refused_with_its_version(monkeypatch):
 @pytest.mark.usefixtures("unloaded")
 def test_triton_serves_cuda_devices_that_it_compiles_for(monkeypatch):
     pytest.importorskip("triton", reason="there is no Triton")
-    from gradclip.engines import launching
+    from gradclip.engines.triton import launching
 
     monkeypatch.setattr(launching, "_failure", lambda device: None)
     for capability, name in (((9, 0), "triton"), ((7, 0), "triton"), ((6, 1), "operators")):
@@ -72,7 +72,7 @@ def test_triton_serves_cuda_devices_that_it_compiles_for(monkeypatch):
 @pytest.mark.usefixtures("unloaded")
 def test_where_triton_cannot_launch_torch_operators_serve(monkeypatch):
     pytest.importorskip("triton", reason="there is no Triton")
-    from gradclip.engines import launching
+    from gradclip.engines.triton import launching
 
     def launch(*arguments):
         raise RuntimeError("Failed to find C compiler")

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from gradclip.engines import engine_for, host_sums
+from gradclip.engines import engine_for
+from gradclip.engines.operators import host_sums
 
 ENGINE = engine_for("operators", torch.device("cpu"))
 REFERENCE = engine_for("reference", torch.device("cpu"))

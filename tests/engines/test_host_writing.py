@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from gradclip.engines import engine_for, host_writing
+from gradclip.engines import engine_for
+from gradclip.engines.operators import host_writing
 
 ENGINE = engine_for("operators", torch.device("cpu"))
 

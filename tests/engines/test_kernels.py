@@ -31,8 +31,8 @@ def compiled(kernel: str, capability: int = 90, **constants: object) -> list[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gradclip.engines import kernels
-    from gradclip.engines.launching import OPTIONS
+    from gradclip.engines.triton import kernels
+    from gradclip.engines.triton.launching import OPTIONS
 
     function = getattr(kernels, kernel)
     names = function.arg_names

@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="there is no Triton")
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gradclip.engines import kernels, launching, requests
-from gradclip.engines.triton import TritonEngine
+from gradclip.engines.triton import kernels, launching, requests
+from gradclip.engines.triton.engine import TritonEngine
 
 KERNELS = ("power_sums", "strip_sums", "change", "write_addresses")
 

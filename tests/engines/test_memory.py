@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradclip.engines import memory
-from gradclip.engines.memory import (
+from gradclip.engines import layout as memory
+from gradclip.engines.layout import (
     blocks,
     each_place_once,
     exclusive,

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from gradclip import EngineUnavailableError, clip_grad_value_
-from gradclip.engines import host_writing, native
+from gradclip.engines.native import engine as native
+from gradclip.engines.operators import host_writing
 from gradclip.engines.reference import ReferenceEngine
 
 HALVES = [torch.bfloat16, torch.float16]

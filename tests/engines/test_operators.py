@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import gradclip
-from gradclip.engines import engine_for, host_sums
-from gradclip.engines.host_sums import ROW, SMALL
+from gradclip.engines import engine_for
+from gradclip.engines.operators import host_sums
+from gradclip.engines.operators.host_sums import ROW, SMALL
 
 ENGINE = engine_for("operators", torch.device("cpu"))
 REFERENCE = engine_for("reference", torch.device("cpu"))

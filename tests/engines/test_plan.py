@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.shapes import gpt2, resnet50, tiny
-from gradclip.engines.plan import (
+from gradclip.engines.triton.plan import (
     BLOCK,
     PIECE,
     PROGRAM_COST,

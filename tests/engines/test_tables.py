@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from gradclip import EngineUnavailableError
-from gradclip.engines import tables
 from gradclip.engines.reference import ReferenceEngine
-from gradclip.engines.tables import Recent, Uploaded
+from gradclip.engines.triton import tables
+from gradclip.engines.triton.tables import Recent, Uploaded
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -170,7 +170,7 @@ def test_tables_arrive_on_every_stream():
 
 @pytest.fixture
 def launching(triton_engine):
-    from gradclip.engines import launching
+    from gradclip.engines.triton import launching
 
     return launching
 
@@ -185,7 +185,7 @@ def uploads(triton_engine, monkeypatch):
             sent.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr("gradclip.engines.requests.Uploaded", Counted)
+    monkeypatch.setattr("gradclip.engines.triton.requests.Uploaded", Counted)
     return sent
 
 

@@ -14,9 +14,9 @@ from torch import nn
 import gradclip
 from gradclip import EngineUnavailableError, GradientClipper, engines
 from gradclip.engines.base import Batch
-from gradclip.engines.memory import addresses_of
-from gradclip.engines.plan import plan
+from gradclip.engines.layout import addresses_of
 from gradclip.engines.reference import ReferenceEngine
+from gradclip.engines.triton.plan import plan
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.cuda]
 
@@ -29,7 +29,7 @@ MIXED = (1, 0, 15, 16, 17, 255, 256, 257, 700, 3)
 @pytest.fixture
 def triton(triton_engine):
     """The module, which only a process that has tests for it imports."""
-    from gradclip.engines import triton
+    from gradclip.engines.triton import engine as triton
 
     return triton
 
@@ -235,7 +235,7 @@ def test_every_program_that_arrived_is_forgotten(tiny):
 def test_a_batch_is_looked_at_once(tiny, monkeypatch):
     looked = []
     monkeypatch.setattr(
-        "gradclip.engines.requests.addresses_of",
+        "gradclip.engines.triton.requests.addresses_of",
         lambda *given: looked.append(given) or addresses_of(*given),
     )
     batch = Batch([random(20), random(3)])
@@ -292,7 +292,7 @@ def test_a_device_that_is_not_served_is_refused(tiny, monkeypatch):
     where = "where TRITON_INTERPRET is set" if INTERPRETED else "of type cuda,"
     assert where in tiny.unserved(other)
     assert tiny.unserved(torch.empty(1).device) is None
-    monkeypatch.setattr("gradclip.engines.launching.DEVICE", "elsewhere")
+    monkeypatch.setattr("gradclip.engines.triton.launching.DEVICE", "elsewhere")
     with pytest.raises(EngineUnavailableError, match="devices of type elsewhere"):
         tiny.norm([random(3)], 2.0)
 

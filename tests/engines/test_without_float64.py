@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import gradclip
 from gradclip import GradientClipper, thresholds
-from gradclip.engines import device
+from gradclip.engines.operators import device
 
 WIDE = (torch.float64, torch.complex128)
 

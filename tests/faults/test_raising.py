@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradclip import GradientClipper, MemorySink
-from gradclip.engines import _ENGINES, _load_triton, host_writing
+from gradclip.engines import _ENGINES, _load_triton
+from gradclip.engines.operators import host_writing
 from gradclip.thresholds import Percentile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -210,7 +211,8 @@ def launches(engine: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], La
 
         return of_library
     _load_triton()
-    from gradclip.engines import launching, triton
+    from gradclip.engines.triton import engine as triton
+    from gradclip.engines.triton import launching
 
     def of_triton(at: int) -> Launches:
         launches = Launches(launching.launch, at)

@@ -8,9 +8,9 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from .base import INFINITY, rounded_bounds
+from ..base import INFINITY, rounded_bounds
+from ..layout import each_place_once, exclusive, is_plain, overlaps, rows_at_once
 from .host_sums import power_sums
-from .memory import each_place_once, exclusive, is_plain, overlaps, rows_at_once
 
 SMALLEST_NORMAL = 2.0**-126
 

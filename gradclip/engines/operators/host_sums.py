@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from .base import INFINITY, root
-from .bits import are_filled, flushes_denormals, magnitude_bits, widened
-from .memory import as_it_lies, blocks, flat, rows_at_once, table
+from ..base import INFINITY, root
+from ..bits import are_filled, flushes_denormals, magnitude_bits, widened
+from ..layout import as_it_lies, blocks, flat, rows_at_once, table
 
 HALVES = (torch.bfloat16, torch.float16)
 QUICK = (1, 2, INFINITY)

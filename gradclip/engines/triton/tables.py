@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..capture import capturing, keep_if_captured
+from ..cuda_graphs import capturing, keep_if_captured
 
 T = TypeVar("T")
 

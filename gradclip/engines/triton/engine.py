@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..base import Engine, rounded_bounds
+from ..layout import as_it_lies, flat, flat_view, is_narrow, table, wide_table_view
+from ..operators.engine import OperatorsEngine
 from . import launching
-from .base import Engine, rounded_bounds
 from .launching import launch
-from .memory import as_it_lies, flat, flat_view, is_narrow, table, wide_table_view
-from .operators import OperatorsEngine
 from .plan import BLOCK
 from .requests import Request, Requests
 

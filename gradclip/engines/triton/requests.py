@@ -10,10 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..capture import capturing
-from .base import Batch
+from ..base import Batch
+from ..cuda_graphs import capturing
+from ..layout import addresses_of
 from .launching import INTERPRETED, not_captured, processors, written_by_kernels
-from .memory import addresses_of
 from .plan import Plan, plan
 from .tables import Recent, Uploaded
 

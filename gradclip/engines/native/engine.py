@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..errors import EngineUnavailableError
-from .base import Engine, rounded_bounds
-from .bits import INTEGERS
-from .memory import addresses_of, flat, flat_view, table, table_view
-from .operators import OperatorsEngine
+from ...errors import EngineUnavailableError
+from ..base import Engine, rounded_bounds
+from ..bits import INTEGERS
+from ..layout import addresses_of, flat, flat_view, table, table_view
+from ..operators.engine import OperatorsEngine
 
 ABI = 2
 """What the library that fits this file says of itself."""

@@ -3,7 +3,7 @@
 What lies where comes in three tables of int64. ``addresses``: of each tensor. ``pieces``: four
 numbers each, the index of its tensor, its first element, its length, and the index of its strip,
 which is what has a number of its own: a tensor or a row. ``starts``: the first piece of each
-program, and the end of the last. See `gradclip.engines.plan`.
+program, and the end of the last. See `gradclip.engines.triton.plan`.
 
 State is float64 throughout: partial sums, results, coefficients and bounds. Elements of float16,
 bfloat16 and float32 are squared and added up in float32 first, at most 16 to a lane, and whatever

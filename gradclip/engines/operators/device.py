@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .base import INFINITY, norm_dtype, rounded_bounds
-from .memory import each_place_once, exclusive, overlaps
+from ..base import INFINITY, norm_dtype, rounded_bounds
+from ..layout import each_place_once, exclusive, overlaps
 
 
 def power_sums(tensors: Sequence[Tensor], order: float, *, rows: bool) -> Tensor:

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ..base import Engine
 from . import device, host_sums, host_writing
-from .base import Engine
 
 
 class OperatorsEngine(Engine):

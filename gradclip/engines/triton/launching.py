@@ -14,10 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..capture import capturing
-from ..errors import EngineUnavailableError
+from ...errors import EngineUnavailableError
+from ..cuda_graphs import capturing
+from ..layout import LOW
 from . import kernels
-from .memory import LOW
 
 INTERPRETED = not isinstance(kernels.change, triton.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"

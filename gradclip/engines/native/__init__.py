@@ -1,0 +1,1 @@
+"""The engine in C: float64-accurate sums of tensors on the CPU."""

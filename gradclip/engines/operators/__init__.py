@@ -1,0 +1,1 @@
+"""The engine made of torch operators: any device, no compiler."""

@@ -1,0 +1,1 @@
+"""The engine of Triton kernels: CUDA, two launches a step."""

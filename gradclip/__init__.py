@@ -36,7 +36,7 @@ from .functional import (
     clip_grads_with_norm_,
     get_total_norm,
 )
-from .ranks import Ranks
+from .ranks.ranks import Ranks
 from .records import ClipRecord, LoggedStep
 from .scopes.scope import Scope
 from .sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .agreement import comparable, telling_ranks
 from .attachment import Attachment
 from .changes import Changes
 from .checks import checked_count
@@ -23,9 +22,9 @@ from .errors import ArgumentError, AttachError
 from .joint import JointGradients
 from .limits import Limits
 from .optimizers import clippable, listed
-from .peers import Peers
 from .policies import check_capture, nonfinite_error, skip_limit_error, verdict
-from .ranks import Ranks
+from .ranks.agreement import Peers, comparable, telling_ranks
+from .ranks.ranks import Ranks
 from .recorder import Recorder
 from .records import ClipRecord
 from .scopes.labels import NormLabels

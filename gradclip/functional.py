@@ -26,8 +26,8 @@ from .engines.base import host_may_read, norm_dtype
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
 from .gradients import Bucket, buckets_of, coalesce_, distinct, refuse_unordered
 from .norms import norms_of
-from .ranks import Group
-from .shards import groups_of
+from .ranks.groups import Group
+from .ranks.shards import groups_of
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler

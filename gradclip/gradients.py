@@ -18,9 +18,8 @@ from .engines import engine_for, norm_dtype
 from .engines.base import Batch
 from .engines.layout import rows_share_memory
 from .errors import GradientError
-from .ranks import Group
-from .scopes.norm_indices import Place, spread
-from .shards import (
+from .ranks.groups import Group
+from .ranks.shards import (
     LOCAL,
     Share,
     common_share_of,
@@ -30,6 +29,7 @@ from .shards import (
     share_of,
     stored,
 )
+from .scopes.norm_indices import Place, spread
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .agreement import BY_NAME
 from .changes import Changes
 from .coverage import Coverage
 from .engines import engine_for
@@ -23,7 +22,7 @@ from .errors import AttachError
 from .gradients import gradients_held, gradients_of, parameters_of
 from .optimizers import check_groups, refuse_within_backward
 from .overflow import AgreedOverflow, refuse_apart
-from .peers import Peers
+from .ranks.agreement import BY_NAME, Peers
 from .records import ClipRecord
 from .scaling import JointScaling, mark_of
 from .scopes.labels import NormLabels

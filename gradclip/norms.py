@@ -13,7 +13,7 @@ from .engines import engine_for, norm_dtype
 from .engines.base import INFINITY, root
 from .engines.cuda_graphs import capturing
 from .gradients import Bucket
-from .ranks import Group, Reach, reach_of
+from .ranks.groups import Group, Reach, reach_of
 from .scopes.norm_indices import Places, gathered, owners
 
 

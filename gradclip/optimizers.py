@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import ArgumentError, AttachError
 from .gradients import parameters_of
-from .ranks import Ranks
+from .ranks.ranks import Ranks
 
 WRAPPED_AS = ("optimizer", "base_optimizer")
 """Attributes under which wrappers hold the optimizer that they step."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .engines.base import INFINITY
 from .errors import AttachError
-from .ranks import Group
+from .ranks.groups import Group
 from .stack import running_scaler
 
 _SHARED: WeakKeyDictionary[GradScaler, WeakKeyDictionary[Optimizer, AgreedOverflow]] = (

@@ -16,7 +16,7 @@ from .engines.cuda_graphs import capturing, keep_if_captured
 from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
 from .norms import norms_of, tallied
 from .parts import Parts, rescaled
-from .ranks import Reach
+from .ranks.groups import Reach
 from .scopes.naming import describe_nonfinite
 from .scopes.norm_indices import Place, present
 from .settings import Settings

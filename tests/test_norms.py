@@ -13,7 +13,7 @@ from torch import Tensor
 from gradclip.errors import ArgumentError
 from gradclip.gradients import Bucket, buckets_of
 from gradclip.norms import norms_of, tallied
-from gradclip.ranks import Group, Reach
+from gradclip.ranks.groups import Group, Reach
 from gradclip.scopes.norm_indices import NOWHERE, Place
 
 CPU, META = torch.device("cpu"), torch.device("meta")

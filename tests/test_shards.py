@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from gradclip.shards import share_of
+from gradclip.ranks.shards import share_of
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ..errors import ArgumentError
-from ..ranks import is_first
+from ..ranks.groups import is_first
 from ..records import Sink
 from .callable import CallableSink
 from .jsonl import JsonlSink

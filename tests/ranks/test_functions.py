@@ -22,7 +22,7 @@ from gradclip import (
     clip_grad_value_,
     get_total_norm,
 )
-from gradclip.shards import groups_of
+from gradclip.ranks.shards import groups_of
 from tests.ranks.spreading import (
     SHAPES,
     Recorded,

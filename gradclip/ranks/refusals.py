@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from .errors import AttachError
-from .scopes.labels import Key, Limits
-from .told import Agreed, Failed, Original, Told, ToldParameter
+from ..errors import AttachError
+from ..scopes.labels import Key, Limits
+from .messages import Agreed, Failed, Original, Told, ToldParameter
 
 SHOWN = 5
 """Names that an error shows."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .ranks import Group, in_order
+from .groups import Group, in_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

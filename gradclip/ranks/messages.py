@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .scopes.labels import Key, Limits
+from ..scopes.labels import Key, Limits
 
 
 @dataclass(frozen=True, slots=True)

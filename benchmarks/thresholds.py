@@ -28,7 +28,7 @@ from benchmarks.gradients import Gradients, Still, machine
 from benchmarks.packages import PEERS, peer
 from benchmarks.shapes import SETS
 from benchmarks.timing import interleaved_medians
-from gradclip.coefficients import clip_coefficients
+from gradclip.gradients.coefficients import clip_coefficients
 from gradclip.thresholds import (
     Fixed,
     GrowthLimit,

@@ -16,7 +16,7 @@ from .changes import Changes, GuardedArguments
 from .closures import Arguments, ClosureFinder
 from .engines.cuda_graphs import capturing
 from .errors import AttachError
-from .gradients import gradients_held, parameters_of
+from .gradients.held import gradients_held, parameters_of
 from .optimizers import attached
 from .records import ClipRecord
 from .scaling import (

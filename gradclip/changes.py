@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradients import parameters_of
+from .gradients.held import parameters_of
 from .stack import step_running
 
 _ABSENT = object()

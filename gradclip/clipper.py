@@ -14,25 +14,25 @@ from torch.optim import Optimizer
 from .attachment import Attachment
 from .changes import Changes
 from .checks import checked_count
-from .coefficients import are_finite, clip_coefficients, reduced, unless
 from .engines import engine_for
 from .engines.cuda_graphs import capturing
 from .engines.no_grad import untracked
 from .errors import ArgumentError, AttachError
+from .gradients.coefficients import are_finite, clip_coefficients, reduced, unless
+from .gradients.norm_thresholds import Limits
+from .gradients.policies import Settings, check_capture, described, options_of
+from .gradients.step import StepGradients
+from .incidents import nonfinite_error, skip_limit_error
 from .joint import JointGradients
-from .limits import Limits
 from .optimizers import clippable, listed
-from .policies import check_capture, nonfinite_error, skip_limit_error, verdict
 from .ranks.agreement import Peers, comparable, telling_ranks
 from .ranks.ranks import Ranks
 from .recorder import Recorder
 from .records import ClipRecord
 from .scopes.labels import NormLabels
 from .scopes.scope import Labelling, Scope, scope_from
-from .settings import Settings, described, options_of
 from .sinks import Sink, sinks_from
 from .state import parsed_state
-from .step_gradients import StepGradients
 from .thresholds import Threshold, threshold_from
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class GradientClipper:
         norms = gradients.norms()
         step = self._recorder.next_step(norms)
         thresholds = self._limits.at_step(gradients, norms, step)
-        skip = verdict(self._settings, gradients, norms, thresholds)
+        skip = gradients.verdict(norms, thresholds)
         untouched = skip if gradients.overflow is None else gradients.overflow | skip
         bounded = gradients.bound_(norms, untouched)
         coefficients = clip_coefficients(bounded, thresholds, self._settings.erases)

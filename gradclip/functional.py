@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import checked_bound, checked_order
-from .coefficients import clip_coefficients
 from .compiled import norm_like, nothing, operator
 from .engines.base import host_may_read, norm_dtype
 from .errors import ArgumentError, GradientError, NonFiniteGradientError
-from .gradients import Bucket, buckets_of, coalesce_, distinct, refuse_unordered
-from .norms import norms_of
+from .gradients.buckets import Bucket, buckets_of
+from .gradients.coefficients import clip_coefficients
+from .gradients.forms import coalesce_, refuse_unordered
+from .gradients.held import distinct
+from .gradients.norms import norms_of
 from .ranks.groups import Group
 from .ranks.shards import groups_of
 

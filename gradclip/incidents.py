@@ -6,7 +6,9 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
+from .errors import NonFiniteGradientError, SkipLimitError
 from .parts import NormsByParameter
+from .records import ClipRecord
 from .scopes.naming import joined
 
 WINDOW = 100
@@ -119,3 +121,35 @@ def _median(ordered: list[float]) -> float:
     if len(ordered) % 2:
         return ordered[middle]
     return ordered[middle - 1] / 2 + ordered[middle] / 2
+
+
+def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientError:
+    """Return the error for a norm that is not finite, which names the parameters. Host sync.
+
+    Args:
+        record: The step.
+        before: The norms just before, as they are shown.
+    """
+    norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
+    found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
+    culprits = record.parts and record.parts.nonfinite
+    return NonFiniteGradientError(
+        f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
+        f"{culprits}. The norms before: {before}. The step was not taken and the gradients are as "
+        "they were. Lower the learning rate or look at that step's batch; nonfinite='zero' or "
+        "'skip' would go on."
+    )
+
+
+def skip_limit_error(limit: int, step: int) -> SkipLimitError:
+    """Return the error for too many skipped steps in a row.
+
+    Args:
+        limit: So many are too many.
+        step: Index of the newest step.
+    """
+    return SkipLimitError(
+        f"{limit} steps in a row were skipped, up to step {step}: parameters and gradients are as "
+        "they were. Look at the norms (clipper.last, or the logs): raise the threshold or lower "
+        "the learning rate, or give a larger skip_limit."
+    )

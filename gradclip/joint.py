@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import compress
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 from weakref import WeakSet
@@ -19,16 +17,21 @@ from .coverage import Coverage
 from .engines import engine_for
 from .engines.base import host_may_read
 from .errors import AttachError
-from .gradients import gradients_held, gradients_of, parameters_of
+from .gradients.held import (
+    Held,
+    Weight,
+    gradients_held,
+    gradients_of,
+    parameters_held,
+)
+from .gradients.policies import Settings
+from .gradients.step import StepGradients
 from .optimizers import check_groups, refuse_within_backward
 from .overflow import AgreedOverflow, refuse_apart
 from .ranks.agreement import BY_NAME, Peers
 from .records import ClipRecord
 from .scaling import JointScaling, mark_of
 from .scopes.labels import NormLabels
-from .scopes.norm_indices import Place
-from .settings import Settings
-from .step_gradients import StepGradients, Weight
 from .thresholds import Threshold, is_foreign, learns
 
 
@@ -75,7 +78,7 @@ class JointGradients:
         self._states: object = None
         for device in self.devices:
             engine_for(settings.engine, device)
-        peers.refresh(_parameters_held(optimizers))
+        peers.refresh(parameters_held(optimizers))
 
     def attach(self, grad_scaler: object) -> None:
         """Let ranks agree on the overflows of the GradScaler, until `detach`."""
@@ -91,14 +94,14 @@ class JointGradients:
     @property
     def device(self) -> torch.device:
         """Where the norms are: with the first parameter."""
-        first = next(_parameters_held(self.optimizers), None)
+        first = next(parameters_held(self.optimizers), None)
         return torch.device("cpu") if first is None else first.device
 
     @property
     def devices(self) -> list[torch.device]:
         """Where norms and parameters are, each device once."""
         return list(
-            {self.device: None, **{p.device: None for p in _parameters_held(self.optimizers)}}
+            {self.device: None, **{p.device: None for p in parameters_held(self.optimizers)}}
         )
 
     def at_step(self, stepping: Optimizer, changes: Changes) -> StepGradients | ClipRecord | None:
@@ -116,7 +119,7 @@ class JointGradients:
         for optimizer in self.optimizers:
             check_groups(optimizer)
         self._labels.refresh()
-        self._peers.refresh(_parameters_held(self.optimizers))
+        self._peers.refresh(parameters_held(self.optimizers))
         if self._peers.across is not None:
             refuse_apart(self._overflow)
         overflow = mark_of(stepping, "found_inf")
@@ -231,7 +234,7 @@ class JointGradients:
 
     def _held_by(self, optimizers: Sequence[Optimizer]) -> Held:
         """Return the distinct gradients of optimizers that belong to some norm."""
-        parameters = [*_parameters_held(optimizers)]
+        parameters = [*parameters_held(optimizers)]
         if self._everything:
             gradients = gradients_of(parameters)
             return Held(gradients, names=self._names(parameters, gradients))
@@ -272,33 +275,3 @@ class JointGradients:
     @property
     def _everything(self) -> bool:
         return self._labels.everything and not self._weighed
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Gradients that optimizers hold."""
-
-    gradients: list[Tensor] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
-    """For each where its norms are; empty where all share one."""
-    names: Sequence[str] = field(default_factory=list)
-    """For each the name of that parameter; empty where nobody asks for it."""
-    counted: list[bool] = field(default_factory=list)
-    """For each whether it counts here, not as a copy on another rank; empty where all share one."""
-    weights: list[Weight] = field(default_factory=list)
-    """The parameters, where their norms are asked for."""
-
-    def filtered(self, wanted: Callable[[Tensor], bool]) -> Held:
-        """Return those of which the gradient is wanted."""
-        kept = [wanted(gradient) for gradient in self.gradients]
-        return Held(
-            list(compress(self.gradients, kept)),
-            list(compress(self.places, kept)),
-            list(compress(self.names, kept)),
-            list(compress(self.counted, kept)),
-            [each for each in self.weights if (g := each.parameter.grad) is None or wanted(g)],
-        )
-
-
-def _parameters_held(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
-    return parameters_of(group for optimizer in optimizers for group in optimizer.param_groups)

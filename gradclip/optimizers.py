@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import ArgumentError, AttachError
-from .gradients import parameters_of
+from .gradients.held import parameters_of
 from .ranks.ranks import Ranks
 
 WRAPPED_AS = ("optimizer", "base_optimizer")

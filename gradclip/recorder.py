@@ -16,9 +16,8 @@ from .buffer import Batch, RecordBuffer
 from .checks import checked_count
 from .engines.cuda_graphs import capturing, keep_if_captured
 from .errors import AttachError
-from .incidents import SHOWN, NormHistory, sentence
+from .incidents import SHOWN, NormHistory, sentence, skip_limit_error
 from .parts import NormsByParameter
-from .policies import skip_limit_error
 from .records import ClipRecord, Counters, LoggedStep, Sink, clipped
 from .replays import ReplayedRecords, may_be_captured
 

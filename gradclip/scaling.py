@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from .errors import ArgumentError, AttachError
-from .gradients import gradients_held
+from .gradients.held import gradients_held
 from .seen import Seen
 from .stack import running_scaler
 

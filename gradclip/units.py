@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .checks import checked_order, checked_positive
-from .coefficients import clip_coefficients
 from .compiled import norm_like, operator
 from .functional import TensorOrTensors, listed_gradients, listed_parameters
-from .gradients import buckets_of
-from .norms import norms_of
+from .gradients.buckets import buckets_of
+from .gradients.coefficients import clip_coefficients
+from .gradients.norms import norms_of
 from .scopes.norm_indices import Place, Places, present
 from .thresholds import RelativeToWeights, StepContext
 

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradclip.coefficients import are_finite, clip_coefficients, must_skip, reduced, unless
+from gradclip.gradients.coefficients import (
+    are_finite,
+    clip_coefficients,
+    must_skip,
+    reduced,
+    unless,
+)
 
 sizes = st.floats(min_value=0, allow_infinity=False)
 

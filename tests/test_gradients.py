@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip.gradients import (
-    buckets_of,
-    copied,
-    distinct,
-    gradients_of,
-    parameters_of,
-)
+from gradclip.gradients.buckets import buckets_of, copied
+from gradclip.gradients.held import distinct, gradients_of, parameters_of
 from gradclip.scopes.norm_indices import Place
 
 

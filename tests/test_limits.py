@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from gradclip import ArgumentError, ClipRecord, Threshold
-from gradclip.limits import Limits
+from gradclip.gradients.norm_thresholds import Limits
+from gradclip.gradients.policies import Settings
+from gradclip.gradients.step import StepGradients
 from gradclip.scopes.labels import NormLabels
 from gradclip.scopes.norm_indices import Place
 from gradclip.scopes.scope import Scope
-from gradclip.settings import Settings
-from gradclip.step_gradients import StepGradients
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradclip.errors import ArgumentError
-from gradclip.gradients import Bucket, buckets_of
-from gradclip.norms import norms_of, tallied
+from gradclip.gradients.buckets import Bucket, buckets_of
+from gradclip.gradients.norms import norms_of, tallied
 from gradclip.ranks.groups import Group, Reach
 from gradclip.scopes.norm_indices import NOWHERE, Place
 
@@ -142,7 +142,9 @@ def test_norms_are_where_the_first_gradients_are(groups):
 
 
 def test_where_the_device_has_no_float64_sums_meet_in_float32(monkeypatch):
-    monkeypatch.setattr("gradclip.norms.norm_dtype", lambda device: {CPU: torch.float32}[device])
+    monkeypatch.setattr(
+        "gradclip.gradients.norms.norm_dtype", lambda device: {CPU: torch.float32}[device]
+    )
     gradients = [torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.float64)]
     found = norms_of(buckets_of(gradients, 2.0), 2.0)
     assert (found.item(), found.dtype) == (5.0, torch.float32)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gradclip import GradientError
+from gradclip.gradients.policies import Settings
+from gradclip.gradients.step import StepGradients
 from gradclip.scopes.norm_indices import Place
-from gradclip.settings import Settings
-from gradclip.step_gradients import StepGradients
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ class Batch(list[Tensor]):
 class Engine(ABC):
     """Verbs over gradients of one device and one dtype.
 
-    Called by `gradclip.norms` (measuring) and `GradientClipper` (writing), always with
+    Called by `gradclip.gradients.norms` (measuring) and `GradientClipper` (writing), always with
     gradient tracking off. Tensors are real floating-point ones of any strides and any shape, 0-d
     and empty ones included. Elements that share a place in memory count one by one when they are
     measured, and each place is written once.

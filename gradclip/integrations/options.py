@@ -8,8 +8,8 @@ from inspect import signature
 from typing import Any
 
 from ..clipper import GradientClipper
+from ..gradients.policies import Settings
 from ..scopes.scope import scope_from
-from ..settings import Settings
 from ..sinks import check_log
 from ..thresholds import Threshold, learns, threshold_from
 

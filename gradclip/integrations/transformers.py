@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..clipper import GradientClipper
 from ..errors import ArgumentError, AttachError, StateError
-from ..gradients import parameters_of
+from ..gradients.held import parameters_of
 from ..records import LoggedStep, Sink
 from ..sinks.tags import TOTAL, scalars
 from ..stack import locals_of

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradclip.coefficients import clip_coefficients
+from gradclip.gradients.coefficients import clip_coefficients
 from gradclip.records import clipped
 from gradclip.thresholds import StepContext, Threshold
 

@@ -5,32 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .coefficients import are_finite
-from .engines.base import host_may_read
-from .engines.cuda_graphs import capturing, keep_if_captured
-from .gradients import Bucket, buckets_of, coalesce_, copied, refuse_unordered
+from ..engines.base import host_may_read
+from ..engines.cuda_graphs import capturing, keep_if_captured
+from ..parts import Parts, rescaled
+from ..ranks.groups import Reach
+from ..scopes.naming import describe_nonfinite
+from ..scopes.norm_indices import Place, present
+from .buckets import Bucket, buckets_of, copied
+from .coefficients import are_finite, must_skip
+from .forms import coalesce_, refuse_unordered
+from .held import Weight
 from .norms import norms_of, tallied
-from .parts import Parts, rescaled
-from .ranks.groups import Reach
-from .scopes.naming import describe_nonfinite
-from .scopes.norm_indices import Place, present
-from .settings import Settings
+from .policies import Settings
 
 ALONE = Reach()
-
-
-class Weight(NamedTuple):
-    """A parameter whose norm is asked for."""
-
-    parameter: Tensor
-    place: Place
-    counts: bool
-    """Whether it counts here, not as a copy on another rank."""
 
 
 class StepGradients:
@@ -145,6 +138,32 @@ class StepGradients:
             clamped = self._clamped(copied(self._buckets), self._bounds(norms, False))
             self._if_bounded = self._norms(clamped)
         return self._if_bounded
+
+    def verdict(self, norms: Tensor, thresholds: Tensor) -> bool | Tensor:
+        """Return whether the policies skip this step; nothing is written.
+
+        No host sync, unless the policy is to raise.
+
+        Args:
+            norms: Shape (k,), as measured.
+            thresholds: Shape (k,).
+
+        Returns:
+            A bool, or where only the device knows, a tensor: 0-d, bool.
+        """
+        settings = self._settings
+        if not (settings.skips or settings.raises):
+            return False
+        exceeding = settings.exceed == "skip"
+        skip = must_skip(
+            self.norms_if_bounded(norms) if exceeding else norms,
+            thresholds,
+            nonfinite=settings.nonfinite in ("skip", "raise"),
+            exceeding=exceeding,
+        )
+        if self.overflow is not None:
+            skip = skip & ~self.overflow
+        return bool(skip) if settings.raises or host_may_read(skip) else skip
 
     def bound_(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
         """Apply ``max_value`` where the norm is finite, and in place; return the norms then.

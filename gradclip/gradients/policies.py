@@ -1,4 +1,4 @@
-"""The options of a clipper, checked once."""
+"""The options that decide what a clipper does with a norm, checked once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ._version import __version__
-from .checks import checked_bound, checked_count, checked_order
-from .engines import check_engine_name
-from .errors import ArgumentError
+from .._version import __version__
+from ..checks import checked_bound, checked_count, checked_order
+from ..engines import check_engine_name
+from ..errors import ArgumentError, AttachError
+from ..thresholds import Threshold
 
 SHOWN = 20
 """Names of norms that a description shows."""
@@ -65,11 +66,6 @@ class Settings:
         """Whether a norm that is not finite is an error, which the host has to know at once."""
         return self.writes and self.nonfinite == "raise"
 
-    @property
-    def previews(self) -> bool:
-        """Whether what ``max_value`` would do has to be known before anything is written."""
-        return self.max_value is not None and self.exceed != "scale"
-
 
 def options_of(settings: Settings, threshold: object, scope: object) -> dict[str, str]:
     """Return what decides how a clipper clips, by the names of its options, for people.
@@ -115,3 +111,22 @@ def described(
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in known:
         raise ArgumentError(f"{name} is {value!r}: give one of {', '.join(map(repr, known))}.")
+
+
+def check_capture(settings: Settings, threshold: Threshold) -> None:
+    """Refuse to be captured in a CUDA graph, in which no Python runs, where that would go wrong.
+
+    Raises:
+        AttachError: A policy or a threshold needs the host at every step.
+    """
+    if settings.raises:
+        raise AttachError(
+            "nonfinite='raise' has to look at every norm, and a captured CUDA graph runs without "
+            "the host: choose another policy, or call optimizer.step() outside the graph."
+        )
+    if not threshold.capturable:
+        raise AttachError(
+            f"{threshold!r} is asked anew at every step, and a captured CUDA graph runs without "
+            "Python: give a threshold whose class says 'capturable = True', since it does the same "
+            "at every step and writes its state in place; or call optimizer.step() outside."
+        )

@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain, repeat
-from operator import attrgetter, is_, itemgetter
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .engines import engine_for, norm_dtype
-from .engines.base import Batch
-from .engines.layout import rows_share_memory
-from .errors import GradientError
-from .ranks.groups import Group
-from .ranks.shards import (
-    LOCAL,
-    Share,
-    common_share_of,
-    is_pending,
-    is_spread,
-    local_of,
-    share_of,
-    stored,
-)
-from .scopes.norm_indices import Place, spread
-
-REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-COMPLEX = (torch.complex64, torch.complex128)
+from ..engines import engine_for
+from ..engines.base import Batch
+from ..engines.layout import rows_share_memory
+from ..errors import GradientError
+from ..ranks.groups import Group
+from ..ranks.shards import LOCAL, Share, common_share_of, is_spread, share_of
+from ..scopes.norm_indices import Place, spread
+from .forms import REAL, forms_of
+from .held import PLAIN
 
 HERE = None, True
 """The group of a gradient that is on no other rank, and that it counts."""
 
-# One call into C for all tensors costs less than a line of Python for each.
-_ORDINARY = {Tensor}
-_PARAMETERS = itemgetter("params")
-_GRADIENT = attrgetter("grad")
 _FACTS = attrgetter("dtype", "device", "layout")
 
 
@@ -89,31 +74,6 @@ class Bucket:
         return spread(values, tuple(self.written_places), otherwise) if self.places else values
 
 
-def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
-    """Return every parameter of an optimizer's parameter groups, in order."""
-    return chain.from_iterable(map(_PARAMETERS, groups))
-
-
-def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the gradients that are there, each object once however many parameters share it."""
-    found = [*map(_GRADIENT, parameters)]
-    if {*map(type, found)} != _ORDINARY:
-        found = [gradient for gradient in found if gradient is not None]
-    return distinct(found)
-
-
-def gradients_held(optimizer: Optimizer) -> list[Tensor]:
-    """Return the gradients of an optimizer's parameters, each object once."""
-    return gradients_of(parameters_of(optimizer.param_groups))
-
-
-def distinct(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors, each object once, in the order in which they come first."""
-    if len({*map(id, tensors)}) == len(tensors):
-        return tensors
-    return list({id(tensor): tensor for tensor in tensors}.values())
-
-
 def buckets_of(
     gradients: Sequence[Tensor],
     order: float,
@@ -142,7 +102,7 @@ def buckets_of(
         if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
-            measured, written = _forms_of(gradient, order)
+            measured, written = forms_of(gradient, order)
             share = share_of(gradient) if is_spread(gradient) else None
         rows = place is not None and place.rows
         group, counts = HERE if share is None else (share.group, share.counts)
@@ -172,7 +132,7 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
             return None
         group, counts, gradients = share.group, share.counts, [*map(LOCAL, gradients)]
         types = {*map(type, gradients)}
-    if types != _ORDINARY:
+    if types != PLAIN:
         return None
     facts = {*map(_FACTS, gradients)}
     dtype, device, layout = next(iter(facts))
@@ -180,38 +140,6 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
         return None
     listed = Batch(gradients)
     return Bucket(device, listed, listed, group=group, counts=counts)
-
-
-def refuse_unordered(gradients: Iterable[Tensor]) -> None:
-    """Refuse gradients whose elements cannot be bounded one by one.
-
-    Raises:
-        GradientError: A complex gradient, or a sum over ranks that is pending.
-    """
-    for gradient in gradients:
-        if gradient.is_complex():
-            raise GradientError(
-                f"Found a gradient of dtype {gradient.dtype} and max_value: complex elements "
-                "cannot be bounded one by one. Leave max_value at None."
-            )
-        if is_spread(gradient) and is_pending(gradient):
-            raise GradientError(
-                f"Found a gradient with placements {tuple(gradient.placements)} and max_value: "
-                "elements that are still to be added up over ranks cannot be bounded. Leave "
-                "max_value at None, or redistribute() it to Replicate first."
-            )
-
-
-def coalesce_(gradients: Iterable[Tensor]) -> bool:
-    """Sum the duplicates of sparse gradients in place: what an element is must be known first.
-
-    Returns:
-        Whether there were any; buckets made before then hold what is no longer the gradient.
-    """
-    uncoalesced = [g for g in gradients if g.is_sparse and not g.is_coalesced()]
-    for gradient in uncoalesced:
-        gradient.copy_(gradient.coalesce())
-    return bool(uncoalesced)
 
 
 def copied(buckets: Iterable[Bucket]) -> list[Bucket]:
@@ -257,48 +185,3 @@ def _place_of_share(place: Place, share: Share) -> Place:
 
 def _place_of_values(place: Place, indices: Tensor) -> Place:
     return Place(place.labels.to(indices.device)[indices[0]], rows=True)
-
-
-def _forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
-    """Return the real strided tensor to measure and the strided tensor to write."""
-    _refuse_unfit(gradient)
-    measured = written = gradient
-    if is_spread(gradient):
-        measured, written = local_of(gradient), stored(gradient)
-    if gradient.layout is torch.sparse_coo:
-        measured, written = gradient.coalesce()._values(), gradient._values()
-    if written.is_complex():
-        measured = _as_real(measured) if order == 2 else _moduli(measured)
-        written = _as_real(written)
-    return measured, written
-
-
-def _moduli(tensor: Tensor) -> Tensor:
-    """Return absolute values, in float64: in the gradient's own precision they could overflow."""
-    if norm_dtype(tensor.device) is torch.float64:
-        tensor = tensor.to(torch.complex128)
-    return tensor.abs()
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    """View a complex tensor, or the conjugate that it is a lazy conjugate of, as real numbers."""
-    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-
-
-def _refuse_unfit(gradient: Tensor) -> None:
-    if not isinstance(gradient, Tensor):
-        raise GradientError(
-            f"Found a {type(gradient).__name__} among the gradients: give tensors only."
-        )
-    what = f"a gradient of dtype {gradient.dtype} and shape {tuple(gradient.shape)}"
-    if gradient.dtype not in REAL + COMPLEX:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in REAL + COMPLEX)
-        raise GradientError(
-            f"Found {what}: gradients must have one of the dtypes {names}. "
-            "Convert it, or leave its parameter out."
-        )
-    if gradient.layout not in (torch.strided, torch.sparse_coo):
-        raise GradientError(
-            f"Found {what} in layout {gradient.layout}: the layouts that can be clipped in place "
-            "are torch.strided and torch.sparse_coo. Convert it with to_dense() or to_sparse()."
-        )

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .engines import engine_for, norm_dtype
-from .engines.base import INFINITY, root
-from .engines.cuda_graphs import capturing
-from .gradients import Bucket
-from .ranks.groups import Group, Reach, reach_of
-from .scopes.norm_indices import Places, gathered, owners
+from ..engines import engine_for, norm_dtype
+from ..engines.base import INFINITY, root
+from ..engines.cuda_graphs import capturing
+from ..ranks.groups import Group, Reach, reach_of
+from ..scopes.norm_indices import Places, gathered, owners
+from .buckets import Bucket
 
 
 def norms_of(

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .engines.base import host_may_read
+from ..engines.base import host_may_read
 
 
 def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) -> Tensor:

@@ -9,14 +9,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .engines import norm_dtype
-from .engines.base import host_may_read
-from .engines.cuda_graphs import capturing, keep_if_captured
-from .errors import ArgumentError
-from .records import ClipRecord, clipped
-from .scopes.labels import NormLabels
-from .step_gradients import StepGradients
-from .thresholds import StepContext, Threshold, is_foreign, learns
+from ..engines import norm_dtype
+from ..engines.base import host_may_read
+from ..engines.cuda_graphs import capturing, keep_if_captured
+from ..errors import ArgumentError
+from ..records import ClipRecord, clipped
+from ..scopes.labels import NormLabels
+from ..thresholds import StepContext, Threshold, is_foreign, learns
+from .step import StepGradients
 
 _LEARNING: WeakValueDictionary[int, Limits] = WeakValueDictionary()
 """By the id of each threshold that learns, the one that serves it."""

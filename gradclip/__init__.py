@@ -37,9 +37,10 @@ from .functional import (
     get_total_norm,
 )
 from .ranks.ranks import Ranks
-from .records import ClipRecord, LoggedStep
+from .records.logged_step import LoggedStep
+from .records.record import ClipRecord
+from .records.sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
 from .scopes.scope import Scope
-from .sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
 from .thresholds import Threshold
 from .time_norms import TimeNorms, through_time
 from .units import clip_grad_units_

@@ -18,7 +18,7 @@ from .engines.cuda_graphs import capturing
 from .errors import AttachError
 from .gradients.held import gradients_held, parameters_of
 from .optimizers import attached
-from .records import ClipRecord
+from .records.record import ClipRecord
 from .scaling import (
     delete_marks,
     mark_of,

@@ -22,17 +22,17 @@ from .gradients.coefficients import are_finite, clip_coefficients, reduced, unle
 from .gradients.norm_thresholds import Limits
 from .gradients.policies import Settings, check_capture, described, options_of
 from .gradients.step import StepGradients
-from .incidents import nonfinite_error, skip_limit_error
 from .joint import JointGradients
 from .optimizers import clippable, listed
 from .ranks.agreement import Peers, comparable, telling_ranks
 from .ranks.ranks import Ranks
-from .recorder import Recorder
-from .records import ClipRecord
+from .records.incidents import nonfinite_error, skip_limit_error
+from .records.record import ClipRecord
+from .records.recorder import Recorder
+from .records.sinks import Sink, sinks_from
+from .records.state import parsed_state
 from .scopes.labels import NormLabels
 from .scopes.scope import Labelling, Scope, scope_from
-from .sinks import Sink, sinks_from
-from .state import parsed_state
 from .thresholds import Threshold, threshold_from
 
 if TYPE_CHECKING:

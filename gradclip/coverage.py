@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .records import ClipRecord
+from .records.record import ClipRecord
 from .seen import Seen
 
 

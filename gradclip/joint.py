@@ -29,7 +29,7 @@ from .gradients.step import StepGradients
 from .optimizers import check_groups, refuse_within_backward
 from .overflow import AgreedOverflow, refuse_apart
 from .ranks.agreement import BY_NAME, Peers
-from .records import ClipRecord
+from .records.record import ClipRecord
 from .scaling import JointScaling, mark_of
 from .scopes.labels import NormLabels
 from .thresholds import Threshold, is_foreign, learns

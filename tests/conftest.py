@@ -211,7 +211,7 @@ def captured(
     monkeypatch: pytest.MonkeyPatch, kept: dict[int, object]
 ) -> Callable[[], AbstractContextManager[None]]:
     """Say within a block that steps are captured in a CUDA graph, of which there may be records."""
-    monkeypatch.setattr("gradclip.recorder.may_be_captured", lambda record: True)
+    monkeypatch.setattr("gradclip.records.recorder.may_be_captured", lambda record: True)
 
     @contextmanager
     def capture() -> Iterator[None]:

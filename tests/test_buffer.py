@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from gradclip.buffer import RecordBuffer
-from gradclip.recorder import Recorder
-from gradclip.records import ClipRecord
+from gradclip.records.buffer import RecordBuffer
+from gradclip.records.record import ClipRecord
+from gradclip.records.recorder import Recorder
 
 
 class Device:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
-from gradclip.incidents import DEVIATIONS, FEWEST, WINDOW, NormHistory, sentence
+from gradclip.records.incidents import DEVIATIONS, FEWEST, WINDOW, NormHistory, sentence
 
 NAN, INF = math.nan, math.inf
 

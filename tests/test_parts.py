@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradclip import GradientClipper, MemorySink, Scope
-from gradclip.parts import NormsByParameter, Parts
+from gradclip.records.parameter_norms import NormsByParameter, Parts
 
 NAN, INF = math.nan, math.inf
 

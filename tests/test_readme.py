@@ -20,9 +20,10 @@ import torch
 from torch import distributed, nn
 
 import gradclip
-from gradclip import GradientClipper, MemorySink, cli, replays, thresholds
+from gradclip import GradientClipper, MemorySink, cli, thresholds
 from gradclip.engines.layout import is_narrow
 from gradclip.engines.native import engine as native
+from gradclip.records import replays
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip import ClipRecord
-from gradclip.records import Counters, clipped
+from gradclip.records.record import Counters, clipped
 
 
 def vector(*values: float) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import gradclip
-from gradclip import AttachError, GradientClipper, replays, thresholds
-from gradclip.records import ClipRecord
+from gradclip import AttachError, GradientClipper, thresholds
+from gradclip.records import replays
+from gradclip.records.record import ClipRecord
 
 WARM_UP = 3
 CAPTURABLE = ["fixed", "none", "percentile", "z-score", "median", "mean", "average"]

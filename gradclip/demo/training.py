@@ -12,8 +12,9 @@ from torch.optim import SGD
 from torch.utils.tensorboard import SummaryWriter
 
 from ..clipper import GradientClipper
-from ..records import LoggedStep, Sink
-from ..sinks import TensorBoardSink
+from ..records.logged_step import LoggedStep
+from ..records.sinks import TensorBoardSink
+from ..records.sinks.base import Sink
 from .curves import Curves
 from .folder import LOG_SUFFIX
 from .model import seeded_model

@@ -13,7 +13,7 @@ from ..engines import norm_dtype
 from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import ArgumentError
-from ..records import ClipRecord, clipped
+from ..records.record import ClipRecord, clipped
 from ..scopes.labels import NormLabels
 from ..thresholds import StepContext, Threshold, is_foreign, learns
 from .step import StepGradients

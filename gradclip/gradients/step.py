@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
-from ..parts import Parts, rescaled
 from ..ranks.groups import Reach
+from ..records.parameter_norms import Parts, rescaled
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import Place, present
 from .buckets import Bucket, buckets_of, copied

@@ -15,8 +15,8 @@ from torch.amp.grad_scaler import GradScaler
 from ..checks import checked_count
 from ..clipper import GradientClipper
 from ..errors import AttachError, StateError
-from ..sinks import CallableSink, Sink, TensorBoardSink
-from ..sinks.tags import TOTAL
+from ..records.sinks import CallableSink, Sink, TensorBoardSink
+from ..records.sinks.tags import TOTAL
 from ..thresholds import Threshold
 from .lightning_checks import (
     PACKAGES,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArgumentError, AttachError
-from ..records import Sink
+from ..records.sinks.base import Sink
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """Lightning has two names, each with a ``Callback`` of its own."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..clipper import GradientClipper
 from ..gradients.policies import Settings
+from ..records.sinks import check_log
 from ..scopes.scope import scope_from
-from ..sinks import check_log
 from ..thresholds import Threshold, learns, threshold_from
 
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
-from ..sinks.record_format import checksum_of, header_of
+from ..records.sinks.tfrecord import checksum_of, header_of
 from .run import Columns, Run
 from .trouble import warn_of
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records import LoggedStep
+from ..records.logged_step import LoggedStep
 
 NormsByName: TypeAlias = Mapping[str, float | None]
 """Norms of a step's parameters by their names, None for what is no number."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gradclip import GradientClipper, JsonlSink, Sink, TensorBoardSink
-from gradclip.sinks import event_files, heading  # noqa: F401  # what every life needs
+from gradclip.records.sinks import event_files  # noqa: F401  # what every life needs
 from gradclip.thresholds import Percentile
 
 FLUSH_EVERY = 20

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
+from gradclip.records.sinks import event_files
 from gradclip.report import read_runs
-from gradclip.sinks import event_files
 from tests.faults.lives import Life, sinks
 
 

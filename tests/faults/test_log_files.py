@@ -22,8 +22,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep, TensorBoardSink
 from gradclip.cli import DONE, REFUSED, main
+from gradclip.records.sinks.tfrecord import framed, header_of
 from gradclip.report import Run, read_runs
-from gradclip.sinks.record_format import framed, header_of
 
 STEPS = 30
 DAMAGES = 60

@@ -12,9 +12,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from gradclip import GradientClipper, JsonlSink, MemorySink, TensorBoardSink
+from gradclip.records.sinks.tfrecord import framed
 from gradclip.report import read_runs
 from gradclip.report.run import run_of
-from gradclip.sinks.record_format import framed
 
 NAN = math.nan
 

@@ -15,7 +15,7 @@ import pytest
 from gradclip import GradientClipper
 from gradclip.cli import main
 from gradclip.demo.options import Options
-from gradclip.sinks.heading import CHARTS
+from gradclip.records.sinks.charts import CHARTS
 from tests.sinks.browser import Page, chromium, missing
 from tests.sinks.server import Server, eventually, tensorboard
 

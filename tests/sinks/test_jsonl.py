@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep
-from gradclip.sinks import jsonl
+from gradclip.records.sinks import jsonl
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from gradclip.sinks.record_format import crc32c, framed
+from gradclip.records.sinks.tfrecord import crc32c, framed
 
 
 def test_the_checksum_is_castagnolis() -> None:

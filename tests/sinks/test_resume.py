@@ -216,7 +216,7 @@ def test_files_of_a_machine_whose_clock_is_ahead_come_first(
 ) -> None:
     for first, ahead in ((0, 10_000), (5, 0)):
         with monkeypatch.context() as patch:
-            patch.setattr("gradclip.sinks.tensorboard._LOADED_AT", 1_700_000_000 + ahead)
+            patch.setattr("gradclip.records.sinks.tensorboard._LOADED_AT", 1_700_000_000 + ahead)
             run = training()
             with GradientClipper(run.optimizer, 2.0, log=tmp_path) as clipper:
                 clipper.steps = first

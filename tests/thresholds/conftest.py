@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradclip.gradients.coefficients import clip_coefficients
-from gradclip.records import clipped
+from gradclip.records.record import clipped
 from gradclip.thresholds import StepContext, Threshold
 
 Norm = float | None  # None: no gradient at this step

@@ -20,8 +20,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
-from ..errors import ArgumentError
-from .record_format import framed
+from ...errors import ArgumentError
+from .tfrecord import framed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

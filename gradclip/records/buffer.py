@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .parts import NormsByParameter
-from .records import ClipRecord, spread
+from .parameter_norms import NormsByParameter
+from .record import ClipRecord, spread
 
 MOST_NORMS = 1 << 18
 """Norms per batch, those by parameter included, so that records take no more than about 10 MB."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..errors import ArgumentError
-from ..records import LoggedStep
-from .cadence import CadencedSink
+from ...errors import ArgumentError
+from ..logged_step import LoggedStep
+from .base import CadencedSink
 from .tags import scalars
 
 

@@ -12,14 +12,16 @@ from multiprocessing.util import Finalize
 import torch
 from torch import Tensor
 
+from ..checks import checked_count
+from ..engines.cuda_graphs import capturing, keep_if_captured
+from ..errors import AttachError
 from .buffer import Batch, RecordBuffer
-from .checks import checked_count
-from .engines.cuda_graphs import capturing, keep_if_captured
-from .errors import AttachError
 from .incidents import SHOWN, NormHistory, sentence, skip_limit_error
-from .parts import NormsByParameter
-from .records import ClipRecord, Counters, LoggedStep, Sink, clipped
+from .logged_step import LoggedStep
+from .parameter_norms import NormsByParameter
+from .record import ClipRecord, Counters, clipped
 from .replays import ReplayedRecords, may_be_captured
+from .sinks.base import Sink
 
 UNLOGGED_CAPACITY = 1000
 """Records kept before they are counted where no sink asks for a shorter batch."""

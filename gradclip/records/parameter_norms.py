@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .engines.base import root
+from ..engines.base import root
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .buffer import finish
-from .records import ClipRecord, spread
+from .record import ClipRecord, spread
 
 CAPACITY = 10_000
 """Records kept for one norm."""

@@ -6,10 +6,10 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
-from .errors import NonFiniteGradientError, SkipLimitError
-from .parts import NormsByParameter
-from .records import ClipRecord
-from .scopes.naming import joined
+from ..errors import NonFiniteGradientError, SkipLimitError
+from ..scopes.naming import joined
+from .parameter_norms import NormsByParameter
+from .record import ClipRecord
 
 WINDOW = 100
 """Finite norms that a norm is held against: those before it."""

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 
-from ..errors import ArgumentError
-from ..records import LoggedStep
-from .cadence import CadencedSink
+from ...errors import ArgumentError
+from ..logged_step import LoggedStep
+from .base import CadencedSink
 
 try:
     import fcntl

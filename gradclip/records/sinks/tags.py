@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..records import LoggedStep
+from ..logged_step import LoggedStep
 
 TOTAL, OF_PARAMETER = "grad_norm", "parameter_norm"
 """What the tags of a clipper begin with, and those of its parameters."""

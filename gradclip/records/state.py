@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from .checks import checked_count
-from .errors import ArgumentError, StateError
-from .records import Counters
-from .scopes.labels import NormLabels
+from ..checks import checked_count
+from ..errors import ArgumentError, StateError
+from ..scopes.labels import NormLabels
+from .record import Counters
 
 SHOWN = 5
 """Labels that an error names."""

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from ..records import LoggedStep
-from .cadence import CadencedSink
+from ..logged_step import LoggedStep
+from .base import CadencedSink
 from .tags import scalars
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class TensorBoardSink(CadencedSink):
             self._destination.write(self._prefix, points, self._heading)
 
     def _heading(self, step: int, wall_time: float) -> list[Event]:
-        from .heading import heading
+        from .charts import heading
 
         prefixes = sorted(_claimed[self._destination.directory])
         return heading(step, wall_time, self._prefix, prefixes, self._settings)

@@ -1,15 +1,52 @@
-"""What the sinks of this package share: which steps they take, and how much of each."""
+"""The protocol of a sink, and the cadence that the sinks of this package share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from heapq import nlargest
 from operator import itemgetter
 
-from ..checks import checked_count
-from ..errors import ArgumentError
-from ..parts import NormsByParameter
-from ..records import LoggedStep, Sink
+from ...checks import checked_count
+from ...errors import ArgumentError
+from ..logged_step import LoggedStep
+from ..parameter_norms import NormsByParameter
+
+
+class Sink(ABC):
+    """Where logged steps go; the one thing to derive from for a destination of one's own.
+
+    Called by the clipper with batches, never within the arithmetic of a step. The step that
+    completes a batch waits for it, so that one that is slow should hand its work on. A sink that
+    raises is reported once as a warning and never stops training: it misses that batch and is given
+    the next. One sink serves one clipper.
+
+    >>> import gradclip
+    >>> class Largest(gradclip.Sink):
+    ...     norm = 0.0
+    ...
+    ...     def write(self, steps):
+    ...         self.norm = max(self.norm, *(step.norm for step in steps))
+    """
+
+    flush_every: int = 100
+    """Steps per batch: how many a crash may lose. Of several sinks, the smallest counts."""
+    per_parameter: int | str = 0
+    """Whether it wants `LoggedStep.parameter_norms`; where not 0, those of all parameters come."""
+
+    def begin(self, settings: Mapping[str, str]) -> None:  # noqa: B027  # few want to know
+        """Hear how the clipper is set, by name, before its first step."""
+
+    @abstractmethod
+    def write(self, steps: Sequence[LoggedStep]) -> None:
+        """Take over a batch in the order of the steps, and leave it safe from a crash."""
+
+    def flush(self) -> None:  # noqa: B027  # nothing to do where write() leaves nothing behind
+        """Make durable what `write` has left in memory."""
+
+    def close(self) -> None:  # noqa: B027  # not every destination needs closing
+        """Release the destination. Called once; nothing is written afterwards."""
+
 
 ALL = "all"
 

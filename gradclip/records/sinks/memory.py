@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import ArgumentError
-from ..records import LoggedStep
-from .cadence import CadencedSink
+from ...errors import ArgumentError
+from ..logged_step import LoggedStep
+from .base import CadencedSink
 from .tags import OF_PARAMETER
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ class MemorySink(CadencedSink):
             ArgumentError: There are no steps yet, or there can be no picture at this path.
             ImportError: matplotlib is not installed.
         """
-        from ..report.picture import draw, figure_of
-        from ..report.run import run_of
+        from ...report.picture import draw, figure_of
+        from ...report.run import run_of
 
         if not self.steps:
             raise ArgumentError(

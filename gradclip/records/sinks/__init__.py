@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..errors import ArgumentError
-from ..ranks.groups import is_first
-from ..records import Sink
+from ...errors import ArgumentError
+from ...ranks.groups import is_first
+from .base import Sink
 from .callable import CallableSink
 from .jsonl import JsonlSink
 from .memory import MemorySink

@@ -1,0 +1,1 @@
+"""What a step leaves behind: its record, kept on the device and written in batches."""

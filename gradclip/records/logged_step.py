@@ -1,0 +1,38 @@
+"""One step on the host, as plain numbers: the row that sinks write and the report reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class LoggedStep(NamedTuple):
+    """One step as a sink gets it: plain numbers, totals over all norms, counts since the start."""
+
+    step: int
+    """Index of the step, from 0."""
+    wall_time: float
+    """When the step was taken, in seconds since the epoch."""
+    norm: float
+    """Total norm before clipping; NaN or infinite where the gradients were."""
+    clipped_norm: float
+    """Total norm afterwards."""
+    threshold: float | None
+    """The threshold, None where there is none or more than one."""
+    coefficient: float
+    """The smallest coefficient."""
+    nonfinite: bool
+    """Whether a norm was NaN or infinite."""
+    skipped: bool
+    """Whether the whole step was left out."""
+    clip_rate: float
+    """Share of the finite norms so far that were reduced; 0 before the first."""
+    nonfinite_steps: int
+    """Steps so far with a norm that was not finite."""
+    skipped_steps: int
+    """Steps so far that were left out."""
+    parameter_norms: Mapping[str, float] | None = None
+    """Norms of the gradients by the names of their parameters, before clipping; None where they
+    are not known, as in a CUDA graph, or were not asked for."""
+    incident: str | None = None
+    """What there is to say of a step whose norm was not finite, or far above those before."""

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .attachment import Attachment
-from .changes import Changes
 from .checks import checked_count
 from .engines import engine_for
 from .engines.cuda_graphs import capturing
@@ -22,8 +20,10 @@ from .gradients.coefficients import are_finite, clip_coefficients, reduced, unle
 from .gradients.norm_thresholds import Limits
 from .gradients.policies import Settings, check_capture, described, options_of
 from .gradients.step import StepGradients
-from .joint import JointGradients
-from .optimizers import clippable, listed
+from .optimizers.attachment import Attachment
+from .optimizers.joint import JointGradients
+from .optimizers.step_changes import Changes
+from .optimizers.supported import clippable, listed
 from .ranks.agreement import Peers, comparable, telling_ranks
 from .ranks.ranks import Ranks
 from .records.incidents import nonfinite_error, skip_limit_error

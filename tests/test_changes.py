@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gradclip import GradientClipper
-from gradclip.changes import Changes, GuardedArguments
+from gradclip.optimizers.step_changes import Changes, GuardedArguments
 
 
 class Counting(torch.optim.Optimizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip.closures import ClosureFinder
+from gradclip.optimizers.closures import ClosureFinder
 
 
 def closure() -> float:

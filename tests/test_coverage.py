@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from gradclip import ClipRecord
-from gradclip.coverage import Coverage
+from gradclip.optimizers.clipped_already import Coverage
 
 ONE, OTHER = (torch.optim.SGD([nn.Parameter(torch.ones(1))]) for _ in range(2))
 

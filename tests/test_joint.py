@@ -715,7 +715,7 @@ def test_an_overflow_in_one_leaves_it_out_and_the_other_is_clipped_alone(
 def test_on_the_device_route_an_overflow_in_one_lets_the_other_be_clipped(
     fused, order, overflow, monkeypatch
 ):
-    for module in ("joint", "gradients.step"):
+    for module in ("optimizers.joint", "gradients.step"):
         monkeypatch.setattr(f"gradclip.{module}.host_may_read", lambda _: False)
     optimizers = mixed(fused)
     scaler = scaler_of()
@@ -1073,7 +1073,7 @@ def test_a_skip_skips_all_and_counts_once(
     fused, order, steps_before, policy, device_route, monkeypatch
 ):
     if device_route:
-        for module in ("joint", "gradients.step"):
+        for module in ("optimizers.joint", "gradients.step"):
             monkeypatch.setattr(f"gradclip.{module}.host_may_read", lambda _: False)
     optimizers = mixed(fused)
     clipper = GradientClipper(optimizers, 50.0, **policy)

@@ -99,7 +99,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 def take_the_device_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("joint", "gradients.step"):
+    for module in ("optimizers.joint", "gradients.step"):
         monkeypatch.setattr(f"gradclip.{module}.host_may_read", lambda _: False)
 
 

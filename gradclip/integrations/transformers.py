@@ -24,10 +24,10 @@ from torch.optim import Optimizer
 from ..clipper import GradientClipper
 from ..errors import ArgumentError, AttachError, StateError
 from ..gradients.held import parameters_of
+from ..optimizers.call_stack import locals_of
 from ..records.logged_step import LoggedStep
 from ..records.sinks.base import Sink
 from ..records.sinks.tags import TOTAL, scalars
-from ..stack import locals_of
 from ..thresholds import Threshold, learns
 from .options import as_new, checked_options
 

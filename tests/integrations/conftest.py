@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradclip.optimizers import attached
+from gradclip.optimizers.supported import attached
 
 LIGHTNING = ("lightning", "pytorch_lightning")
 collect_ignore_glob = [] if all(map(find_spec, LIGHTNING)) else ["*lightning*"]

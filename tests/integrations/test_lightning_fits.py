@@ -23,7 +23,7 @@ from gradclip import (
     StateError,
 )
 from gradclip.integrations.lightning import GradClipCallback
-from gradclip.optimizers import attached
+from gradclip.optimizers.supported import attached
 from gradclip.thresholds import Schedule
 from tests.integrations.lightning_runs import (
     BATCHES,

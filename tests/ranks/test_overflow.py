@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from gradclip import AttachError, GradientClipper, Ranks
-from gradclip.overflow import AgreedOverflow
+from gradclip.optimizers.shared_overflow import AgreedOverflow
 
 KINDS = {
     "sgd": lambda named: torch.optim.SGD(named, lr=0.1),

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradients.held import parameters_of
-from .stack import step_running
+from ..gradients.held import parameters_of
+from .call_stack import step_running
 
 _ABSENT = object()
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .changes import Changes, GuardedArguments
+from ..engines.cuda_graphs import capturing
+from ..errors import AttachError
+from ..gradients.held import gradients_held, parameters_of
+from ..records.record import ClipRecord
+from .call_stack import making_state, running_scaler, step_running
+from .clipped_already import Seen, version_of
 from .closures import Arguments, ClosureFinder
-from .engines.cuda_graphs import capturing
-from .errors import AttachError
-from .gradients.held import gradients_held, parameters_of
-from .optimizers import attached
-from .records.record import ClipRecord
-from .scaling import (
+from .grad_scaler import (
     delete_marks,
     mark_of,
     marks_of,
@@ -27,8 +27,8 @@ from .scaling import (
     overflows_in_passed_scaler,
     skips_on_device,
 )
-from .seen import Seen, version_of
-from .stack import making_state, running_scaler, step_running
+from .step_changes import Changes, GuardedArguments
+from .supported import attached
 
 
 class Attachment:

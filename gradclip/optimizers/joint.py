@@ -12,27 +12,22 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .changes import Changes
-from .coverage import Coverage
-from .engines import engine_for
-from .engines.base import host_may_read
-from .errors import AttachError
-from .gradients.held import (
-    Held,
-    Weight,
-    gradients_held,
-    gradients_of,
-    parameters_held,
-)
-from .gradients.policies import Settings
-from .gradients.step import StepGradients
-from .optimizers import check_groups, refuse_within_backward
-from .overflow import AgreedOverflow, refuse_apart
-from .ranks.agreement import BY_NAME, Peers
-from .records.record import ClipRecord
-from .scaling import JointScaling, mark_of
-from .scopes.labels import NormLabels
-from .thresholds import Threshold, is_foreign, learns
+from ..engines import engine_for
+from ..engines.base import host_may_read
+from ..errors import AttachError
+from ..gradients.held import Held, Weight, gradients_held, gradients_of, parameters_held
+from ..gradients.policies import Settings
+from ..gradients.step import StepGradients
+from ..ranks.agreement import BY_NAME, Peers
+from ..records.record import ClipRecord
+from ..scopes.labels import NormLabels
+from ..thresholds import Threshold, is_foreign, learns
+from .clipped_already import Coverage
+from .grad_scaler import mark_of
+from .joint_scaling import JointScaling
+from .shared_overflow import AgreedOverflow, refuse_apart
+from .step_changes import Changes
+from .supported import check_groups, refuse_within_backward
 
 
 class JointGradients:

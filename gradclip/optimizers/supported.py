@@ -12,9 +12,9 @@ import torch
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .errors import ArgumentError, AttachError
-from .gradients.held import parameters_of
-from .ranks.ranks import Ranks
+from ..errors import ArgumentError, AttachError
+from ..gradients.held import parameters_of
+from ..ranks.ranks import Ranks
 
 WRAPPED_AS = ("optimizer", "base_optimizer")
 """Attributes under which wrappers hold the optimizer that they step."""

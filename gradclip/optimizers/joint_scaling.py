@@ -1,108 +1,22 @@
-"""GradScaler: what scale gradients carry, and the marks it leaves on an optimizer for a step."""
+"""Several optimizers under one GradScaler: their gradients are unscaled before a joint norm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from .errors import ArgumentError, AttachError
-from .gradients.held import gradients_held
-from .seen import Seen
-from .stack import running_scaler
+from ..errors import ArgumentError, AttachError
+from ..gradients.held import gradients_held
+from .call_stack import running_scaler
+from .clipped_already import Seen
+from .grad_scaler import found_inf_of, is_true, mark_of, overflowed, stage_of
 
 if TYPE_CHECKING:
-    from .changes import Changes
-
-MARKS = ("grad_scale", "found_inf")
-"""What GradScaler sets on a fused optimizer before its step and deletes after it."""
-
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-
-
-def mark_of(optimizer: Optimizer, name: str) -> Tensor | None:
-    """Return ``grad_scale`` or ``found_inf`` where the optimizer heeds it, else None."""
-    return getattr(optimizer, name, None) if _heeds_marks(optimizer) else None
-
-
-def skips_on_device(optimizer: Optimizer) -> bool:
-    """Tell whether ``found_inf`` leaves parameters and state of this step exactly as they are.
-
-    True for torch's own fused optimizers once their state is there: before that the first step
-    makes it, and that of SGD would be uninitialised memory.
-    """
-    if type(optimizer) not in FUSED or not _heeds_marks(optimizer):
-        return False
-    stateless = type(optimizer) is torch.optim.SGD
-    return all(
-        (stateless and not group["momentum"]) or _has_state(optimizer, parameter)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    )
-
-
-def _heeds_marks(optimizer: Optimizer) -> bool:
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
-    state = optimizer.state.get(parameter, {})
-    return len(state) > 0 and all(value is not None for value in state.values())
-
-
-def marks_of(optimizer: Optimizer) -> list[object]:
-    """Return what is marked on the optimizer now, None where nothing is."""
-    return [vars(optimizer).get(name) for name in MARKS]
-
-
-def mend_marks(optimizer: Optimizer, left: Sequence[object]) -> None:
-    """Remove what a step that raised has left of GradScaler's marks.
-
-    torch leaves them, and multiplies the next scale by the one that was left.
-
-    Args:
-        optimizer: The optimizer, at its next step.
-        left: Its `marks_of` at the step that raised.
-    """
-    if not any(mark is not None for mark in left):
-        return
-    scaler = running_scaler()
-    if scaler is None:
-        if all(now is then for now, then in zip(marks_of(optimizer), left, strict=True)):
-            delete_marks(optimizer)
-    elif "grad_scale" in vars(optimizer):
-        scaled = _stage(scaler, optimizer) is OptState.READY
-        optimizer.grad_scale = scaler._get_scale_async() if scaled else None  # type: ignore[attr-defined]
-
-
-def delete_marks(optimizer: Optimizer) -> None:
-    """Delete the marks, as GradScaler does after a step that did not raise."""
-    for name in MARKS:
-        vars(optimizer).pop(name, None)
-
-
-def overflows_in_passed_scaler(optimizer: Optimizer, arguments: dict[str, Any]) -> bool:
-    """Tell whether a GradScaler that the step is given leaves the step out.
-
-    That is its old way, in which the optimizer itself unscales during its step. Host sync.
-
-    Raises:
-        AttachError: The gradients are still scaled, by an amount that only the optimizer knows.
-    """
-    scaler = arguments.get("grad_scaler")
-    if not isinstance(scaler, GradScaler):
-        return False
-    if _stage(scaler, optimizer) is OptState.READY:
-        raise AttachError(
-            f"{type(optimizer).__name__} takes grad_scaler in its step and unscales there, after "
-            "the clipping: call grad_scaler.unscale_(optimizer) before grad_scaler.step(optimizer)."
-        )
-    return _overflowed(scaler, optimizer)
+    from .step_changes import Changes
 
 
 class JointScaling:
@@ -171,14 +85,14 @@ class JointScaling:
 
     def overflowed(self, optimizer: Optimizer) -> bool:
         """Tell whether the scaler leaves out the optimizer's step. Host sync, as it has itself."""
-        return self._scaler is not None and _overflowed(self._scaler, optimizer)
+        return self._scaler is not None and overflowed(self._scaler, optimizer)
 
     def stepped(self, optimizer: Optimizer) -> bool:
         """Tell whether the optimizer has stepped since the scaler was updated.
 
         It will not step again before that, and what was added to its gradients is still scaled.
         """
-        return self._scaler is not None and _stage(self._scaler, optimizer) is OptState.STEPPED
+        return self._scaler is not None and stage_of(self._scaler, optimizer) is OptState.STEPPED
 
     def _unscale_all(
         self, scaler: GradScaler, stepping: Optimizer, optimizers: Sequence[Optimizer]
@@ -190,7 +104,7 @@ class JointScaling:
             del self._early[key]
         for optimizer, gradients in held.items():
             asked = gradients or self._everywhere
-            if asked and _stage(scaler, optimizer) is OptState.READY:
+            if asked and stage_of(scaler, optimizer) is OptState.READY:
                 scaler.unscale_(optimizer)
                 if optimizer is not stepping:
                     self._early[id(optimizer)] = _Early(scaler, optimizer, gradients)
@@ -198,7 +112,7 @@ class JointScaling:
     def _check(
         self, scaler: GradScaler, stepping: Optimizer, held: dict[Optimizer, list[Tensor]]
     ) -> None:
-        if _stage(scaler, stepping) is OptState.READY and mark_of(stepping, "grad_scale") is None:
+        if stage_of(scaler, stepping) is OptState.READY and mark_of(stepping, "grad_scale") is None:
             raise AttachError(
                 f"The gradients of {type(stepping).__name__} are still scaled by grad_scaler: "
                 "call grad_scaler.step(optimizer) instead of its own step(), or first "
@@ -229,7 +143,7 @@ class _Early:
     ) -> None:
         self._gradients = {id(gradient): Seen(gradient) for gradient in gradients}
         self._optimizer = id(optimizer)
-        self._found = _found_inf(scaler, optimizer)
+        self._found = found_inf_of(scaler, optimizer)
         self._state = scaler._per_optimizer_states[id(optimizer)]
 
     def updated(self, scaler: GradScaler) -> bool:
@@ -245,7 +159,7 @@ class _Early:
         if not self.updated(scaler) or self._state["stage"] is OptState.STEPPED:
             return False
         kept = any(seen.is_of(g) for g in gradients if (seen := self._gradients.get(id(g))))
-        return kept and not _is_true(self._found)
+        return kept and not is_true(self._found)
 
     def knows(self, gradient: Tensor) -> bool:
         """Tell whether a gradient is as it was when it was unscaled."""
@@ -261,36 +175,10 @@ def _refuse_different_scales(
         for optimizer in optimizers
         if optimizer is not stepping and gradients_held(optimizer)
     ]
-    scaled = scaler is not None and any(_stage(scaler, o) is OptState.READY for o in others)
+    scaled = scaler is not None and any(stage_of(scaler, o) is OptState.READY for o in others)
     if scaled or (others and mark_of(stepping, "grad_scale") is not None):
         raise AttachError(
             "GradScaler has not unscaled the gradients of all the optimizers, so that their scales "
             "differ: give the clipper grad_scaler=, or call grad_scaler.unscale_ for each of them "
             "before the first step."
         )
-
-
-def _state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Return what the scaler knows of an optimizer since its last update."""
-    return scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
-
-
-def _stage(scaler: GradScaler, optimizer: Optimizer) -> OptState:
-    if not scaler.is_enabled():
-        return OptState.UNSCALED
-    state = _state(scaler, optimizer)
-    return OptState.READY if state is None else state["stage"]
-
-
-def _found_inf(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
-    state = _state(scaler, optimizer)
-    found = list(state["found_inf_per_device"].values()) if state else []
-    return sum(f.to(found[0].device) for f in found[1:]) + found[0] if found else None
-
-
-def _overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    return _is_true(_found_inf(scaler, optimizer))
-
-
-def _is_true(found: Tensor | None) -> bool:
-    return found is not None and bool(found)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .engines.base import INFINITY
-from .errors import AttachError
-from .ranks.groups import Group
-from .stack import running_scaler
+from ..engines.base import INFINITY
+from ..errors import AttachError
+from ..ranks.groups import Group
+from .call_stack import running_scaler
 
 _SHARED: WeakKeyDictionary[GradScaler, WeakKeyDictionary[Optimizer, AgreedOverflow]] = (
     WeakKeyDictionary()

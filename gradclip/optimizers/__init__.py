@@ -1,0 +1,1 @@
+"""The life of a hook: optimizers, their steps and closures, skipped steps, GradScaler."""

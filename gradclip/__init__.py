@@ -28,22 +28,21 @@ from .errors import (
     SkipLimitError,
     StateError,
 )
-from .functional import (
-    clip_backward,
+from .functional.backward import TimeNorms, clip_backward, through_time
+from .functional.torch_names import (
     clip_grad_norm_,
     clip_grad_value_,
     clip_gradients_,
     clip_grads_with_norm_,
     get_total_norm,
 )
+from .functional.units import clip_grad_units_
 from .ranks.ranks import Ranks
 from .records.logged_step import LoggedStep
 from .records.record import ClipRecord
 from .records.sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
 from .scopes.scope import Scope
 from .thresholds import Threshold
-from .time_norms import TimeNorms, through_time
-from .units import clip_grad_units_
 
 __all__ = [
     "ArgumentError",

@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .engines import norm_dtype
-from .engines.no_grad import untracked
+from ..engines import norm_dtype
+from ..engines.no_grad import untracked
 
 P = ParamSpec("P")
 R = TypeVar("R")

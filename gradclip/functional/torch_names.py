@@ -13,26 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .checks import checked_bound, checked_order
-from .compiled import norm_like, nothing, operator
-from .engines.base import host_may_read, norm_dtype
-from .errors import ArgumentError, GradientError, NonFiniteGradientError
-from .gradients.buckets import Bucket, buckets_of
-from .gradients.coefficients import clip_coefficients
-from .gradients.forms import coalesce_, refuse_unordered
-from .gradients.held import distinct
-from .gradients.norms import norms_of
-from .ranks.groups import Group
-from .ranks.shards import groups_of
-
-if TYPE_CHECKING:
-    from torch.amp import GradScaler
+from ..checks import checked_bound, checked_order
+from ..engines.base import host_may_read, norm_dtype
+from ..errors import ArgumentError, GradientError, NonFiniteGradientError
+from ..gradients.buckets import Bucket, buckets_of
+from ..gradients.coefficients import clip_coefficients
+from ..gradients.forms import coalesce_, refuse_unordered
+from ..gradients.held import distinct
+from ..gradients.norms import norms_of
+from ..ranks.groups import Group
+from ..ranks.shards import groups_of
+from .operators import norm_like, nothing, operator
 
 TensorOrTensors = Tensor | Iterable[Tensor]
 
@@ -183,72 +178,6 @@ def clip_grads_with_norm_(
             "get_total_norm() returned."
         )
     _clip_with_norm_(listed_gradients(parameters), limit, total_norm)
-
-
-def clip_backward(
-    x: Tensor,
-    max_norm: float | None = None,
-    max_value: float | None = None,
-    grad_scaler: GradScaler | None = None,
-) -> Tensor:
-    """Pass ``x`` on unchanged, and clip the gradient that flows back through it.
-
-    Applied to the hidden state at every time step it clips through time, where gradients of
-    recurrent networks explode: Graves, "Generating sequences with recurrent neural networks"
-    (2013). Gradients that are not finite pass through as they are.
-
-    Args:
-        x: Any tensor.
-        max_norm: Largest 2-norm of the gradient of the whole tensor; None for no limit.
-        max_value: Largest magnitude of its elements, applied first; None for no limit.
-        grad_scaler: The ``GradScaler`` that scaled the loss, since gradients that flow back
-            under it are scaled: its scale is taken into account, without a host sync.
-
-    Returns:
-        A view of ``x``.
-
-    Raises:
-        ArgumentError: A limit is no number >= 0, or none is given.
-        GradientError: ``x`` is complex and ``max_value`` is given.
-    """
-    if max_norm is None and max_value is None:
-        raise ArgumentError("Neither max_norm nor max_value is given: give at least one of them.")
-    limit = math.inf if max_norm is None else checked_bound("max_norm", max_norm)
-    bound = math.inf if max_value is None else checked_bound("max_value", max_value)
-    if max_value is not None:
-        refuse_unordered([x])
-    clipped: Tensor = _ClipBackward.apply(x, limit, bound, grad_scaler)  # type: ignore[no-untyped-call]
-    return clipped
-
-
-class _ClipBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, max_norm: float, max_value: float, grad_scaler: GradScaler | None
-    ) -> Tensor:
-        ctx.options = max_norm, max_value, grad_scaler
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        max_norm, max_value, grad_scaler = ctx.options
-        if max_value < math.inf:
-            refuse_unordered([gradient])
-        # Others may hold this gradient too: what is written is a copy.
-        copy = gradient.clone(memory_format=torch.contiguous_format)
-        [bucket] = buckets_of([copy], 2.0)
-        norms = norms_of([bucket], 2.0)
-        limit, bound = torch.full_like(norms, max_norm), torch.full_like(norms, max_value)
-        if grad_scaler is not None:
-            limit, bound = grad_scaler.scale([limit, bound])
-        if max_value < math.inf:
-            bounds = torch.where(norms < math.inf, bound, math.inf)
-            bucket.clamp_("auto", bounds)
-            norms = norms_of([bucket], 2.0)
-        coefficients = clip_coefficients(norms, limit, erase=False)
-        bucket.scale_("auto", coefficients)
-        return copy, None, None, None
 
 
 @operator(

@@ -7,14 +7,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import checked_order, checked_positive
-from .compiled import norm_like, operator
-from .functional import TensorOrTensors, listed_gradients, listed_parameters
-from .gradients.buckets import buckets_of
-from .gradients.coefficients import clip_coefficients
-from .gradients.norms import norms_of
-from .scopes.norm_indices import Place, Places, present
-from .thresholds import RelativeToWeights, StepContext
+from ..checks import checked_order, checked_positive
+from ..gradients.buckets import buckets_of
+from ..gradients.coefficients import clip_coefficients
+from ..gradients.norms import norms_of
+from ..scopes.norm_indices import Place, Places, present
+from ..thresholds import RelativeToWeights, StepContext
+from .operators import norm_like, operator
+from .torch_names import TensorOrTensors, listed_gradients, listed_parameters
 
 
 def clip_grad_units_(

@@ -1,0 +1,1 @@
+"""Clipping without a hook: torch's names, units, through time, and compiled operators."""

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
-from gradclip.printing import print_table
+from gradclip.report.printing import print_table
 
 from .gradients import Gradients, Still, machine
 from .shapes import resnet50

@@ -66,7 +66,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from .report import read_runs  # here, as above
-    from .report.picture import check_picture, check_runs, draw
+    from .report.pictures.picture import check_picture, check_runs, draw
     from .report.show import show_report
 
     if arguments.plot is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from ..printing import number, print_table
+from ..report.printing import number, print_table
 from .curves import LAST, Curves
 
 HEADER = ("", "final loss", "largest norm", "clip rate", "steps/s")

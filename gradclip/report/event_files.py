@@ -15,8 +15,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
 from ..records.sinks.tfrecord import checksum_of, header_of
-from .run import Columns, Run
-from .trouble import warn_of
+from .run import Columns, Run, warn_of
 
 _TAG = re.compile(
     r"grad_norm(?P<of>_\d+)?/(?P<number>pre|post|threshold|skipped_steps)"

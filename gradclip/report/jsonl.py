@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .run import Columns, Run
-from .trouble import warn_of
+from .run import Columns, Run, warn_of
 
 AT_ONCE = 4096
 """Lines that are parsed together, which takes half the time of one after the other."""

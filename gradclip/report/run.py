@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -203,3 +205,8 @@ def run_of(steps: Iterable[LoggedStep], name: str) -> Run:
         row = (step.step, step.norm, step.clipped_norm, threshold, step.skipped)
         columns.add_step(row, step.parameter_norms)
     return columns.run()
+
+
+def warn_of(path: Path, what: str) -> None:
+    """Warn that part of a file cannot be read; the rest is."""
+    warnings.warn(f"{path}: {what}.", UserWarning, stacklevel=2)

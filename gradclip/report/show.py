@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
-from ..printing import number, print_table
 from .advice import Advice, advised
+from .printing import number, print_table
 from .run import Run
 from .summary import Summary, summarized
 

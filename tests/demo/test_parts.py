@@ -17,7 +17,7 @@ from gradclip.demo.picture import draw
 from gradclip.demo.progress import Bars, Lines, progress
 from gradclip.demo.table import show_table
 from gradclip.demo.text import Text, batches, read_text
-from gradclip.printing import number
+from gradclip.report.printing import number
 
 NAN, INF = math.nan, math.inf
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from gradclip.report import heat_map
-from gradclip.report.heat_map import color_range, heat_map_of
-from gradclip.report.picture import figure_of
+from gradclip.report.pictures import heat_map
+from gradclip.report.pictures.heat_map import color_range, heat_map_of
+from gradclip.report.pictures.picture import figure_of
 from gradclip.report.run import ParameterNorms
 from tests.report.pictured import (
     NAN,

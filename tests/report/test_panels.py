@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
-from gradclip.report import picture
-from gradclip.report.curves import COLUMNS, envelope, running_clip_rate, thinned, window_of
-from gradclip.report.distribution import percent
-from gradclip.report.picture import draw, figure_of
+from gradclip.report.pictures import picture
+from gradclip.report.pictures.curves import COLUMNS, envelope, running_clip_rate, thinned, window_of
+from gradclip.report.pictures.distribution import percent
+from gradclip.report.pictures.picture import draw, figure_of
 from tests.report.pictured import (
     INF,
     NAN,

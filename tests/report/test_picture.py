@@ -12,11 +12,11 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from gradclip import ArgumentError
-from gradclip.report import picture
-from gradclip.report.distribution import percent, separated
-from gradclip.report.names import drawable, short_names
-from gradclip.report.picture import draw, figure_of
-from gradclip.report.style import log_limits, log_tick_label, log_ticks
+from gradclip.report.pictures import picture
+from gradclip.report.pictures.distribution import percent, separated
+from gradclip.report.pictures.names import drawable, short_names
+from gradclip.report.pictures.picture import draw, figure_of
+from gradclip.report.pictures.style import log_limits, log_tick_label, log_ticks
 from tests.report.pictured import (
     NAN,
     OKABE_ITO,

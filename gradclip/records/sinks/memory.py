@@ -89,7 +89,7 @@ class MemorySink(CadencedSink):
             ArgumentError: There are no steps yet, or there can be no picture at this path.
             ImportError: matplotlib is not installed.
         """
-        from ...report.picture import draw, figure_of
+        from ...report.pictures.picture import draw, figure_of
         from ...report.run import run_of
 
         if not self.steps:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .run import Run
+from ..run import Run
 
 COLUMNS = 2000
 """Parts that the steps of a long run are divided into, more than a panel has pixels."""

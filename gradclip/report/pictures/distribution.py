@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..advice import Advice
 from ..printing import number
-from .advice import Advice
+from ..run import Run
 from .curves import positive
 from .panels import extremes, finish
-from .run import Run
 from .style import BLUE, LARGE, SMALL, VERMILION, log_limits, set_log_axis
 
 if TYPE_CHECKING:

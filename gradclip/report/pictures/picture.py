@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ArgumentError
-from .advice import Advice, advised
+from ...errors import ArgumentError
+from ..advice import Advice, advised
+from ..run import Run
+from ..summary import summarized
 from .distribution import counts_of, distribution_limits, draw_distribution, spread
 from .heat_map import HeatMap, color_range, draw_heat_map, heat_map_of
 from .names import drawable, short_names
 from .panels import draw_clip_rate, draw_norms, norm_limits, set_steps
-from .run import Run
 from .style import LARGE, TEXT
-from .summary import summarized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..printing import number
+from ..run import Run
 from .curves import envelope, positive, running_clip_rate, thinned, window_of
-from .run import Run
 from .style import (
     BLUE,
     LARGE,

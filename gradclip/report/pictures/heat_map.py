@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..run import ParameterNorms, Run
 from .names import drawable, short_names
-from .run import ParameterNorms, Run
 from .style import NOT_LOGGED, SMALL, TEXT, VERMILION, log_tick_label, log_ticks
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from torch.optim import SGD, AdamW
 from benchmarks.cuda_training import GPT2
 from benchmarks.spike_outcomes import CLEAN, UNCLIPPED
 from gradclip import GradientClipper
-from gradclip.demo.model import CharacterModel
-from gradclip.demo.text import read_text
+from gradclip.cli.demo.task import CharacterModel, read_text
 from gradclip.thresholds import MedianDeviation, Percentile, ZScore
 
 BATCH, LENGTH = 8, 32

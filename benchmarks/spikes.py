@@ -40,7 +40,7 @@ from benchmarks.spike_outcomes import Outcome, Pilot, rows_of
 from benchmarks.spike_picture import draw
 from benchmarks.spike_report import report
 from benchmarks.spike_training import ARMS, CORRUPTIONS, LEARNERS, Training, code_of, text
-from gradclip.demo.training import one_thread
+from gradclip.cli.demo.training import one_thread
 from gradclip.report.advice import advised
 from gradclip.report.run import run_of
 from gradclip.report.summary import summarized

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gradclip.cli import main
+from gradclip.cli.main import main
 from tests.sinks import browser, server
 
 DOCS = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ import pytest
 
 import gradclip
 from gradclip import GradientClipper, JsonlSink
-from gradclip.cli import main
+from gradclip.cli.main import main
 
 WITHOUT_THE_EXTRA = """
 import sys

@@ -20,7 +20,8 @@ import torch
 from torch import distributed, nn
 
 import gradclip
-from gradclip import GradientClipper, MemorySink, cli, thresholds
+from gradclip import GradientClipper, MemorySink, thresholds
+from gradclip.cli import main as cli
 from gradclip.engines.layout import is_narrow
 from gradclip.engines.native import engine as native
 from gradclip.records import replays

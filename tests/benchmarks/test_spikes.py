@@ -9,7 +9,7 @@ import torch
 from benchmarks import spike_report, spike_training, spikes
 from benchmarks.spike_outcomes import CLEAN, UNCLIPPED, Outcome, Pilot, interval, rows_of, student_t
 from benchmarks.spike_training import ARMS, CORRUPTIONS, LEARNERS, Training
-from gradclip.demo.training import one_thread
+from gradclip.cli.demo.training import one_thread
 from gradclip.thresholds import MedianDeviation
 
 STEPS = 12

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gradclip.cli import main
-from gradclip.demo.text import read_text
+from gradclip.cli.demo.task import read_text
+from gradclip.cli.main import main
 
 text = functools.cache(read_text)
 Points = dict[str, list[tuple[int, float]]]
@@ -83,9 +83,9 @@ def demo(tmp_path, capsys, monkeypatch):
     def run(*arguments: str, steps: int = 3, folder: str = "out", picture: bool = False) -> Done:
         capsys.readouterr()
         path = tmp_path / folder
-        monkeypatch.setattr("gradclip.demo.run.read_text", text)
+        monkeypatch.setattr("gradclip.cli.demo.run.read_text", text)
         if not picture:
-            monkeypatch.setattr("gradclip.demo.run.draw", lambda runs, options: None)
+            monkeypatch.setattr("gradclip.cli.demo.run.draw", lambda runs, options: None)
         code = main(["demo", "--steps", str(steps), "--out", str(path), *arguments])
         return Done(code, *capsys.readouterr(), path)
 

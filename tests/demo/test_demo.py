@@ -11,11 +11,10 @@ import sys
 import pytest
 import torch
 
-from gradclip.cli import main
-from gradclip.demo.folder import LOG_SUFFIX
-from gradclip.demo.model import seeded_model
-from gradclip.demo.options import CELLS
-from gradclip.demo.progress import Lines
+from gradclip.cli.demo.options import CELLS, LOG_SUFFIX
+from gradclip.cli.demo.progress import Lines
+from gradclip.cli.demo.task import seeded_model
+from gradclip.cli.main import main
 
 TAGS = {
     "loss",
@@ -139,7 +138,7 @@ def test_every_cell_learns_something_with_clipping(demo, cell):
 
 def test_a_run_that_ends_in_nan_is_shown_as_such(demo, monkeypatch, png_size):
     # With weights so large the first step already overflows.
-    monkeypatch.setattr("gradclip.demo.model.GAIN", 1e6)
+    monkeypatch.setattr("gradclip.cli.demo.task.GAIN", 1e6)
     done = demo("--cell", "rnn-relu", picture=True)
     assert done.code == 0
     assert math.isnan(done.unclipped["loss"][-1][1])

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip.demo.curves import Curves
-from gradclip.demo.model import GAIN, HIDDEN, seeded_model
-from gradclip.demo.options import CELLS, Options
-from gradclip.demo.picture import draw
-from gradclip.demo.progress import Bars, Lines, progress
-from gradclip.demo.table import show_table
-from gradclip.demo.text import Text, batches, read_text
+from gradclip.cli.demo.curves import Curves
+from gradclip.cli.demo.options import CELLS, Options
+from gradclip.cli.demo.picture import draw
+from gradclip.cli.demo.progress import Bars, Lines, progress
+from gradclip.cli.demo.run import show_table
+from gradclip.cli.demo.task import GAIN, HIDDEN, Text, batches, read_text, seeded_model
 from gradclip.report.printing import number
 
 NAN, INF = math.nan, math.inf

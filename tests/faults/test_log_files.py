@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tensorboard.compat.proto.event_pb2 import Event
 
 from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep, TensorBoardSink
-from gradclip.cli import DONE, REFUSED, main
+from gradclip.cli.main import DONE, REFUSED, main
 from gradclip.records.sinks.tfrecord import framed, header_of
 from gradclip.report import Run, read_runs
 

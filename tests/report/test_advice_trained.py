@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import gradclip
 from gradclip import GradientClipper, JsonlSink
-from gradclip.demo.text import read_text
+from gradclip.cli.demo.task import read_text
 from gradclip.report import Run, read_runs
 from gradclip.report.advice import Advice, advised
 from gradclip.report.show import show_report

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from gradclip import GradientClipper
-from gradclip.cli import main
-from gradclip.demo.options import Options
+from gradclip.cli.demo.options import Options
+from gradclip.cli.main import main
 from gradclip.records.sinks.charts import CHARTS
 from tests.sinks.browser import Page, chromium, missing
 from tests.sinks.server import Server, eventually, tensorboard

@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from ._version import __version__
+from .._version import __version__
+from ..errors import GradClipError
 from .demo.options import CELLS, Options
-from .errors import GradClipError
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes; 130 is what shells make of Ctrl-C."""
@@ -65,9 +65,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from .report import read_runs  # here, as above
-    from .report.pictures.picture import check_picture, check_runs, draw
-    from .report.show import show_report
+    from ..report import read_runs  # here, as above
+    from ..report.pictures.picture import check_picture, check_runs, draw
+    from ..report.show import show_report
 
     if arguments.plot is not None:
         try:

@@ -11,15 +11,13 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.tensorboard import SummaryWriter
 
-from ..clipper import GradientClipper
-from ..records.logged_step import LoggedStep
-from ..records.sinks import TensorBoardSink
-from ..records.sinks.base import Sink
+from ...clipper import GradientClipper
+from ...records.logged_step import LoggedStep
+from ...records.sinks import TensorBoardSink
+from ...records.sinks.base import Sink
 from .curves import Curves
-from .folder import LOG_SUFFIX
-from .model import seeded_model
-from .options import Options
-from .text import Text, batches
+from .options import LOG_SUFFIX, Options
+from .task import Text, batches, seeded_model
 
 LEARNING_RATE = 1.0
 

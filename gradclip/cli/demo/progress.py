@@ -6,7 +6,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from ..report.printing import number
+from ...report.printing import number
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..report.printing import number
+from ...report.printing import number
 from .curves import Curves
 from .options import Options
 

@@ -1,4 +1,4 @@
-"""The folder that the demo writes to."""
+"""What a user of the demo can choose."""
 
 from __future__ import annotations
 
@@ -6,9 +6,35 @@ import glob
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ..errors import ArgumentError
-from .options import Options
+from ...errors import ArgumentError
+
+CELLS = ("rnn-tanh", "rnn-relu", "lstm", "gru")
+"""Recurrent networks to choose from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of ``gradclip demo``, which the command line has checked."""
+
+    steps: int = 300
+    """Steps of each run."""
+    seed: int = 2
+    max_norm: float = 1.0
+    cell: str = "rnn-tanh"
+    out: str = "demo"
+    """Folder for everything that is written."""
+
+    @property
+    def picture(self) -> str:
+        """Path of the picture."""
+        return os.path.join(self.out, "demo.png")
+
+    def logs(self, run: str) -> str:
+        """Return the folder for the TensorBoard logs of a run."""
+        return os.path.join(self.out, run)
+
 
 LOG_SUFFIX = ".gradclip-demo"
 """Ends the names of the demo's event files, so that it can tell them from others."""

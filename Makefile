@@ -44,7 +44,7 @@ test-cuda-memory:
 	    $(PYTHON_CUDA) -m pytest -q -m "cuda and not slow" tests/engines
 
 bench-cuda:
-	$(PYTHON_CUDA) -m benchmarks.cuda
+	$(PYTHON_CUDA) -m benchmarks.cuda.run
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -55,7 +55,7 @@ types: $(STAMP)
 
 # Counts instructions too, where valgrind is there.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.clip --instructions
+	$(BIN)/python -m benchmarks.cost.clip --instructions
 
 # Beside the frameworks, not among them: where they find timm they want its torchvision, of which
 # its one file for AGC needs nothing.
@@ -67,23 +67,23 @@ $(PEERS): constraints.txt | $(STAMP)
 	touch $@
 
 bench-thresholds: $(READY) $(PEERS)
-	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks.thresholds
+	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks.cost.thresholds
 
 bench-peers: $(READY) $(FRAMEWORKS) $(PEERS)
-	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks.peers --save benchmarks/results/peers.md
+	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks.peers.run --save benchmarks/results/peers.md
 
 bench-spikes: $(READY)
-	$(BIN)/python -m benchmarks.spikes --save benchmarks/results/spikes.md
+	$(BIN)/python -m benchmarks.experiments.spikes.run --save benchmarks/results/spikes.md
 
 bench-temporal-order: $(READY)
-	$(BIN)/python -m benchmarks.temporal_order --checkpoint build/temporal_order \
+	$(BIN)/python -m benchmarks.experiments.temporal_order.run --checkpoint build/temporal_order \
 	    --save benchmarks/results/temporal_order.md
 
 bench-logging: $(READY)
-	$(BIN)/python -m benchmarks.logging
+	$(BIN)/python -m benchmarks.cost.logging
 
 bench-distributed: $(READY)
-	$(BIN)/python -m benchmarks.distributed --save benchmarks/results/distributed.md
+	$(BIN)/python -m benchmarks.cost.distributed --save benchmarks/results/distributed.md
 
 # Those of the README that come from a demo run; wants chromium and chromedriver.
 pictures: $(READY)

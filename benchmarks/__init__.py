@@ -1,1 +1,1 @@
-"""Measurements against peers, side by side in one process; run as modules."""
+"""Measurements beside peers, each side by side in one process; run as modules."""

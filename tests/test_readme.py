@@ -164,7 +164,7 @@ def test_no_path_or_command_in_brackets_goes_unseen():
         "tests/test_clipper.py -m closure",
         "tests/conftest.py",
         "python -m benchmarks.nothing",
-        "python -m benchmarks.shapes",
+        "python -m benchmarks.common.shapes",
         "python examples/nothing.py",
         "make nothing",
         ".ci/nothing",

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from benchmarks import bandwidth, clip, instructions
-from benchmarks.shapes import SETS
-from benchmarks.timing import interleaved_medians
+from benchmarks.common.shapes import SETS
+from benchmarks.common.timing import interleaved_medians
+from benchmarks.cost import bandwidth, clip, instructions
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cuda, cuda_report, cuda_rivals, cuda_timing
-from benchmarks.cuda_training import GPT2
-from benchmarks.shapes import gpt2
+from benchmarks.common.models import GPT2
+from benchmarks.common.shapes import gpt2
+from benchmarks.cuda import (
+    report as cuda_report,
+)
+from benchmarks.cuda import (
+    rivals as cuda_rivals,
+)
+from benchmarks.cuda import (
+    run as cuda,
+)
+from benchmarks.cuda import (
+    timing as cuda_timing,
+)
 from gradclip import engines
 from gradclip.engines import engine_for
 
@@ -240,7 +251,7 @@ def test_the_triton_engine_serves_toys_only_while_it_is_measured(monkeypatch):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_with_interpreted_kernels():
-    command = [sys.executable, "-m", "benchmarks.cuda", "--sets", "tiny", "--seconds", "0.01"]
+    command = [sys.executable, "-m", "benchmarks.cuda.run", "--sets", "tiny", "--seconds", "0.01"]
     run = subprocess.run(
         [*command, "--no-compile", "--no-training", "--json"],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

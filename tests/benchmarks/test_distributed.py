@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import distributed
+from benchmarks.cost import distributed
 
 
 def row(ranks: int, parameters: int, ratio: float, collectives: int = 1) -> dict[str, Any]:

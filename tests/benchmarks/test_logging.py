@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import logging
+from benchmarks.cost import logging
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import gradclip
-from benchmarks import peers
-from benchmarks.packages import FIXED, PEERS, Clipping, parameters_of, torch_plain
-from benchmarks.peer_hazards import HAZARDS, outcome
-from benchmarks.peer_scenes import COUNT
-from benchmarks.peer_ways import PACKAGES, Way, adaptive_ways, fixed_ways
-from benchmarks.shapes import SETS
+from benchmarks.common.shapes import SETS
+from benchmarks.peers import run as peers
+from benchmarks.peers.hazards import HAZARDS, outcome
+from benchmarks.peers.packages import FIXED, PEERS, Clipping, parameters_of, torch_plain
+from benchmarks.peers.scenes import COUNT
+from benchmarks.peers.ways import PACKAGES, Way, adaptive_ways, fixed_ways
 
 ROOT = Path(__file__).parents[2]
 WAYS = {way.name: way for way in (*fixed_ways("eager"), *adaptive_ways())}

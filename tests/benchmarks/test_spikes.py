@@ -6,9 +6,19 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import spike_report, spike_training, spikes
-from benchmarks.spike_outcomes import CLEAN, UNCLIPPED, Outcome, Pilot, interval, rows_of, student_t
-from benchmarks.spike_training import ARMS, CORRUPTIONS, LEARNERS, Training
+from benchmarks.experiments.spikes import report as spike_report
+from benchmarks.experiments.spikes import run as spikes
+from benchmarks.experiments.spikes import training as spike_training
+from benchmarks.experiments.spikes.outcomes import (
+    CLEAN,
+    UNCLIPPED,
+    Outcome,
+    Pilot,
+    interval,
+    rows_of,
+    student_t,
+)
+from benchmarks.experiments.spikes.training import ARMS, CORRUPTIONS, LEARNERS, Training
 from gradclip.cli.demo.training import one_thread
 from gradclip.thresholds import MedianDeviation
 
@@ -136,7 +146,8 @@ def test_the_benchmark_runs_and_saves_every_row(capsys, tmp_path, monkeypatch):
     assert "| 1 NaN | no clipping | diverged |" in printed
     assert "| 2 of 2 |" in printed
     assert "- seeds: 2, from 1 to 2" in printed
-    assert f"- command: `python -m benchmarks.spikes {' '.join(options)} --save {saved}`" in printed
+    command = f"python -m benchmarks.experiments.spikes.run {' '.join(options)} --save {saved}"
+    assert f"- command: `{command}`" in printed
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

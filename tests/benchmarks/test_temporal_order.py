@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import temporal_order, temporal_task, temporal_training
-from benchmarks.temporal_report import (
+from benchmarks.experiments.temporal_order import (
+    run as temporal_order,
+)
+from benchmarks.experiments.temporal_order import (
+    task as temporal_task,
+)
+from benchmarks.experiments.temporal_order import (
+    training as temporal_training,
+)
+from benchmarks.experiments.temporal_order.report import (
     NEVER,
     Comparison,
     Outcome,
@@ -19,8 +27,13 @@ from benchmarks.temporal_report import (
     verdicts,
     wilson,
 )
-from benchmarks.temporal_task import Networks, generator_for, generators_for, sequences
-from benchmarks.temporal_training import ARMS, Arm, Pair, Plan, trained
+from benchmarks.experiments.temporal_order.task import (
+    Networks,
+    generator_for,
+    generators_for,
+    sequences,
+)
+from benchmarks.experiments.temporal_order.training import ARMS, Arm, Pair, Plan, trained
 
 
 @pytest.fixture(autouse=True)

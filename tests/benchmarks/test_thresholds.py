@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import thresholds
-from benchmarks.packages import PEERS, peer
+from benchmarks.cost import thresholds
+from benchmarks.peers.packages import PEERS, peer
 
 
 def test_the_benchmark_runs_and_prints_every_rule_and_scope(capsys):

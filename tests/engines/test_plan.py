@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.shapes import gpt2, resnet50, tiny
+from benchmarks.common.shapes import gpt2, resnet50, tiny
 from gradclip.engines.triton.plan import (
     BLOCK,
     PIECE,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 Timer = Callable[[Callable[[], object], Callable[[], None]], float]
 """Given what to call and what to do before: the seconds that the call took."""
@@ -55,3 +57,19 @@ def interleaved_medians(
         rounds += 1
     # The first round pays for what is allocated once.
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer, with a TimeoutError; in the main thread only."""
+
+    def interrupt(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,6 +1,6 @@
 """Cost of clipping against torch's clip_grad_norm_, and the error of the norm.
 
-    python -m benchmarks.clip [--sets small lstm] [--seconds 5] [--instructions] [--json]
+    python -m benchmarks.cost.clip [--sets small lstm] [--seconds 5] [--instructions] [--json]
 
 Prints times as ratios to torch's default in the same run: on a shared machine only ratios mean
 something. Gradients are rewritten from a pool before every timed call. "function" and "hook" are
@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradclip
-from benchmarks import instructions
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.gradients import Gradients, Still, machine
-from benchmarks.shapes import SETS
-from benchmarks.timing import interleaved_medians
+from benchmarks.common.gradients import Gradients, Still, machine
+from benchmarks.common.shapes import SETS
+from benchmarks.common.timing import interleaved_medians
+from benchmarks.cost import instructions
+from benchmarks.cost.bandwidth import read_bandwidth
 from gradclip import engines
 from gradclip.engines import engine_for
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from benchmarks.timing import Timer, by_clock, interleaved_medians
+from benchmarks.common.timing import Timer, by_clock, interleaved_medians
 
 COPIED = {"cuda": (1 << 30, 1 << 32), "cpu": (1 << 20,)}
 """Bytes of the copies by which bandwidth is measured."""

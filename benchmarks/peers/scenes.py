@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from benchmarks.peer_ways import MAX_NORM, Way
+from benchmarks.peers.ways import MAX_NORM, Way
 
 SHAPES = [(16, 8), (16,), (4, 16)]
 COUNT = sum(map(math.prod, SHAPES))

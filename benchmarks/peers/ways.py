@@ -12,8 +12,15 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 import gradclip
-from benchmarks.packages import FIXED, PEERS, Clipping, MakeFixed, parameters_of, torch_compiled
-from benchmarks.thresholds import LIKE_PEERS
+from benchmarks.peers.packages import (
+    FIXED,
+    LIKE_PEERS,
+    PEERS,
+    Clipping,
+    MakeFixed,
+    parameters_of,
+    torch_compiled,
+)
 from gradclip.thresholds import Threshold
 
 Make = Callable[[list[Optimizer], GradScaler | None], Clipping]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import math
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import gradclip
-from benchmarks.gradients import POOL, Gradients
+from benchmarks.common.gradients import POOL, Gradients
+from benchmarks.common.timing import deadline
 
 MAX_NORM = 1.0
 COMPILE_SECONDS = 45.0
@@ -129,19 +128,3 @@ def multi_tensor(package: str, parameters: list[nn.Parameter]) -> Step:
             apply(kernels.multi_tensor_scale, flag, [held, held], coefficient)
 
     return clip
-
-
-@contextlib.contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer, with a TimeoutError; in the main thread only."""
-
-    def interrupt(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -1,6 +1,6 @@
 """Cost of clipping on an NVIDIA GPU against torch's clip_grad_norm_, and the error of the norm.
 
-    python -m benchmarks.cuda [--sets gpt2 tiny] [--seconds 5] [--no-training] [--no-compile]
+    python -m benchmarks.cuda.run [--sets gpt2 tiny] [--seconds 5] [--no-training] [--no-compile]
                               [--json] [--output benchmarks/results/h200.md]
 
 Rivals take turns in one process; figures are medians. Before every timed call the gradients are
@@ -38,10 +38,12 @@ from typing import Any
 import torch
 
 import gradclip
-from benchmarks import cuda_report, cuda_training, shapes
-from benchmarks.cuda_rivals import MAX_NORM, DeviceGradients, Step, clipping_rivals
-from benchmarks.cuda_timing import copy_bandwidth, device_and_host_medians, synchronize
-from benchmarks.gradients import Still
+from benchmarks.common import shapes
+from benchmarks.common.gradients import Still
+from benchmarks.cuda import report as cuda_report
+from benchmarks.cuda import training as cuda_training
+from benchmarks.cuda.rivals import MAX_NORM, DeviceGradients, Step, clipping_rivals
+from benchmarks.cuda.timing import copy_bandwidth, device_and_host_medians, synchronize
 from gradclip import engines
 
 NORMS = {"norm": 1.0, "under": MAX_NORM / 2, "clipping": MAX_NORM * 2}

@@ -6,6 +6,7 @@ pip install lightning accelerate
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import importlib.util
@@ -17,9 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+
+import gradclip
+from benchmarks.common.gradients import Gradients, Still
+from benchmarks.common.shapes import SETS
+from benchmarks.common.timing import interleaved_medians
+from gradclip.thresholds import (
+    Percentile,
+    RelativeToWeights,
+    StepContext,
+    Threshold,
+    ZScore,
+)
 
 Step = Callable[[], object]
 Optimizers = list[Any]
@@ -219,3 +232,70 @@ def _smartclip(parameters: list[nn.Parameter], make: Callable[[Any], Any]) -> Cl
 
 def _stateful(clipper: Any) -> Any:
     return clipper if hasattr(clipper, "state_dict") else None
+
+
+LIKE_PEERS = {
+    "autoclip QuantileClip": ("global", Percentile),
+    "smartclip AutoClip": ("global", Percentile),
+    "zclip ZClip": ("global", ZScore),
+    "smartclip ZScoreClip": ("global", ZScore),
+    "timm adaptive_clip_grad": ("unit", RelativeToWeights),
+}
+"""The scope and the rule that are nearest to what a peer does."""
+
+
+class Halving(Threshold):
+    """Clips every second norm, to half of it."""
+
+    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
+        """See `Threshold.thresholds`."""
+        thresholds = norms.clone()
+        thresholds[::2] *= 0.5
+        return thresholds
+
+
+def measure_peers(name: str, seconds: float) -> dict[str, dict[str, float]]:
+    """Time each peer beside the nearest pair of scope and rule, after some steps of both.
+
+    For AGC gradients are so small that about half of the units are clipped.
+    """
+    found = {}
+    for other in PEERS:
+        gradients = Gradients(SETS[name](), torch.float32)
+        theirs = peer(other, gradients.parameters)
+        if theirs is None:
+            continue
+        scope, rule = LIKE_PEERS[other]
+        optimizer = Still(gradients.parameters)
+        rivals = {"theirs": theirs, "hook": optimizer.step}
+        if scope == "unit":
+            units = functools.partial(gradclip.clip_grad_units_, gradients.parameters)
+            rivals["clip_grad_units_"] = units
+        factor = 5e-4 if scope == "unit" else 1.0
+
+        def prepare(gradients: Gradients = gradients, factor: float = factor) -> None:
+            gradients.rewrite()
+            torch._foreach_mul_([p.grad for p in gradients.parameters], factor)
+
+        with gradclip.GradientClipper(optimizer, rule(), scope=scope):
+            for _ in range(200 if name == "small" else 20):
+                prepare()
+                for step in rivals.values():
+                    step()
+            found[other] = interleaved_medians(rivals, prepare, seconds)
+    return found
+
+
+def print_peers(name: str, seconds: float) -> None:
+    """Print steps of gradclip as ratios to those of other packages."""
+    print(f"\n| {name}, beside | theirs, us | hook | clip_grad_units_ |\n|---|---|---|---|")
+    found = measure_peers(name, seconds)
+    for other in PEERS:
+        if other not in found:
+            print(f"| {other} | not installed | | |")
+            continue
+        medians = found[other]
+        theirs = medians["theirs"]
+        units = medians.get("clip_grad_units_")
+        last = f"{units / theirs:.2f}" if units is not None else ""
+        print(f"| {other} | {theirs * 1e6:.0f} | {medians['hook'] / theirs:.2f} | {last} |")

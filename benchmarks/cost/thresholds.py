@@ -1,19 +1,18 @@
 """Cost of every rule for thresholds and of every scope, beside other packages.
 
-    python -m benchmarks.thresholds [--seconds 5] [--steps 100 10000 1000000]
+    python -m benchmarks.cost.thresholds [--seconds 5] [--steps 100 10000 1000000]
 
 Four tables. The first: what a rule adds to a step, for k norms, after a history of so many
 steps. The history is made with k = 1; larger k get that state once for each norm, since only its
 length could make a rule slower. The second: the same in whole steps of a small model, k = 1, weight
 norms included. The third: steps with different scopes on the same gradients. The
 fourth: steps of other packages on the same gradients, each where it is installed (see
-`benchmarks/packages.py`). Ratios are of medians that were measured in turn.
+`benchmarks/peers/packages.py`). Ratios are of medians that were measured in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import resource
 from collections.abc import Callable
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor
 
 import gradclip
-from benchmarks.gradients import Gradients, Still, machine
-from benchmarks.packages import PEERS, peer
-from benchmarks.shapes import SETS
-from benchmarks.timing import interleaved_medians
+from benchmarks.common.gradients import Gradients, Still, machine
+from benchmarks.common.shapes import SETS
+from benchmarks.common.timing import interleaved_medians
+from benchmarks.peers.packages import Halving, print_peers
 from gradclip.gradients.coefficients import clip_coefficients
 from gradclip.thresholds import (
     Fixed,
@@ -56,14 +55,6 @@ RULES: dict[str, Callable[[], Threshold]] = {
     "Percentile": Percentile,
     "Percentile, window 100": lambda: Percentile(window=100),
 }
-LIKE_PEERS = {
-    "autoclip QuantileClip": ("global", Percentile),
-    "smartclip AutoClip": ("global", Percentile),
-    "zclip ZClip": ("global", ZScore),
-    "smartclip ZScoreClip": ("global", ZScore),
-    "timm adaptive_clip_grad": ("unit", RelativeToWeights),
-}
-"""The scope and the rule that are nearest to what a peer does."""
 
 
 class History:
@@ -177,48 +168,6 @@ def measure_scopes(name: str, dtype: torch.dtype, seconds: float) -> dict[str, f
     return interleaved_medians(rivals, gradients.rewrite, seconds)
 
 
-class Halving(Threshold):
-    """Clips every second norm, to half of it."""
-
-    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
-        """See `Threshold.thresholds`."""
-        thresholds = norms.clone()
-        thresholds[::2] *= 0.5
-        return thresholds
-
-
-def measure_peers(name: str, seconds: float) -> dict[str, dict[str, float]]:
-    """Time each peer beside the nearest pair of scope and rule, after some steps of both.
-
-    For AGC gradients are so small that about half of the units are clipped.
-    """
-    found = {}
-    for other in PEERS:
-        gradients = Gradients(SETS[name](), torch.float32)
-        theirs = peer(other, gradients.parameters)
-        if theirs is None:
-            continue
-        scope, rule = LIKE_PEERS[other]
-        optimizer = Still(gradients.parameters)
-        rivals = {"theirs": theirs, "hook": optimizer.step}
-        if scope == "unit":
-            units = functools.partial(gradclip.clip_grad_units_, gradients.parameters)
-            rivals["clip_grad_units_"] = units
-        factor = 5e-4 if scope == "unit" else 1.0
-
-        def prepare(gradients: Gradients = gradients, factor: float = factor) -> None:
-            gradients.rewrite()
-            torch._foreach_mul_([p.grad for p in gradients.parameters], factor)
-
-        with gradclip.GradientClipper(optimizer, rule(), scope=scope):
-            for _ in range(200 if name == "small" else 20):
-                prepare()
-                for step in rivals.values():
-                    step()
-            found[other] = interleaved_medians(rivals, prepare, seconds)
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -281,21 +230,6 @@ def print_scopes(name: str, seconds: float) -> None:
             ]
             short = str(dtype).removeprefix("torch.")
             print(f"| {scope} | {short} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
-
-
-def print_peers(name: str, seconds: float) -> None:
-    """Print steps of gradclip as ratios to those of other packages."""
-    print(f"\n| {name}, beside | theirs, us | hook | clip_grad_units_ |\n|---|---|---|---|")
-    found = measure_peers(name, seconds)
-    for other in PEERS:
-        if other not in found:
-            print(f"| {other} | not installed | | |")
-            continue
-        medians = found[other]
-        theirs = medians["theirs"]
-        units = medians.get("clip_grad_units_")
-        last = f"{units / theirs:.2f}" if units is not None else ""
-        print(f"| {other} | {theirs * 1e6:.0f} | {medians['hook'] / theirs:.2f} | {last} |")
 
 
 if __name__ == "__main__":

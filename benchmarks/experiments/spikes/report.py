@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.markdown import table
-from benchmarks.spike_outcomes import (
+from benchmarks.common.markdown import table
+from benchmarks.experiments.spikes.outcomes import (
     CLEAN,
     CONFIDENCE,
     UNCLIPPED,

@@ -1,6 +1,6 @@
 """Instructions that a call takes on the small set, counted by Callgrind: they repeat exactly.
 
-    python -m benchmarks.instructions [--calls 64]
+    python -m benchmarks.cost.instructions [--calls 64]
 
 Needs valgrind (Debian: apt-get install valgrind), and a few minutes: a processor is emulated, one
 without AVX-512. Counted are warm calls on one thread, without the loop around them.
@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 import gradclip
-from benchmarks.gradients import Gradients, Still
-from benchmarks.shapes import SETS
+from benchmarks.common.gradients import Gradients, Still
+from benchmarks.common.shapes import SETS
 from gradclip import engines
 
 SUMMARY = re.compile(r"^(?:summary|totals): (\d+)", re.MULTILINE)
@@ -38,7 +38,14 @@ def available() -> bool:
 
 def count(calls: int = 64) -> dict[str, float]:
     """Return the instructions of one call of each rival."""
-    command = [sys.executable, "-m", "benchmarks.instructions", "--inside", "--calls", str(calls)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.cost.instructions",
+        "--inside",
+        "--calls",
+        str(calls),
+    ]
     options = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no"]

@@ -7,8 +7,16 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.markdown import table
-from benchmarks.temporal_training import ARMS, LARGEST_ERROR, TEST, VALIDATION, Arm, Pair, Plan
+from benchmarks.common.markdown import table
+from benchmarks.experiments.temporal_order.training import (
+    ARMS,
+    LARGEST_ERROR,
+    TEST,
+    VALIDATION,
+    Arm,
+    Pair,
+    Plan,
+)
 
 LEVEL = 0.05
 NEVER = math.inf

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import interleaved_medians
+from benchmarks.common.timing import interleaved_medians
 
 SOURCE = Path(__file__).with_name("bandwidth.c")
 BYTES = 512 << 20

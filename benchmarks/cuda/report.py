@@ -1,4 +1,4 @@
-"""What `benchmarks.cuda` measured, as Markdown, beside what was aimed at."""
+"""What `benchmarks.cuda.run` measured, as Markdown, beside what was aimed at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
 from gradclip.engines import engine_for
 
 RIVALS = ("compiled", "apex", "transformer engine", "gradclip", "hook")

@@ -1,6 +1,6 @@
 """The same jobs through gradclip and through other packages, side by side in one process.
 
-    python -m benchmarks.peers [--seconds 10] [--sets small lstm] [--backend inductor]
+    python -m benchmarks.peers.run [--seconds 10] [--sets small lstm] [--backend inductor]
                                [--save benchmarks/results/peers.md]
 
 Cost of a step, error of the norm against float64, and what goes wrong in training loops (see
@@ -27,15 +27,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.cuda_rivals import deadline
-from benchmarks.gradients import Gradients, Still, machine
-from benchmarks.markdown import save, table
-from benchmarks.packages import Clipping
-from benchmarks.peer_hazards import HAZARDS, outcome, raised
-from benchmarks.peer_scenes import STEPS, USUAL
-from benchmarks.peer_ways import Way, adaptive_ways, fixed_ways, versions
-from benchmarks.shapes import SETS
-from benchmarks.timing import by_thread, interleaved_medians
+from benchmarks.common.gradients import Gradients, Still, machine
+from benchmarks.common.markdown import save, table
+from benchmarks.common.shapes import SETS
+from benchmarks.common.timing import by_thread, deadline, interleaved_medians
+from benchmarks.peers.hazards import HAZARDS, outcome, raised
+from benchmarks.peers.packages import Clipping
+from benchmarks.peers.scenes import STEPS, USUAL
+from benchmarks.peers.ways import Way, adaptive_ways, fixed_ways, versions
 
 REFERENCE = "torch"
 REGIMES: dict[str, tuple[float, ...]] = {"under": (0.5,), "clipping": (5.0,)}
@@ -239,7 +238,7 @@ def report(options: argparse.Namespace) -> list[str]:
     return [
         "# gradclip beside other ways to clip",
         "",
-        "Written by `python -m benchmarks.peers`, which says how.",
+        "Written by `python -m benchmarks.peers.run`, which says how.",
         "",
         ", ".join(f"{key} {value}" for key, value in told.items()),
         "",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from benchmarks.cuda_training import GPT2
-from benchmarks.spike_outcomes import CLEAN, UNCLIPPED
+from benchmarks.common.models import GPT2
+from benchmarks.experiments.spikes.outcomes import CLEAN, UNCLIPPED
 from gradclip import GradientClipper
 from gradclip.cli.demo.task import CharacterModel, read_text
 from gradclip.thresholds import MedianDeviation, Percentile, ZScore

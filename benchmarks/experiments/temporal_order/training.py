@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.temporal_task import Networks, generators_for, sequences, sequences_of_all
+from benchmarks.experiments.temporal_order.task import (
+    Networks,
+    generators_for,
+    sequences,
+    sequences_of_all,
+)
 from gradclip import GradientClipper
 
 LEARNING_RATE, BATCH, MAX_NORM = 0.01, 20, 1.0

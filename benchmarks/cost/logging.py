@@ -1,6 +1,6 @@
 """What logging adds to a step, beside lines written by hand.
 
-    python -m benchmarks.logging [--seconds 20] [--shape small]
+    python -m benchmarks.cost.logging [--seconds 20] [--shape small]
 
 A clipper clips the gradients of all parameters of ResNet-50 (161) at every step of an optimizer
 that does nothing: without a log, with the default one in TensorBoard, with the norms of the five
@@ -24,12 +24,11 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks.common.gradients import Gradients, Still, machine
+from benchmarks.common.shapes import resnet50
+from benchmarks.common.timing import by_thread, interleaved_medians
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
 from gradclip.report.printing import print_table
-
-from .gradients import Gradients, Still, machine
-from .shapes import resnet50
-from .timing import by_thread, interleaved_medians
 
 STEPS = 100
 LIMITS = {"default": 40, "5 largest": 200, "all": 1000}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.spike_outcomes import CLEAN, CONFIDENCE, Interval, Row, names_of
+from benchmarks.experiments.spikes.outcomes import CLEAN, CONFIDENCE, Interval, Row, names_of
 from gradclip.report.pictures.canvas import Picture
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Cost of clipping on FSDP2 against torch's clip_grad_norm_ with full_tensor(), by ranks.
 
-    python -m benchmarks.distributed [--ranks 2 4] [--parameters 48 300] [--rounds 200]
+    python -m benchmarks.cost.distributed [--ranks 2 4] [--parameters 48 300] [--rounds 200]
                                      [--save benchmarks/results/distributed.md]
 
 A stack of linear layers is sharded by `fully_shard`, in blocks of four and the root, over gloo
@@ -45,8 +45,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 import gradclip
-from benchmarks.gradients import Still, machine
-from benchmarks.markdown import save, table
+from benchmarks.common.gradients import Still, machine
+from benchmarks.common.markdown import save, table
 
 WIDTH, BLOCK = 64, 4
 REGIMES = {"under": 1e9, "clipping": 1e-3}

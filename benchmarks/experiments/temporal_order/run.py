@@ -1,13 +1,13 @@
 """The temporal order problem with clipping and without, many seeds of each side by side.
 
-    python -m benchmarks.temporal_order [--lengths 20 30 50] [--seeds 20] [--updates 100000]
-                                        [--minutes 16] [--checkpoint DIR]
-                                        [--save benchmarks/results/temporal_order.md]
+    python -m benchmarks.experiments.temporal_order.run [--lengths 20 30 50] [--seeds 20]
+        [--updates 100000] [--minutes 16] [--checkpoint DIR]
+        [--save benchmarks/results/temporal_order.md]
 
-Section 4 of Pascanu, Mikolov and Bengio (2013), see `benchmarks.temporal_task`: 50 tanh units, SGD
-at 0.01, batches of 20, clipping at 1. All seeds of an arm are trained at once: their weights are
-indices of dimension 0 of the same parameters, the loss is the sum of theirs, and one clipper scales
-each index by its own norm. Both arms begin with the same weights and see the same sequences.
+Section 4 of Pascanu, Mikolov and Bengio (2013), see `task.py`: 50 tanh units, SGD at 0.01, batches
+of 20, clipping at 1. All seeds of an arm are trained at once: their weights are indices of
+dimension 0 of the same parameters, the loss is the sum of theirs, and one clipper scales each
+index by its own norm. Both arms begin with the same weights and see the same sequences.
 
 A run ends for each length after so many updates, or minutes on the wall for both arms together,
 whichever is spent first. With a folder for checkpoints the same command goes on where it was
@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 import gradclip
-from benchmarks.gradients import machine
-from benchmarks.markdown import save
-from benchmarks.temporal_report import (
+from benchmarks.common.gradients import machine
+from benchmarks.common.markdown import save
+from benchmarks.experiments.temporal_order.report import (
     ABOUT_COMPARISONS,
     ABOUT_RATES,
     DEFINITION,
@@ -36,8 +36,14 @@ from benchmarks.temporal_report import (
     rates,
     verdicts,
 )
-from benchmarks.temporal_task import SPREAD, UNITS
-from benchmarks.temporal_training import BATCH, LEARNING_RATE, MAX_NORM, Plan, trained
+from benchmarks.experiments.temporal_order.task import SPREAD, UNITS
+from benchmarks.experiments.temporal_order.training import (
+    BATCH,
+    LEARNING_RATE,
+    MAX_NORM,
+    Plan,
+    trained,
+)
 
 
 def report(results: list[Result], updates: int, minutes: float) -> list[str]:

@@ -1,7 +1,7 @@
 """What a few bad gradients do to a training, clipped in several ways and not at all.
 
-    python -m benchmarks.spikes [--seeds 5] [--steps 400] [--models rnn gpt] [--processes 2]
-                                [--save benchmarks/results/spikes.md]
+    python -m benchmarks.experiments.spikes.run [--seeds 5] [--steps 400]
+        [--models rnn gpt] [--processes 2] [--save benchmarks/results/spikes.md]
 
 Two small models learn the characters of real text, the topics of Python's ``help()``. At preset
 steps the gradients are corrupted between the backward pass and whatever clips: multiplied, or
@@ -33,13 +33,20 @@ from typing import Any
 import numpy as np
 
 import gradclip
-from benchmarks import spike_training
-from benchmarks.gradients import machine
-from benchmarks.markdown import save
-from benchmarks.spike_outcomes import Outcome, Pilot, rows_of
-from benchmarks.spike_picture import draw
-from benchmarks.spike_report import report
-from benchmarks.spike_training import ARMS, CORRUPTIONS, LEARNERS, Training, code_of, text
+from benchmarks.common.gradients import machine
+from benchmarks.common.markdown import save
+from benchmarks.experiments.spikes import training as spike_training
+from benchmarks.experiments.spikes.outcomes import Outcome, Pilot, rows_of
+from benchmarks.experiments.spikes.picture import draw
+from benchmarks.experiments.spikes.report import report
+from benchmarks.experiments.spikes.training import (
+    ARMS,
+    CORRUPTIONS,
+    LEARNERS,
+    Training,
+    code_of,
+    text,
+)
 from gradclip.cli.demo.training import one_thread
 from gradclip.report.advice import advised
 from gradclip.report.run import run_of
@@ -136,8 +143,8 @@ def settings(options: argparse.Namespace, minutes: float) -> dict[str, str]:
     training, held_out, characters = text()
     told = {**machine(), "threads": f"1 in each of {options.processes} processes"}
     command = (
-        f"python -m benchmarks.spikes --seeds {options.seeds} --steps {options.steps} "
-        f"--models {' '.join(options.models)} --processes {options.processes}"
+        f"python -m benchmarks.experiments.spikes.run --seeds {options.seeds} "
+        f"--steps {options.steps} --models {' '.join(options.models)} --processes {options.processes}"
     )
     begin = first_corrupted(options.steps)
     return {

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.peer_scenes import COUNT, EVALUATIONS, STEPS, Repeating, Scene, flat
-from benchmarks.peer_ways import Way
+from benchmarks.peers.scenes import COUNT, EVALUATIONS, STEPS, Repeating, Scene, flat
+from benchmarks.peers.ways import Way
 
 SPIKE = 5.0
 SCALES = (2.0**16, 2.0**10)

@@ -1,0 +1,1 @@
+"""What clipping, rules, logging and ranks cost, beside torch's own functions."""

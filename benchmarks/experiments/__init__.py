@@ -1,0 +1,1 @@
+"""Answers to scientific questions: what clipping does to trainings."""

@@ -1,0 +1,1 @@
+"""Trainings whose gradients are corrupted, with clipping and without."""

@@ -1,0 +1,1 @@
+"""The temporal order problem of Pascanu, Mikolov and Bengio (2013)."""

@@ -1,0 +1,1 @@
+"""Other packages for clipping: their cost, and how they fare at what breaks clippers."""

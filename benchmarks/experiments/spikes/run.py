@@ -144,7 +144,8 @@ def settings(options: argparse.Namespace, minutes: float) -> dict[str, str]:
     told = {**machine(), "threads": f"1 in each of {options.processes} processes"}
     command = (
         f"python -m benchmarks.experiments.spikes.run --seeds {options.seeds} "
-        f"--steps {options.steps} --models {' '.join(options.models)} --processes {options.processes}"
+        f"--steps {options.steps} --models {' '.join(options.models)} "
+        f"--processes {options.processes}"
     )
     begin = first_corrupted(options.steps)
     return {

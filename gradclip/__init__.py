@@ -1,48 +1,76 @@
-"""gradclip: gradient clipping that is right, nearly free, and seen.
+"""Gradient clipping for PyTorch: right, nearly free, and seen.
 
-To read the code, take this order: README, ``examples/minimal.py``, ``clipper.py``,
-``attachment.py``, ``joint.py``, ``scopes.py``, ``labels.py``, ``gradients.py``, ``places.py``,
-``step_gradients.py``, ``norms.py``, ``coefficients.py``, ``limits.py``, ``thresholds/base.py``,
-``thresholds/fixed.py``, ``thresholds/adaptive.py``, ``engines/base.py``, ``engines/reference.py``,
-``engines/operators.py``, ``engines/native.py``, ``engines/_native.c``, ``engines/plan.py``,
-``engines/kernels.py``, ``engines/launching.py``, ``engines/requests.py``, ``engines/triton.py``,
-``ranks.py``, ``shards.py``, ``told.py``, ``agreement.py``, ``disagreement.py``, ``peers.py``,
-``overflow.py``, ``parts.py``, ``records.py``, ``buffer.py``, ``incidents.py``, ``recorder.py``,
-``capture.py``, ``replays.py``, ``sinks/tensorboard.py``, ``sinks/event_files.py``,
-``sinks/record_format.py``, ``report/reading.py``, ``report/run.py``, ``report/summary.py``,
-``report/advice.py``.
+Every clipping algorithm answers two questions, and any pair of answers works:
+
+- scope: which gradients share one norm?
+- threshold: how large may that norm be now?
+
+The step is always the same: measure the norms, ask for the thresholds, scale in place by
+``min(1, threshold / norm)``, record.
+
+====================================================  ===========  ========================
+known as                                              scope        threshold
+====================================================  ===========  ========================
+``torch.nn.utils.clip_grad_norm_``, Pascanu 2013      "global"     ``Fixed(c)``
+Keras ``clipnorm``, detectron2                        "parameter"  ``Fixed(c)``
+warm-up of the threshold                              "global"     ``Schedule(function)``
+AutoClip, Seetharaman 2020                            "global"     ``Percentile(10)``
+ZClip, Kumar 2025                                     "global"     ``ZScore(2.5)``
+AdaGC, Wang 2025                                      "parameter"  ``MovingAverage(1.05)``
+a rule for spikes that one spike cannot blind         "global"     ``MedianDeviation(10)``
+OLMo's skipped steps, with ``exceed="skip"``          "global"     ``MeanDeviation(6)``
+AGC of NFNets, Brock 2021                             "unit"       ``RelativeToWeights()``
+====================================================  ===========  ========================
+
+Read the code in this order:
+
+1. ``examples/minimal.py``, then ``clipper.py``: one step from gradients to record;
+2. ``scopes/`` and ``thresholds/``: the two answers, one rule a file;
+3. ``gradients/``: what lies between them, with the formula in ``coefficients.py``;
+4. ``engines/``: the arithmetic, in plain torch first (``reference.py``), then in C and Triton;
+5. ``optimizers/`` and ``ranks/``: the hook on an optimizer, and many processes;
+6. ``records/`` and ``report/``: what a step leaves behind, and what is read from it.
 """
 
 from __future__ import annotations
 
-from . import thresholds
-from ._version import __version__
-from .clipper import GradientClipper
-from .errors import (
-    ArgumentError,
-    AttachError,
-    EngineUnavailableError,
-    GradClipError,
-    GradientError,
-    NonFiniteGradientError,
-    SkipLimitError,
-    StateError,
-)
-from .functional.backward import TimeNorms, clip_backward, through_time
-from .functional.torch_names import (
-    clip_grad_norm_,
-    clip_grad_value_,
-    clip_gradients_,
-    clip_grads_with_norm_,
-    get_total_norm,
-)
-from .functional.units import clip_grad_units_
-from .ranks.ranks import Ranks
-from .records.logged_step import LoggedStep
-from .records.record import ClipRecord
-from .records.sinks import CallableSink, JsonlSink, MemorySink, Sink, TensorBoardSink
-from .scopes.scope import Scope
-from .thresholds import Threshold
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import thresholds
+    from .clipper import GradientClipper
+    from .errors import (
+        ArgumentError,
+        AttachError,
+        EngineUnavailableError,
+        GradClipError,
+        GradientError,
+        NonFiniteGradientError,
+        SkipLimitError,
+        StateError,
+    )
+    from .functional.backward import TimeNorms, clip_backward, through_time
+    from .functional.torch_names import (
+        clip_grad_norm_,
+        clip_grad_value_,
+        clip_gradients_,
+        clip_grads_with_norm_,
+        get_total_norm,
+    )
+    from .functional.units import clip_grad_units_
+    from .ranks.ranks import Ranks
+    from .records.logged_step import LoggedStep
+    from .records.record import ClipRecord
+    from .records.sinks.base import Sink
+    from .records.sinks.callable import CallableSink
+    from .records.sinks.jsonl import JsonlSink
+    from .records.sinks.memory import MemorySink
+    from .records.sinks.tensorboard import TensorBoardSink
+    from .scopes.scope import Scope
+    from .thresholds import Threshold
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
@@ -76,3 +104,47 @@ __all__ = [
     "thresholds",
     "through_time",
 ]
+
+_MODULES = {
+    "clipper": ["GradientClipper"],
+    "errors": [name for name in __all__ if name.endswith("Error")],
+    "functional.backward": ["TimeNorms", "clip_backward", "through_time"],
+    "functional.torch_names": [
+        "clip_grad_norm_",
+        "clip_grad_value_",
+        "clip_gradients_",
+        "clip_grads_with_norm_",
+        "get_total_norm",
+    ],
+    "functional.units": ["clip_grad_units_"],
+    "ranks.ranks": ["Ranks"],
+    "records.logged_step": ["LoggedStep"],
+    "records.record": ["ClipRecord"],
+    "records.sinks.base": ["Sink"],
+    "records.sinks.callable": ["CallableSink"],
+    "records.sinks.jsonl": ["JsonlSink"],
+    "records.sinks.memory": ["MemorySink"],
+    "records.sinks.tensorboard": ["TensorBoardSink"],
+    "scopes.scope": ["Scope"],
+    "thresholds": ["Threshold"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: torch takes a second, which no ``--help`` should wait for."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

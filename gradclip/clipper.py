@@ -29,7 +29,8 @@ from .ranks.ranks import Ranks
 from .records.incidents import nonfinite_error, skip_limit_error
 from .records.record import ClipRecord
 from .records.recorder import Recorder
-from .records.sinks import Sink, sinks_from
+from .records.sinks.base import Sink
+from .records.sinks.log_option import sinks_from
 from .records.state import parsed_state
 from .scopes.labels import NormLabels
 from .scopes.scope import Labelling, Scope, scope_from

@@ -15,7 +15,7 @@ from torch import nn
 import gradclip
 from gradclip import GradientClipper
 from gradclip.engines import engine_for
-from gradclip.records.sinks import TensorBoardSink
+from gradclip.records.sinks.tensorboard import TensorBoardSink
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 BOTH = ["cpu", CUDA]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
-from gradclip.records.incidents import DEVIATIONS, FEWEST, WINDOW, NormHistory, sentence
+from gradclip.records.incidents import sentence
+from gradclip.records.norm_history import DEVIATIONS, FEWEST, WINDOW, NormHistory
 
 NAN, INF = math.nan, math.inf
 

@@ -1,4 +1,11 @@
-"""The command line: ``gradclip demo`` and ``gradclip report``."""
+"""The command line: ``gradclip demo`` and ``gradclip report``.
+
+``main.py`` reads the arguments. Torch, TensorBoard and matplotlib are imported by the command that
+needs them.
+
+Called by: nobody inside the package.
+Imports: errors, records, clipper, report.
+"""
 
 from .main import main
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from .._version import __version__
+from .. import __version__
 from ..errors import GradClipError
 from .demo.options import CELLS, Options
 

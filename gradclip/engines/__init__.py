@@ -1,4 +1,13 @@
-"""Choice of the engine that serves a device; nothing else."""
+"""Engines: the arithmetic of clipping over plain tensors, and the choice of the one for a device.
+
+An engine knows nothing of scopes, thresholds or ranks. ``base.py`` is the protocol,
+``reference.py`` its plainest form; ``operators/`` are torch's own operators, ``native/`` is C,
+``triton/`` is CUDA. ``layout.py``, ``no_grad.py`` and ``cuda_graphs.py`` deal with memory,
+autograd and captured graphs.
+
+Called by: thresholds, scopes, ranks, records, gradients, optimizers, functional, clipper.
+Imports: errors.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +21,16 @@ from .native import engine as native
 from .operators.engine import OperatorsEngine
 from .reference import ReferenceEngine
 
-__all__ = ["Engine", "check_engine_name", "engine_for", "norm_dtype"]
+__all__ = [
+    "Engine",
+    "base",
+    "check_engine_name",
+    "cuda_graphs",
+    "engine_for",
+    "layout",
+    "no_grad",
+    "norm_dtype",
+]
 
 OLDEST_TRITON = (3, 2)
 """That of torch 2.6; with older ones the kernels were not tried."""

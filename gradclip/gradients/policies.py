@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._version import __version__
+from .. import __version__
 from ..checks import checked_bound, checked_count, checked_order
 from ..engines import check_engine_name
 from ..errors import ArgumentError, AttachError

@@ -15,8 +15,10 @@ from torch.amp.grad_scaler import GradScaler
 from ..checks import checked_count
 from ..clipper import GradientClipper
 from ..errors import AttachError, StateError
-from ..records.sinks import CallableSink, Sink, TensorBoardSink
+from ..records.sinks.base import Sink
+from ..records.sinks.callable import CallableSink
 from ..records.sinks.tags import TOTAL
+from ..records.sinks.tensorboard import TensorBoardSink
 from ..thresholds import Threshold
 from .lightning_checks import (
     PACKAGES,

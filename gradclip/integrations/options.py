@@ -9,7 +9,7 @@ from typing import Any
 
 from ..clipper import GradientClipper
 from ..gradients.policies import Settings
-from ..records.sinks import check_log
+from ..records.sinks.log_option import check_log
 from ..scopes.scope import scope_from
 from ..thresholds import Threshold, learns, threshold_from
 

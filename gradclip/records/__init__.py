@@ -1,1 +1,34 @@
-"""What a step leaves behind: its record, kept on the device and written in batches."""
+"""What a step leaves behind: a record on the device, a row on the host, and where rows go.
+
+A `ClipRecord` (``record.py``) stays on the device; ``recorder.py`` counts and batches records, and
+hands `LoggedStep` rows to the sinks in ``sinks/``. ``incidents.py`` finds words for what stands
+out.
+
+Called by: gradients, optimizers, clipper, integrations, report, cli.
+Imports: errors, checks, engines, scopes, ranks; `MemorySink.plot` also report.
+"""
+
+from typing import Any
+
+from .logged_step import LoggedStep
+
+__all__ = [
+    "LoggedStep",
+    "incidents",
+    "logged_step",
+    "norm_history",
+    "parameter_norms",
+    "record",
+    "recorder",
+    "sinks",
+    "state",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Find `ClipRecord` where pickles of 0.1.0 name it; torch is imported only then."""
+    if name == "ClipRecord":
+        from .record import ClipRecord
+
+        return ClipRecord
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

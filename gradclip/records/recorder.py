@@ -16,8 +16,9 @@ from ..checks import checked_count
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import AttachError
 from .buffer import Batch, RecordBuffer
-from .incidents import SHOWN, NormHistory, sentence, skip_limit_error
+from .incidents import sentence, skip_limit_error
 from .logged_step import LoggedStep
+from .norm_history import SHOWN, NormHistory
 from .parameter_norms import NormsByParameter
 from .record import ClipRecord, Counters, clipped
 from .replays import ReplayedRecords, may_be_captured

@@ -9,7 +9,7 @@ from decimal import ROUND_CEILING, Context
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records.incidents import DEVIATIONS, WINDOW
+from ..records.norm_history import DEVIATIONS, WINDOW
 from .run import Run
 from .summary import Summary
 

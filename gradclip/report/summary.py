@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records.incidents import DEVIATIONS, FEWEST, WINDOW
+from ..records.norm_history import DEVIATIONS, FEWEST, WINDOW
 from .run import Run
 
 QUANTILES = (10.0, 50.0, 90.0, 99.0, 99.9)

@@ -1,8 +1,11 @@
-"""Rules for the largest norm allowed, one a file.
+"""Axis 2: how large a norm may be; one rule a file.
 
 `Fixed` is what a number given as ``max_norm`` means, `Schedule` what a function means. The others
 follow the gradients. A rule without memory derives from `Threshold`, one that learns from
 `AdaptiveThreshold`.
+
+Called by: gradients, optimizers, functional, clipper, integrations.
+Imports: errors, checks, engines.
 """
 
 from __future__ import annotations

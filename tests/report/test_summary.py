@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gradclip.records.incidents import FEWEST, WINDOW
+from gradclip.records.norm_history import FEWEST, WINDOW
 from gradclip.report import Run
 from gradclip.report.summary import summarized
 

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import ArgumentError, LoggedStep, Sink, TensorBoardSink
-from gradclip.records.sinks import sinks_from
+from gradclip.records.sinks.log_option import sinks_from
 
 
 class Nothing(Sink):

@@ -13,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...clipper import GradientClipper
 from ...records.logged_step import LoggedStep
-from ...records.sinks import TensorBoardSink
 from ...records.sinks.base import Sink
+from ...records.sinks.tensorboard import TensorBoardSink
 from .curves import Curves
 from .options import LOG_SUFFIX, Options
 from .task import Text, batches, seeded_model

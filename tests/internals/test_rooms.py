@@ -1,0 +1,147 @@
+"""The rooms of the package: floors, circles, interfaces, and what each room says of itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gradclip
+
+PACKAGE = Path(gradclip.__file__).parent
+FLOORS = (
+    "errors",
+    "checks",
+    "engines",
+    "thresholds",
+    "scopes",
+    "ranks",
+    "records",
+    "gradients",
+    "optimizers",
+    "functional",
+    "clipper",
+    "integrations",
+    "report",
+    "view",
+    "cli",
+)
+"""The rooms from below: each imports those before it alone."""
+LOWER = {"report": {"errors", "records"}}
+"""Rooms that import less than what lies below them: a report needs no torch."""
+DOORS = {("records.sinks.memory", "report")}
+"""Imports that go up, made when a method is called: `MemorySink.plot` draws what a report draws."""
+ENTRIES = {*FLOORS, "__init__", "__main__", "py"}
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+class Import(NamedTuple):
+    """A module of the package, and what one of its statements imports from the package."""
+
+    importer: str
+    imported: str
+    """A module, or the package of a room for names that its ``__init__`` defines."""
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name below the package; a room's ``__init__`` has that of the room."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def relative_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """Yield what runs; statements for type checkers alone tie nothing together."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node
+        elif not is_for_types(node):
+            yield from relative_imports(node)
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    package = path.relative_to(PACKAGE).parts[:-1]
+    for node in relative_imports(ast.parse(path.read_text())):
+        start = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+        for alias in node.names:
+            module = ".".join(filter(None, [*start, alias.name]))
+            is_module = PACKAGE.joinpath(*module.split(".")).with_suffix(".py").exists()
+            is_room = PACKAGE.joinpath(*module.split("."), "__init__.py").exists()
+            yield Import(
+                module_name(path), module if is_module or is_room else ".".join(filter(None, start))
+            )
+
+
+IMPORTS = [each for path in sorted(PACKAGE.rglob("*.py")) for each in imports_of(path)]
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+ACROSS = [
+    each
+    for each in IMPORTS
+    if each.importer not in ("", "__main__")
+    and each.imported
+    and room_of(each.importer) != room_of(each.imported)
+]
+"""Those from one room into another; ``__init__`` offers names of all rooms."""
+
+
+def test_the_package_has_these_entries_alone():
+    found = {path.name.split(".")[0] for path in PACKAGE.iterdir()} - {"__pycache__"}
+    assert found <= ENTRIES
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_imports_rooms_below_it_alone(room):
+    below = LOWER.get(room, {*FLOORS[: FLOORS.index(room)]})
+    up = {
+        each
+        for each in ACROSS
+        if room_of(each.importer) == room
+        and room_of(each.imported) not in below
+        and (each.importer, room_of(each.imported)) not in DOORS
+    }
+    assert up == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    tied = defaultdict(set)
+    for importer, imported in IMPORTS:
+        if (importer, room_of(imported)) not in DOORS and importer != imported:
+            tied[importer].add(imported)
+    TopologicalSorter(tied).prepare()  # raises a CycleError that shows the circle
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_names_the_modules_that_others_import(room):
+    offered = {*getattr(__import__(f"gradclip.{room}", fromlist=["__all__"]), "__all__", ())}
+    asked = {
+        each.imported.split(".")[1]
+        for each in ACROSS
+        if room_of(each.imported) == room and each.imported != room
+    }
+    assert asked <= offered
+    assert not any(name.startswith("_") for name in asked)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_who_calls_it_and_what_it_imports(room):
+    words = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+    [said_callers] = re.findall(r"^Called by: ((?:.|\n)*?)\.$", words, re.M)
+    [said_imports] = re.findall(r"^Imports: ((?:.|\n)*?)\.$", words, re.M)
+    callers = {room_of(each.importer) for each in ACROSS if room_of(each.imported) == room}
+    imported = {room_of(each.imported) for each in ACROSS if room_of(each.importer) == room}
+    assert {*re.findall(r"\w+", said_callers)} & {*FLOORS} == callers
+    assert {*re.findall(r"\w+", said_imports)} & {*FLOORS} == imported

@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from gradclip.cli.main import main
-from tests.sinks import browser, server
+from tests.support import browser
+from tests.support import tensorboard as server
 
 DOCS = Path(__file__).resolve().parent
 STEPS = 100

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import torchrun
+from tests.support.torchrun import torchrun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

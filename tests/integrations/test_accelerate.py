@@ -254,7 +254,7 @@ SCRIPT = """
     with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
         json.dump(found, file)
     accelerator.end_training()
-    os._exit(0)  # see tests/launching.py
+    os._exit(0)  # see tests/support/torchrun.py
 """
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processes import Pool
+from tests.support.processes import Pool
 
 
 @pytest.fixture(scope="session")

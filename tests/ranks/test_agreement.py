@@ -17,7 +17,7 @@ from gradclip import (
     Scope,
     Threshold,
 )
-from tests.ranks.spreading import mesh_of, placements_of, spread
+from tests.support.dtensors import mesh_of, placements_of, spread
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 
 from gradclip import GradientClipper, thresholds
-from tests.ranks.spreading import mesh_of, quick
+from tests.support.dtensors import mesh_of, quick
 
 RULES = {
     "fixed": lambda: thresholds.Fixed(1.0),

@@ -23,7 +23,7 @@ from gradclip import (
     get_total_norm,
 )
 from gradclip.ranks.shards import groups_of
-from tests.ranks.spreading import (
+from tests.support.dtensors import (
     SHAPES,
     Recorded,
     full_gradients,

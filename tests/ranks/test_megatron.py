@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper, Ranks
-from tests.ranks.spreading import Recorded
+from tests.support.dtensors import Recorded
 
 WIDTH, HIDDEN, LENGTH, STEPS = 4, 8, 4, 3
 LIMIT = 0.3

@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper
 from gradclip.thresholds import Percentile
-from tests.ranks.spreading import INF, mesh_of, quick
 from tests.ranks.test_spread import SCOPES, labels_of
+from tests.support.dtensors import INF, mesh_of, quick
 
 LIMITS = {"global": 0.1, "parameter": 0.05, "unit": 0.02}
 

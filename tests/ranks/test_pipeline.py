@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError, Ranks
-from tests.ranks.spreading import Recorded, quick
+from tests.support.dtensors import Recorded, quick
 
 LETTERS, WIDTH, BLOCKS, BATCH, MICROBATCHES, STEPS = 11, 6, 8, 8, 4, 6
 TIED, HEAD = "embed.weight", "head.weight"

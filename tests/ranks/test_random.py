@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradclip import GradientClipper
-from tests.ranks.spreading import INF, mesh_of
 from tests.ranks.test_modules import oracle
 from tests.ranks.test_spread import SCOPES
+from tests.support.dtensors import INF, mesh_of
 
 DIMENSIONS = {"one": 1, "plain": 0, "two": 2, "a": 1, "b": 1}
 DTYPES = ("float32", "bfloat16", "float64", "float16")

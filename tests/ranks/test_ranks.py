@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper, Ranks
-from tests.ranks.spreading import INF, LIMIT, Recorded, full_gradients, quick
 from tests.ranks.test_spread import SCOPES, oracle
+from tests.support.dtensors import INF, LIMIT, Recorded, full_gradients, quick
 
 CPU = torch.device("cpu")
 COPY = "row"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError, Ranks
-from tests.conftest import OPTIONS, RULES
-from tests.ranks.spreading import SHAPES, Recorded, quick
 from tests.ranks.test_ranks import COPY, own_part
+from tests.support.clippers import OPTIONS, RULES
+from tests.support.dtensors import SHAPES, Recorded, quick
 
 STEPS = 9
 

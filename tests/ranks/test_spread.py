@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradclip import GradientClipper
 from gradclip.thresholds import RelativeToWeights
-from tests.ranks.spreading import (
+from tests.support.dtensors import (
     INF,
     LIMIT,
     SHAPES,

@@ -11,11 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper
-from tests.ranks.spreading import (
-    Recorded,
-    mesh_of,
-    quick,
-)
+from tests.support.dtensors import Recorded, mesh_of, quick
 
 
 class Net(nn.Module):

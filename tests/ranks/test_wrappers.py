@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gradclip import AttachError, GradientClipper, Ranks
-from tests.ranks.spreading import (
+from tests.ranks.test_spread import SCOPES, oracle
+from tests.ranks.test_training import Net
+from tests.support.dtensors import (
     SHAPES,
     Recorded,
     full_gradients,
@@ -19,8 +21,6 @@ from tests.ranks.spreading import (
     spread,
     spread_alone,
 )
-from tests.ranks.test_spread import SCOPES, oracle
-from tests.ranks.test_training import Net
 
 LIMIT = 0.05
 STEPS = 4

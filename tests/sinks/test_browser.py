@@ -16,8 +16,8 @@ from gradclip import GradientClipper
 from gradclip.cli.demo.options import Options
 from gradclip.cli.main import main
 from gradclip.records.sinks.charts import CHARTS
-from tests.sinks.browser import Page, chromium, missing
-from tests.sinks.server import Server, eventually, tensorboard
+from tests.support.browser import Page, chromium, missing
+from tests.support.tensorboard import Server, eventually, tensorboard
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 

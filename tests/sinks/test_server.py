@@ -10,7 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import GradientClipper
-from tests.sinks.server import eventually, tensorboard
+from tests.support.tensorboard import eventually, tensorboard
 
 
 @pytest.mark.parametrize("load_fast", ["auto", "false"])

@@ -1,0 +1,70 @@
+"""The table of options, the table of rules, and a training whose norms are given."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from gradclip import thresholds
+
+OPTIONS = {
+    "as it comes": {},
+    "observe": {"exceed": "observe"},
+    "skip what exceeds": {"exceed": "skip"},
+    "skip what is not finite": {"nonfinite": "skip"},
+    "skip with a limit": {"nonfinite": "skip", "skip_limit": 3},
+    "propagate": {"nonfinite": "propagate"},
+    "bounded": {"max_value": 0.1},
+    "bounded, skip": {"max_value": 0.1, "exceed": "skip"},
+    "bounded, observe": {"max_value": 0.1, "exceed": "observe"},
+    "1-norm": {"norm_type": 1.0},
+    "infinity norm": {"norm_type": math.inf},
+    "parameter": {"scope": "parameter"},
+    "unit": {"scope": "unit"},
+}
+RULES = {
+    "fixed": lambda: 0.5,
+    "none": lambda: None,
+    "schedule": lambda: lambda step: 0.5,
+    "percentile": lambda: thresholds.Percentile(50, window=5),
+    "z-score": lambda: thresholds.ZScore(0.5, warmup=2),
+    "median": lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
+    "mean": lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
+    "average": lambda: thresholds.MovingAverage(0.9, warmup=2),
+    "growth": lambda: thresholds.GrowthLimit(0.9),
+    "weights": lambda: thresholds.RelativeToWeights(0.1),
+}
+
+
+class Training:
+    """An optimizer whose gradients have the norms they are told to have."""
+
+    def __init__(self) -> None:
+        self._parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.optimizer = torch.optim.SGD([self._parameter], lr=0.0)
+
+    def take(self, *norms: float) -> None:
+        """Take one step with each norm."""
+        for norm in norms:
+            self._parameter.grad = torch.tensor([0.0, norm], dtype=torch.float64)
+            self.optimizer.step()
+
+
+@pytest.fixture
+def training() -> type[Training]:
+    return Training
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of a clipper, those of every policy that does not wait for a device."""
+    return OPTIONS[request.param]
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> Any:
+    """What a clipper takes for ``max_norm``, a new one at each call."""
+    return RULES[request.param]

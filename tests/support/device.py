@@ -1,0 +1,113 @@
+"""A device in place of CUDA: the CPU, whose values the host may not read, and captured graphs."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gradclip import engines
+from gradclip.engines.operators import device
+from gradclip.engines.operators.engine import OperatorsEngine
+
+
+class Tape(TorchDispatchMode):
+    """Runs operators and, at every replay, runs them again on the same memory.
+
+    That is what a CUDA graph does with kernels: no Python runs, and nothing can be read. Reading a
+    value raises here, at the first run already.
+    """
+
+    READING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        assert function.overloadpacket not in self.READING, "the host would wait for a value"
+        made = function(*args, **(kwargs or {}))
+        self._calls.append((function, args, kwargs or {}, made))
+        return made
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for function, args, kwargs, made in self._calls:
+                for old, new in zip(
+                    tree_leaves(made), tree_leaves(function(*args, **kwargs)), strict=True
+                ):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@pytest.fixture
+def tape(like_a_device: None) -> Iterator[Tape]:
+    gc.disable()  # clippers of other tests read their records when they are collected
+    yield Tape()
+    gc.enable()
+
+
+@pytest.fixture
+def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU be treated as a device whose values the host does not know."""
+
+    class DeviceEngine(OperatorsEngine):
+        def power_sums(self, tensors, order, *, rows=False):
+            return device.power_sums(tensors, order, rows=rows)
+
+        def norm(self, tensors, order, *, scalar=False):
+            norm = device.norm(tensors, order)
+            return norm.squeeze(0) if scalar else norm
+
+        def norm_and_sums(self, tensors, order):
+            return device.norm_and_sums(tensors, order)
+
+        def scale_(self, tensors, coefficients, *, rows=False):
+            device.scale_(tensors, coefficients, rows=rows)
+
+        def clamp_(self, tensors, bounds, *, rows=False):
+            device.clamp_(tensors, bounds, rows=rows)
+
+    monkeypatch.setattr(engines, "_BEST", {"cpu": DeviceEngine()})
+    for module in _modules_with("host_may_read"):
+        monkeypatch.setattr(module, "host_may_read", lambda tensor: False)
+
+
+def _modules_with(name: str) -> list[ModuleType]:
+    """Return the package's modules in which a name is known."""
+    ours = [module for key, module in [*sys.modules.items()] if key.startswith("gradclip.")]
+    return [module for module in ours if name in vars(module)]
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> dict[int, object]:
+    """What is kept for graphs that are captured."""
+    monkeypatch.setattr("gradclip.engines.cuda_graphs._KEPT", kept := {})
+    return kept
+
+
+@pytest.fixture
+def captured(
+    monkeypatch: pytest.MonkeyPatch, kept: dict[int, object]
+) -> Callable[[], AbstractContextManager[None]]:
+    """Say within a block that steps are captured in a CUDA graph, of which there may be records."""
+    monkeypatch.setattr("gradclip.records.recorder.may_be_captured", lambda record: True)
+
+    @contextmanager
+    def capture() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in _modules_with("capturing"):
+                patch.setattr(module, "capturing", lambda: True)
+            yield
+
+    return capture

@@ -1,8 +1,8 @@
 """How exact gradclip has to be: the one table of tolerances.
 
 With u the unit roundoff of the gradient's dtype and e its smallest subnormal, a clipped norm is
-within ``threshold (1e-6 + 2 u) + sqrt(n) e / 2`` of its threshold; a measured norm is within 1e-6 of
-the norm in float64.
+within ``threshold (1e-6 + 2 u) + sqrt(n) e / 2`` of its threshold. A measured norm is within 1e-6
+of the norm in float64, relatively.
 """
 
 from __future__ import annotations

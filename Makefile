@@ -16,14 +16,16 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
 
-# The engines meanwhile, the interpreted kernels first, and their output at the end.
+# The engines meanwhile, the interpreted kernels first. All of their output where one fails, else
+# its last lines.
 test: $(READY)
 	@log=$$(mktemp); { $(INTERPRETED) -m "interpreted and not slow" tests/engines; failed=$$?; \
 	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" tests/engines && exit $$failed; \
 	} >$$log 2>&1 & other=$$!; \
 	$(BIN)/python -m pytest -q -m "not slow" --ignore tests/engines $(INTEGRATIONS:%=--ignore %); \
 	failed=$$?; \
-	wait $$other || failed=1; echo "Engines:"; tail -n 90 $$log; rm $$log; exit $$failed
+	wait $$other && echo "Engines:" && grep -E "^[0-9]+ (passed|skipped)" $$log || { cat $$log; failed=1; }; \
+	rm $$log; exit $$failed
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(INTEGRATIONS:%=--ignore %)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,10 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 settings.register_profile("gradclip", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("gradclip")
 
+_skips: Counter[str] = Counter()
+"""Skipped tests by the reason they give."""
 _unexplained: list[str] = []
+"""Skipped tests whose reason is not allowed."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
+        _skips[reason] += 1
         if not any(re.fullmatch(pattern, reason) for pattern in _allowed_reasons()):
             _unexplained.append(f"{report.nodeid}: {reason}")
 
@@ -54,6 +59,9 @@ def _allowed_reasons() -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show one line for each reason to skip: a machine without a GPU skips thousands of tests."""
+    for reason, count in _skips.items():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
     for skip in _unexplained:
         terminalreporter.write_line(f"skipped for a reason not in {ALLOWED_SKIPS.name}: {skip}")
 

@@ -16,8 +16,8 @@ from .engines import engine_for
 from .engines.cuda_graphs import capturing
 from .engines.no_grad import untracked
 from .errors import ArgumentError, AttachError
-from .gradients.coefficients import are_finite, clip_coefficients, reduced, unless
-from .gradients.norm_thresholds import Limits
+from .gradients.coefficients import are_finite, clip_coefficients, ones_if_skipped, reduction_of
+from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, described, options_of
 from .gradients.step import StepGradients
 from .optimizers.attachment import Attachment
@@ -142,7 +142,9 @@ class GradientClipper:
         self._joint = JointGradients(
             optimizers, grad_scaler, self._settings, self._labels, peers, self._threshold
         )
-        self._limits = Limits(self._threshold, self._labels, self._joint.device, order)
+        self._norm_thresholds = NormThresholds(
+            self._threshold, self._labels, self._joint.device, order
+        )
         self._recorder.close_after(self)
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
@@ -151,7 +153,7 @@ class GradientClipper:
             for each in optimizers
         ]
         self._joint.attach(grad_scaler)
-        self._limits.claim()
+        self._norm_thresholds.claim()
         self._recorder.begin(described(options, self.labels, optimizers, self.engine))
 
     # The pipeline
@@ -166,18 +168,18 @@ class GradientClipper:
             return gradients
         norms = gradients.norms()
         step = self._recorder.next_step(norms)
-        thresholds = self._limits.at_step(gradients, norms, step)
-        skip = gradients.verdict(norms, thresholds)
+        thresholds = self._norm_thresholds.at_step(gradients, norms, step)
+        skip = gradients.skip_decision(norms, thresholds)
         untouched = skip if gradients.overflow is None else gradients.overflow | skip
         bounded = gradients.bound_(norms, untouched)
         coefficients = clip_coefficients(bounded, thresholds, self._settings.erases)
-        coefficients = unless(untouched, coefficients)
+        coefficients = ones_if_skipped(untouched, coefficients)
         if self._settings.writes and skip is not True:
             gradients.scale_(coefficients)
-        reduction = reduced(coefficients, bounded, norms)
+        reduction = reduction_of(coefficients, bounded, norms)
         now, overflow, parts = time.time(), gradients.overflow, gradients.parts
         record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, parts)
-        self._joint.cover(gradients.tensors, record)
+        self._joint.mark_clipped(gradients.tensors, record)
         self._pending = record
         if skip is True:
             self._refuse_nonfinite(optimizer, record)
@@ -187,13 +189,13 @@ class GradientClipper:
         """Raise for a skipped step where the policy is to; it counts all the same."""
         if self._settings.raises and not are_finite(record.norms):
             error = nonfinite_error(record, self._recorder.history())
-            self._joint.cover_stepped(optimizer)
+            self._joint.mark_stepped(optimizer)
             self._count(record)
             raise error
 
     def _finish(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Count and record the step that was taken or skipped, once for all optimizers."""
-        self._joint.cover_stepped(optimizer)
+        self._joint.mark_stepped(optimizer)
         if record is not self._pending:
             return
         limit, known = self._settings.skip_limit, record.skipped is True
@@ -205,7 +207,7 @@ class GradientClipper:
     def _count(self, record: ClipRecord) -> None:
         self._last, self._pending = record, None
         self._recorder.add(record)
-        self._limits.observe(record)
+        self._norm_thresholds.observe(record)
         self._recorder.check_skips()
 
     # What a training loop calls
@@ -286,7 +288,7 @@ class GradientClipper:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run goes on from; loads with ``weights_only=True``. Host sync."""
-        self._limits.follow_labels()
+        self._norm_thresholds.follow_labels()
         return {
             "steps": self.steps,
             "counters": asdict(self._recorder.counters),
@@ -303,7 +305,7 @@ class GradientClipper:
                 changed.
         """
         steps, counters = parsed_state(state, self._labels, type(self._threshold).__name__)
-        self._limits.follow_labels()
+        self._norm_thresholds.follow_labels()
         self._threshold.load_state_dict(state["threshold"])
         self.steps, self._recorder.counters = steps, counters
 
@@ -314,7 +316,7 @@ class GradientClipper:
         for attachment in self._attachments:
             attachment.detach()
         self._joint.detach()
-        self._limits.release()
+        self._norm_thresholds.release()
 
     def flush(self) -> None:
         """Write all records so far to the logs. Host sync.

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from gradclip.gradients.coefficients import (
     are_finite,
     clip_coefficients,
-    must_skip,
-    reduced,
-    unless,
+    has_skip_reason,
+    ones_if_skipped,
+    reduction_of,
 )
 
 sizes = st.floats(min_value=0, allow_infinity=False)
@@ -87,7 +87,7 @@ def test_norms_are_finite_where_each_of_them_is(norm, finite, others):
     ],
 )
 def test_a_step_is_skipped_for_the_reasons_asked_for(norms, nonfinite, exceeding, skips):
-    found = must_skip(
+    found = has_skip_reason(
         torch.tensor(norms), torch.tensor([1.0, 2.0]), nonfinite=nonfinite, exceeding=exceeding
     )
     assert found.shape == ()
@@ -100,12 +100,12 @@ def test_a_skipped_step_has_the_coefficient_one(as_tensor):
     coefficients = torch.tensor([0.0, 0.5])
     for skipped, expected in ((True, [1.0, 1.0]), (False, [0.0, 0.5])):
         given = torch.tensor(skipped) if as_tensor else skipped
-        assert unless(given, coefficients).tolist() == expected
+        assert ones_if_skipped(given, coefficients).tolist() == expected
 
 
 def test_a_norm_is_reduced_by_the_bound_and_by_the_coefficient():
     norms = torch.tensor([4.0, 0.0, math.inf, 4.0, 0.5])
     bounded = torch.tensor([2.0, 0.0, math.inf, 4.0, 0.25])
     coefficients = torch.tensor([0.5, 1.0, 0.0, 0.5, 1.0])
-    assert reduced(coefficients, bounded, norms).tolist() == [0.25, 1.0, 0.0, 0.5, 0.5]
-    assert reduced(coefficients, norms, norms) is coefficients
+    assert reduction_of(coefficients, bounded, norms).tolist() == [0.25, 1.0, 0.0, 0.5, 0.5]
+    assert reduction_of(coefficients, norms, norms) is coefficients

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip.gradients.buckets import buckets_of, copied
+from gradclip.gradients.buckets import buckets_of, copies_of
 from gradclip.gradients.held import distinct, gradients_of, parameters_of
 from gradclip.scopes.norm_indices import Place
 
@@ -74,7 +74,7 @@ def test_other_subclasses_are_clipped_as_what_they_are():
 def test_copies_leave_the_gradients_alone():
     gradient = torch.tensor([-3.0, 1.0, math.inf, math.nan], dtype=torch.float16)
     place = Place(torch.tensor([3]))
-    [bucket] = copied(buckets_of([gradient], 2.0, [place]))
+    [bucket] = copies_of(buckets_of([gradient], 2.0, [place]))
     bucket.written[0].zero_()
     assert bucket.places == [place]
     assert bucket.measured[0].tolist() == [0.0] * 4

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gradclip import ArgumentError, ClipRecord, Threshold
-from gradclip.gradients.norm_thresholds import Limits
+from gradclip.gradients.norm_thresholds import NormThresholds
 from gradclip.gradients.policies import Settings
 from gradclip.gradients.step import StepGradients
 from gradclip.scopes.labels import NormLabels
@@ -60,18 +60,18 @@ def record(*norms: float, **options) -> ClipRecord:
 
 def test_a_threshold_starts_with_the_label_that_it_rules():
     rule = Rule()
-    Limits(rule, labels(1.0, ...), CPU, 2.0)
+    NormThresholds(rule, labels(1.0, ...), CPU, 2.0)
     assert rule.started == (("global",), CPU, torch.float64)
 
 
 def test_thresholds_of_groups_stand_in_the_order_of_the_labels():
-    limits = Limits(Rule(), labels(1.0, ..., 0.25), CPU, 2.0)
+    limits = NormThresholds(Rule(), labels(1.0, ..., 0.25), CPU, 2.0)
     assert limits.at_step(gradients(3), double(8, 6, 4), 0).tolist() == [1.0, 3.0, 0.25]
 
 
 def test_what_was_allowed_is_told_with_what_came_of_it():
     rule = Rule()
-    limits = Limits(rule, labels(1.0, ...), CPU, 2.0)
+    limits = NormThresholds(rule, labels(1.0, ...), CPU, 2.0)
     limits.at_step(gradients(2), double(8, 6), 0)
     limits.observe(record(8, 6))
     assert rule.told == [([6.0], [3.0], [True])]
@@ -81,7 +81,7 @@ def test_what_was_allowed_is_told_with_what_came_of_it():
 def test_a_rule_that_asks_is_told_of_a_skipped_step_what_scaling_would_have_made(skipped):
     rule = Rule()
     rule.observes_skipped = True
-    limits = Limits(rule, labels(...), CPU, 2.0)
+    limits = NormThresholds(rule, labels(...), CPU, 2.0)
     limits.at_step(gradients(1), double(8), 0)
     found = replace(record(8, skipped=skipped), coefficients=double(1))
     limits.observe(found)
@@ -90,7 +90,7 @@ def test_a_rule_that_asks_is_told_of_a_skipped_step_what_scaling_would_have_made
 
 def test_a_skipped_step_and_a_norm_of_a_part_are_not_told():
     rule = Rule()
-    limits = Limits(rule, labels(...), CPU, 2.0)
+    limits = NormThresholds(rule, labels(...), CPU, 2.0)
     limits.at_step(gradients(1), double(8), 0)
     limits.observe(record(8, skipped=True))
     limits.at_step(gradients(1, partial=True), double(8), 0)
@@ -102,7 +102,7 @@ def test_a_skipped_step_and_a_norm_of_a_part_are_not_told():
 @pytest.mark.parametrize("value", [True, False])
 def test_what_only_the_device_knows_is_told_as_absent(name, value):
     rule = Rule()
-    limits = Limits(rule, labels(...), CPU, 2.0)
+    limits = NormThresholds(rule, labels(...), CPU, 2.0)
     limits.at_step(gradients(1), double(8), 0)
     limits.observe(replace(record(8), **{name: torch.tensor(value)}))
     assert rule.told == [([8.0], [4.0], [not value])]
@@ -114,13 +114,13 @@ def test_another_shape_is_an_error(returned):
         def thresholds(self, norms, context):
             return returned
 
-    limits = Limits(Wrong(), labels(...), CPU, 2.0)
+    limits = NormThresholds(Wrong(), labels(...), CPU, 2.0)
     with pytest.raises(ArgumentError, match=r"Wrong.thresholds\(\) returned the shape .*\(1,\)"):
         limits.at_step(gradients(1), double(8), 0)
 
 
 def test_without_a_limit_of_its_own_a_label_has_that_of_the_rule():
-    limits = Limits(Rule(), labels(..., None), CPU, 2.0)
+    limits = NormThresholds(Rule(), labels(..., None), CPU, 2.0)
     assert limits.at_step(gradients(1), double(math.inf), 0).tolist() == [math.inf]
 
 
@@ -133,7 +133,7 @@ def test_what_is_no_limit_is_an_error(returned):
         def thresholds(self, norms, context):
             return returned
 
-    limits = Limits(Wrong(), labels(...), CPU, 2.0)
+    limits = NormThresholds(Wrong(), labels(...), CPU, 2.0)
     with pytest.raises(ArgumentError, match=r"Wrong.thresholds\(\) returned .*: return "):
         limits.at_step(gradients(1), double(8), 0)
 
@@ -144,13 +144,13 @@ def test_thresholds_of_another_precision_are_converted(dtype):
         def thresholds(self, norms, context):
             return (norms / 2).to(dtype)
 
-    found = Limits(Narrow(), labels(...), CPU, 2.0).at_step(gradients(1), double(8), 0)
+    found = NormThresholds(Narrow(), labels(...), CPU, 2.0).at_step(gradients(1), double(8), 0)
     assert found.dtype == torch.float64
     assert found.tolist() == [4.0]
 
 
 def test_where_the_norm_is_not_finite_a_threshold_may_be_nan():
-    limits = Limits(Rule(), labels(...), CPU, 2.0)
+    limits = NormThresholds(Rule(), labels(...), CPU, 2.0)
     assert math.isnan(limits.at_step(gradients(1), double(math.nan), 0).item())
 
 
@@ -166,7 +166,7 @@ def test_what_a_rule_of_ones_own_writes_to_is_its_own():
             norms.zero_()
 
     rule, norms, found = Careless(), double(8), record(8)
-    limits = Limits(rule, labels(...), CPU, 2.0)
+    limits = NormThresholds(rule, labels(...), CPU, 2.0)
     for _ in range(2):
         assert limits.at_step(gradients(1), norms, 0).tolist() == [4.0]
         limits.observe(found)

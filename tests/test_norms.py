@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradclip.errors import ArgumentError
 from gradclip.gradients.buckets import Bucket, buckets_of
-from gradclip.gradients.norms import norms_of, tallied
+from gradclip.gradients.norms import measure_across_ranks, norms_of
 from gradclip.ranks.groups import Group, Reach
 from gradclip.scopes.norm_indices import NOWHERE, Place
 
@@ -230,7 +230,7 @@ def test_ranks_tell_what_they_are_asked_for(order, parts, weights, present):
     gradients, labels = three_kinds(), [0, 2, 1, 0, 2]
     held, of_parameters = three_kinds(), [4, 0, 1, 4, 2]
     places = [place(label) for label in labels]
-    found = tallied(
+    found = measure_across_ranks(
         spread_buckets(gradients, order, places),
         order,
         Reach((PAIR,)),
@@ -266,7 +266,7 @@ def test_the_parts_over_ranks_of_gradients_with_one_norm(order):
         buckets = buckets_of(gradients, order)
         assert not buckets[0].indices  # these are all
         buckets[0].group = PAIR if reach.across else None  # a group within the ranks around it
-        found = tallied(
+        found = measure_across_ranks(
             buckets, order, reach, count=1, device=CPU, engine="auto", parts=(parameters, 3)
         )
         factor = 1 if order == math.inf else factor
@@ -278,7 +278,7 @@ def test_the_parts_over_ranks_of_gradients_with_one_norm(order):
 def test_the_parts_of_rows_over_ranks_are_the_sums_of_their_gradients(order):
     rows, places = torch.randn(3, 4), [place(1, NOWHERE, 0, rows=True)]
     buckets = buckets_of([rows], order, places)
-    found = tallied(
+    found = measure_across_ranks(
         buckets, order, Reach(), count=2, device=CPU, engine="auto", parts=((place(1),), 2)
     )
     assert found.norms.tolist() == approx([norm([rows[2]], order), norm([rows[0]], order)])
@@ -289,7 +289,7 @@ def test_the_parts_of_rows_over_ranks_are_the_sums_of_their_gradients(order):
 def test_what_ranks_find_is_float64_on_the_device_asked_for(reach):
     gradients = three_kinds()
     for buckets in (spread_buckets(gradients, 2.0), []):
-        found = tallied(
+        found = measure_across_ranks(
             buckets, 2.0, reach, count=1, device=META, engine="auto", parts=((place(0),) * 5, 1)
         )
         for each in (found.norms, found.parts):
@@ -305,5 +305,5 @@ def test_a_norm_has_a_gradient_where_one_rank_has_it():
 
     present, options = torch.tensor([True, False]), {"count": 2, "device": CPU, "engine": "auto"}
     for group in (PAIR, Lonely((0, 1), (), ("cpu",))):
-        found = tallied([], 2.0, Reach((group,)), present=present, **options)
+        found = measure_across_ranks([], 2.0, Reach((group,)), present=present, **options)
         assert found.present.tolist() == [True, False]

@@ -78,7 +78,7 @@ def buckets_of(
     gradients: Sequence[Tensor],
     order: float,
     places: Iterable[Place] | None = None,
-    counted: Sequence[bool] = (),
+    counts_here: Sequence[bool] = (),
 ) -> list[Bucket]:
     """Sort gradients into buckets.
 
@@ -86,12 +86,12 @@ def buckets_of(
         gradients: Distinct gradients of any mixture of devices, dtypes and layouts. Not written.
         order: p of the norm to be measured.
         places: For each gradient where its norms are; None where all share one.
-        counted: For each whether it counts here, not as a copy on another rank; empty for all.
+        counts_here: For each whether it counts here, not as a copy on another rank; empty for all.
 
     Raises:
         GradientError: A dtype or layout that cannot be clipped rightly, or rows that share memory.
     """
-    if places is None and not counted:
+    if places is None and not counts_here:
         bucket = _bucket_of_all(gradients)
         if bucket is not None:
             return [bucket]
@@ -106,7 +106,7 @@ def buckets_of(
             share = share_of(gradient) if is_spread(gradient) else None
         rows = place is not None and place.rows
         group, counts = HERE if share is None else (share.group, share.counts)
-        counts = counts and (not counted or counted[index])
+        counts = counts and (not counts_here or counts_here[index])
         key = (gradient.device, gradient.dtype, rows, group, counts)
         bucket = buckets.get(key)
         if bucket is None:
@@ -142,7 +142,7 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
     return Bucket(device, listed, listed, group=group, counts=counts)
 
 
-def copied(buckets: Iterable[Bucket]) -> list[Bucket]:
+def copies_of(buckets: Iterable[Bucket]) -> list[Bucket]:
     """Return buckets of what is measured, in memory of its own."""
     return [
         replace(bucket, measured=copies, written=copies, written_places=bucket.places)

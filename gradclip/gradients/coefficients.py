@@ -49,7 +49,9 @@ def _one(dtype: torch.dtype) -> Tensor:
     return torch.ones(1, dtype=dtype, device="cpu")
 
 
-def must_skip(norms: Tensor, thresholds: Tensor, *, nonfinite: bool, exceeding: bool) -> Tensor:
+def has_skip_reason(
+    norms: Tensor, thresholds: Tensor, *, nonfinite: bool, exceeding: bool
+) -> Tensor:
     """Tell whether a step has to be left out.
 
     Args:
@@ -70,14 +72,14 @@ def must_skip(norms: Tensor, thresholds: Tensor, *, nonfinite: bool, exceeding: 
     return reasons.any()
 
 
-def unless(skipped: bool | Tensor, coefficients: Tensor) -> Tensor:
+def ones_if_skipped(skipped: bool | Tensor, coefficients: Tensor) -> Tensor:
     """Return the coefficients, or 1 for all of them where the step is left out. No host sync."""
     if isinstance(skipped, Tensor):
         return torch.where(skipped, 1.0, coefficients)
     return torch.ones_like(coefficients) if skipped else coefficients
 
 
-def reduced(coefficients: Tensor, bounded: Tensor, norms: Tensor) -> Tensor:
+def reduction_of(coefficients: Tensor, bounded: Tensor, norms: Tensor) -> Tensor:
     """Return by how much norms shrink when their elements are bounded first, then scaled.
 
     Args:

@@ -46,7 +46,7 @@ def distinct(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldGradients:
     """Gradients that optimizers hold."""
 
     gradients: list[Tensor] = field(default_factory=list)
@@ -54,19 +54,19 @@ class Held:
     """For each where its norms are; empty where all share one."""
     names: Sequence[str] = field(default_factory=list)
     """For each the name of that parameter; empty where nobody asks for it."""
-    counted: list[bool] = field(default_factory=list)
+    counts_here: list[bool] = field(default_factory=list)
     """For each whether it counts here, not as a copy on another rank; empty where all share one."""
     weights: list[Weight] = field(default_factory=list)
     """The parameters, where their norms are asked for."""
 
-    def filtered(self, wanted: Callable[[Tensor], bool]) -> Held:
+    def filtered(self, wanted: Callable[[Tensor], bool]) -> HeldGradients:
         """Return those of which the gradient is wanted."""
         kept = [wanted(gradient) for gradient in self.gradients]
-        return Held(
+        return HeldGradients(
             list(compress(self.gradients, kept)),
             list(compress(self.places, kept)),
             list(compress(self.names, kept)),
-            list(compress(self.counted, kept)),
+            list(compress(self.counts_here, kept)),
             [each for each in self.weights if (g := each.parameter.grad) is None or wanted(g)],
         )
 

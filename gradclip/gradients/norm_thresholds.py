@@ -18,11 +18,11 @@ from ..scopes.labels import NormLabels
 from ..thresholds import StepContext, Threshold, is_foreign, learns
 from .step import StepGradients
 
-_LEARNING: WeakValueDictionary[int, Limits] = WeakValueDictionary()
+_LEARNING: WeakValueDictionary[int, NormThresholds] = WeakValueDictionary()
 """By the id of each threshold that learns, the one that serves it."""
 
 
-class Limits:
+class NormThresholds:
     """Asks a threshold about the norms that it rules, and tells it what became of them.
 
     Args:

@@ -51,7 +51,9 @@ def norms_of(
     spread = {bucket.group for bucket in buckets if bucket.group is not None}.union(groups)
     if spread:
         device = device or (buckets[0].device if buckets else torch.device("cpu"))
-        found = tallied(buckets, order, reach_of(spread), count=count, device=device, engine=engine)
+        found = measure_across_ranks(
+            buckets, order, reach_of(spread), count=count, device=device, engine=engine
+        )
         return found.norms.squeeze(0) if scalar else found.norms
     single = len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device)
     if single and parts is None:
@@ -76,7 +78,7 @@ def norms_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class SharedNorms:
     """What several ranks have found together, the same bits on all of them."""
 
     norms: Tensor
@@ -89,7 +91,7 @@ class Tally:
     """Which of the norms have a gradient behind them on some rank; shape (k,), bool."""
 
 
-def tallied(
+def measure_across_ranks(
     buckets: Sequence[Bucket],
     order: float,
     reach: Reach,
@@ -100,7 +102,7 @@ def tallied(
     parts: tuple[Places, int] | None = None,
     weights: Sequence[Bucket] | None = None,
     present: Tensor | None = None,
-) -> Tally:
+) -> SharedNorms:
     """Measure one norm per label over several ranks. One collective for each of their groups.
 
     Args:
@@ -117,18 +119,18 @@ def tallied(
     """
     entered = {*reach.groups}
 
-    def counted(group: Group | None, some: Sequence[Bucket]) -> list[Bucket]:
+    def counted_buckets(group: Group | None, some: Sequence[Bucket]) -> list[Bucket]:
         own = [b for b in some if (b.group if b.group in entered else None) == group]
         return [bucket for bucket in own if bucket.counts]
 
-    def told(group: Group | None) -> Tensor:
-        own = counted(group, buckets)
+    def measured_vectors(group: Group | None) -> Tensor:
+        own = counted_buckets(group, buckets)
         sums = [bucket.power_sums(engine, order) for bucket in own]
         vectors = [_total(sums, own, order, count, device)]
         if parts is not None:
             vectors.append(_by_parameter(sums, own, order, *parts, device))
         if weights is not None:
-            own = counted(group, weights)
+            own = counted_buckets(group, weights)
             sums = [bucket.power_sums(engine, order) for bucket in own]
             vectors.append(_total(sums, own, order, count, device))
         if present is not None:
@@ -136,11 +138,11 @@ def tallied(
         return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
 
     alone = any(bucket.group not in entered for bucket in buckets)
-    together = reach.combined(told, order, alone=alone)
+    together = reach.combined(measured_vectors, order, alone=alone)
     lengths = [count] if parts is None else [count, parts[1]]
     lengths += [count for asked in (weights, present) if asked is not None]
     found = iter(torch.split(together, lengths) if len(lengths) > 1 else [together])
-    return Tally(
+    return SharedNorms(
         _norms(next(found), order),
         None if parts is None else next(found),
         None if weights is None else _norms(next(found), order),

@@ -16,11 +16,11 @@ from ..ranks.groups import Reach
 from ..records.parameter_norms import Parts, rescaled
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import Place, present
-from .buckets import Bucket, buckets_of, copied
-from .coefficients import are_finite, must_skip
+from .buckets import Bucket, buckets_of, copies_of
+from .coefficients import are_finite, has_skip_reason
 from .forms import coalesce_, refuse_unordered
 from .held import Weight
-from .norms import norms_of, tallied
+from .norms import measure_across_ranks, norms_of
 from .policies import Settings
 
 ALONE = Reach()
@@ -38,10 +38,10 @@ class StepGradients:
         weights: The parameters whose norms will be asked for, if any will.
         names: The names of the gradients' parameters, where the parts of the norms will be.
         reach: The ranks that the norms span.
-        counted: For each gradient whether it counts here, not as a copy on another rank; empty for
-            all of them.
+        counts_here: For each gradient whether this rank counts it, not another rank that has a copy
+            of it; empty if this rank counts all.
         parts: For each where it is among the parameters of all ranks, whose names are ``names``.
-        heeded: Whether it matters which norms have a gradient behind them on some rank.
+        needs_present: Whether it matters which norms have a gradient behind them on some rank.
         scale: By what GradScaler has multiplied the gradients, one element; None for not at all.
         overflow: Where only the device knows it: whether GradScaler leaves the step out, one bool.
         partial: Whether an optimizer's gradients are missing, since GradScaler leaves out its step.
@@ -61,9 +61,9 @@ class StepGradients:
         weights: Sequence[Weight] | None = None,
         names: Sequence[str] | None = None,
         reach: Reach = ALONE,
-        counted: Sequence[bool] = (),
+        counts_here: Sequence[bool] = (),
         parts: Sequence[Place] = (),
-        heeded: bool = True,
+        needs_present: bool = True,
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
         partial: bool = False,
@@ -79,9 +79,9 @@ class StepGradients:
         self._weights = weights
         self._names = names
         self._reach = reach
-        self._counted = counted
+        self._counts_here = counts_here
         self._part_places = tuple(parts)
-        self._heeded = heeded
+        self._needs_present = needs_present
         self._present: Tensor | None = None
         self._weight_norms: Tensor | None = None
         self._if_bounded: Tensor | None = None
@@ -110,7 +110,11 @@ class StepGradients:
 
     def weight_norms(self) -> Tensor:
         """Measure the norms of the parameters instead of their gradients; shape (k,)."""
-        return self._measured(self._weighed()) if self._weight_norms is None else self._weight_norms
+        return (
+            self._measured(self._weight_buckets())
+            if self._weight_norms is None
+            else self._weight_norms
+        )
 
     def norms(self) -> Tensor:
         """Measure the true norms, whatever scale the gradients carry; shape (k,).
@@ -135,11 +139,11 @@ class StepGradients:
         if self._settings.max_value is None:
             return norms
         if self._if_bounded is None:
-            clamped = self._clamped(copied(self._buckets), self._bounds(norms, False))
+            clamped = self._clamped(copies_of(self._buckets), self._bounds(norms, False))
             self._if_bounded = self._norms(clamped)
         return self._if_bounded
 
-    def verdict(self, norms: Tensor, thresholds: Tensor) -> bool | Tensor:
+    def skip_decision(self, norms: Tensor, thresholds: Tensor) -> bool | Tensor:
         """Return whether the policies skip this step; nothing is written.
 
         No host sync, unless the policy is to raise.
@@ -155,7 +159,7 @@ class StepGradients:
         if not (settings.skips or settings.raises):
             return False
         exceeding = settings.exceed == "skip"
-        skip = must_skip(
+        skip = has_skip_reason(
             self.norms_if_bounded(norms) if exceeding else norms,
             thresholds,
             nonfinite=settings.nonfinite in ("skip", "raise"),
@@ -202,20 +206,21 @@ class StepGradients:
     def _measured(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
         order = self._settings.norm_type
         if self._reach:
-            return tallied(buckets, order, self._reach, **self._options).norms
+            return measure_across_ranks(buckets, order, self._reach, **self._options).norms
         return norms_of(buckets, order, parts=parts, **self._options)
 
     def _norms_across(self) -> Tensor:
         """Measure the norms together with other ranks, and remember what else these tell."""
-        order, watched = self._settings.norm_type, self._names is not None and not capturing()
-        found = tallied(
+        order = self._settings.norm_type
+        records_parameters = self._names is not None and not capturing()
+        found = measure_across_ranks(
             self._buckets,
             order,
             self._reach,
             **self._options,
-            parts=(self._part_places, len(self._names or ())) if watched else None,
-            weights=None if self._weights is None else self._weighed(),
-            present=self._present_here() if self._heeded else None,
+            parts=(self._part_places, len(self._names or ())) if records_parameters else None,
+            weights=None if self._weights is None else self._weight_buckets(),
+            present=self._present_here() if self._needs_present else None,
         )
         self._present, self._weight_norms = found.present, found.weight_norms
         norms = self._unscaled(found.norms)
@@ -230,16 +235,16 @@ class StepGradients:
         return {"count": self._count, "device": self._device, "engine": engine}
 
     def _bucketed(self, tensors: Sequence[Tensor]) -> list[Bucket]:
-        return buckets_of(tensors, self._settings.norm_type, self._places, self._counted)
+        return buckets_of(tensors, self._settings.norm_type, self._places, self._counts_here)
 
-    def _weighed(self) -> list[Bucket]:
+    def _weight_buckets(self) -> list[Bucket]:
         weights = self._weights or ()
-        counted = [weight.counts for weight in weights]
+        counts_here = [weight.counts for weight in weights]
         return buckets_of(
             [weight.parameter.data for weight in weights],
             self._settings.norm_type,
             None if self._places is None else [weight.place for weight in weights],
-            () if all(counted) else counted,
+            () if all(counts_here) else counts_here,
         )
 
     def _parts(self, names: Sequence[str], norms: Tensor, sums: list[Tensor]) -> Parts | None:

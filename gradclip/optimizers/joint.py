@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..engines import engine_for
 from ..engines.base import host_may_read
 from ..errors import AttachError
-from ..gradients.held import Held, Weight, gradients_held, gradients_of, parameters_held
+from ..gradients.held import HeldGradients, Weight, gradients_held, gradients_of, parameters_held
 from ..gradients.policies import Settings
 from ..gradients.step import StepGradients
 from ..ranks.agreement import BY_NAME, Peers
@@ -63,8 +63,8 @@ class JointGradients:
         self._settings = settings
         self._labels = labels
         self._peers = peers
-        self._weighed = threshold.needs_weights
-        self._heeded = learns(threshold) or is_foreign(threshold)
+        self._needs_weights = threshold.needs_weights
+        self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         self._scaling = JointScaling(grad_scaler, everywhere=peers.across is not None)
         self._coverage = Coverage() if len(optimizers) > 1 else None
@@ -128,12 +128,12 @@ class JointGradients:
             return self._of_several(self._coverage, stepping, changes)
         return self._of_one(stepping, overflow)
 
-    def cover(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
+    def mark_clipped(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
         """Remember what has been clipped, with its record."""
         if self._coverage is not None:
             self._coverage.clipped(gradients, record)
 
-    def cover_stepped(self, optimizer: Optimizer) -> None:
+    def mark_stepped(self, optimizer: Optimizer) -> None:
         """Remember the gradients of an optimizer as its step has left them."""
         if self._coverage is not None:
             self._coverage.stepped(optimizer, gradients_held(optimizer))
@@ -206,37 +206,37 @@ class JointGradients:
         """Record a step for which nobody has a gradient once, as that of the first optimizer."""
         if any(map(gradients_held, self.optimizers)) or stepping is not self.optimizers[0]:
             return None
-        return self._step_gradients(Held())
+        return self._step_gradients(HeldGradients())
 
-    def _step_gradients(self, held: Held, **options: Any) -> StepGradients:
+    def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
         labels, peers = self._labels, self._peers
         names = peers.names if peers.reach else held.names if peers.watched else None
-        joint = self._everything or labels.single
+        joint = self._one_norm_for_all or labels.single
         return StepGradients(
             held.gradients,
             None if joint else held.places,
             self._settings,
             len(labels.names),
             self.device,
-            weights=held.weights if self._weighed else None,
+            weights=held.weights if self._needs_weights else None,
             names=names,
             reach=peers.reach,
-            counted=() if labels.complete else held.counted,
+            counts_here=() if labels.complete else held.counts_here,
             parts=peers.places(held.names),
-            heeded=self._heeded,
+            needs_present=self._needs_present,
             **options,
         )
 
-    def _held_by(self, optimizers: Sequence[Optimizer]) -> Held:
+    def _held_by(self, optimizers: Sequence[Optimizer]) -> HeldGradients:
         """Return the distinct gradients of optimizers that belong to some norm."""
         parameters = [*parameters_held(optimizers)]
-        if self._everything:
+        if self._one_norm_for_all:
             gradients = gradients_of(parameters)
-            return Held(gradients, names=self._names(parameters, gradients))
+            return HeldGradients(gradients, names=self._names(parameters, gradients))
         names: list[str] = []
-        held, seen = Held(names=names), set()
+        held, seen = HeldGradients(names=names), set()
         # What has a norm of its own has a threshold as well while its gradient is on other ranks.
-        idle = self._weighed and self._labels.kind in BY_NAME
+        idle = self._needs_weights and self._labels.kind in BY_NAME
         for parameter in parameters:
             gradient = parameter.grad
             if id(gradient) in seen or (gradient is None and not idle):
@@ -244,13 +244,13 @@ class JointGradients:
             known = self._labels.of(parameter)
             if known.place is None:
                 continue
-            if self._weighed:
+            if self._needs_weights:
                 held.weights.append(Weight(parameter, known.place, known.counts))
             if gradient is not None:
                 seen.add(id(gradient))
                 held.gradients.append(gradient)
                 held.places.append(known.place)
-                held.counted.append(known.counts)
+                held.counts_here.append(known.counts)
                 names.append(known.name)
         return held
 
@@ -268,5 +268,5 @@ class JointGradients:
         return names
 
     @property
-    def _everything(self) -> bool:
-        return self._labels.everything and not self._weighed
+    def _one_norm_for_all(self) -> bool:
+        return self._labels.everything and not self._needs_weights

@@ -22,7 +22,7 @@ from .gradients.policies import Settings, check_capture, described, options_of
 from .gradients.step import StepGradients
 from .optimizers.attachment import Attachment
 from .optimizers.joint import JointGradients
-from .optimizers.step_changes import Changes
+from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
 from .ranks.agreement import Peers, comparable, telling_ranks
 from .ranks.ranks import Ranks
@@ -159,11 +159,11 @@ class GradientClipper:
     # The pipeline
 
     @untracked
-    def _clip(self, optimizer: Optimizer, changes: Changes) -> ClipRecord | None:
+    def _clip(self, optimizer: Optimizer, step_changes: StepChanges) -> ClipRecord | None:
         """Clip what an optimizer is about to step with."""
         if capturing():
             check_capture(self._settings, self._threshold)
-        gradients = self._joint.at_step(optimizer, changes)
+        gradients = self._joint.at_step(optimizer, step_changes)
         if not isinstance(gradients, StepGradients):
             return gradients
         norms = gradients.norms()

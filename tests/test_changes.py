@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gradclip import GradientClipper
-from gradclip.optimizers.step_changes import Changes, GuardedArguments
+from gradclip.optimizers.step_changes import GuardedArguments, StepChanges
 
 
 class Counting(torch.optim.Optimizer):
@@ -30,22 +30,22 @@ def counting() -> tuple[Counting, nn.Parameter]:
 def test_hidden_gradients_come_back_as_the_same_objects():
     optimizer, weight = counting()
     gradient = weight.grad
-    changes = Changes(optimizer)
-    assert not changes
-    changes.hide_gradients()
-    assert changes
+    step_changes = StepChanges(optimizer)
+    assert not step_changes
+    step_changes.hide_gradients()
+    assert step_changes
     assert weight.grad is None
-    changes.undo()
+    step_changes.undo()
     assert weight.grad is gradient
-    assert not changes
+    assert not step_changes
 
 
 def test_what_a_group_counts_while_gradients_are_hidden_is_put_back():
     optimizer, _ = counting()
-    changes = Changes(optimizer)
-    changes.hide_gradients()
+    step_changes = StepChanges(optimizer)
+    step_changes.hide_gradients()
     optimizer.step()
-    changes.undo()
+    step_changes.undo()
     assert optimizer.param_groups[0]["k"] == 0
     assert optimizer.param_groups[0]["name"] == "ab"
 
@@ -53,43 +53,43 @@ def test_what_a_group_counts_while_gradients_are_hidden_is_put_back():
 def test_an_attribute_that_was_absent_is_deleted_and_one_that_was_there_restored():
     optimizer, _ = counting()
     optimizer.there = there = object()
-    changes = Changes(optimizer)
+    step_changes = StepChanges(optimizer)
     for name in ("there", "absent"):
-        changes.set(name, 1)
-        changes.set(name, 2)
+        step_changes.set(name, 1)
+        step_changes.set(name, 2)
         assert getattr(optimizer, name) == 2
-    changes.undo()
+    step_changes.undo()
     assert optimizer.there is there
     assert not hasattr(optimizer, "absent")
-    changes.undo()
+    step_changes.undo()
     assert optimizer.there is there
 
 
 def test_what_somebody_else_has_set_since_stays():
     optimizer, _ = counting()
-    changes = Changes(optimizer)
-    changes.set("found_inf", 1)
+    step_changes = StepChanges(optimizer)
+    step_changes.set("found_inf", 1)
     optimizer.found_inf = theirs = object()
-    changes.undo()
+    step_changes.undo()
     assert optimizer.found_inf is theirs
 
 
 def test_what_was_deleted_since_stays_deleted():
     optimizer, _ = counting()
     optimizer.found_inf = object()
-    changes = Changes(optimizer)
-    changes.set("found_inf", 1)
+    step_changes = StepChanges(optimizer)
+    step_changes.set("found_inf", 1)
     del optimizer.found_inf
-    changes.undo()
+    step_changes.undo()
     assert not hasattr(optimizer, "found_inf")
 
 
 def test_arguments_undo_the_changes_when_they_are_let_go():
     optimizer, weight = counting()
     gradient = weight.grad
-    changes = Changes(optimizer)
-    arguments = GuardedArguments({"closure": None}, changes)
-    changes.hide_gradients()
+    step_changes = StepChanges(optimizer)
+    arguments = GuardedArguments({"closure": None}, step_changes)
+    step_changes.hide_gradients()
     assert dict(**arguments) == {"closure": None}
     assert weight.grad is None
     del arguments

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from gradclip import ClipRecord
-from gradclip.optimizers.clipped_already import Coverage
+from gradclip.optimizers.clipped_already import ClippedGradients
 
 ONE, OTHER = (torch.optim.SGD([nn.Parameter(torch.ones(1))]) for _ in range(2))
 
@@ -15,65 +15,65 @@ def record() -> ClipRecord:
 
 def test_a_gradient_is_covered_until_it_is_written():
     gradient, newest = torch.ones(3), record()
-    coverage = Coverage()
-    assert not coverage.knows(gradient)
-    assert coverage.record_for(ONE, gradient) is None
+    clipped_gradients = ClippedGradients()
+    assert not clipped_gradients.knows(gradient)
+    assert clipped_gradients.record_for(ONE, gradient) is None
     gradient.mul_(2)
-    coverage.clipped([gradient], newest)
-    assert coverage.knows(gradient)
-    assert coverage.record_for(ONE, gradient) is newest
+    clipped_gradients.clipped([gradient], newest)
+    assert clipped_gradients.knows(gradient)
+    assert clipped_gradients.record_for(ONE, gradient) is newest
     gradient.add_(1)
-    assert not coverage.knows(gradient)
-    assert coverage.record_for(ONE, gradient) is None
+    assert not clipped_gradients.knows(gradient)
+    assert clipped_gradients.record_for(ONE, gradient) is None
 
 
 def test_the_newest_record_counts():
     gradient, older, newer = torch.ones(3), record(), record()
-    coverage = Coverage()
+    clipped_gradients = ClippedGradients()
     for each in (older, newer):
-        coverage.clipped([gradient], each)
-    assert coverage.record_for(ONE, gradient) is newer
+        clipped_gradients.clipped([gradient], each)
+    assert clipped_gradients.record_for(ONE, gradient) is newer
 
 
 def test_who_has_stepped_is_no_longer_covered_but_what_it_holds_is_known():
     gradient, newest = torch.ones(3), record()
-    coverage = Coverage()
-    coverage.clipped([gradient], newest)
+    clipped_gradients = ClippedGradients()
+    clipped_gradients.clipped([gradient], newest)
     gradient.div_(2)  # as a fused optimizer unscales
-    coverage.stepped(ONE, [gradient])
-    assert coverage.knows(gradient)
-    assert coverage.record_for(ONE, gradient) is None
-    assert coverage.record_for(OTHER, gradient) is newest
-    coverage.clipped([gradient], newest)
-    assert coverage.record_for(ONE, gradient) is newest
+    clipped_gradients.stepped(ONE, [gradient])
+    assert clipped_gradients.knows(gradient)
+    assert clipped_gradients.record_for(ONE, gradient) is None
+    assert clipped_gradients.record_for(OTHER, gradient) is newest
+    clipped_gradients.clipped([gradient], newest)
+    assert clipped_gradients.record_for(ONE, gradient) is newest
 
 
 def test_a_step_covers_nothing_that_was_not_clipped():
-    gradient, coverage = torch.ones(3), Coverage()
-    coverage.stepped(ONE, [gradient])
-    assert not coverage.knows(gradient)
+    gradient, clipped_gradients = torch.ones(3), ClippedGradients()
+    clipped_gradients.stepped(ONE, [gradient])
+    assert not clipped_gradients.knows(gradient)
 
 
 def test_another_tensor_at_the_same_place_is_not_covered():
-    coverage, newest = Coverage(), record()
+    clipped_gradients, newest = ClippedGradients(), record()
     for _ in range(100):
         gradient = torch.ones(3)
-        assert not coverage.knows(gradient)
-        coverage.clipped([gradient], newest)
+        assert not clipped_gradients.knows(gradient)
+        clipped_gradients.clipped([gradient], newest)
         del gradient  # its id is free again
 
 
 def test_what_is_gone_is_forgotten():
-    coverage, newest = Coverage(), record()
+    clipped_gradients, newest = ClippedGradients(), record()
     for _ in range(50):
-        coverage.clipped([torch.ones(3)], newest)
-    assert len(coverage._covered) == 1
+        clipped_gradients.clipped([torch.ones(3)], newest)
+    assert len(clipped_gradients._clippings) == 1
 
 
 def test_tensors_of_inference_mode_which_keep_no_version_are_never_covered():
     with torch.inference_mode():
         gradient = torch.ones(3)
-    coverage = Coverage()
-    coverage.clipped([gradient], record())
-    assert not coverage.knows(gradient)
-    assert coverage.record_for(ONE, gradient) is None
+    clipped_gradients = ClippedGradients()
+    clipped_gradients.clipped([gradient], record())
+    assert not clipped_gradients.knows(gradient)
+    assert clipped_gradients.record_for(ONE, gradient) is None

@@ -17,7 +17,7 @@ from ..errors import AttachError
 from ..gradients.held import gradients_held, parameters_of
 from ..records.record import ClipRecord
 from .call_stack import making_state, running_scaler, step_running
-from .clipped_already import Seen, version_of
+from .clipped_already import TensorVersion, version_of
 from .closures import Arguments, ClosureFinder
 from .grad_scaler import (
     delete_marks,
@@ -27,7 +27,7 @@ from .grad_scaler import (
     overflows_in_passed_scaler,
     skips_on_device,
 )
-from .step_changes import Changes, GuardedArguments
+from .step_changes import GuardedArguments, StepChanges
 from .supported import attached
 
 
@@ -45,7 +45,7 @@ class Attachment:
     def __init__(
         self,
         optimizer: Optimizer,
-        clip: Callable[[Optimizer, Changes], ClipRecord | None],
+        clip: Callable[[Optimizer, StepChanges], ClipRecord | None],
         finish: Callable[[Optimizer, ClipRecord], None],
         loaded: Callable[[Optimizer], None],
     ) -> None:
@@ -72,7 +72,7 @@ class Attachment:
     def detach(self) -> None:
         """Remove the hooks and put everything back; the second call does nothing."""
         if self._step is not None:
-            self._step.changes.undo()
+            self._step.step_changes.undo()
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
@@ -87,7 +87,7 @@ class Attachment:
             if step_running(optimizer, outside=1):
                 return self._within(step, args, kwargs)
             # The step before raised, so that no hook has put anything back.
-            step.changes.undo()
+            step.step_changes.undo()
             mend_marks(optimizer, step.marks)
         self._step = None
         if making_state():
@@ -102,9 +102,9 @@ class Attachment:
             args, kwargs = self._closures.replace(args, kwargs, self._clipped_after(closure, step))
         else:
             self._clip_or_skip(step)
-            if not step.changes:
+            if not step.step_changes:
                 return None
-        return args, GuardedArguments(kwargs, step.changes)
+        return args, GuardedArguments(kwargs, step.step_changes)
 
     def _within(
         self, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -114,21 +114,21 @@ class Attachment:
         The closure is wrapped already, and evaluated inside.
         """
         step.within = True
-        step.changes.undo()
+        step.step_changes.undo()
         if step.waits:
             return None
         if step.knows(gradients_held(self._optimizer)):
             self._skip_if_asked(step)
         else:
             self._clip_or_skip(step)
-        return (args, GuardedArguments(kwargs, step.changes)) if step.changes else None
+        return (args, GuardedArguments(kwargs, step.step_changes)) if step.step_changes else None
 
     def _clipped_after(self, closure: Callable[..., Any], step: _Step) -> Callable[..., Any]:
         """Wrap a closure, so that the gradients of every evaluation are clipped."""
 
         @wraps(closure)
         def clipped_closure(*args: Any, **kwargs: Any) -> Any:
-            step.changes.undo()
+            step.step_changes.undo()
             loss = closure(*args, **kwargs)
             self._clip_in_closure(step)
             return loss
@@ -138,7 +138,7 @@ class Attachment:
     def _clip_or_skip(self, step: _Step) -> None:
         step.waits = False
         try:
-            step.record = self._clip(self._optimizer, step.changes)
+            step.record = self._clip(self._optimizer, step.step_changes)
         except BaseException:
             self._abandon()
             raise
@@ -154,7 +154,7 @@ class Attachment:
             if pending is not None:
                 skipped = skipped | (pending > 0)
             # Exactly 0 or 1: Adam multiplies with it.
-            step.changes.set("found_inf", skipped.float())
+            step.step_changes.set("found_inf", skipped.float())
         elif isinstance(skipped, Tensor) and capturing():
             raise AttachError(
                 f"{type(self._optimizer).__name__} cannot leave out a step on the device, and in a "
@@ -168,7 +168,7 @@ class Attachment:
         step = self._step
         if step is None:
             return
-        step.changes.undo()
+        step.step_changes.undo()
         if step.within and step_running(optimizer, outside=1):
             return
         self._step = None
@@ -204,7 +204,7 @@ class Attachment:
     def _abandon(self) -> None:
         """End a step that is not going to be taken."""
         if self._step is not None:
-            self._step.changes.undo()
+            self._step.step_changes.undo()
             self._step = None
         if running_scaler() is not None:
             delete_marks(self._optimizer)
@@ -214,7 +214,7 @@ class _Step:
     """A step that has begun."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.changes = Changes(optimizer)
+        self.step_changes = StepChanges(optimizer)
         self.marks = marks_of(optimizer)
         self.within = False
         """Whether it has taken a step of its own, as through ``super().step()``."""
@@ -224,12 +224,12 @@ class _Step:
         """Whether its closure has not been evaluated."""
         self.record: ClipRecord | None = None
         self._optimizer = optimizer
-        self._clipped: list[Seen] | None = None
+        self._clipped: list[TensorVersion] | None = None
         self._parameters: list[tuple[Tensor, int | None]] = []
 
     def remember(self, gradients: list[Tensor]) -> None:
         """Remember gradients as they are now, clipped."""
-        self._clipped = [*map(Seen, gradients)]
+        self._clipped = [*map(TensorVersion, gradients)]
 
     def knows(self, gradients: list[Tensor]) -> bool:
         """Tell whether gradients are those that were clipped, unchanged."""
@@ -245,7 +245,7 @@ class _Step:
         if not self._parameters:
             parameters = parameters_of(self._optimizer.param_groups)
             self._parameters = [(each, version_of(each)) for each in parameters]
-        self.changes.hide_gradients()
+        self.step_changes.hide_gradients()
 
     def wrote(self) -> bool:
         """Tell whether parameters were written although their gradients were hidden."""

@@ -12,20 +12,24 @@ from torch.optim import Optimizer
 from ..records.record import ClipRecord
 
 
-class Coverage:
+class ClippedGradients:
     """Remembers gradients by object and version, without keeping them alive.
 
     Whoever steps: a gradient that was computed, accumulated or zeroed since is a new one.
     """
 
     def __init__(self) -> None:
-        self._covered: dict[int, _Covered] = {}
+        self._clippings: dict[int, _Clipping] = {}
 
     def knows(self, gradient: Tensor) -> bool:
         """Tell whether the gradient is as it was when it was clipped, or stepped with."""
-        found = self._covered.get(id(gradient))
+        clipping = self._clippings.get(id(gradient))
         # What keeps no version may have been written.
-        return found is not None and found.seen.unchanged(gradient) and not gradient.is_inference()
+        return (
+            clipping is not None
+            and clipping.version.unchanged(gradient)
+            and not gradient.is_inference()
+        )
 
     def record_for(self, optimizer: Optimizer, gradient: Tensor) -> ClipRecord | None:
         """Return the record of the clipping that covered the gradient as it is now.
@@ -34,34 +38,36 @@ class Coverage:
         """
         if not self.knows(gradient):
             return None
-        found = self._covered[id(gradient)]
-        return None if id(optimizer) in found.stepped else found.record
+        clipping = self._clippings[id(gradient)]
+        return None if id(optimizer) in clipping.stepped else clipping.record
 
     def clipped(self, gradients: Iterable[Tensor], record: ClipRecord) -> None:
         """Remember gradients as a clipping has left them."""
         # Those whose tensor is gone are of no use, and their id may serve another tensor.
-        self._covered = {k: known for k, known in self._covered.items() if known.seen.alive}
+        self._clippings = {
+            k: clipping for k, clipping in self._clippings.items() if clipping.version.alive
+        }
         for gradient in gradients:
-            self._covered[id(gradient)] = _Covered(Seen(gradient), record)
+            self._clippings[id(gradient)] = _Clipping(TensorVersion(gradient), record)
 
     def stepped(self, optimizer: Optimizer, gradients: Iterable[Tensor]) -> None:
         """Remember gradients as the step of an optimizer has left them."""
         for gradient in gradients:
-            found = self._covered.get(id(gradient))
-            if found is not None and found.seen.is_of(gradient):
-                found.seen = Seen(gradient)
-                found.stepped.add(id(optimizer))
+            clipping = self._clippings.get(id(gradient))
+            if clipping is not None and clipping.version.is_of(gradient):
+                clipping.version = TensorVersion(gradient)
+                clipping.stepped.add(id(optimizer))
 
 
 @dataclass(slots=True)
-class _Covered:
-    seen: Seen
+class _Clipping:
+    version: TensorVersion
     record: ClipRecord
     stepped: set[int] = field(default_factory=set)
     """Ids of the optimizers that have stepped with it."""
 
 
-class Seen:
+class TensorVersion:
     """Knows a tensor again, by object and version, without keeping it alive.
 
     Args:

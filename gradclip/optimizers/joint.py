@@ -22,11 +22,11 @@ from ..ranks.agreement import BY_NAME, Peers
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
 from ..thresholds import Threshold, is_foreign, learns
-from .clipped_already import Coverage
+from .clipped_already import ClippedGradients
 from .grad_scaler import mark_of
 from .joint_scaling import JointScaling
-from .shared_overflow import AgreedOverflow, refuse_apart
-from .step_changes import Changes
+from .shared_overflow import SharedOverflow, refuse_unshared_overflow
+from .step_changes import StepChanges
 from .supported import check_groups, refuse_within_backward
 
 
@@ -67,8 +67,8 @@ class JointGradients:
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         self._scaling = JointScaling(grad_scaler, everywhere=peers.across is not None)
-        self._coverage = Coverage() if len(optimizers) > 1 else None
-        self._overflow: AgreedOverflow | None = None
+        self._clipped_gradients = ClippedGradients() if len(optimizers) > 1 else None
+        self._overflow: SharedOverflow | None = None
         self._round: WeakSet[Optimizer] = WeakSet()
         self._states: object = None
         for device in self.devices:
@@ -79,7 +79,7 @@ class JointGradients:
         """Let ranks agree on the overflows of the GradScaler, until `detach`."""
         across = self._peers.across
         if across is not None and isinstance(grad_scaler, GradScaler):
-            self._overflow = AgreedOverflow(grad_scaler, self.optimizers, across, self.device)
+            self._overflow = SharedOverflow(grad_scaler, self.optimizers, across, self.device)
 
     def detach(self) -> None:
         """Leave the GradScaler as it was; the second call does nothing."""
@@ -99,7 +99,9 @@ class JointGradients:
             {self.device: None, **{p.device: None for p in parameters_held(self.optimizers)}}
         )
 
-    def at_step(self, stepping: Optimizer, changes: Changes) -> StepGradients | ClipRecord | None:
+    def at_step(
+        self, stepping: Optimizer, step_changes: StepChanges
+    ) -> StepGradients | ClipRecord | None:
         """Return what is to be clipped before a step.
 
         Returns:
@@ -116,50 +118,50 @@ class JointGradients:
         self._labels.refresh()
         self._peers.refresh(parameters_held(self.optimizers))
         if self._peers.across is not None:
-            refuse_apart(self._overflow)
+            refuse_unshared_overflow(self._overflow)
         overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
             overflow = overflow > 0
-            if host_may_read(overflow) or self._coverage is not None:
+            if host_may_read(overflow) or self._clipped_gradients is not None:
                 if overflow:
                     return None
                 overflow = None
-        if self._coverage is not None:
-            return self._of_several(self._coverage, stepping, changes)
+        if self._clipped_gradients is not None:
+            return self._of_several(self._clipped_gradients, stepping, step_changes)
         return self._of_one(stepping, overflow)
 
     def mark_clipped(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
         """Remember what has been clipped, with its record."""
-        if self._coverage is not None:
-            self._coverage.clipped(gradients, record)
+        if self._clipped_gradients is not None:
+            self._clipped_gradients.clipped(gradients, record)
 
     def mark_stepped(self, optimizer: Optimizer) -> None:
         """Remember the gradients of an optimizer as its step has left them."""
-        if self._coverage is not None:
-            self._coverage.stepped(optimizer, gradients_held(optimizer))
+        if self._clipped_gradients is not None:
+            self._clipped_gradients.stepped(optimizer, gradients_held(optimizer))
 
     def _of_one(self, optimizer: Optimizer, overflow: Tensor | None) -> StepGradients:
         held = self._held_by([optimizer])
         return self._step_gradients(held, scale=mark_of(optimizer, "grad_scale"), overflow=overflow)
 
     def _of_several(
-        self, coverage: Coverage, stepping: Optimizer, changes: Changes
+        self, clipped_gradients: ClippedGradients, stepping: Optimizer, step_changes: StepChanges
     ) -> StepGradients | ClipRecord | None:
-        self._scaling.unscale(stepping, self.optimizers, changes)
+        self._scaling.unscale(stepping, self.optimizers, step_changes)
         own = self._held_by([stepping]).gradients
         if self._peers.across is not None:
-            return self._of_round(coverage, stepping, own)
+            return self._of_round(clipped_gradients, stepping, own)
         if not own:
             return self._of_none(stepping)
-        covering = [coverage.record_for(stepping, gradient) for gradient in own]
+        covering = [clipped_gradients.record_for(stepping, gradient) for gradient in own]
         records = [record for record in covering if record is not None]
         if len(records) == len(own):
             return max(records, key=lambda record: record.step)
-        self._scaling.refuse_new(stepping, [g for g in own if not coverage.knows(g)])
+        self._scaling.refuse_new(stepping, [g for g in own if not clipped_gradients.knows(g)])
         left, partial = self._still_to_step(stepping)
         needed = {id(gradient) for gradient in own}
         held = self._held_by([stepping, *left]).filtered(
-            lambda gradient: id(gradient) in needed or not coverage.knows(gradient)
+            lambda gradient: id(gradient) in needed or not clipped_gradients.knows(gradient)
         )
         return self._step_gradients(held, partial=partial)
 
@@ -171,7 +173,7 @@ class JointGradients:
         return [each for each in others if each not in left_out], bool(overflowed)
 
     def _of_round(
-        self, coverage: Coverage, stepping: Optimizer, own: Sequence[Tensor]
+        self, clipped_gradients: ClippedGradients, stepping: Optimizer, own: Sequence[Tensor]
     ) -> StepGradients | ClipRecord | None:
         """Return what is clipped together with other ranks, which may have gradients of others.
 
@@ -181,7 +183,7 @@ class JointGradients:
         states = self._scaling.states
         if self._round and stepping not in self._round and states is self._states:
             self._round.add(stepping)
-            records = [coverage.record_for(stepping, gradient) for gradient in own]
+            records = [clipped_gradients.record_for(stepping, gradient) for gradient in own]
             if None in records:
                 raise AttachError(
                     f"Gradients of {type(stepping).__name__} were computed after another optimizer "
@@ -196,7 +198,7 @@ class JointGradients:
             id(gradient)
             for optimizer in (stepping, *left)
             for gradient in gradients_held(optimizer)
-            if coverage.record_for(optimizer, gradient) is not None
+            if clipped_gradients.record_for(optimizer, gradient) is not None
         }
         held = self._held_by([stepping, *left])
         held = held.filtered(lambda gradient: id(gradient) not in covered)

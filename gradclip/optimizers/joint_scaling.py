@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from ..errors import ArgumentError, AttachError
 from ..gradients.held import gradients_held
 from .call_stack import running_scaler
-from .clipped_already import Seen
+from .clipped_already import TensorVersion
 from .grad_scaler import found_inf_of, is_true, mark_of, overflowed, stage_of
 
 if TYPE_CHECKING:
-    from .step_changes import Changes
+    from .step_changes import StepChanges
 
 
 class JointScaling:
@@ -42,7 +42,7 @@ class JointScaling:
         self._early: dict[int, _Early] = {}
 
     def unscale(
-        self, stepping: Optimizer, optimizers: Sequence[Optimizer], changes: Changes
+        self, stepping: Optimizer, optimizers: Sequence[Optimizer], step_changes: StepChanges
     ) -> None:
         """Unscale the gradients of all optimizers, each once for each update of the scaler.
 
@@ -57,7 +57,7 @@ class JointScaling:
         elif scaler is not None and scaler.is_enabled() and scaler._scale is not None:
             self._unscale_all(scaler, stepping, optimizers)
             if mark_of(stepping, "grad_scale") is not None:
-                changes.set("grad_scale", None)
+                step_changes.set("grad_scale", None)
 
     def refuse_new(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
         """Refuse gradients that were computed since they were unscaled early.
@@ -141,7 +141,7 @@ class _Early:
     def __init__(
         self, scaler: GradScaler, optimizer: Optimizer, gradients: Sequence[Tensor]
     ) -> None:
-        self._gradients = {id(gradient): Seen(gradient) for gradient in gradients}
+        self._gradients = {id(gradient): TensorVersion(gradient) for gradient in gradients}
         self._optimizer = id(optimizer)
         self._found = found_inf_of(scaler, optimizer)
         self._state = scaler._per_optimizer_states[id(optimizer)]

@@ -17,13 +17,13 @@ from ..errors import AttachError
 from ..ranks.groups import Group
 from .call_stack import running_scaler
 
-_SHARED: WeakKeyDictionary[GradScaler, WeakKeyDictionary[Optimizer, AgreedOverflow]] = (
+_SHARED: WeakKeyDictionary[GradScaler, WeakKeyDictionary[Optimizer, SharedOverflow]] = (
     WeakKeyDictionary()
 )
 """By scaler and optimizer what agrees on the overflows of both."""
 
 
-class AgreedOverflow:
+class SharedOverflow:
     """Lets a GradScaler leave out the steps of optimizers on all ranks or on none. Collective.
 
     GradScaler has no hooks: until the last `release` it is of a class of its own.
@@ -56,7 +56,7 @@ class AgreedOverflow:
         self._group = group
         self._device = device
         if scaler not in _SHARED:
-            scaler.__class__ = _agreeing(type(scaler))
+            scaler.__class__ = _sharing_class(type(scaler))
         _SHARED.setdefault(scaler, WeakKeyDictionary()).update(dict.fromkeys(optimizers, self))
 
     def serves(self, scaler: GradScaler) -> bool:
@@ -80,7 +80,7 @@ class AgreedOverflow:
         if scaler._scale is None:
             scaler._lazy_init_scale_growth_tracker(self._device)
 
-    def agree(self, found: dict[torch.device, Tensor]) -> None:
+    def share(self, found: dict[torch.device, Tensor]) -> None:
         """Take over what other ranks have found, 0 or more by device, in place."""
         if not found:  # without a gradient
             found[self._device] = torch.zeros((), device=self._device)
@@ -91,28 +91,28 @@ class AgreedOverflow:
             each.copy_(anywhere)
 
 
-class _Agreeing:
+class _SharingScaler:
     """What a GradScaler does more: for some optimizers, the ranks agree on what it finds."""
 
     def step(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        agreed = _agreed_for(self, optimizer)
-        if agreed is not None:
-            agreed.prepare(self)
+        shared = _shared_overflow_of(self, optimizer)
+        if shared is not None:
+            shared.prepare(self)
         return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        self._agreed("unscale_", optimizer)
+        self._with_shared("unscale_", optimizer)
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> Any:
-        return self._agreed("_check_inf_per_device", optimizer)
+        return self._with_shared("_check_inf_per_device", optimizer)
 
-    def _agreed(self: Any, name: str, optimizer: Optimizer) -> Any:
-        agreed = _agreed_for(self, optimizer)
-        if agreed is not None:
-            agreed.prepare(self)
+    def _with_shared(self: Any, name: str, optimizer: Optimizer) -> Any:
+        shared = _shared_overflow_of(self, optimizer)
+        if shared is not None:
+            shared.prepare(self)
         result = getattr(super(), name)(optimizer)
-        if agreed is not None:
-            agreed.agree(self._per_optimizer_states[id(optimizer)]["found_inf_per_device"])
+        if shared is not None:
+            shared.share(self._per_optimizer_states[id(optimizer)]["found_inf_per_device"])
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
@@ -120,26 +120,26 @@ class _Agreeing:
         return object.__new__, (type(self).__mro__[2],), self.__getstate__()
 
 
-def _agreed_for(scaler: GradScaler, optimizer: Optimizer) -> AgreedOverflow | None:
+def _shared_overflow_of(scaler: GradScaler, optimizer: Optimizer) -> SharedOverflow | None:
     ours = scaler in _SHARED and scaler.is_enabled()
     return _SHARED[scaler].get(optimizer) if ours else None
 
 
-def _agreeing(kind: type[GradScaler]) -> type[GradScaler]:
-    return type(kind.__name__, (_Agreeing, kind), {})
+def _sharing_class(kind: type[GradScaler]) -> type[GradScaler]:
+    return type(kind.__name__, (_SharingScaler, kind), {})
 
 
-def refuse_apart(agreed: AgreedOverflow | None) -> None:
+def refuse_unshared_overflow(shared: SharedOverflow | None) -> None:
     """Refuse a GradScaler that may leave out a step on one rank alone.
 
     Args:
-        agreed: That of the scaler that the clipper was given.
+        shared: That of the scaler that the clipper was given.
 
     Raises:
         AttachError: It is running, and does not agree with other ranks.
     """
     scaler = running_scaler()
-    if scaler is None or not scaler.is_enabled() or (agreed is not None and agreed.serves(scaler)):
+    if scaler is None or not scaler.is_enabled() or (shared is not None and shared.serves(scaler)):
         return
     module = sys.modules.get("torch.distributed.fsdp.sharded_grad_scaler")
     if module is None or not isinstance(scaler, module.ShardedGradScaler):

@@ -13,7 +13,7 @@ from .call_stack import step_running
 _ABSENT = object()
 
 
-class Changes:
+class StepChanges:
     """Changes for the time of one step; `undo` puts back exactly what was there.
 
     Args:
@@ -91,11 +91,11 @@ class GuardedArguments(dict[str, Any]):
         changes: What the step has changed, or is going to.
     """
 
-    def __init__(self, arguments: dict[str, Any], changes: Changes) -> None:
+    def __init__(self, arguments: dict[str, Any], step_changes: StepChanges) -> None:
         super().__init__(arguments)
-        self._changes = changes
+        self._step_changes = step_changes
 
     def __del__(self) -> None:
         """Undo what no hook has undone, unless another hook put its own arguments in place."""
-        if self._changes and not step_running(self._changes.optimizer):
-            self._changes.undo()
+        if self._step_changes and not step_running(self._step_changes.optimizer):
+            self._step_changes.undo()

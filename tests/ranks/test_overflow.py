@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from gradclip import AttachError, GradientClipper, Ranks
-from gradclip.optimizers.shared_overflow import AgreedOverflow
+from gradclip.optimizers.shared_overflow import SharedOverflow
 
 KINDS = {
     "sgd": lambda named: torch.optim.SGD(named, lr=0.1),
@@ -254,7 +254,7 @@ def test_a_scaler_whose_methods_were_replaced_is_refused():
     scaler = torch.amp.GradScaler("cpu")
     scaler.unscale_ = print
     with pytest.raises(AttachError, match="unscale_ of the GradScaler was replaced"):
-        AgreedOverflow(scaler, [], None, torch.device("cpu"))
+        SharedOverflow(scaler, [], None, torch.device("cpu"))
 
 
 def without_being_given(sharded: bool) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from gradclip.gradients.buckets import buckets_of, copies_of
 from gradclip.gradients.held import distinct, gradients_of, parameters_of
-from gradclip.scopes.norm_indices import Place
+from gradclip.scopes.norm_indices import NormIndices
 
 
 def test_one_bucket_for_each_device_and_dtype_in_order():
@@ -51,7 +51,7 @@ def test_one_value_serves_all_and_several_are_spread_by_label():
     bucket.scale_("auto", torch.tensor([0.5]))
     assert [gradient.item() for gradient in joint] == [0.5] * 3
     several = [torch.ones(1) for _ in range(3)]
-    [bucket] = buckets_of(several, 2.0, [Place(torch.tensor([label])) for label in (1, 0, 1)])
+    [bucket] = buckets_of(several, 2.0, [NormIndices(torch.tensor([label])) for label in (1, 0, 1)])
     bucket.scale_("auto", torch.tensor([0.5, 0.25]))
     assert [gradient.item() for gradient in several] == [0.25, 0.5, 0.25]
 
@@ -73,9 +73,9 @@ def test_other_subclasses_are_clipped_as_what_they_are():
 
 def test_copies_leave_the_gradients_alone():
     gradient = torch.tensor([-3.0, 1.0, math.inf, math.nan], dtype=torch.float16)
-    place = Place(torch.tensor([3]))
+    place = NormIndices(torch.tensor([3]))
     [bucket] = copies_of(buckets_of([gradient], 2.0, [place]))
     bucket.written[0].zero_()
-    assert bucket.places == [place]
+    assert bucket.norm_indices == [place]
     assert bucket.measured[0].tolist() == [0.0] * 4
     assert gradient[:3].tolist() == [-3.0, 1.0, math.inf]

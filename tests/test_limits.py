@@ -12,7 +12,7 @@ from gradclip.gradients.norm_thresholds import NormThresholds
 from gradclip.gradients.policies import Settings
 from gradclip.gradients.step import StepGradients
 from gradclip.scopes.labels import NormLabels
-from gradclip.scopes.norm_indices import Place
+from gradclip.scopes.norm_indices import NormIndices
 from gradclip.scopes.scope import Scope
 
 CPU = torch.device("cpu")
@@ -45,8 +45,8 @@ def labels(*keys) -> NormLabels:
 
 def gradients(count: int, partial: bool = False) -> StepGradients:
     tensors = [torch.ones(1) for _ in range(count)]
-    places = [Place(torch.tensor([index])) for index in range(count)]
-    return StepGradients(tensors, places, Settings(), count, CPU, partial=partial)
+    norm_indices = [NormIndices(torch.tensor([index])) for index in range(count)]
+    return StepGradients(tensors, norm_indices, Settings(), count, CPU, partial=partial)
 
 
 def double(*values: float) -> torch.Tensor:

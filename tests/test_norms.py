@@ -14,7 +14,7 @@ from gradclip.errors import ArgumentError
 from gradclip.gradients.buckets import Bucket, buckets_of
 from gradclip.gradients.norms import measure_across_ranks, norms_of
 from gradclip.ranks.groups import Group, Reach
-from gradclip.scopes.norm_indices import NOWHERE, Place
+from gradclip.scopes.norm_indices import NOWHERE, NormIndices
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ORDERS = [1.0, 2.0, 3.0, math.inf]
@@ -30,8 +30,8 @@ class Pair(Group):
 PAIR, OTHER_PAIR = Pair((0, 1), (), ("cpu",)), Pair((0, 2), (), ("cpu",))
 
 
-def place(*labels: int, rows: bool = False) -> Place:
-    return Place(torch.tensor(labels), rows)
+def indices_of(*indices: int, rows: bool = False) -> NormIndices:
+    return NormIndices(torch.tensor(indices), rows)
 
 
 def power_sum(gradients: list[Tensor], order: float) -> float:
@@ -63,7 +63,7 @@ def test_each_label_has_the_norm_of_its_gradients(engine, order):
     kinds = [torch.float32, torch.float64, torch.float32, torch.bfloat16]
     gradients = [torch.randn(50).to(kind) for kind in kinds]
     labels = [2, 0, 0, 2]
-    buckets = buckets_of(gradients, order, map(place, labels))
+    buckets = buckets_of(gradients, order, map(indices_of, labels))
     found = norms_of(buckets, order, count=3, engine=engine)
     needed = [norm(each, order) for each in by_label(gradients, labels, 3)]
     assert found.tolist() == approx(needed)
@@ -72,7 +72,7 @@ def test_each_label_has_the_norm_of_its_gradients(engine, order):
 @pytest.mark.parametrize("scalar", [True, False])
 @pytest.mark.parametrize("kinds", [["float32"], ["float32", "float64", "bfloat16"]])
 @pytest.mark.parametrize("order", ORDERS)
-def test_without_places_all_gradients_have_one_norm(order, kinds, scalar):
+def test_without_norm_indices_all_gradients_have_one_norm(order, kinds, scalar):
     gradients = [torch.randn(2, 9).to(getattr(torch, kind)) for kind in 2 * kinds]
     buckets = buckets_of(gradients, order)
     assert len(buckets) == len(kinds)
@@ -90,8 +90,8 @@ def test_without_places_all_gradients_have_one_norm(order, kinds, scalar):
 def test_the_parts_of_labels_are_the_sums_of_the_gradients(order):
     """Of one with rows those of its rows that have a label."""
     whole, rows = torch.randn(5), torch.randn(3, 4)
-    places = [place(1), place(1, NOWHERE, 0, rows=True)]
-    buckets, parts = buckets_of([whole, rows], order, places), []
+    norm_indices = [indices_of(1), indices_of(1, NOWHERE, 0, rows=True)]
+    buckets, parts = buckets_of([whole, rows], order, norm_indices), []
     found = norms_of(buckets, order, count=2, parts=parts)
     assert found.tolist() == approx([norm([rows[2]], order), norm([whole, rows[0]], order)])
     needed = [power_sum([whole], order), power_sum([rows[0], rows[2]], order)]
@@ -102,7 +102,7 @@ def test_an_engine_that_does_not_exist_is_refused():
     gradient, of_pair = torch.ones(3), buckets_of([torch.ones(3)], 2.0)
     of_pair[0].group = PAIR
     both = [*buckets_of([gradient], 2.0), *buckets_of([gradient.double()], 2.0)]
-    for buckets in (both[:1], both, buckets_of([gradient], 2.0, [place(0)]), of_pair):
+    for buckets in (both[:1], both, buckets_of([gradient], 2.0, [indices_of(0)]), of_pair):
         with pytest.raises(ArgumentError, match="engine='none such' names no engine"):
             norms_of(buckets, 2.0, engine="none such")
 
@@ -121,7 +121,7 @@ def test_without_gradients_every_norm_is_zero(count):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_leaves_the_others(order, bad):
     gradients = [torch.tensor([1.0, bad]), torch.tensor([2.0])]
-    found = norms_of(buckets_of(gradients, order, [place(0), place(1)]), order, count=2)
+    found = norms_of(buckets_of(gradients, order, [indices_of(0), indices_of(1)]), order, count=2)
     assert not math.isfinite(found[0].item())
     assert found[1].item() == 2.0
 
@@ -156,14 +156,14 @@ def test_where_the_device_has_no_float64_sums_meet_in_float32(monkeypatch):
 
 
 def spread_buckets(
-    gradients: list[Tensor], order: float, places: Iterable[Place] | None = None
+    gradients: list[Tensor], order: float, norm_indices: Iterable[NormIndices] | None = None
 ) -> list[Bucket]:
     """Sort gradients.
 
     Those of float32 are spread over two ranks, those of bfloat16 are copies that do not count here,
     others are on no other rank.
     """
-    buckets = buckets_of(gradients, order, places)
+    buckets = buckets_of(gradients, order, norm_indices)
     for bucket in buckets:
         dtype = bucket.measured[0].dtype
         bucket.group = None if dtype is torch.float64 else PAIR
@@ -199,7 +199,7 @@ def test_all_gradients_of_several_ranks_have_one_norm(order, scalar):
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_label_has_the_norm_of_several_ranks(order):
     gradients, labels = three_kinds(), [3, 3, 0, 0, 1]
-    found = norms_of(spread_buckets(gradients, order, map(place, labels)), order, count=4)
+    found = norms_of(spread_buckets(gradients, order, map(indices_of, labels)), order, count=4)
     needed = [needed_norm(each, order) for each in by_label(gradients, labels, 4)]
     assert found.tolist() == approx(needed)
 
@@ -229,16 +229,16 @@ def test_gradients_of_several_groups_of_ranks_are_told_apart():
 def test_ranks_tell_what_they_are_asked_for(order, parts, weights, present):
     gradients, labels = three_kinds(), [0, 2, 1, 0, 2]
     held, of_parameters = three_kinds(), [4, 0, 1, 4, 2]
-    places = [place(label) for label in labels]
+    norm_indices = [indices_of(label) for label in labels]
     found = measure_across_ranks(
-        spread_buckets(gradients, order, places),
+        spread_buckets(gradients, order, norm_indices),
         order,
         Reach((PAIR,)),
         count=3,
         device=CPU,
         engine="auto",
-        parts=(tuple(map(place, of_parameters)), 6) if parts else None,
-        weights=spread_buckets(held, order, places) if weights else None,
+        parts=(tuple(map(indices_of, of_parameters)), 6) if parts else None,
+        weights=spread_buckets(held, order, norm_indices) if weights else None,
         present=torch.tensor([True, False, True]) if present else None,
     )
 
@@ -261,7 +261,7 @@ def test_ranks_tell_what_they_are_asked_for(order, parts, weights, present):
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_parts_over_ranks_of_gradients_with_one_norm(order):
     gradients = [torch.randn(4), torch.randn(4)]
-    parameters = (place(2), place(0))
+    parameters = (indices_of(2), indices_of(0))
     for reach, factor in ((Reach(), 1), (Reach((), PAIR), 2), (Reach((), OTHER_PAIR), 2)):
         buckets = buckets_of(gradients, order)
         assert not buckets[0].indices  # these are all
@@ -276,10 +276,10 @@ def test_the_parts_over_ranks_of_gradients_with_one_norm(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_parts_of_rows_over_ranks_are_the_sums_of_their_gradients(order):
-    rows, places = torch.randn(3, 4), [place(1, NOWHERE, 0, rows=True)]
-    buckets = buckets_of([rows], order, places)
+    rows, norm_indices = torch.randn(3, 4), [indices_of(1, NOWHERE, 0, rows=True)]
+    buckets = buckets_of([rows], order, norm_indices)
     found = measure_across_ranks(
-        buckets, order, Reach(), count=2, device=CPU, engine="auto", parts=((place(1),), 2)
+        buckets, order, Reach(), count=2, device=CPU, engine="auto", parts=((indices_of(1),), 2)
     )
     assert found.norms.tolist() == approx([norm([rows[2]], order), norm([rows[0]], order)])
     assert found.parts.tolist() == approx([0.0, power_sum([rows[0], rows[2]], order)])
@@ -290,7 +290,13 @@ def test_what_ranks_find_is_float64_on_the_device_asked_for(reach):
     gradients = three_kinds()
     for buckets in (spread_buckets(gradients, 2.0), []):
         found = measure_across_ranks(
-            buckets, 2.0, reach, count=1, device=META, engine="auto", parts=((place(0),) * 5, 1)
+            buckets,
+            2.0,
+            reach,
+            count=1,
+            device=META,
+            engine="auto",
+            parts=((indices_of(0),) * 5, 1),
         )
         for each in (found.norms, found.parts):
             assert (each.device, each.dtype, each.shape) == (META, torch.float64, (1,))

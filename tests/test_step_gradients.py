@@ -8,15 +8,17 @@ import torch
 from gradclip import GradientError
 from gradclip.gradients.policies import Settings
 from gradclip.gradients.step import StepGradients
-from gradclip.scopes.norm_indices import Place
+from gradclip.scopes.norm_indices import NormIndices
 
 CPU = torch.device("cpu")
 
 
 def gradients(*tensors: torch.Tensor, labels=None, count=1, scale=None, **settings):
     scale = None if scale is None else torch.tensor(scale)
-    places = None if labels is None else [Place(torch.tensor([label])) for label in labels]
-    return StepGradients(list(tensors), places, Settings(**settings), count, CPU, scale=scale)
+    norm_indices = (
+        None if labels is None else [NormIndices(torch.tensor([label])) for label in labels]
+    )
+    return StepGradients(list(tensors), norm_indices, Settings(**settings), count, CPU, scale=scale)
 
 
 def test_norms_are_true_whatever_the_scale():

@@ -11,7 +11,7 @@ from ..checks import checked_order, checked_positive
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
 from ..gradients.norms import norms_of
-from ..scopes.norm_indices import Place, Places, present
+from ..scopes.norm_indices import NormIndices, present_norms
 from ..thresholds import RelativeToWeights, StepContext
 from .operators import norm_like, operator
 from .torch_names import TensorOrTensors, listed_gradients, listed_parameters
@@ -74,12 +74,12 @@ def _clip_units_(
     rule = RelativeToWeights(factor, eps)
     held = {id(g): (g, w.data) for g, w in zip(gradients, weights, strict=True)}
     gradients = [gradient for gradient, _ in held.values()]
-    places, count = _unit_places(tuple(gradient.shape for gradient in gradients))
-    buckets = buckets_of(gradients, order, places)
+    norm_indices, count = _unit_norm_indices(tuple(gradient.shape for gradient in gradients))
+    buckets = buckets_of(gradients, order, norm_indices)
     norms = norms_of(buckets, order, count=count)
-    held_weights = buckets_of([weight for _, weight in held.values()], order, places)
+    held_weights = buckets_of([weight for _, weight in held.values()], order, norm_indices)
     weight_norms = norms_of(held_weights, order, count=count, device=norms.device)
-    context = StepContext(0, present(places, count, norms.device), order, weight_norms)
+    context = StepContext(0, present_norms(norm_indices, count, norms.device), order, weight_norms)
     coefficients = clip_coefficients(norms, rule.thresholds(norms, context), erase=False)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
@@ -88,12 +88,12 @@ def _clip_units_(
 
 
 @lru_cache(maxsize=16)
-def _unit_places(shapes: tuple[torch.Size, ...]) -> tuple[Places, int]:
-    """Return the places of tensors of these shapes, each unit a norm of its own, and how many."""
-    places, count = [], 0
+def _unit_norm_indices(shapes: tuple[torch.Size, ...]) -> tuple[tuple[NormIndices, ...], int]:
+    """Return the norm indices of tensors of these shapes, a norm for each unit, and the count."""
+    norm_indices, count = [], 0
     for shape in shapes:
         rows = len(shape) > 1
         units = shape[0] if rows else 1
-        places.append(Place(torch.arange(count, count + units, device="cpu"), rows))
+        norm_indices.append(NormIndices(torch.arange(count, count + units, device="cpu"), rows))
         count += units
-    return tuple(places), count
+    return tuple(norm_indices), count

@@ -19,7 +19,7 @@ from ..engines.layout import rows_share_memory
 from ..errors import GradientError
 from ..ranks.groups import Group
 from ..ranks.shards import LOCAL, Share, common_share_of, is_spread, share_of
-from ..scopes.norm_indices import Place, spread
+from ..scopes.norm_indices import NormIndices, row_values
 from .forms import REAL, forms_of
 from .held import PLAIN
 
@@ -41,9 +41,9 @@ class Bucket:
     device: torch.device
     measured: list[Tensor]
     written: list[Tensor]
-    places: list[Place] = field(default_factory=list)
+    norm_indices: list[NormIndices] = field(default_factory=list)
     """Where the norms of what is measured are; empty where all share one."""
-    written_places: list[Place] = field(default_factory=list)
+    written_norm_indices: list[NormIndices] = field(default_factory=list)
     """The same of what is written."""
     rows: bool = False
     """Whether the indices of dimension 0 have norms of their own."""
@@ -71,13 +71,17 @@ class Bucket:
     def _spread(self, values: Tensor, otherwise: float) -> Tensor:
         if values.device != self.device:
             values = values.to(self.device)
-        return spread(values, tuple(self.written_places), otherwise) if self.places else values
+        return (
+            row_values(values, tuple(self.written_norm_indices), otherwise)
+            if self.norm_indices
+            else values
+        )
 
 
 def buckets_of(
     gradients: Sequence[Tensor],
     order: float,
-    places: Iterable[Place] | None = None,
+    norm_indices: Iterable[NormIndices] | None = None,
     counts_here: Sequence[bool] = (),
 ) -> list[Bucket]:
     """Sort gradients into buckets.
@@ -85,26 +89,26 @@ def buckets_of(
     Args:
         gradients: Distinct gradients of any mixture of devices, dtypes and layouts. Not written.
         order: p of the norm to be measured.
-        places: For each gradient where its norms are; None where all share one.
+        norm_indices: For each gradient where its norms are; None where all share one.
         counts_here: For each whether it counts here, not as a copy on another rank; empty for all.
 
     Raises:
         GradientError: A dtype or layout that cannot be clipped rightly, or rows that share memory.
     """
-    if places is None and not counts_here:
+    if norm_indices is None and not counts_here:
         bucket = _bucket_of_all(gradients)
         if bucket is not None:
             return [bucket]
     buckets: dict[tuple[Any, ...], Bucket] = {}
-    strided, given = torch.strided, repeat(None) if places is None else places
-    for index, (gradient, place) in enumerate(zip(gradients, given, strict=False)):
+    strided, given = torch.strided, repeat(None) if norm_indices is None else norm_indices
+    for index, (gradient, indices) in enumerate(zip(gradients, given, strict=False)):
         share = None
         if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
             measured, written = forms_of(gradient, order)
             share = share_of(gradient) if is_spread(gradient) else None
-        rows = place is not None and place.rows
+        rows = indices is not None and indices.rows
         group, counts = HERE if share is None else (share.group, share.counts)
         counts = counts and (not counts_here or counts_here[index])
         key = (gradient.device, gradient.dtype, rows, group, counts)
@@ -115,8 +119,8 @@ def buckets_of(
         bucket.indices.append(index)
         bucket.measured.append(measured)
         bucket.written.append(written)
-        if place is not None:
-            _add_place(bucket, gradient, place, share)
+        if indices is not None:
+            _add_norm_indices(bucket, gradient, indices, share)
     for bucket in buckets.values():
         if all(map(is_, bucket.measured, bucket.written)):
             bucket.written = bucket.measured
@@ -145,43 +149,45 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
 def copies_of(buckets: Iterable[Bucket]) -> list[Bucket]:
     """Return buckets of what is measured, in memory of its own."""
     return [
-        replace(bucket, measured=copies, written=copies, written_places=bucket.places)
+        replace(bucket, measured=copies, written=copies, written_norm_indices=bucket.norm_indices)
         for bucket in buckets
         for copies in [[tensor.clone() for tensor in bucket.measured]]
     ]
 
 
-def _add_place(bucket: Bucket, gradient: Tensor, place: Place, share: Share | None) -> None:
-    measured = written = place
-    if place.rows and len(place.labels) != gradient.shape[0]:
+def _add_norm_indices(
+    bucket: Bucket, gradient: Tensor, norm_indices: NormIndices, share: Share | None
+) -> None:
+    measured = written = norm_indices
+    if norm_indices.rows and len(norm_indices.indices) != gradient.shape[0]:
         raise GradientError(
             f"Found a gradient of shape {tuple(gradient.shape)}, whose parameter had "
-            f"{len(place.labels)} indices of dimension 0 when they were labelled: detach() and "
-            "attach a new clipper after parameters were resized."
+            f"{len(norm_indices.indices)} indices of dimension 0 when they were labelled: detach() "
+            "and attach a new clipper after parameters were resized."
         )
-    if place.rows and gradient.is_sparse:
+    if norm_indices.rows and gradient.is_sparse:
         # What is measured and written holds the values alone.
-        measured = _place_of_values(place, gradient.coalesce().indices())
-        written = _place_of_values(place, gradient._indices())
-    elif place.rows and share is not None:
-        measured = written = _place_of_share(place, share)
-    elif place.rows and rows_share_memory(gradient):
+        measured = _indices_of_values(norm_indices, gradient.coalesce().indices())
+        written = _indices_of_values(norm_indices, gradient._indices())
+    elif norm_indices.rows and share is not None:
+        measured = written = _indices_of_share(norm_indices, share)
+    elif norm_indices.rows and rows_share_memory(gradient):
         raise GradientError(
             f"Found a tensor of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
             "in which indices of dimension 0 share memory and cannot be scaled apart: make it "
             "contiguous(), or give its parameter one norm."
         )
-    bucket.places.append(measured)
-    bucket.written_places.append(written)
+    bucket.norm_indices.append(measured)
+    bucket.written_norm_indices.append(written)
 
 
 @lru_cache(maxsize=1 << 12)
-def _place_of_share(place: Place, share: Share) -> Place:
+def _indices_of_share(norm_indices: NormIndices, share: Share) -> NormIndices:
     """Return where the norms of the rows are that are here."""
     if share.rows is None:
-        return place
-    return Place(place.labels.cpu()[share.rows], rows=True)
+        return norm_indices
+    return NormIndices(norm_indices.indices.cpu()[share.rows], rows=True)
 
 
-def _place_of_values(place: Place, indices: Tensor) -> Place:
-    return Place(place.labels.to(indices.device)[indices[0]], rows=True)
+def _indices_of_values(norm_indices: NormIndices, positions: Tensor) -> NormIndices:
+    return NormIndices(norm_indices.indices.to(positions.device)[positions[0]], rows=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..scopes.norm_indices import Place
+from ..scopes.norm_indices import NormIndices
 
 # One call into C for all tensors costs less than a line of Python for each.
 PLAIN = {Tensor}
@@ -50,7 +50,7 @@ class HeldGradients:
     """Gradients that optimizers hold."""
 
     gradients: list[Tensor] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
+    norm_indices: list[NormIndices] = field(default_factory=list)
     """For each where its norms are; empty where all share one."""
     names: Sequence[str] = field(default_factory=list)
     """For each the name of that parameter; empty where nobody asks for it."""
@@ -64,7 +64,7 @@ class HeldGradients:
         kept = [wanted(gradient) for gradient in self.gradients]
         return HeldGradients(
             list(compress(self.gradients, kept)),
-            list(compress(self.places, kept)),
+            list(compress(self.norm_indices, kept)),
             list(compress(self.names, kept)),
             list(compress(self.counts_here, kept)),
             [each for each in self.weights if (g := each.parameter.grad) is None or wanted(g)],
@@ -80,6 +80,6 @@ class Weight(NamedTuple):
     """A parameter whose norm is asked for."""
 
     parameter: Tensor
-    place: Place
+    norm_indices: NormIndices
     counts: bool
     """Whether it counts here, not as a copy on another rank."""

@@ -121,7 +121,7 @@ class NormThresholds:
 
     def follow_labels(self) -> None:
         """Start the threshold, again whenever there are new labels that it rules."""
-        names, limits = self._labels.names, self._labels.limits
+        names, limits = self._labels.names, self._labels.group_thresholds
         if names is self._started:
             return
         ruled = [index for index, limit in enumerate(limits) if limit is None]

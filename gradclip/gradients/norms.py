@@ -13,7 +13,7 @@ from ..engines import engine_for, norm_dtype
 from ..engines.base import INFINITY, root
 from ..engines.cuda_graphs import capturing
 from ..ranks.groups import Group, Reach, reach_of
-from ..scopes.norm_indices import Places, gathered, owners
+from ..scopes.norm_indices import NormIndices, gradient_indices, sums_by_norm
 from .buckets import Bucket
 
 
@@ -33,9 +33,9 @@ def norms_of(
     No host sync, unless gradients lie on several devices: then their sums meet on one.
 
     Args:
-        buckets: The gradients with the places of their norms. Not written.
+        buckets: The gradients with the indices of their norms. Not written.
         order: p of the p-norm, positive or infinity.
-        count: k, how many norms there are; 1 where the gradients have no places.
+        count: k, how many norms there are; 1 where the gradients have no norm indices.
         device: Where the norms are wanted; by default where the first gradient is, else the CPU.
         engine: Which engine measures.
         scalar: Whether a single norm is wanted 0-d.
@@ -55,7 +55,9 @@ def norms_of(
             buckets, order, reach_of(spread), count=count, device=device, engine=engine
         )
         return found.norms.squeeze(0) if scalar else found.norms
-    single = len(buckets) == 1 and not buckets[0].places and device in (None, buckets[0].device)
+    single = (
+        len(buckets) == 1 and not buckets[0].norm_indices and device in (None, buckets[0].device)
+    )
     if single and parts is None:
         serving = engine_for(engine, buckets[0].device)
         return serving.norm(buckets[0].measured, order, scalar=scalar)
@@ -64,7 +66,7 @@ def norms_of(
     if not buckets:
         shape = () if scalar else (count,)
         return torch.zeros(shape, dtype=norm_dtype(device), device=device)
-    if not buckets[0].places:
+    if not buckets[0].norm_indices:
         norms = [_norm(bucket, order, engine, parts) for bucket in buckets]
         if single:
             return norms[0].squeeze(0) if scalar else norms[0]
@@ -99,7 +101,7 @@ def measure_across_ranks(
     count: int,
     device: torch.device,
     engine: str,
-    parts: tuple[Places, int] | None = None,
+    parts: tuple[tuple[NormIndices, ...], int] | None = None,
     weights: Sequence[Bucket] | None = None,
     present: Tensor | None = None,
 ) -> SharedNorms:
@@ -158,7 +160,7 @@ def _by_parameter(
     sums: Sequence[Tensor],
     buckets: Sequence[Bucket],
     order: float,
-    places: Places,
+    norm_indices: tuple[NormIndices, ...],
     count: int,
     device: torch.device,
 ) -> Tensor:
@@ -166,8 +168,8 @@ def _by_parameter(
     if not buckets:
         return torch.zeros(count, dtype=norm_dtype(device), device=device)
     found = _together(list(map(partial(_of_gradients, order), sums, buckets)), device)
-    indices = [index for bucket in buckets for index in bucket.indices or range(len(places))]
-    return gathered(found, order, tuple(places[index] for index in indices), count)
+    indices = [index for bucket in buckets for index in bucket.indices or range(len(norm_indices))]
+    return sums_by_norm(found, order, tuple(norm_indices[index] for index in indices), count)
 
 
 def _total(
@@ -181,9 +183,9 @@ def _total(
     if not buckets:
         return torch.zeros(count, dtype=norm_dtype(device), device=device)
     together = _together(sums, device)
-    if buckets[0].places:
-        places = tuple(place for bucket in buckets for place in bucket.places)
-        return gathered(together, order, places, count)
+    if buckets[0].norm_indices:
+        norm_indices = tuple(indices for bucket in buckets for indices in bucket.norm_indices)
+        return sums_by_norm(together, order, norm_indices, count)
     return together.amax(0, keepdim=True) if order == INFINITY else together.sum(0, keepdim=True)
 
 
@@ -203,8 +205,8 @@ def _of_gradients(order: float, sums: Tensor, bucket: Bucket) -> Tensor:
     sums = sums.clone()  # the norms will be in their memory
     if not bucket.rows:
         return sums
-    places = tuple(bucket.places)
-    return gathered(sums, order, owners(places), len(places))
+    norm_indices = tuple(bucket.norm_indices)
+    return sums_by_norm(sums, order, gradient_indices(norm_indices), len(norm_indices))
 
 
 def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:

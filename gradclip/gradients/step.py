@@ -15,7 +15,7 @@ from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..ranks.groups import Reach
 from ..records.parameter_norms import Parts, rescaled
 from ..scopes.naming import describe_nonfinite
-from ..scopes.norm_indices import Place, present
+from ..scopes.norm_indices import NormIndices, present_norms
 from .buckets import Bucket, buckets_of, copies_of
 from .coefficients import are_finite, has_skip_reason
 from .forms import coalesce_, refuse_unordered
@@ -27,11 +27,11 @@ ALONE = Reach()
 
 
 class StepGradients:
-    """Gradients of any mixture of devices, dtypes and layouts, with the places of their norms.
+    """Gradients of any mixture of devices, dtypes and layouts, with the indices of their norms.
 
     Args:
         tensors: Distinct gradients.
-        places: For each where its norms are; None where all share one.
+        norm_indices: For each where its norms are; None where all share one.
         settings: How to measure and what may be written.
         count: k, how many norms there are.
         device: Where the norms are wanted.
@@ -53,7 +53,7 @@ class StepGradients:
     def __init__(
         self,
         tensors: Sequence[Tensor],
-        places: Sequence[Place] | None,
+        norm_indices: Sequence[NormIndices] | None,
         settings: Settings,
         count: int,
         device: torch.device,
@@ -62,7 +62,7 @@ class StepGradients:
         names: Sequence[str] | None = None,
         reach: Reach = ALONE,
         counts_here: Sequence[bool] = (),
-        parts: Sequence[Place] = (),
+        parts: Sequence[NormIndices] = (),
         needs_present: bool = True,
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
@@ -75,7 +75,7 @@ class StepGradients:
         self.partial = partial
         self.parts: Parts | None = None
         """What each gradient has in the norms, once they were measured."""
-        self._places = places
+        self._norm_indices = norm_indices
         self._weights = weights
         self._names = names
         self._reach = reach
@@ -96,17 +96,17 @@ class StepGradients:
         return self._present_here() if self._present is None else self._present
 
     def _present_here(self) -> Tensor:
-        if self._places is None:
+        if self._norm_indices is None:
             flag = _flag(bool(self.tensors), self._device)
             keep_if_captured(flag)
             return flag
-        places = [
+        norm_indices = [
             # Of what is spread over ranks the rows that are elsewhere are there as well.
-            place if bucket.group is None else self._places[index]
+            indices if bucket.group is None else self._norm_indices[index]
             for bucket in self._buckets
-            for place, index in zip(bucket.places, bucket.indices, strict=True)
+            for indices, index in zip(bucket.norm_indices, bucket.indices, strict=True)
         ]
-        return present(tuple(places), self._count, self._device)
+        return present_norms(tuple(norm_indices), self._count, self._device)
 
     def weight_norms(self) -> Tensor:
         """Measure the norms of the parameters instead of their gradients; shape (k,)."""
@@ -235,7 +235,7 @@ class StepGradients:
         return {"count": self._count, "device": self._device, "engine": engine}
 
     def _bucketed(self, tensors: Sequence[Tensor]) -> list[Bucket]:
-        return buckets_of(tensors, self._settings.norm_type, self._places, self._counts_here)
+        return buckets_of(tensors, self._settings.norm_type, self._norm_indices, self._counts_here)
 
     def _weight_buckets(self) -> list[Bucket]:
         weights = self._weights or ()
@@ -243,7 +243,7 @@ class StepGradients:
         return buckets_of(
             [weight.parameter.data for weight in weights],
             self._settings.norm_type,
-            None if self._places is None else [weight.place for weight in weights],
+            None if self._norm_indices is None else [weight.norm_indices for weight in weights],
             () if all(counts_here) else counts_here,
         )
 

@@ -213,17 +213,17 @@ class JointGradients:
     def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
         labels, peers = self._labels, self._peers
         names = peers.names if peers.reach else held.names if peers.watched else None
-        joint = self._one_norm_for_all or labels.single
+        joint = self._one_norm_for_all or labels.has_one_norm
         return StepGradients(
             held.gradients,
-            None if joint else held.places,
+            None if joint else held.norm_indices,
             self._settings,
             len(labels.names),
             self.device,
             weights=held.weights if self._needs_weights else None,
             names=names,
             reach=peers.reach,
-            counts_here=() if labels.complete else held.counts_here,
+            counts_here=() if labels.all_count else held.counts_here,
             parts=peers.places(held.names),
             needs_present=self._needs_present,
             **options,
@@ -244,14 +244,14 @@ class JointGradients:
             if id(gradient) in seen or (gradient is None and not idle):
                 continue
             known = self._labels.of(parameter)
-            if known.place is None:
+            if known.norm_indices is None:
                 continue
             if self._needs_weights:
-                held.weights.append(Weight(parameter, known.place, known.counts))
+                held.weights.append(Weight(parameter, known.norm_indices, known.counts))
             if gradient is not None:
                 seen.add(id(gradient))
                 held.gradients.append(gradient)
-                held.places.append(known.place)
+                held.norm_indices.append(known.norm_indices)
                 held.counts_here.append(known.counts)
                 names.append(known.name)
         return held
@@ -271,4 +271,4 @@ class JointGradients:
 
     @property
     def _one_norm_for_all(self) -> bool:
-        return self._labels.everything and not self._needs_weights
+        return self._labels.is_global and not self._needs_weights

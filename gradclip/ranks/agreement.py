@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from ..errors import AttachError
 from ..scopes.labels import NormLabels
-from ..scopes.norm_indices import NOWHERE, Place
+from ..scopes.norm_indices import NOWHERE, NormIndices
 from ..scopes.scope import SHARED
 from .groups import Group, Reach, reach_of
 from .messages import Agreed, Failed, Original, Told, ToldParameter
@@ -71,7 +71,7 @@ def message_of(
     return Told(
         labels.kind,
         options,
-        labels.by_key,
+        labels.thresholds_by_key,
         _told_parameters(labels),
         labels.all_names,
         elsewhere,
@@ -83,17 +83,17 @@ def _told_parameters(labels: NormLabels) -> list[ToldParameter]:
     told = []
     for labelled in labels.labelled:
         parameter = labelled.parameter()
-        if labelled.place is None or parameter is None:
+        if labelled.norm_indices is None or parameter is None:
             continue
         # FullyShardedDataParallel has flattened a parameter that had rows.
         flat = labels.kind == "unit" and getattr(parameter, "_fsdp_flattened", False)
         told.append(
             ToldParameter(
                 labelled.name,
-                labelled.given,
+                labelled.has_given_name,
                 tuple(parameter.shape),
-                labelled.place.labels.tolist(),
-                labelled.place.rows or flat,
+                labelled.norm_indices.indices.tolist(),
+                labelled.norm_indices.rows or flat,
                 labelled.copy_of,
                 mesh_ranks(parameter),
             )
@@ -114,19 +114,22 @@ def adopt(labels: NormLabels, agreed: Agreed, rank: int) -> None:
     """
     labels.check_exclusions(agreed.everyone)
     indices = {key: index for index, key in enumerate(agreed.limits)}
-    moved = _tensor([*(indices.get(key, NOWHERE) for key in labels.by_key), NOWHERE])
+    moved = _tensor([*(indices.get(key, NOWHERE) for key in labels.thresholds_by_key), NOWHERE])
     counted = {name for name, each in agreed.originals.items() if rank in each.ranks}
     adopted = []
     for labelled in labels.labelled:
         if labelled.copy_of is not None:
             original = agreed.originals[labelled.copy_of]
             own = [NOWHERE if key is None else indices[key] for key in original.keys]
-            place, counts = Place(_tensor(own), original.rows), labelled.copy_of in counted
+            norm_indices = NormIndices(_tensor(own), original.rows)
+            counts = labelled.copy_of in counted
             counted.discard(labelled.copy_of)
-            adopted.append(replace(labelled, place=place, counts=counts))
-        elif labelled.place is not None:
-            place = Place(moved[labelled.place.labels], labelled.place.rows)
-            adopted.append(replace(labelled, place=place))
+            adopted.append(replace(labelled, norm_indices=norm_indices, counts=counts))
+        elif labelled.norm_indices is not None:
+            norm_indices = NormIndices(
+                moved[labelled.norm_indices.indices], labelled.norm_indices.rows
+            )
+            adopted.append(replace(labelled, norm_indices=norm_indices))
     labels.adopt(agreed.limits, adopted)
 
 
@@ -239,7 +242,7 @@ def telling_ranks(attach: Callable[P, None]) -> Callable[P, None]:
     return attach_or_tell
 
 
-_UNKNOWN = Place(torch.tensor([NOWHERE], device="cpu"))
+_UNKNOWN = NormIndices(torch.tensor([NOWHERE], device="cpu"))
 
 
 class Peers:
@@ -271,7 +274,7 @@ class Peers:
         self._options = options
         self.watched = watched
         """Whether the norms of parameters are asked for on one of the ranks."""
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, NormIndices] = {}
         self._count = -1
 
     def refresh(self, parameters: Iterable[Tensor]) -> None:
@@ -289,7 +292,7 @@ class Peers:
             self._agree(reach)
         self.reach, self._count = reach, count
 
-    def places(self, names: Sequence[str]) -> list[Place]:
+    def places(self, names: Sequence[str]) -> list[NormIndices]:
         """Return where parameters are among those of all ranks; nowhere if added since."""
         if self.names is None:
             return []
@@ -310,4 +313,6 @@ class Peers:
             adopt(labels, agreed, reach.across.own)
             names, places, self.watched = [*agreed.names], agreed.places, agreed.watched
         self.names = tuple(names) if self.watched else None
-        self._places = {name: Place(torch.tensor([i], device="cpu")) for name, i in places.items()}
+        self._places = {
+            name: NormIndices(torch.tensor([i], device="cpu")) for name, i in places.items()
+        }

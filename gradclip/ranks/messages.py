@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..scopes.labels import Key, Limits
+from ..scopes.labels import GroupThresholds, NormKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Told:
 
     scope: str
     options: Mapping[str, str]
-    limits: Limits
+    limits: GroupThresholds
     parameters: list[ToldParameter]
     names: list[str]
     """Those of all parameters, in a norm or not."""
@@ -60,7 +60,7 @@ class Original:
     """Those that have a part of it: of a DTensor several."""
     name: str
     shape: tuple[int, ...]
-    keys: list[Key | None]
+    keys: list[NormKey | None]
     """Its norm, or with ``rows`` one for each index of dimension 0, and None for none."""
     rows: bool
 
@@ -69,7 +69,7 @@ class Original:
 class Agreed:
     """What holds on all ranks."""
 
-    limits: Limits = field(default_factory=dict)
+    limits: GroupThresholds = field(default_factory=dict)
     originals: dict[str, Original] = field(default_factory=dict)
     """By what all their copies are called."""
     names: dict[str, int] = field(default_factory=dict)

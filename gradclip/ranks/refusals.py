@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..errors import AttachError
-from ..scopes.labels import Key, Limits
+from ..scopes.labels import GroupThresholds, NormKey
 from .messages import Agreed, Failed, Original, Told, ToldParameter
 
 SHOWN = 5
@@ -131,7 +131,7 @@ def check_copy(first: Original, rank: int, copy: ToldParameter, *, same: bool) -
         )
 
 
-def add_limit(limits: Limits, key: Key, rank: int, limit: float | None) -> None:
+def add_limit(limits: GroupThresholds, key: NormKey, rank: int, limit: float | None) -> None:
     """Add a norm and the threshold of its group, if that is the same for all that have it."""
     if limits.setdefault(key, limit) != limit:
         raise AttachError(

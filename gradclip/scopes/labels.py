@@ -1,4 +1,8 @@
-"""The labels of all norms, and for each parameter which of them are its own."""
+"""The norms of one clipper: their labels, and for each parameter the norms of its gradient.
+
+Parameters are labelled when they are first met, not at every step: a scope may be a function of
+the user's, and the index of a norm has to stay what it is in records and in the state of rules.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +18,47 @@ from torch.optim import Optimizer
 from ..errors import ArgumentError, AttachError
 from .group_keys import ABSENT, GroupKeys
 from .naming import NamedParameter, group_name, named_parameters
-from .norm_indices import NOWHERE, Place
+from .norm_indices import NOWHERE, NormIndices
 from .scope import SHARED, Scope
+
+NormKey = tuple[bool, str]
+"""True if the clipper's threshold applies to the norm, and its label. A parameter group with a
+``max_norm`` may have the same label as a norm of the scope, and is another norm."""
+
+GroupThresholds = dict[NormKey, float | None]
+"""The norms in order, each with the ``max_norm`` of its parameter group, None for the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledParameter:
+    """A parameter with the norms of its gradient."""
+
+    parameter: ref[Tensor]
+    name: str
+    """Its name when it was labelled."""
+    norm_indices: NormIndices | None
+    """None where its gradient is never clipped, in no norm."""
+    has_given_name: bool = True
+    """True if the model or the optimizer gave the name, False if it was generated."""
+    copy_of: str | None = None
+    """The name that its copies on all ranks share; None for a parameter without copies."""
+    counts: bool = True
+    """True if its gradient enters the norm here; of several copies one does."""
 
 
 class NormLabels:
-    """Labels parameters when they are first seen: by their group's ``max_norm``, else by a scope.
+    """Labels parameters when they are first met: by their group's ``max_norm``, else by a scope.
 
     Args:
-        optimizers: The optimizers, in the order in which they are counted.
+        optimizers: The optimizers, in the order in which they are numbered.
         scope: The labelling of parameters whose group has no ``max_norm``.
         model: Gives parameters their names.
         copy_name: Returns the name that all copies of a parameter on several ranks share, and None
             for one without copies; None where there are no other ranks.
 
     Raises:
-        ArgumentError: The scope labels a parameter with what is no label, or a group has an
-            impossible ``max_norm``, or ``model`` is no module.
+        ArgumentError: The scope returns an invalid label, a group has an invalid ``max_norm``, or
+            ``model`` is not a module.
     """
 
     def __init__(
@@ -48,23 +76,25 @@ class NormLabels:
         self._copy_name = copy_name
         self._agreed = False
         self._keys = GroupKeys(optimizers)
-        self._known: dict[int, LabelledParameter] = {}
-        self._indices: dict[Key, int] = {}
+        # By id, since a tensor compares element by element; `of` guards against an id used again.
+        self._labelled: dict[int, LabelledParameter] = {}
+        self._indices: dict[NormKey, int] = {}
         self.count = -1
-        """How many parameters the groups have."""
+        """Number of the parameters in all groups."""
         self.warn_of_lost_keys = self._keys.warn_of_lost_keys
         self.names: tuple[str, ...] = ()
         """The k labels, in the order of the norms."""
-        self.limits: tuple[float | None, ...] = ()
-        """For each label the threshold of its group; None where the clipper's threshold rules."""
-        self.everything = scope.is_everything
-        """Whether all gradients share one norm, so that no place need be looked up."""
-        self.single = True
-        """Whether there is one label, and all that is labelled belongs to it."""
-        self.complete = True
-        """Whether all parameters count here, none being a copy of what is on another rank."""
+        self.group_thresholds: tuple[float | None, ...] = ()
+        """For each norm the ``max_norm`` of its parameter group; None where the clipper's threshold
+        applies."""
+        self.is_global = scope.is_everything
+        """True if all gradients share one norm, so that no parameter need be looked up."""
+        self.has_one_norm = True
+        """True if there is one norm, and every gradient is in it whole or not at all."""
+        self.all_count = True
+        """True if no parameter is a copy that counts on another rank."""
         self.refresh()
-        if copy_name is None:
+        if copy_name is None:  # else once the names of all ranks are known
             self.check_exclusions(self.all_names)
 
     @property
@@ -75,12 +105,12 @@ class NormLabels:
     @property
     def all_names(self) -> list[str]:
         """The names of all parameters, in a norm or not."""
-        return [each.name for each in self.parameters]
+        return [named.name for named in self.parameters]
 
     @property
     def labelled(self) -> tuple[LabelledParameter, ...]:
-        """All parameters with their labels, in the order in which they were first seen."""
-        return tuple(self._known.values())
+        """All parameters with their norms, in the order in which they were first met."""
+        return tuple(self._labelled.values())
 
     @property
     def parameters(self) -> Iterator[NamedParameter]:
@@ -88,12 +118,12 @@ class NormLabels:
         return named_parameters(self._optimizers, self._model)
 
     @property
-    def by_key(self) -> dict[Key, float | None]:
-        """The labels, each with whether the clipper's threshold rules it, and their limits."""
-        return dict(zip(self._indices, self.limits, strict=True))
+    def thresholds_by_key(self) -> GroupThresholds:
+        """The norms by key, with the thresholds of their parameter groups."""
+        return dict(zip(self._indices, self.group_thresholds, strict=True))
 
     def check_exclusions(self, names: Sequence[str]) -> None:
-        """Check that each name that the scope excludes is among these.
+        """Check that each name or pattern that the scope excludes matches one of these names.
 
         Raises:
             ArgumentError: One matches none of them.
@@ -101,158 +131,139 @@ class NormLabels:
         self._scope.exclude.check(names)
 
     def adopt(
-        self, thresholds: Mapping[Key, float | None], labelled: Iterable[LabelledParameter]
+        self, thresholds: Mapping[NormKey, float | None], labelled: Iterable[LabelledParameter]
     ) -> None:
-        """Replace the norms by those that all ranks agree on; later ones are refused.
+        """Replace the norms by those that all ranks agree on, and refuse norms added later.
 
         Args:
-            thresholds: The norms in their order, with the thresholds of groups that have their own.
+            thresholds: The norms in order, with the thresholds of their parameter groups.
             labelled: The parameters, with their indices among these norms.
         """
-        for known in labelled:
-            parameter = known.parameter()
+        for entry in labelled:
+            parameter = entry.parameter()
             if parameter is not None:
-                self._known[id(parameter)] = known
+                self._labelled[id(parameter)] = entry
         self._agreed = True
-        self._settle({key: i for i, key in enumerate(thresholds)}, [*thresholds.values()])
+        self._settle({key: index for index, key in enumerate(thresholds)}, [*thresholds.values()])
 
     def refresh(self) -> None:
-        """Label the groups and parameters that were added since.
+        """Label the groups and parameters that were added since the last call.
 
         Raises:
             ArgumentError: One of them cannot be labelled.
-            AttachError: Groups or parameters were taken away or moved, so that it is not known
-                which is which.
+            AttachError: Groups or parameters were removed or moved, so that norms and parameters
+                can no longer be matched.
         """
         self._keys.refresh(numbered=self._scope.kind == "group")
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        # Called at every step: a count, not a walk over all parameters.
         count = sum(len(group["params"]) for group in groups)
         if count != self.count:
-            self._label_new()
+            self._label_added()
             self.count = count
 
     def of(self, parameter: Tensor) -> LabelledParameter:
-        """Return the name of a parameter, and where the norms of its gradient are.
+        """Return the name of a parameter and the norms of its gradient.
 
         Raises:
-            ArgumentError: The parameter is new, and cannot be labelled.
-            AttachError: It has the name of another.
+            ArgumentError: The parameter was added since, and cannot be labelled.
+            AttachError: It has the name of another parameter.
         """
-        known = self._known.get(id(parameter))
-        if known is None or known.parameter() is not parameter:
-            self._label_new()
-            known = self._known[id(parameter)]
-        return known
+        entry = self._labelled.get(id(parameter))
+        if entry is None or entry.parameter() is not parameter:
+            self._label_added()
+            entry = self._labelled[id(parameter)]
+        return entry
 
-    def _label_new(self) -> None:
-        """Label what is new; all of it or, on an error, nothing."""
-        any_placed = any(each.place is not None for each in self._known.values())
-        # Not the norm of nothing, once there is something.
-        table = _Table(self._indices, self.limits) if any_placed else _Table({}, ())
-        known: dict[int, LabelledParameter] = {}
+    def _label_added(self) -> None:
+        """Label the parameters that were added; all of them or, on an error, none."""
+        any_in_norm = any(entry.norm_indices is not None for entry in self._labelled.values())
+        # The norm of no gradients, made below, does not stay once there are gradients.
+        table = _NormTable(self._indices, self.group_thresholds) if any_in_norm else _NormTable()
+        labelled: dict[int, LabelledParameter] = {}
         for named in self.parameters:
-            found = self._known.get(id(named.parameter))
-            if found is None or found.parameter() is not named.parameter:
-                found = self._new(named, table)
-            known[id(named.parameter)] = found
-        self._check_distinct(known.values())
+            entry = self._labelled.get(id(named.parameter))
+            if entry is None or entry.parameter() is not named.parameter:
+                entry = self._label(named, table)
+            labelled[id(named.parameter)] = entry
+        self._check_distinct(labelled.values())
         if not table.indices:
-            table.index_of(SHARED)  # everything is left out: a norm of nothing
-        self._known = known
-        self._settle(table.indices, table.limits)
+            table.index_of(SHARED)  # every parameter is excluded: one norm, of no gradients
+        self._labelled = labelled
+        self._settle(table.indices, table.group_thresholds)
 
-    def _settle(self, indices: dict[Key, int], limits: Sequence[float | None]) -> None:
-        self._indices, self.limits = indices, tuple(limits)
+    def _settle(
+        self, indices: dict[NormKey, int], group_thresholds: Sequence[float | None]
+    ) -> None:
+        self._indices, self.group_thresholds = indices, tuple(group_thresholds)
         self.names = tuple(label for _, label in indices)
-        self.complete = all(each.counts for each in self._known.values())
-        self.everything = (
-            self._scope.is_everything
-            and not self._keys.given
-            and self.complete
-            and len(self.names) == 1
-        )
-        kept = [each.place for each in self._known.values() if each.place is not None]
-        self.single = len(self.names) == 1 and not any(place.rows for place in kept)
+        self.all_count = all(entry.counts for entry in self._labelled.values())
+        one_norm = len(self.names) == 1
+        no_keys = not self._keys.given
+        self.is_global = self._scope.is_everything and no_keys and self.all_count and one_norm
+        norm_indices = [entry.norm_indices for entry in self._labelled.values()]
+        self.has_one_norm = one_norm and not any(n.rows for n in norm_indices if n is not None)
 
-    def _check_distinct(self, known: Iterable[LabelledParameter]) -> None:
+    def _check_distinct(self, labelled: Iterable[LabelledParameter]) -> None:
+        """Refuse two parameters of one name, where names are labels."""
         if self._scope.kind not in ("parameter", "unit"):
             return
-        for name, count in Counter(each.name for each in known).items():
+        for name, count in Counter(entry.name for entry in labelled).items():
             if count > 1:
                 raise AttachError(
                     f"Parameters were moved so that {name} is the name of {count} of them, which "
                     f"scope={self._scope.kind!r} would clip together: detach() and attach a new "
-                    "clipper, with model= so that names do not depend on places."
+                    "clipper, with model= so that names do not depend on positions in groups."
                 )
 
-    def _new(self, named: NamedParameter, table: _Table) -> LabelledParameter:
+    def _label(self, named: NamedParameter, table: _NormTable) -> LabelledParameter:
         name, parameter, count = named.name, named.parameter, len(table.indices)
-        place = self._new_place(named, table)
+        norm_indices = self._norm_indices(named, table)
         copy_of = None
-        if self._copy_name is not None and place is not None:
+        if self._copy_name is not None and norm_indices is not None:
             copy_of = self._copy_name(name, parameter)
         if self._agreed and (copy_of is not None or len(table.indices) > count):
             raise AttachError(
                 f"{name} was added after the ranks had agreed on the norms and the copies of "
                 "parameters, which it changes: detach() on all ranks, and attach new clippers."
             )
-        return LabelledParameter(ref(parameter), name, place, named.given, copy_of)
+        return LabelledParameter(ref(parameter), name, norm_indices, named.has_given_name, copy_of)
 
-    def _new_place(self, named: NamedParameter, table: _Table) -> Place | None:
+    def _norm_indices(self, named: NamedParameter, table: _NormTable) -> NormIndices | None:
         group = group_name(self._optimizers, named.optimizer, named.group)
         key = self._keys.of(named.optimizer, named.group)
         if key is None:
             return None
         if key is not ABSENT:
-            return Place(_indices([table.index_of(group, limit=key)]))
+            return NormIndices(_tensor([table.index_of(group, threshold=key)]))
         labels = self._scope.labels(named.name, named.parameter, group)
         if labels is None:
             return None
         if isinstance(labels, str):
-            return Place(_indices([table.index_of(labels)]))
-        each = [NOWHERE if label is None else table.index_of(label) for label in labels]
-        return Place(_indices(each), rows=True)
+            return NormIndices(_tensor([table.index_of(labels)]))
+        rows = [NOWHERE if label is None else table.index_of(label) for label in labels]
+        return NormIndices(_tensor(rows), rows=True)
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledParameter:
-    """A parameter that was labelled."""
+class _NormTable:
+    """The norms so far, to which labels are added."""
 
-    parameter: ref[Tensor]
-    name: str
-    """Its name at that time."""
-    place: Place | None
-    """None where its gradient is in no norm."""
-    given: bool = True
-    """Whether the name is no place in the groups."""
-    copy_of: str | None = None
-    """What all copies of it are called, where other ranks have some."""
-    counts: bool = True
-    """Whether it is the one of them that counts."""
+    def __init__(
+        self,
+        indices: Mapping[NormKey, int] | None = None,
+        group_thresholds: Sequence[float | None] = (),
+    ) -> None:
+        self.indices = dict(indices or {})
+        self.group_thresholds = list(group_thresholds)
 
-
-class _Table:
-    """The labels so far, with the thresholds of groups that have their own."""
-
-    def __init__(self, indices: dict[Key, int], limits: Sequence[float | None]) -> None:
-        self.indices = dict(indices)
-        self.limits = list(limits)
-
-    def index_of(self, label: str, limit: float | None = None) -> int:
-        """Return the index of a label, which is a new one where it was not there."""
-        index = self.indices.setdefault((limit is None, label), len(self.indices))
-        if index == len(self.limits):
-            self.limits.append(limit)
+    def index_of(self, label: str, threshold: float | None = None) -> int:
+        """Return the index of a norm, adding it at the end if its label is unknown."""
+        index = self.indices.setdefault((threshold is None, label), len(self.indices))
+        if index == len(self.group_thresholds):
+            self.group_thresholds.append(threshold)
         return index
 
 
-def _indices(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-Key = tuple[bool, str]
-"""Whether the clipper's threshold rules a norm, and its label."""
-
-
-Limits = dict[Key, float | None]
-"""Norms in their order, with the thresholds of groups that have their own."""
+def _tensor(indices: Sequence[int]) -> Tensor:
+    # Whatever torch.set_default_device says: indices are computed on the CPU and copied later.
+    return torch.tensor(indices, dtype=torch.int64, device="cpu")

@@ -24,8 +24,8 @@ class NamedParameter:
     """Number of the optimizer."""
     group: int
     """Number of its parameter group."""
-    given: bool
-    """Whether the name is no place in the groups."""
+    has_given_name: bool
+    """True if the model or the optimizer gave the name, False if it was generated."""
 
 
 def named_parameters(

@@ -1,4 +1,9 @@
-"""Where the norms of gradients are among all norms, and how sums and coefficients travel there."""
+"""Norm indices: which norms a gradient belongs to, and vectors taken from rows to norms and back.
+
+Sums go from rows to norms (`sums_by_norm`), coefficients from norms to rows (`row_values`). Where
+each row has a norm of its own, in order, both return the very tensor: one gradient a norm is the
+usual case of scope "parameter", and costs nothing here.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +19,40 @@ from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import AttachError
 
 NOWHERE = -1
-"""Index of the norm of a row that is in none."""
+"""Norm index of a row that is in no norm."""
 
 
+# Compared by identity, which is what lets a tuple of these be the key of the caches below.
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """The norms that the gradient of a parameter belongs to. Told apart by identity."""
+class NormIndices:
+    """The norms that the gradient of one parameter belongs to. Compared by identity."""
 
-    labels: Tensor
-    """Indices of the norms, int64: shape (1,), or with ``rows`` one for each index of dimension 0,
-    and `NOWHERE` for none."""
+    indices: Tensor
+    """int64: shape (1,), or with ``rows`` one norm index for each index of dimension 0, `NOWHERE`
+    for a row in no norm."""
     rows: bool = False
-    """Whether the indices of dimension 0 have norms of their own."""
+    """True if each index of dimension 0 has a norm of its own."""
 
 
-Places = tuple[Place, ...]
-"""The places of the gradients of one or several buckets, in their order."""
-
-
-def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Tensor:
-    """Return the power sums of norms from those of their parts. No host sync.
+def sums_by_norm(
+    power_sums: Tensor, order: float, norm_indices: tuple[NormIndices, ...], count: int
+) -> Tensor:
+    """Add up the power sums of gradients or rows that share a norm. No host sync.
 
     Args:
-        power_sums: One for each label of the places, in their order.
+        power_sums: One for each index in ``norm_indices``, in their order.
         order: p of the p-norm, positive or infinity.
-        places: Where the sums belong.
-        count: k, how many norms there are.
+        norm_indices: The norms that the sums belong to.
+        count: k, the number of norms.
 
     Returns:
-        Shape (k,), 0 for norms without a part; the very tensor where each has one, in order.
+        Shape (k,), 0 for norms without a gradient; ``power_sums`` itself where it holds one sum
+        for each norm, in order.
     """
-    labels = _labels(places, power_sums.device)
-    if not labels.in_order(count):
-        # Sorted and added up label by label: in the same order every time, unlike atomic sums.
-        sources, lengths = _segments(places, count, power_sums.device)
+    joined = _joined_on(norm_indices, power_sums.device)
+    if not joined.is_range(count):
+        # Sorted and added up norm by norm: in the same order every time, unlike atomic sums.
+        sources, lengths = _segments(norm_indices, count, power_sums.device)
         keep_if_captured(sources, lengths)
         kind = "max" if order == INFINITY else "sum"
         power_sums = torch.segment_reduce(
@@ -57,91 +62,105 @@ def gathered(power_sums: Tensor, order: float, places: Places, count: int) -> Te
 
 
 @lru_cache(maxsize=16)
-def owners(places: Places) -> Places:
-    """Return places that bring what belongs to some norm to the gradient that it is of."""
+def gradient_indices(norm_indices: tuple[NormIndices, ...]) -> tuple[NormIndices, ...]:
+    """Return indices with which `sums_by_norm` gives one sum for each gradient, not each norm.
+
+    Rows in no norm stay out of the sum of their gradient.
+    """
     return tuple(
-        Place(torch.where(place.labels == NOWHERE, NOWHERE, index), place.rows)
-        for index, place in enumerate(places)
+        NormIndices(torch.where(item.indices == NOWHERE, NOWHERE, position), item.rows)
+        for position, item in enumerate(norm_indices)
     )
 
 
-def spread(values: Tensor, places: Places, otherwise: float) -> Tensor:
-    """Give each gradient, or each of its rows, its entry of a vector over all norms.
+def row_values(values: Tensor, norm_indices: tuple[NormIndices, ...], otherwise: float) -> Tensor:
+    """Return for each gradient, or each of its rows, the value of its norm. No host sync.
 
     Args:
-        values: Shape (k,), on the device of the gradients.
-        places: Where the gradients belong.
-        otherwise: What rows get that belong nowhere.
+        values: Shape (k,), one value for each norm, on the device of the gradients.
+        norm_indices: The norms that the gradients belong to.
+        otherwise: The value for rows in no norm.
 
     Returns:
-        One value for each label of the places, in their order.
+        One value for each index in ``norm_indices``, in their order; ``values`` itself where that
+        is the same.
     """
-    labels = _labels(places, values.device)
-    if labels.in_order(values.numel()):
+    joined = _joined_on(norm_indices, values.device)
+    if joined.is_range(values.numel()):
         return values
-    keep_if_captured(labels.indices)
-    if not labels.complete:
-        values = torch.cat([values, values.new_full((1,), otherwise)])
-    return values[labels.indices]
+    keep_if_captured(joined.indices)
+    if not joined.complete:
+        values = torch.cat([values, values.new_full((1,), otherwise)])  # where NOWHERE, -1, points
+    return values[joined.indices]
 
 
-def present(places: Places, count: int, device: torch.device) -> Tensor:
-    """Tell which of k norms have a gradient behind them; shape (k,), bool."""
-    flags = _present(places, count, device)
+def present_norms(
+    norm_indices: tuple[NormIndices, ...], count: int, device: torch.device
+) -> Tensor:
+    """Return which of k norms have a gradient; shape (k,), bool."""
+    flags = _presence(norm_indices, count, device)
     keep_if_captured(flags)
     return flags
 
 
 @dataclass(frozen=True, slots=True)
-class _Labels:
-    """The labels of some places one after the other."""
+class _Joined:
+    """The norm indices of several gradients, one after the other."""
 
     indices: Tensor
     complete: bool
-    """Whether every one belongs to some norm."""
-    counting_up: bool
-    """Whether they are 0, 1, 2, ..."""
+    """True if each row belongs to a norm."""
+    counts_up: bool
+    """True if they are 0, 1, 2, ..."""
 
-    def in_order(self, count: int) -> bool:
-        """Tell whether they are exactly the labels of ``count`` norms, in their order."""
-        return self.counting_up and self.indices.numel() == count
+    def is_range(self, count: int) -> bool:
+        """Return whether they are 0, 1, ..., count - 1: one row for each norm, in order."""
+        return self.counts_up and self.indices.numel() == count
+
+
+# A step asks for the same few tuples as the step before. Computed on the CPU and copied once, they
+# cost no host sync at later steps, and a captured CUDA graph finds them in the same memory.
 
 
 @lru_cache(maxsize=16)
-def _labels(places: Places, device: torch.device) -> _Labels:
-    indices = _joined(places)
+def _joined_on(norm_indices: tuple[NormIndices, ...], device: torch.device) -> _Joined:
+    indices = _joined(norm_indices)
     complete = bool((indices != NOWHERE).all())
-    counting_up = bool((indices == torch.arange(indices.numel(), device="cpu")).all())
-    return _Labels(_sent(indices, device), complete, counting_up)
+    counts_up = bool((indices == torch.arange(indices.numel(), device="cpu")).all())
+    return _Joined(_copied(indices, device), complete, counts_up)
 
 
 @lru_cache(maxsize=16)
-def _segments(places: Places, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which sums to take, sorted by label, and how many there are of each label."""
-    indices = _joined(places)
+def _segments(
+    norm_indices: tuple[NormIndices, ...], count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the positions of the sums, sorted by norm, and the number of sums of each norm."""
+    indices = _joined(norm_indices)
+    # NOWHERE is below every index, so rows in no norm come first and are cut off. A stable sort
+    # keeps the order of summation, and with it the bits.
     sources = indices.argsort(stable=True)[int((indices == NOWHERE).sum()) :]
     lengths = torch.bincount(indices[sources], minlength=count)
-    return _sent(sources, device), _sent(lengths, device)
+    return _copied(sources, device), _copied(lengths, device)
 
 
 @lru_cache(maxsize=16)
-def _present(places: Places, count: int, device: torch.device) -> Tensor:
+def _presence(norm_indices: tuple[NormIndices, ...], count: int, device: torch.device) -> Tensor:
     flags = torch.zeros(count + 1, dtype=torch.bool, device="cpu")
-    flags[_joined(places)] = True  # the last one is that of rows that belong nowhere
-    return _sent(flags[:count], device)
+    flags[_joined(norm_indices)] = True  # NOWHERE, -1, sets the last one, which is cut off
+    return _copied(flags[:count], device)
 
 
-def _sent(values: Tensor, device: torch.device) -> Tensor:
+def _copied(values: Tensor, device: torch.device) -> Tensor:
     if capturing():
         raise AttachError(
             "Other parameters had gradients in the steps before the CUDA graph was captured than "
-            "within, and where their norms are cannot be sent to the device now: capture a step "
-            "like those before."
+            "within, and the indices of their norms cannot be copied to the device now: capture a "
+            "step like those before."
         )
-    # CUDA keeps what it is still to copy from ordinary memory, so that nothing waits for it.
+    # CUDA stages what it copies from pageable memory: the source may be freed, and nobody waits.
     return values.to(device, non_blocking=device.type == "cuda")
 
 
-def _joined(places: Sequence[Place]) -> Tensor:
-    none = torch.empty(0, dtype=torch.int64, device="cpu")
-    return torch.cat([none, *(place.labels.cpu() for place in places)])
+def _joined(norm_indices: Sequence[NormIndices]) -> Tensor:
+    none = torch.empty(0, dtype=torch.int64, device="cpu")  # of no gradients, of the same dtype
+    return torch.cat([none, *(item.indices.cpu() for item in norm_indices)])

@@ -177,8 +177,8 @@ class GradientClipper:
         if self._settings.writes and skip is not True:
             gradients.scale_(coefficients)
         reduction = reduction_of(coefficients, bounded, norms)
-        now, overflow, parts = time.time(), gradients.overflow, gradients.parts
-        record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, parts)
+        now, overflow, sums = time.time(), gradients.overflow, gradients.parameter_sums
+        record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, sums)
         self._joint.mark_clipped(gradients.tensors, record)
         self._pending = record
         if skip is True:

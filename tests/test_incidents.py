@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
-from gradclip.records.incidents import sentence
+from gradclip.records.incidents import incident_of
 from gradclip.records.norm_history import DEVIATIONS, FEWEST, WINDOW, NormHistory
 
 NAN, INF = math.nan, math.inf
@@ -81,7 +81,7 @@ def test_the_norms_just_before_are_shown():
 
 
 def test_a_usual_step_has_no_sentence():
-    assert sentence(3, 1.0, None, history(*[1.0, 1.1] * 50)) is None
+    assert incident_of(3, 1.0, None, history(*[1.0, 1.1] * 50)) is None
 
 
 # In a training

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from gradclip import GradientClipper, MemorySink, Scope
-from gradclip.records.parameter_norms import NormsByParameter, Parts
+from gradclip.records.parameter_norms import ParameterNorms, ParameterSums
 
 NAN, INF = math.nan, math.inf
 
 
-def norms_of(named: dict[str, float], order: float = 2.0) -> NormsByParameter:
+def norms_of(named: dict[str, float], order: float = 2.0) -> ParameterNorms:
     sums = [norm if order == INF else norm**order for norm in named.values()]
     values = torch.tensor([7.0, *sums, 9.0], dtype=torch.float64)
-    return NormsByParameter(Parts([*named], []), values, 1, order)
+    return ParameterNorms(ParameterSums([*named], []), values, 1, order)
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, INF])
@@ -252,4 +252,4 @@ def test_nothing_is_kept_of_parameters_where_nobody_logs():
     optimizer = torch.optim.SGD([parameter], lr=0.0)
     with GradientClipper(optimizer, 1.0) as clipper:
         optimizer.step()
-        assert clipper.last.parts is None
+        assert clipper.last.parameter_sums is None

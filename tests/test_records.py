@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip import ClipRecord
-from gradclip.records.record import Counters, clipped
+from gradclip.records.record import Counters, clipped_norms
 
 
 def vector(*values: float) -> Tensor:
@@ -40,8 +40,8 @@ def test_several_norms_read_as_vectors_in_the_order_of_the_labels() -> None:
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_an_erased_norm_is_0_and_a_kept_one_stays_what_it_is(norm: float) -> None:
-    assert clipped(vector(norm), vector(0.0)).item() == 0.0
-    assert not math.isfinite(clipped(vector(norm), vector(1.0)).item())
+    assert clipped_norms(vector(norm), vector(0.0)).item() == 0.0
+    assert not math.isfinite(clipped_norms(vector(norm), vector(1.0)).item())
     assert record(vector(norm), vector(1.0), vector(0.0)).nonfinite.item() is True
 
 

@@ -13,7 +13,7 @@ from ..engines import norm_dtype
 from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import ArgumentError
-from ..records.record import ClipRecord, clipped
+from ..records.record import ClipRecord, clipped_norms
 from ..scopes.labels import NormLabels
 from ..thresholds import StepContext, Threshold, is_foreign, learns
 from .step import StepGradients
@@ -149,7 +149,7 @@ def _copied(context: StepContext) -> StepContext:
 
 def _clipped_norms(record: ClipRecord) -> Tensor:
     """Return the norms after scaling; of a skipped step what scaling would have made of them."""
-    scaled = clipped(record.norms, record.coefficients)
+    scaled = clipped_norms(record.norms, record.coefficients)
     if record.skipped is False:
         return scaled
     held = torch.minimum(record.norms, record.thresholds)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..ranks.groups import Reach
-from ..records.parameter_norms import Parts, rescaled
+from ..records.parameter_norms import ParameterSums, rescaled
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import NormIndices, present_norms
 from .buckets import Bucket, buckets_of, copies_of
@@ -73,7 +73,7 @@ class StepGradients:
         self.tensors = tensors
         self.overflow = overflow
         self.partial = partial
-        self.parts: Parts | None = None
+        self.parameter_sums: ParameterSums | None = None
         """What each gradient has in the norms, once they were measured."""
         self._norm_indices = norm_indices
         self._weights = weights
@@ -127,7 +127,7 @@ class StepGradients:
             return self._norms(self._buckets)
         sums: list[Tensor] = []
         norms = self._norms(self._buckets, sums)
-        self.parts = self._parts(self._names, norms, sums)
+        self.parameter_sums = self._parameter_sums(self._names, norms, sums)
         return norms
 
     def norms_if_bounded(self, norms: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class StepGradients:
         self._present, self._weight_norms = found.present, found.weight_norms
         norms = self._unscaled(found.norms)
         if found.parts is not None:
-            self.parts = self._described(self._names or (), None, norms, [found.parts])
+            self.parameter_sums = self._described(self._names or (), None, norms, [found.parts])
         return norms
 
     @property
@@ -247,7 +247,9 @@ class StepGradients:
             () if all(counts_here) else counts_here,
         )
 
-    def _parts(self, names: Sequence[str], norms: Tensor, sums: list[Tensor]) -> Parts | None:
+    def _parameter_sums(
+        self, names: Sequence[str], norms: Tensor, sums: list[Tensor]
+    ) -> ParameterSums | None:
         if capturing() or not sums:
             return None
         gradients = self.tensors
@@ -263,14 +265,14 @@ class StepGradients:
         gradients: Sequence[Tensor] | None,
         norms: Tensor,
         sums: list[Tensor],
-    ) -> Parts:
+    ) -> ParameterSums:
         if self._scale is not None:
             sums = [rescaled(each, self._settings.norm_type, self._scale) for each in sums]
         nonfinite = None
         if (self._settings.raises or host_may_read(norms)) and not are_finite(norms):
             values = [value for each in sums for value in each.tolist()]  # of several devices
             nonfinite = describe_nonfinite(names, gradients, values)
-        return Parts(names, sums, nonfinite)
+        return ParameterSums(names, sums, nonfinite)
 
     def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
         """Return ``max_value`` in the scale of the gradients, infinity for none; shape (k,)."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .parameter_norms import NormsByParameter
-from .record import ClipRecord, spread
+from .parameter_norms import ParameterNorms
+from .record import ClipRecord, flag_per_norm
 
 MOST_NORMS = 1 << 18
 """Norms per batch, those by parameter included, so that records take no more than about 10 MB."""
@@ -43,7 +43,7 @@ class RecordBuffer:
     def take(self, *, wait: bool) -> Iterator[Batch]:
         """Yield the batches that have arrived; with ``wait`` everything, waiting for the device."""
         if wait and self._waiting:
-            finish(self._waiting[-1].norms.device)
+            wait_for_device(self._waiting[-1].norms.device)
             self._send()
         while self._sent and (wait or self._sent[0].arrived()):
             yield self._sent.pop(0)
@@ -67,15 +67,20 @@ class Batch:
             [record.thresholds for record in records],
             [record.coefficients for record in records],
         ]
-        self.late = any(_late(record) for record in records)
+        self.has_device_flags = any(_has_device_flags(record) for record in records)
         """Whether only the device knows what became of some of the steps."""
-        if self.late:
+        if self.has_device_flags:
             rows += [
-                [spread(record.skipped, record.norms) for record in records],
-                [spread(record.overflow, record.norms) for record in records],
+                [flag_per_norm(record.skipped, record.norms) for record in records],
+                [flag_per_norm(record.overflow, record.norms) for record in records],
             ]
         values = torch.stack([torch.stack(row) for row in rows])
-        parts = [part for record in records if record.parts for part in record.parts.sums]
+        parts = [
+            part
+            for record in records
+            if record.parameter_sums
+            for part in record.parameter_sums.sums
+        ]
         sums = torch.cat([part.to(values.device) for part in parts]) if parts else None
         self._host = _sent(values)
         self._sums = None if sums is None else _sent(sums)
@@ -97,15 +102,15 @@ class Batch:
 
     def skipped(self) -> Tensor:
         """Return which steps were skipped, shape (steps,), bool on the host. Waits for the copy."""
-        if self.late:
+        if self.has_device_flags:
             return self._arrived()[3, :, 0] > 0
         return torch.tensor([bool(record.skipped) for record in self.records], device="cpu")
 
     def overflowed(self) -> Tensor | None:
         """Return which steps GradScaler left out, as `skipped` does; None for none at all."""
-        return self._arrived()[4, :, 0] > 0 if self.late else None
+        return self._arrived()[4, :, 0] > 0 if self.has_device_flags else None
 
-    def parts(self, order: float) -> list[NormsByParameter | None]:
+    def parts(self, order: float) -> list[ParameterNorms | None]:
         """Return the norms of each step by parameter, where they are known. Waits for the copy.
 
         Args:
@@ -115,10 +120,10 @@ class Batch:
             return [None] * len(self.records)
         self._arrived()
         sums, end = self._sums.to(torch.float64), 0
-        found: list[NormsByParameter | None] = []
+        found: list[ParameterNorms | None] = []
         for record in self.records:
-            parts = record.parts
-            found.append(None if parts is None else NormsByParameter(parts, sums, end, order))
+            parts = record.parameter_sums
+            found.append(None if parts is None else ParameterNorms(parts, sums, end, order))
             end += len(parts or ())
         return found
 
@@ -137,7 +142,7 @@ def _sent(values: Tensor) -> Tensor:
     return host.copy_(values, non_blocking=True)
 
 
-def finish(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
     """Wait for all streams: steps may have run on another than the one that asks for records."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -145,7 +150,7 @@ def finish(device: torch.device) -> None:
 
 def _numbers(record: ClipRecord) -> int:
     """Return how many numbers a record has, roughly."""
-    return record.norms.numel() + len(record.parts or ())
+    return record.norms.numel() + len(record.parameter_sums or ())
 
 
 def _alike(one: ClipRecord, other: ClipRecord) -> bool:
@@ -153,5 +158,5 @@ def _alike(one: ClipRecord, other: ClipRecord) -> bool:
     return same_count and one.norms.device == other.norms.device
 
 
-def _late(record: ClipRecord) -> bool:
+def _has_device_flags(record: ClipRecord) -> bool:
     return isinstance(record.skipped, Tensor) or record.overflow is not None

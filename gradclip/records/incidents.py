@@ -7,15 +7,15 @@ import math
 from ..errors import NonFiniteGradientError, SkipLimitError
 from ..scopes.naming import joined
 from .norm_history import DEVIATIONS, SHOWN, NormHistory
-from .parameter_norms import NormsByParameter
+from .parameter_norms import ParameterNorms
 from .record import ClipRecord
 
 CARRIED = 0.9
 """Share of the power sum that the parameters shown have together, if they are not too many."""
 
 
-def sentence(
-    step: int, norm: float, parameters: NormsByParameter | None, before: NormHistory
+def incident_of(
+    step: int, norm: float, parameters: ParameterNorms | None, before: NormHistory
 ) -> str | None:
     """Return what there is to say of a step; None where it is like those before.
 
@@ -44,7 +44,7 @@ def sentence(
     return f"{what}. The norms before: {before}."
 
 
-def _nonfinite(parameters: NormsByParameter) -> str:
+def _nonfinite(parameters: ParameterNorms) -> str:
     """Name the parameters where only the device could have counted elements."""
     return joined([name for name, norm in parameters.items() if not math.isfinite(norm)])
 
@@ -58,7 +58,7 @@ def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientErro
     """
     norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
     found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
-    culprits = record.parts and record.parts.nonfinite
+    culprits = record.parameter_sums and record.parameter_sums.nonfinite
     return NonFiniteGradientError(
         f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
         f"{culprits}. The norms before: {before}. The step was not taken and the gradients are as "

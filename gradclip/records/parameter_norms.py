@@ -12,7 +12,7 @@ from ..engines.base import root
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Parts:
+class ParameterSums:
     """The power sums of the gradients of a step, where they were measured."""
 
     names: Sequence[str]
@@ -26,24 +26,24 @@ class Parts:
         return len(self.names)
 
 
-class NormsByParameter(Mapping[str, float]):
+class ParameterNorms(Mapping[str, float]):
     """Norms of the gradients of a step by the names of their parameters, computed when read.
 
     Args:
-        parts: Names the parameters.
+        of_step: Names the parameters.
         sums: The power sums of many steps, float64 on the host.
         first: Where those of this step begin.
         order: p of the norm.
     """
 
-    def __init__(self, parts: Parts, sums: Tensor, first: int, order: float) -> None:
-        self._names = parts.names
+    def __init__(self, of_step: ParameterSums, sums: Tensor, first: int, order: float) -> None:
+        self._names = of_step.names
         self._all_sums = sums
         self._first = first
         self._order = order
         self._by_name: dict[str, float] | None = None
-        self.nonfinite = parts.nonfinite
-        """See `Parts`."""
+        self.nonfinite = of_step.nonfinite
+        """See `ParameterSums`."""
 
     def __len__(self) -> int:
         return len(self._names)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .parameter_norms import Parts
+from .parameter_norms import ParameterSums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +32,7 @@ class ClipRecord:
     overflow: Tensor | None = None
     """Where only the device knows it: whether GradScaler left the step out, so that it does not
     count; 0-d, bool."""
-    parts: Parts | None = None
+    parameter_sums: ParameterSums | None = None
     """What each parameter had in the norms, for those that log it."""
 
     @property
@@ -43,7 +43,7 @@ class ClipRecord:
     @property
     def clipped_norm(self) -> Tensor:
         """Norm afterwards, ``norm * coefficient``; 0 where the gradients were erased."""
-        return _as_scalar(clipped(self.norms, self.coefficients))
+        return _as_scalar(clipped_norms(self.norms, self.coefficients))
 
     @property
     def threshold(self) -> Tensor:
@@ -65,12 +65,12 @@ class ClipRecord:
         return f"ClipRecord({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
-def clipped(norms: Tensor, coefficients: Tensor) -> Tensor:
+def clipped_norms(norms: Tensor, coefficients: Tensor) -> Tensor:
     """Return the norms after scaling: 0 where a coefficient is 0, also for an infinite norm."""
     return torch.where(coefficients == 0, 0.0, norms * coefficients)
 
 
-def spread(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
+def flag_per_norm(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
     """Return a flag as a number for each norm, 0 or 1."""
     return torch.zeros_like(norms) + (False if flag is None else flag)
 

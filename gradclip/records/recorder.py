@@ -16,11 +16,11 @@ from ..checks import checked_count
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import AttachError
 from .buffer import Batch, RecordBuffer
-from .incidents import sentence, skip_limit_error
+from .incidents import incident_of, skip_limit_error
 from .logged_step import LoggedStep
 from .norm_history import SHOWN, NormHistory
-from .parameter_norms import NormsByParameter
-from .record import ClipRecord, Counters, clipped
+from .parameter_norms import ParameterNorms
+from .record import ClipRecord, Counters, clipped_norms
 from .replays import ReplayedRecords, may_be_captured
 from .sinks.base import Sink
 
@@ -223,7 +223,7 @@ class Recorder:
         nonfinite = ~finite.all(1)
         each = (((coefficients < 1) & finite).sum(1), finite.sum(1), nonfinite, skipped)
         counts = torch.stack(each).cumsum(1) + _column(self._counters)
-        in_a_row = self._run_of_skips(skipped.tolist(), batch.late)
+        in_a_row = self._run_of_skips(skipped.tolist(), batch.has_device_flags)
         reduced, known, unknown, left_out = counts[:, -1].tolist()
         self._counters = Counters(reduced, known, unknown, left_out, in_a_row)
         totals = self._totals(norms).tolist()
@@ -238,7 +238,7 @@ class Recorder:
             [step for step, _ in steps],
             [wall_time for _, wall_time in steps],
             totals,
-            self._totals(clipped(norms, coefficients)).tolist(),
+            self._totals(clipped_norms(norms, coefficients)).tolist(),
             _only_limits(thresholds),
             coefficients.amin(1).tolist(),
             nonfinite.tolist(),
@@ -252,9 +252,9 @@ class Recorder:
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
 
     def _incident(
-        self, step: tuple[int, float], norm: float, parameters: NormsByParameter | None
+        self, step: tuple[int, float], norm: float, parameters: ParameterNorms | None
     ) -> str | None:
-        found = sentence(step[0], norm, parameters, self._history)
+        found = incident_of(step[0], norm, parameters, self._history)
         self._history.add(norm)
         return found
 
@@ -269,12 +269,12 @@ class Recorder:
                 steps.append((record.step - self._overflowed, record.wall_time))
         return steps
 
-    def _run_of_skips(self, skipped: Sequence[bool], late: bool) -> int:
+    def _run_of_skips(self, skipped: Sequence[bool], has_device_flags: bool) -> int:
         """Return how many steps in a row are skipped at the end."""
         run = self._counters.skipped_in_a_row
         for skip in skipped:
             run = run + 1 if skip else 0
-            self._longest_skip = max(self._longest_skip, run if late else 0)
+            self._longest_skip = max(self._longest_skip, run if has_device_flags else 0)
         return run
 
     def _totals(self, norms: Tensor) -> Tensor:
@@ -308,7 +308,12 @@ def _flush_every(sink: Sink) -> int:
 
 
 def _column(counters: Counters) -> Tensor:
-    counts = (counters.clipped, counters.finite, counters.nonfinite_steps, counters.skipped_steps)
+    counts = (
+        counters.clipped,
+        counters.finite,
+        counters.nonfinite_steps,
+        counters.skipped_steps,
+    )
     return torch.tensor(counts, device="cpu")[:, None]
 
 

@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from .buffer import finish
-from .record import ClipRecord, spread
+from .buffer import wait_for_device
+from .record import ClipRecord, flag_per_norm
 
 CAPACITY = 10_000
 """Records kept for one norm."""
@@ -47,7 +47,10 @@ class ReplayedRecords:
     def write(self, record: ClipRecord) -> None:
         """Write a record; within a capture: at every replay. No host sync."""
         norms = record.norms
-        skipped, overflow = spread(record.skipped, norms), spread(record.overflow, norms)
+        skipped, overflow = (
+            flag_per_norm(record.skipped, norms),
+            flag_per_norm(record.overflow, norms),
+        )
         row = torch.stack((norms, record.thresholds, record.coefficients, skipped, overflow))
         self._rows.index_copy_(0, self._written % self.capacity, row.unsqueeze(0))
         self._written += 1
@@ -68,7 +71,7 @@ class ReplayedRecords:
         """
         if not self._captured:
             return 0, []
-        finish(self._written.device)
+        wait_for_device(self._written.device)
         written = int(self._written.item())
         replayed, begun, now = written - self._taken, self._time, time.time()
         if not replayed:

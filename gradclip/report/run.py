@@ -21,7 +21,7 @@ NormsByName: TypeAlias = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class ParameterNorms:
+class LoggedParameterNorms:
     """Norms of single parameters, an entry for each that was logged, in the order of the steps.
 
     Only some steps have them, and not always those of the same parameters, so that this is no
@@ -54,7 +54,7 @@ class Run:
     """Thresholds, NaN where there was none or more than one."""
     skipped: NDArray[np.bool_]
     """Which steps were left out."""
-    parameter_norms: ParameterNorms | None = None
+    parameter_norms: LoggedParameterNorms | None = None
     """Norms of single parameters, None where none were logged."""
 
     def __len__(self) -> int:
@@ -175,7 +175,7 @@ class Columns:
 
     def _parameter_norms(
         self, steps: NDArray[np.float64], kept: NDArray[np.bool_]
-    ) -> ParameterNorms | None:
+    ) -> LoggedParameterNorms | None:
         """Return the norms of parameters in the rows that are kept; None if there are none."""
         rows = np.frombuffer(self._entry_rows, np.int64)
         chosen = kept[rows]
@@ -184,7 +184,7 @@ class Columns:
         places = np.frombuffer(self._entry_places, np.int32)[chosen]
         logged, found = np.unique(places, return_inverse=True)  # some names may be gone
         names = [*self._names]
-        return ParameterNorms(
+        return LoggedParameterNorms(
             tuple(names[place] for place in logged),
             steps[rows[chosen]].astype(np.int64),
             found.astype(np.int32),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gradclip.report import Run
-from gradclip.report.run import ParameterNorms
+from gradclip.report.run import LoggedParameterNorms
 
 NAN, INF = math.nan, math.inf
 OKABE_ITO = {"#0072b2", "#e69f00", "#d55e00", "#cc79a7"}
@@ -37,7 +37,7 @@ def parameters_of(norms, names, *, every=1, first=0):
     """Norms of parameters, of which each later one has a smaller share."""
     shares = np.sqrt(np.arange(len(names), 0, -1) / sum(range(len(names) + 1)))
     steps = np.arange(0, len(norms), every)
-    return ParameterNorms(
+    return LoggedParameterNorms(
         tuple(names),
         np.repeat(steps + first, len(names)),
         np.tile(np.arange(len(names), dtype=np.int32), len(steps)),

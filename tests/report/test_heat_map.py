@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from gradclip.report.pictures import heat_map
 from gradclip.report.pictures.heat_map import color_range, heat_map_of
 from gradclip.report.pictures.picture import figure_of
-from gradclip.report.run import ParameterNorms
+from gradclip.report.run import LoggedParameterNorms
 from tests.report.pictured import (
     NAN,
     legend_texts,
@@ -37,7 +37,7 @@ def test_the_map_shows_those_with_the_largest_share_in_the_order_of_the_log():
     names = names_of(161)
     parameters = parameters_of(noise(), names)
     order = np.random.default_rng(0).permutation(161).astype(np.int32)
-    mixed = ParameterNorms(
+    mixed = LoggedParameterNorms(
         tuple(np.array(names)[order]),
         parameters.steps,
         np.argsort(order)[parameters.places],
@@ -67,7 +67,7 @@ def test_a_parameter_that_is_to_blame_is_shown_however_small_it_is():
 
 
 def test_cells_that_are_not_finite_or_not_logged_have_colours_of_their_own():
-    parameters = ParameterNorms(
+    parameters = LoggedParameterNorms(
         ("a", "b"),
         np.array([0, 0, 4, 8]),
         np.array([0, 1, 0, 1], np.int32),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradclip.gradients.coefficients import clip_coefficients
-from gradclip.records.record import clipped
+from gradclip.records.record import clipped_norms
 from gradclip.thresholds import StepContext, Threshold
 
 Norm = float | None  # None: no gradient at this step
@@ -57,7 +57,7 @@ class Driver:
         """Take a step with these norms; return the thresholds."""
         norms, limits = self.tensor(step), self.ask(step)
         coefficients = clip_coefficients(norms, limits, erase=True)
-        self.rule.observe(norms, clipped(norms, coefficients), self.context(step))
+        self.rule.observe(norms, clipped_norms(norms, coefficients), self.context(step))
         self.step_index += 1
         return limits
 

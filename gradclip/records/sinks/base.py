@@ -10,7 +10,7 @@ from operator import itemgetter
 from ...checks import checked_count
 from ...errors import ArgumentError
 from ..logged_step import LoggedStep
-from ..parameter_norms import NormsByParameter
+from ..parameter_norms import ParameterNorms
 
 
 class Sink(ABC):
@@ -94,7 +94,7 @@ class CadencedSink(Sink):
             return None
         if isinstance(count, str):
             return {**norms}
-        if isinstance(norms, NormsByParameter):
+        if isinstance(norms, ParameterNorms):
             return norms.largest(count)
         return dict(nlargest(count, norms.items(), key=itemgetter(1)))
 

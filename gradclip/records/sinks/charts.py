@@ -20,10 +20,10 @@ CHARTS = {
 """Titles of the charts, and the curves that each shows together."""
 
 
-def heading(
+def opening_events(
     step: int, wall_time: float, prefix: str, prefixes: Iterable[str], settings: Mapping[str, str]
 ) -> list[Event]:
-    """Return the events of a heading.
+    """Return the events that come once before the curves of a clipper.
 
     Args:
         step: Index of the first step.

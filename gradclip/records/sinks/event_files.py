@@ -38,7 +38,7 @@ class Destination(ABC):
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self._last_steps: dict[str, int] = {}
-        self._headed: set[str] = set()
+        self._opened: set[str] = set()
         self._current: dict[str, frozenset[str]] = {}
         """Of curves that were begun again, the tags that have come since."""
 
@@ -46,7 +46,7 @@ class Destination(ABC):
         self,
         curves: str,
         points: Sequence[Point],
-        heading: Callable[[int, float], Sequence[Event]] = lambda step, wall_time: (),
+        opening: Callable[[int, float], Sequence[Event]] = lambda step, wall_time: (),
     ) -> None:
         """Write points, safe from a crash of this process.
 
@@ -54,11 +54,11 @@ class Destination(ABC):
             curves: What tells these curves from others here; those that fall back to an earlier
                 step are continued from there.
             points: In the order of the steps, at least one.
-            heading: Makes what comes once before them, from the first one's index and time.
+            opening: Makes the events that come once before them, from the first step and its time.
         """
         last = self._last_steps.get(curves)
         first, begun, *_ = points[0]
-        events = [] if curves in self._headed else [*heading(first, begun)]
+        events = [] if curves in self._opened else [*opening(first, begun)]
         current = self._current.get(curves)
         for step, wall_time, scalars, said in points:
             event = _event(step, wall_time, scalars)
@@ -75,7 +75,7 @@ class Destination(ABC):
             last = step
         self._put(events)
         self._last_steps[curves] = points[-1][0]
-        self._headed.add(curves)
+        self._opened.add(curves)
         if current is not None:
             self._current[curves] = current
 
@@ -169,7 +169,7 @@ class EventFile(Destination):
             raise
 
     def _drop(self) -> None:
-        self._headed.clear()
+        self._opened.clear()
         with suppress(OSError):
             self.close()
 

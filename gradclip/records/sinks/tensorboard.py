@@ -93,13 +93,13 @@ class TensorBoardSink(CadencedSink):
             if step.incident or step.step in numbers
         ]
         if points:
-            self._destination.write(self._prefix, points, self._heading)
+            self._destination.write(self._prefix, points, self._opening)
 
-    def _heading(self, step: int, wall_time: float) -> list[Event]:
-        from .charts import heading
+    def _opening(self, step: int, wall_time: float) -> list[Event]:
+        from .charts import opening_events
 
         prefixes = sorted(_claimed[self._destination.directory])
-        return heading(step, wall_time, self._prefix, prefixes, self._settings)
+        return opening_events(step, wall_time, self._prefix, prefixes, self._settings)
 
     def close(self) -> None:
         """Close the event file with its last sink; a ``SummaryWriter`` stays open."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..run import ParameterNorms, Run
+from ..run import LoggedParameterNorms, Run
 from .names import drawable, short_names
 from .style import NOT_LOGGED, SMALL, TEXT, VERMILION, log_tick_label, log_ticks
 
@@ -45,7 +45,7 @@ class HeatMap:
         return [drawable(name) for name in short_names(self.names, MOST_CHARACTERS, ".")]
 
 
-def heat_map_of(run: Run, logged: ParameterNorms) -> HeatMap:
+def heat_map_of(run: Run, logged: LoggedParameterNorms) -> HeatMap:
     """Return the map of a run: those parameters that had the largest share of its norm."""
     steps, moments = np.unique(logged.steps, return_inverse=True)
     chosen = np.argsort(-_shares(run, logged, moments, len(steps)), kind="stable")[:MOST_ROWS]
@@ -74,7 +74,7 @@ def heat_map_of(run: Run, logged: ParameterNorms) -> HeatMap:
 
 
 def _shares(
-    run: Run, logged: ParameterNorms, moments: NDArray[np.int64], count: int
+    run: Run, logged: LoggedParameterNorms, moments: NDArray[np.int64], count: int
 ) -> NDArray[np.float64]:
     """Return the mean share of each parameter in the norm, and more for those to blame.
 

@@ -24,7 +24,7 @@ from .optimizers.attachment import Attachment
 from .optimizers.joint import JointGradients
 from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
-from .ranks.agreement import Peers, comparable, telling_ranks
+from .ranks.agreement import RankLayout, announces_failure, comparable_options
 from .ranks.ranks import Ranks
 from .records.incidents import nonfinite_error, skip_limit_error
 from .records.record import ClipRecord
@@ -109,7 +109,7 @@ class GradientClipper:
         UserWarning: An optimizer that clips by itself, too.
     """
 
-    @telling_ranks
+    @announces_failure
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -137,10 +137,12 @@ class GradientClipper:
         )
         order = self._settings.norm_type
         self._recorder = Recorder(sinks_from(log), order, skip_limit)
-        same = comparable(options, self._threshold, grad_scaler, optimizers)
-        peers = Peers(ranks, self._labels, same, self._recorder.has_sinks or self._settings.raises)
+        same = comparable_options(options, self._threshold, grad_scaler, optimizers)
+        rank_layout = RankLayout(
+            ranks, self._labels, same, self._recorder.has_sinks or self._settings.raises
+        )
         self._joint = JointGradients(
-            optimizers, grad_scaler, self._settings, self._labels, peers, self._threshold
+            optimizers, grad_scaler, self._settings, self._labels, rank_layout, self._threshold
         )
         self._norm_thresholds = NormThresholds(
             self._threshold, self._labels, self._joint.device, order

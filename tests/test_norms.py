@@ -13,14 +13,14 @@ from torch import Tensor
 from gradclip.errors import ArgumentError
 from gradclip.gradients.buckets import Bucket, buckets_of
 from gradclip.gradients.norms import measure_across_ranks, norms_of
-from gradclip.ranks.groups import Group, Reach
+from gradclip.ranks.groups import NormRanks, RankGroup
 from gradclip.scopes.norm_indices import NOWHERE, NormIndices
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ORDERS = [1.0, 2.0, 3.0, math.inf]
 
 
-class Pair(Group):
+class Pair(RankGroup):
     """Two ranks, of which the other one has found the same as this one."""
 
     def reduced_(self, values: Tensor, order: float) -> Tensor:
@@ -206,12 +206,12 @@ def test_each_label_has_the_norm_of_several_ranks(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_rank_without_gradients_enters_the_collective(order):
-    class Told(Group):
+    class SilentGroup(RankGroup):
         def reduced_(self, values: Tensor, order: float) -> Tensor:
             assert (values.tolist(), values.dtype) == ([0.0, 0.0], torch.float64)
             return values + 16.0
 
-    found = norms_of([], order, count=2, groups=[Told((0, 1), (), ("cpu",))])
+    found = norms_of([], order, count=2, groups=[SilentGroup((0, 1), (), ("cpu",))])
     assert found.tolist() == approx([root(16.0, order)] * 2)
 
 
@@ -233,7 +233,7 @@ def test_ranks_tell_what_they_are_asked_for(order, parts, weights, present):
     found = measure_across_ranks(
         spread_buckets(gradients, order, norm_indices),
         order,
-        Reach((PAIR,)),
+        NormRanks((PAIR,)),
         count=3,
         device=CPU,
         engine="auto",
@@ -262,12 +262,16 @@ def test_ranks_tell_what_they_are_asked_for(order, parts, weights, present):
 def test_the_parts_over_ranks_of_gradients_with_one_norm(order):
     gradients = [torch.randn(4), torch.randn(4)]
     parameters = (indices_of(2), indices_of(0))
-    for reach, factor in ((Reach(), 1), (Reach((), PAIR), 2), (Reach((), OTHER_PAIR), 2)):
+    for norm_ranks, factor in (
+        (NormRanks(), 1),
+        (NormRanks((), PAIR), 2),
+        (NormRanks((), OTHER_PAIR), 2),
+    ):
         buckets = buckets_of(gradients, order)
         assert not buckets[0].indices  # these are all
-        buckets[0].group = PAIR if reach.across else None  # a group within the ranks around it
+        buckets[0].group = PAIR if norm_ranks.across else None  # a group within the ranks around it
         found = measure_across_ranks(
-            buckets, order, reach, count=1, device=CPU, engine="auto", parts=(parameters, 3)
+            buckets, order, norm_ranks, count=1, device=CPU, engine="auto", parts=(parameters, 3)
         )
         factor = 1 if order == math.inf else factor
         sums = [factor * power_sum([gradient], order) for gradient in gradients]
@@ -279,20 +283,22 @@ def test_the_parts_of_rows_over_ranks_are_the_sums_of_their_gradients(order):
     rows, norm_indices = torch.randn(3, 4), [indices_of(1, NOWHERE, 0, rows=True)]
     buckets = buckets_of([rows], order, norm_indices)
     found = measure_across_ranks(
-        buckets, order, Reach(), count=2, device=CPU, engine="auto", parts=((indices_of(1),), 2)
+        buckets, order, NormRanks(), count=2, device=CPU, engine="auto", parts=((indices_of(1),), 2)
     )
     assert found.norms.tolist() == approx([norm([rows[2]], order), norm([rows[0]], order)])
     assert found.parts.tolist() == approx([0.0, power_sum([rows[0], rows[2]], order)])
 
 
-@pytest.mark.parametrize("reach", [Reach((PAIR,)), Reach((), PAIR)], ids=["groups", "across"])
-def test_what_ranks_find_is_float64_on_the_device_asked_for(reach):
+@pytest.mark.parametrize(
+    "norm_ranks", [NormRanks((PAIR,)), NormRanks((), PAIR)], ids=["groups", "across"]
+)
+def test_what_ranks_find_is_float64_on_the_device_asked_for(norm_ranks):
     gradients = three_kinds()
     for buckets in (spread_buckets(gradients, 2.0), []):
         found = measure_across_ranks(
             buckets,
             2.0,
-            reach,
+            norm_ranks,
             count=1,
             device=META,
             engine="auto",
@@ -303,7 +309,7 @@ def test_what_ranks_find_is_float64_on_the_device_asked_for(reach):
 
 
 def test_a_norm_has_a_gradient_where_one_rank_has_it():
-    class Lonely(Group):
+    class Lonely(RankGroup):
         """Two ranks, of which the other one has found nothing."""
 
         def reduced_(self, values: Tensor, order: float) -> Tensor:
@@ -311,5 +317,5 @@ def test_a_norm_has_a_gradient_where_one_rank_has_it():
 
     present, options = torch.tensor([True, False]), {"count": 2, "device": CPU, "engine": "auto"}
     for group in (PAIR, Lonely((0, 1), (), ("cpu",))):
-        found = measure_across_ranks([], 2.0, Reach((group,)), present=present, **options)
+        found = measure_across_ranks([], 2.0, NormRanks((group,)), present=present, **options)
         assert found.present.tolist() == [True, False]

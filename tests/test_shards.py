@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from gradclip.ranks.shards import share_of
+from gradclip.ranks.shards import shard_of
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def rows_by_rank(data: int, tensor: int, height: int) -> list[tuple[list[int], l
         local = rows.float().unsqueeze(1)
         shape = {"shape": (height, 1), "stride": (1, 1)}
         spread = DTensor.from_local(local, mesh, placements, run_check=False, **shape)
-        found.append((share_of(spread).rows.tolist(), rows.tolist()))
+        found.append((shard_of(spread).rows.tolist(), rows.tolist()))
         distributed.destroy_process_group()
     return found
 

@@ -25,7 +25,7 @@ from ..gradients.coefficients import clip_coefficients
 from ..gradients.forms import coalesce_, refuse_unordered
 from ..gradients.held import distinct
 from ..gradients.norms import norms_of
-from ..ranks.groups import Group
+from ..ranks.groups import RankGroup
 from ..ranks.shards import groups_of
 from .operators import norm_like, nothing, operator
 
@@ -188,7 +188,7 @@ def _clip_norm_(
     limit: float,
     order: float,
     finite: bool,
-    groups: Sequence[Group] = (),
+    groups: Sequence[RankGroup] = (),
 ) -> Tensor:
     buckets = buckets_of(distinct(gradients), order)
     norm = norms_of(buckets, order, scalar=True, groups=groups)
@@ -203,7 +203,7 @@ def _clip_norm_(
 
 
 @operator("total_norm(Tensor[] tensors, float order) -> Tensor", norm_like)
-def _total_norm(tensors: list[Tensor], order: float, groups: Sequence[Group] = ()) -> Tensor:
+def _total_norm(tensors: list[Tensor], order: float, groups: Sequence[RankGroup] = ()) -> Tensor:
     return norms_of(buckets_of(distinct(tensors), order), order, scalar=True, groups=groups)
 
 
@@ -233,7 +233,7 @@ def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
         bucket.scale_("auto", coefficients)
 
 
-def _across(tensors: Sequence[Tensor]) -> dict[str, Sequence[Group]]:
+def _across(tensors: Sequence[Tensor]) -> dict[str, Sequence[RankGroup]]:
     """Return the ranks that tensors are spread over, where they are, as an argument.
 
     Operators of compiled code, in which there are none, do not know of it.

@@ -17,8 +17,8 @@ from ..engines import engine_for
 from ..engines.base import Batch
 from ..engines.layout import rows_share_memory
 from ..errors import GradientError
-from ..ranks.groups import Group
-from ..ranks.shards import LOCAL, Share, common_share_of, is_spread, share_of
+from ..ranks.groups import RankGroup
+from ..ranks.shards import LOCAL, Shard, common_shard_of, is_dtensor, shard_of
 from ..scopes.norm_indices import NormIndices, row_values
 from .forms import REAL, forms_of
 from .held import PLAIN
@@ -47,7 +47,7 @@ class Bucket:
     """The same of what is written."""
     rows: bool = False
     """Whether the indices of dimension 0 have norms of their own."""
-    group: Group | None = None
+    group: RankGroup | None = None
     """The ranks that the gradients are spread over."""
     counts: bool = True
     """Whether their sums are counted here: of copies on several ranks one is."""
@@ -102,14 +102,14 @@ def buckets_of(
     buckets: dict[tuple[Any, ...], Bucket] = {}
     strided, given = torch.strided, repeat(None) if norm_indices is None else norm_indices
     for index, (gradient, indices) in enumerate(zip(gradients, given, strict=False)):
-        share = None
+        shard = None
         if type(gradient) is Tensor and gradient.dtype in REAL and gradient.layout is strided:
             measured = written = gradient
         else:
             measured, written = forms_of(gradient, order)
-            share = share_of(gradient) if is_spread(gradient) else None
+            shard = shard_of(gradient) if is_dtensor(gradient) else None
         rows = indices is not None and indices.rows
-        group, counts = HERE if share is None else (share.group, share.counts)
+        group, counts = HERE if shard is None else (shard.group, shard.counts)
         counts = counts and (not counts_here or counts_here[index])
         key = (gradient.device, gradient.dtype, rows, group, counts)
         bucket = buckets.get(key)
@@ -120,7 +120,7 @@ def buckets_of(
         bucket.measured.append(measured)
         bucket.written.append(written)
         if indices is not None:
-            _add_norm_indices(bucket, gradient, indices, share)
+            _add_norm_indices(bucket, gradient, indices, shard)
     for bucket in buckets.values():
         if all(map(is_, bucket.measured, bucket.written)):
             bucket.written = bucket.measured
@@ -130,11 +130,11 @@ def buckets_of(
 def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
     """Return the bucket that takes all: the usual case, told by two passes in C."""
     types, (group, counts) = {*map(type, gradients)}, HERE
-    if len(types) == 1 and is_spread(gradients[0]):
-        share = common_share_of(gradients)  # type: ignore[arg-type]
-        if share is None:
+    if len(types) == 1 and is_dtensor(gradients[0]):
+        shard = common_shard_of(gradients)  # type: ignore[arg-type]
+        if shard is None:
             return None
-        group, counts, gradients = share.group, share.counts, [*map(LOCAL, gradients)]
+        group, counts, gradients = shard.group, shard.counts, [*map(LOCAL, gradients)]
         types = {*map(type, gradients)}
     if types != PLAIN:
         return None
@@ -156,7 +156,7 @@ def copies_of(buckets: Iterable[Bucket]) -> list[Bucket]:
 
 
 def _add_norm_indices(
-    bucket: Bucket, gradient: Tensor, norm_indices: NormIndices, share: Share | None
+    bucket: Bucket, gradient: Tensor, norm_indices: NormIndices, shard: Shard | None
 ) -> None:
     measured = written = norm_indices
     if norm_indices.rows and len(norm_indices.indices) != gradient.shape[0]:
@@ -169,8 +169,8 @@ def _add_norm_indices(
         # What is measured and written holds the values alone.
         measured = _indices_of_values(norm_indices, gradient.coalesce().indices())
         written = _indices_of_values(norm_indices, gradient._indices())
-    elif norm_indices.rows and share is not None:
-        measured = written = _indices_of_share(norm_indices, share)
+    elif norm_indices.rows and shard is not None:
+        measured = written = _indices_of_shard(norm_indices, shard)
     elif norm_indices.rows and rows_share_memory(gradient):
         raise GradientError(
             f"Found a tensor of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
@@ -182,11 +182,11 @@ def _add_norm_indices(
 
 
 @lru_cache(maxsize=1 << 12)
-def _indices_of_share(norm_indices: NormIndices, share: Share) -> NormIndices:
+def _indices_of_shard(norm_indices: NormIndices, shard: Shard) -> NormIndices:
     """Return where the norms of the rows are that are here."""
-    if share.rows is None:
+    if shard.rows is None:
         return norm_indices
-    return NormIndices(norm_indices.indices.cpu()[share.rows], rows=True)
+    return NormIndices(norm_indices.indices.cpu()[shard.rows], rows=True)
 
 
 def _indices_of_values(norm_indices: NormIndices, positions: Tensor) -> NormIndices:

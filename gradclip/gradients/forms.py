@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engines import norm_dtype
 from ..errors import GradientError
-from ..ranks.shards import is_pending, is_spread, local_of, stored
+from ..ranks.shards import is_dtensor, is_pending, local_of, stored
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -27,7 +27,7 @@ def refuse_unordered(gradients: Iterable[Tensor]) -> None:
                 f"Found a gradient of dtype {gradient.dtype} and max_value: complex elements "
                 "cannot be bounded one by one. Leave max_value at None."
             )
-        if is_spread(gradient) and is_pending(gradient):
+        if is_dtensor(gradient) and is_pending(gradient):
             raise GradientError(
                 f"Found a gradient with placements {tuple(gradient.placements)} and max_value: "
                 "elements that are still to be added up over ranks cannot be bounded. Leave "
@@ -51,7 +51,7 @@ def forms_of(gradient: Tensor, order: float) -> tuple[Tensor, Tensor]:
     """Return the real strided tensor to measure and the strided tensor to write."""
     _refuse_unfit(gradient)
     measured = written = gradient
-    if is_spread(gradient):
+    if is_dtensor(gradient):
         measured, written = local_of(gradient), stored(gradient)
     if gradient.layout is torch.sparse_coo:
         measured, written = gradient.coalesce()._values(), gradient._values()

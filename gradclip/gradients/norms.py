@@ -12,7 +12,7 @@ from torch import Tensor
 from ..engines import engine_for, norm_dtype
 from ..engines.base import INFINITY, root
 from ..engines.cuda_graphs import capturing
-from ..ranks.groups import Group, Reach, reach_of
+from ..ranks.groups import NormRanks, RankGroup, norm_ranks_of
 from ..scopes.norm_indices import NormIndices, gradient_indices, sums_by_norm
 from .buckets import Bucket
 
@@ -26,7 +26,7 @@ def norms_of(
     engine: str = "auto",
     scalar: bool = False,
     parts: list[Tensor] | None = None,
-    groups: Sequence[Group] = (),
+    groups: Sequence[RankGroup] = (),
 ) -> Tensor:
     """Measure one norm per label.
 
@@ -52,7 +52,7 @@ def norms_of(
     if spread:
         device = device or (buckets[0].device if buckets else torch.device("cpu"))
         found = measure_across_ranks(
-            buckets, order, reach_of(spread), count=count, device=device, engine=engine
+            buckets, order, norm_ranks_of(spread), count=count, device=device, engine=engine
         )
         return found.norms.squeeze(0) if scalar else found.norms
     single = (
@@ -96,7 +96,7 @@ class SharedNorms:
 def measure_across_ranks(
     buckets: Sequence[Bucket],
     order: float,
-    reach: Reach,
+    norm_ranks: NormRanks,
     *,
     count: int,
     device: torch.device,
@@ -110,7 +110,7 @@ def measure_across_ranks(
     Args:
         buckets: The gradients that are here. Not written.
         order: p of the p-norm, positive or infinity.
-        reach: The ranks. All of them call this, and ask for the same.
+        norm_ranks: The ranks. All of them call this, and ask for the same.
         count: k, how many norms there are.
         device: Where the norms are wanted.
         engine: Which engine measures.
@@ -119,13 +119,13 @@ def measure_across_ranks(
         weights: To be told the norms of the parameters: these, where they have gradients here.
         present: To be told which norms have a gradient: those that have one here.
     """
-    entered = {*reach.groups}
+    entered = {*norm_ranks.groups}
 
-    def counted_buckets(group: Group | None, some: Sequence[Bucket]) -> list[Bucket]:
+    def counted_buckets(group: RankGroup | None, some: Sequence[Bucket]) -> list[Bucket]:
         own = [b for b in some if (b.group if b.group in entered else None) == group]
         return [bucket for bucket in own if bucket.counts]
 
-    def measured_vectors(group: Group | None) -> Tensor:
+    def measured_vectors(group: RankGroup | None) -> Tensor:
         own = counted_buckets(group, buckets)
         sums = [bucket.power_sums(engine, order) for bucket in own]
         vectors = [_total(sums, own, order, count, device)]
@@ -140,7 +140,7 @@ def measure_across_ranks(
         return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
 
     alone = any(bucket.group not in entered for bucket in buckets)
-    together = reach.combined(measured_vectors, order, alone=alone)
+    together = norm_ranks.combined(measured_vectors, order, alone=alone)
     lengths = [count] if parts is None else [count, parts[1]]
     lengths += [count for asked in (weights, present) if asked is not None]
     found = iter(torch.split(together, lengths) if len(lengths) > 1 else [together])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
-from ..ranks.groups import Reach
+from ..ranks.groups import NormRanks
 from ..records.parameter_norms import ParameterSums, rescaled
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import NormIndices, present_norms
@@ -23,7 +23,7 @@ from .held import Weight
 from .norms import measure_across_ranks, norms_of
 from .policies import Settings
 
-ALONE = Reach()
+ALONE = NormRanks()
 
 
 class StepGradients:
@@ -37,7 +37,7 @@ class StepGradients:
         device: Where the norms are wanted.
         weights: The parameters whose norms will be asked for, if any will.
         names: The names of the gradients' parameters, where the parts of the norms will be.
-        reach: The ranks that the norms span.
+        norm_ranks: The ranks that the norms span.
         counts_here: For each gradient whether this rank counts it, not another rank that has a copy
             of it; empty if this rank counts all.
         parts: For each where it is among the parameters of all ranks, whose names are ``names``.
@@ -60,7 +60,7 @@ class StepGradients:
         *,
         weights: Sequence[Weight] | None = None,
         names: Sequence[str] | None = None,
-        reach: Reach = ALONE,
+        norm_ranks: NormRanks = ALONE,
         counts_here: Sequence[bool] = (),
         parts: Sequence[NormIndices] = (),
         needs_present: bool = True,
@@ -78,7 +78,7 @@ class StepGradients:
         self._norm_indices = norm_indices
         self._weights = weights
         self._names = names
-        self._reach = reach
+        self._norm_ranks = norm_ranks
         self._counts_here = counts_here
         self._part_places = tuple(parts)
         self._needs_present = needs_present
@@ -121,7 +121,7 @@ class StepGradients:
 
         Collective where they span several ranks, which tell each other all that they will be asked.
         """
-        if self._reach:
+        if self._norm_ranks:
             return self._norms_across()
         if self._names is None:
             return self._norms(self._buckets)
@@ -205,8 +205,8 @@ class StepGradients:
 
     def _measured(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
         order = self._settings.norm_type
-        if self._reach:
-            return measure_across_ranks(buckets, order, self._reach, **self._options).norms
+        if self._norm_ranks:
+            return measure_across_ranks(buckets, order, self._norm_ranks, **self._options).norms
         return norms_of(buckets, order, parts=parts, **self._options)
 
     def _norms_across(self) -> Tensor:
@@ -216,7 +216,7 @@ class StepGradients:
         found = measure_across_ranks(
             self._buckets,
             order,
-            self._reach,
+            self._norm_ranks,
             **self._options,
             parts=(self._part_places, len(self._names or ())) if records_parameters else None,
             weights=None if self._weights is None else self._weight_buckets(),

@@ -18,7 +18,7 @@ from ..errors import AttachError
 from ..gradients.held import HeldGradients, Weight, gradients_held, gradients_of, parameters_held
 from ..gradients.policies import Settings
 from ..gradients.step import StepGradients
-from ..ranks.agreement import BY_NAME, Peers
+from ..ranks.agreement import SCOPES_BY_NAME, RankLayout
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
 from ..thresholds import Threshold, is_foreign, learns
@@ -42,7 +42,7 @@ class JointGradients:
         grad_scaler: The GradScaler of several optimizers, or None.
         settings: How to measure and what may be written.
         labels: The labels of the norms.
-        peers: The other ranks.
+        rank_layout: The other ranks.
         threshold: What will be asked about the norms.
 
     Raises:
@@ -56,28 +56,28 @@ class JointGradients:
         grad_scaler: object,
         settings: Settings,
         labels: NormLabels,
-        peers: Peers,
+        rank_layout: RankLayout,
         threshold: Threshold,
     ) -> None:
         self.optimizers = optimizers
         self._settings = settings
         self._labels = labels
-        self._peers = peers
+        self._rank_layout = rank_layout
         self._needs_weights = threshold.needs_weights
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
-        self._scaling = JointScaling(grad_scaler, everywhere=peers.across is not None)
+        self._scaling = JointScaling(grad_scaler, everywhere=rank_layout.across is not None)
         self._clipped_gradients = ClippedGradients() if len(optimizers) > 1 else None
         self._overflow: SharedOverflow | None = None
         self._round: WeakSet[Optimizer] = WeakSet()
         self._states: object = None
         for device in self.devices:
             engine_for(settings.engine, device)
-        peers.refresh(parameters_held(optimizers))
+        rank_layout.refresh(parameters_held(optimizers))
 
     def attach(self, grad_scaler: object) -> None:
         """Let ranks agree on the overflows of the GradScaler, until `detach`."""
-        across = self._peers.across
+        across = self._rank_layout.across
         if across is not None and isinstance(grad_scaler, GradScaler):
             self._overflow = SharedOverflow(grad_scaler, self.optimizers, across, self.device)
 
@@ -116,8 +116,8 @@ class JointGradients:
         for optimizer in self.optimizers:
             check_groups(optimizer)
         self._labels.refresh()
-        self._peers.refresh(parameters_held(self.optimizers))
-        if self._peers.across is not None:
+        self._rank_layout.refresh(parameters_held(self.optimizers))
+        if self._rank_layout.across is not None:
             refuse_unshared_overflow(self._overflow)
         overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
@@ -149,7 +149,7 @@ class JointGradients:
     ) -> StepGradients | ClipRecord | None:
         self._scaling.unscale(stepping, self.optimizers, step_changes)
         own = self._held_by([stepping]).gradients
-        if self._peers.across is not None:
+        if self._rank_layout.across is not None:
             return self._of_round(clipped_gradients, stepping, own)
         if not own:
             return self._of_none(stepping)
@@ -211,8 +211,14 @@ class JointGradients:
         return self._step_gradients(HeldGradients())
 
     def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
-        labels, peers = self._labels, self._peers
-        names = peers.names if peers.reach else held.names if peers.watched else None
+        labels, rank_layout = self._labels, self._rank_layout
+        names = (
+            rank_layout.names
+            if rank_layout.norm_ranks
+            else held.names
+            if rank_layout.wants_parameter_norms
+            else None
+        )
         joint = self._one_norm_for_all or labels.has_one_norm
         return StepGradients(
             held.gradients,
@@ -222,9 +228,9 @@ class JointGradients:
             self.device,
             weights=held.weights if self._needs_weights else None,
             names=names,
-            reach=peers.reach,
+            norm_ranks=rank_layout.norm_ranks,
             counts_here=() if labels.all_count else held.counts_here,
-            parts=peers.places(held.names),
+            parts=rank_layout.parameter_indices(held.names),
             needs_present=self._needs_present,
             **options,
         )
@@ -238,7 +244,7 @@ class JointGradients:
         names: list[str] = []
         held, seen = HeldGradients(names=names), set()
         # What has a norm of its own has a threshold as well while its gradient is on other ranks.
-        idle = self._needs_weights and self._labels.kind in BY_NAME
+        idle = self._needs_weights and self._labels.kind in SCOPES_BY_NAME
         for parameter in parameters:
             gradient = parameter.grad
             if id(gradient) in seen or (gradient is None and not idle):
@@ -258,7 +264,7 @@ class JointGradients:
 
     def _names(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[str]:
         """Return the names of the parameters that gradients belong to, where they are wanted."""
-        if not self._peers.watched:
+        if not self._rank_layout.wants_parameter_norms:
             return ()
         if len(gradients) < len(parameters):
             held = {id(each.grad): each for each in reversed(parameters)}

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..engines.base import INFINITY
 from ..errors import AttachError
-from ..ranks.groups import Group
+from ..ranks.groups import RankGroup
 from .call_stack import running_scaler
 
 _SHARED: WeakKeyDictionary[GradScaler, WeakKeyDictionary[Optimizer, SharedOverflow]] = (
@@ -42,7 +42,7 @@ class SharedOverflow:
         self,
         scaler: GradScaler,
         optimizers: Sequence[Optimizer],
-        group: Group,
+        group: RankGroup,
         device: torch.device,
     ) -> None:
         replaced = sorted({"unscale_", "_check_inf_per_device"} & {*vars(scaler)})

@@ -16,8 +16,8 @@ from ..errors import AttachError
 from ..scopes.labels import NormLabels
 from ..scopes.norm_indices import NOWHERE, NormIndices
 from ..scopes.scope import SHARED
-from .groups import Group, Reach, reach_of
-from .messages import Agreed, Failed, Original, Told, ToldParameter
+from .groups import NormRanks, RankGroup, norm_ranks_of
+from .messages import Agreement, ClipperMessage, FailureMessage, Original, ParameterMessage
 from .ranks import Ranks
 from .refusals import (
     add_limit,
@@ -33,11 +33,11 @@ from .refusals import (
 from .shards import groups_of, is_elsewhere, mesh_ranks
 
 P = ParamSpec("P")
-BY_NAME = ("parameter", "unit")
+SCOPES_BY_NAME = ("parameter", "unit")
 """Scopes in which names tell what shares a norm."""
 
 
-def comparable(
+def comparable_options(
     options: Mapping[str, str],
     threshold: object,
     grad_scaler: object,
@@ -57,38 +57,38 @@ def comparable(
 
 
 def message_of(
-    labels: NormLabels, options: Mapping[str, str], *, across: bool, watched: bool
-) -> Told:
+    labels: NormLabels, options: Mapping[str, str], *, across: bool, wants_parameter_norms: bool
+) -> ClipperMessage:
     """Return what this rank tells the others of its clipper.
 
     Args:
         labels: The labels of its norms.
         options: How it is set, from `comparable`.
         across: Whether it was given other ranks, so that DTensors may lie on those alone.
-        watched: Whether parameter norms are asked for on this rank.
+        wants_parameter_norms: Whether parameter norms are asked for on this rank.
     """
     elsewhere = [] if across else [p.name for p in labels.parameters if is_elsewhere(p.parameter)]
-    return Told(
+    return ClipperMessage(
         labels.kind,
         options,
         labels.thresholds_by_key,
-        _told_parameters(labels),
+        _parameter_messages(labels),
         labels.all_names,
         elsewhere,
-        watched,
+        wants_parameter_norms,
     )
 
 
-def _told_parameters(labels: NormLabels) -> list[ToldParameter]:
-    told = []
+def _parameter_messages(labels: NormLabels) -> list[ParameterMessage]:
+    messages = []
     for labelled in labels.labelled:
         parameter = labelled.parameter()
         if labelled.norm_indices is None or parameter is None:
             continue
         # FullyShardedDataParallel has flattened a parameter that had rows.
         flat = labels.kind == "unit" and getattr(parameter, "_fsdp_flattened", False)
-        told.append(
-            ToldParameter(
+        messages.append(
+            ParameterMessage(
                 labelled.name,
                 labelled.has_given_name,
                 tuple(parameter.shape),
@@ -98,28 +98,28 @@ def _told_parameters(labels: NormLabels) -> list[ToldParameter]:
                 mesh_ranks(parameter),
             )
         )
-    return told
+    return messages
 
 
-def adopt(labels: NormLabels, agreed: Agreed, rank: int) -> None:
+def adopt(labels: NormLabels, agreement: Agreement, rank: int) -> None:
     """Give the labels of a clipper the norms that all ranks agree on.
 
     Args:
         labels: The labels of its norms.
-        agreed: The agreement.
+        agreement: The agreement.
         rank: The number of this rank.
 
     Raises:
         ArgumentError: A name that the scope excludes is that of no parameter on any rank.
     """
-    labels.check_exclusions(agreed.everyone)
-    indices = {key: index for index, key in enumerate(agreed.limits)}
+    labels.check_exclusions(agreement.all_names)
+    indices = {key: index for index, key in enumerate(agreement.thresholds)}
     moved = _tensor([*(indices.get(key, NOWHERE) for key in labels.thresholds_by_key), NOWHERE])
-    counted = {name for name, each in agreed.originals.items() if rank in each.ranks}
+    counted = {name for name, each in agreement.originals.items() if rank in each.ranks}
     adopted = []
     for labelled in labels.labelled:
         if labelled.copy_of is not None:
-            original = agreed.originals[labelled.copy_of]
+            original = agreement.originals[labelled.copy_of]
             own = [NOWHERE if key is None else indices[key] for key in original.keys]
             norm_indices = NormIndices(_tensor(own), original.rows)
             counts = labelled.copy_of in counted
@@ -130,14 +130,14 @@ def adopt(labels: NormLabels, agreed: Agreed, rank: int) -> None:
                 moved[labelled.norm_indices.indices], labelled.norm_indices.rows
             )
             adopted.append(replace(labelled, norm_indices=norm_indices))
-    labels.adopt(agreed.limits, adopted)
+    labels.adopt(agreement.thresholds, adopted)
 
 
 def _tensor(indices: Sequence[int]) -> Tensor:
     return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
-def agreed_alike(own: Told, groups: Iterable[Group]) -> Told:
+def confirm_alike(own: ClipperMessage, groups: Iterable[RankGroup]) -> ClipperMessage:
     """Agree with the ranks that DTensors lie on, which have the same parameters. Collective.
 
     Returns:
@@ -148,48 +148,54 @@ def agreed_alike(own: Told, groups: Iterable[Group]) -> Told:
     """
     error: AttachError | None = None
     for group in groups:
-        told = group.gathered(own)
+        messages = group.gathered(own)
         try:
-            check_alike(told, own)
+            check_alike(messages, own)
         except AttachError as found:
             # Ranks of the groups that follow wait for this one.
             error = error or found
             own = replace(own, error=str(error))
-        own = replace(own, watched=any(each.watched for each in told.values()))
+        own = replace(
+            own, wants_parameter_norms=any(each.wants_parameter_norms for each in messages.values())
+        )
     if error is not None:
         raise error
     refuse_elsewhere({distributed.get_rank(): own})
     return own
 
 
-def agreed_across(own: Told, group: Group, ranks: Ranks) -> Agreed:
+def agreement_across(own: ClipperMessage, group: RankGroup, ranks: Ranks) -> Agreement:
     """Agree with ranks that have other parameters, or other parts of them. Collective.
 
     Raises:
         AttachError: What they tell does not fit together.
         ArgumentError: A name in ``replicated`` is that of no parameter.
     """
-    ranks.told = True
-    told = group.gathered(own)
-    check_errors(told)
-    check_options(told)
-    agreed = Agreed(watched=any(each.watched for each in told.values()))
-    agreed.everyone = [name for each in told.values() for name in each.names]
-    ranks.replicated.check(agreed.everyone)
-    if own.scope in BY_NAME:
-        check_names(told, own.scope)
-    for rank, each in told.items():
-        places = _add(agreed, rank, each, among={*told})
-        if rank == group.own:
-            agreed.places = places
-    if len(told) > 1:
-        check_copied(agreed, told)
-    check_uncopied(told)
-    if not agreed.limits:
-        agreed.limits[True, SHARED] = None  # everything is left out: a norm of nothing
+    ranks.announced = True
+    messages = group.gathered(own)
+    check_errors(messages)
+    check_options(messages)
+    agreement = Agreement(
+        wants_parameter_norms=any(each.wants_parameter_norms for each in messages.values())
+    )
+    agreement.all_names = [name for each in messages.values() for name in each.names]
+    ranks.replicated.check(agreement.all_names)
+    if own.scope in SCOPES_BY_NAME:
+        check_names(messages, own.scope)
+    for rank, each in messages.items():
+        places = _add(agreement, rank, each, among={*messages})
+        if rank == group.rank:
+            agreement.places = places
+    if len(messages) > 1:
+        check_copied(agreement, messages)
+    check_uncopied(messages)
+    if not agreement.thresholds:
+        agreement.thresholds[True, SHARED] = None  # everything is left out: a norm of nothing
     # In an order that does not depend on which rank has what, for a state to fit any number.
-    agreed.limits = dict(sorted(agreed.limits.items(), key=lambda each: _in_words(each[0][1])))
-    return agreed
+    agreement.thresholds = dict(
+        sorted(agreement.thresholds.items(), key=lambda each: _in_words(each[0][1]))
+    )
+    return agreement
 
 
 def _in_words(label: str) -> list[str | int]:
@@ -197,29 +203,31 @@ def _in_words(label: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", label)]
 
 
-def _add(agreed: Agreed, rank: int, told: Told, *, among: set[int]) -> dict[str, int]:
+def _add(
+    agreement: Agreement, rank: int, message: ClipperMessage, *, among: set[int]
+) -> dict[str, int]:
     """Add what a rank has told; return the places of its parameters among those of all ranks."""
-    keys, places = [*told.limits], {}
-    for parameter in told.parameters:
+    keys, places = [*message.thresholds], {}
+    for parameter in message.parameters:
         own = [None if label == NOWHERE else keys[label] for label in parameter.labels]
         name = parameter.name if parameter.given else f"rank {rank}: {parameter.name}"
         if parameter.copy_of is not None:
             ranks = {rank} | ({*parameter.mesh} if among >= {*parameter.mesh} else set())
             original = Original(rank, ranks, name, parameter.shape, own, parameter.rows)
-            first = agreed.originals.setdefault(parameter.copy_of, original)
+            first = agreement.originals.setdefault(parameter.copy_of, original)
             if first is not original:
-                limits = [told.limits[key] for key in own if key is not None]
-                needed = [agreed.limits[key] for key in first.keys if key is not None]
+                limits = [message.thresholds[key] for key in own if key is not None]
+                needed = [agreement.thresholds[key] for key in first.keys if key is not None]
                 check_copy(first, rank, parameter, same=limits == needed)
                 name, own = first.name, []
         for key in own:
             if key is not None:
-                add_limit(agreed.limits, key, rank, told.limits[key])
-        places[parameter.name] = agreed.names.setdefault(name, len(agreed.names))
+                add_limit(agreement.thresholds, key, rank, message.thresholds[key])
+        places[parameter.name] = agreement.names.setdefault(name, len(agreement.names))
     return places
 
 
-def telling_ranks(attach: Callable[P, None]) -> Callable[P, None]:
+def announces_failure(attach: Callable[P, None]) -> Callable[P, None]:
     """Let the ranks that wait for this one hear of an error that it has alone.
 
     Args:
@@ -227,32 +235,32 @@ def telling_ranks(attach: Callable[P, None]) -> Callable[P, None]:
     """
 
     @wraps(attach)
-    def attach_or_tell(*args: P.args, **kwargs: P.kwargs) -> None:
+    def attach_or_announce(*args: P.args, **kwargs: P.kwargs) -> None:
         ranks = kwargs.get("ranks")
         if isinstance(ranks, Ranks):
-            ranks.told = False
+            ranks.announced = False
         try:
             attach(*args, **kwargs)
         except Exception as error:
-            if isinstance(ranks, Ranks) and not ranks.told:
+            if isinstance(ranks, Ranks) and not ranks.announced:
                 with suppress(AttachError):  # no group, nobody waits
-                    ranks.joined().gathered(Failed(f"{type(error).__name__}: {error}"))
+                    ranks.joined().gathered(FailureMessage(f"{type(error).__name__}: {error}"))
             raise
 
-    return attach_or_tell
+    return attach_or_announce
 
 
 _UNKNOWN = NormIndices(torch.tensor([NOWHERE], device="cpu"))
 
 
-class Peers:
+class RankLayout:
     """Knows which ranks the norms of a clipper span. Collective where there are any.
 
     Args:
         ranks: Those that have other parameters, or None.
         labels: The labels of the norms, which become those of all ranks.
         options: How the clipper is set; ranks that differ in it are refused.
-        watched: Whether the norms of parameters are asked for on this rank.
+        wants_parameter_norms: Whether the norms of parameters are asked for on this rank.
 
     Raises:
         AttachError: There is no process group.
@@ -263,16 +271,16 @@ class Peers:
         ranks: Ranks | None,
         labels: NormLabels,
         options: Mapping[str, str],
-        watched: bool,
+        wants_parameter_norms: bool,
     ) -> None:
-        self.reach = Reach()
+        self.norm_ranks = NormRanks()
         self.names: tuple[str, ...] | None = None
         """Those of the parameters of all ranks, where one of the ranks asks for their norms."""
         self._ranks = ranks
         self.across = None if ranks is None else ranks.joined()
         self._labels = labels
         self._options = options
-        self.watched = watched
+        self.wants_parameter_norms = wants_parameter_norms
         """Whether the norms of parameters are asked for on one of the ranks."""
         self._places: dict[str, NormIndices] = {}
         self._count = -1
@@ -287,32 +295,42 @@ class Peers:
         count = self._labels.count
         if count == self._count:
             return
-        reach = reach_of(groups_of(parameters), self.across)
+        norm_ranks = norm_ranks_of(groups_of(parameters), self.across)
         if self.across is None or self._count < 0:
-            self._agree(reach)
-        self.reach, self._count = reach, count
+            self._agree(norm_ranks)
+        self.norm_ranks, self._count = norm_ranks, count
 
-    def places(self, names: Sequence[str]) -> list[NormIndices]:
+    def parameter_indices(self, names: Sequence[str]) -> list[NormIndices]:
         """Return where parameters are among those of all ranks; nowhere if added since."""
         if self.names is None:
             return []
         return [self._places.get(name, _UNKNOWN) for name in names]
 
-    def _agree(self, reach: Reach) -> None:
+    def _agree(self, norm_ranks: NormRanks) -> None:
         labels = self._labels
         message = message_of(
-            labels, self._options, across=self.across is not None, watched=self.watched
+            labels,
+            self._options,
+            across=self.across is not None,
+            wants_parameter_norms=self.wants_parameter_norms,
         )
-        if not (reach or message.elsewhere):
+        if not (norm_ranks or message.elsewhere):
             return
-        own = agreed_alike(message, reach.groups)
-        names, self.watched = [each.name for each in own.parameters], own.watched
+        own = confirm_alike(message, norm_ranks.groups)
+        names, self.wants_parameter_norms = (
+            [each.name for each in own.parameters],
+            own.wants_parameter_norms,
+        )
         places = {name: index for index, name in enumerate(names)}
-        if self._ranks is not None and reach.across is not None:
-            agreed = agreed_across(own, reach.across, self._ranks)
-            adopt(labels, agreed, reach.across.own)
-            names, places, self.watched = [*agreed.names], agreed.places, agreed.watched
-        self.names = tuple(names) if self.watched else None
+        if self._ranks is not None and norm_ranks.across is not None:
+            agreement = agreement_across(own, norm_ranks.across, self._ranks)
+            adopt(labels, agreement, norm_ranks.across.rank)
+            names, places, self.wants_parameter_norms = (
+                [*agreement.names],
+                agreement.places,
+                agreement.wants_parameter_norms,
+            )
+        self.names = tuple(names) if self.wants_parameter_norms else None
         self._places = {
             name: NormIndices(torch.tensor([i], device="cpu")) for name, i in places.items()
         }

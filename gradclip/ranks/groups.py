@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class RankGroup:
     """Ranks over which gradients are spread. Told apart by identity."""
 
     ranks: tuple[int, ...]
@@ -29,7 +29,7 @@ class Group:
     """Of the tensors that the collective takes."""
 
     @property
-    def own(self) -> int:
+    def rank(self) -> int:
         """The number of this rank."""
         return distributed.get_rank()
 
@@ -49,7 +49,7 @@ class Group:
             # Backends may take any number for larger than NaN: it is told apart.
             total = torch.cat([total.nan_to_num(nan=INFINITY, posinf=INFINITY), total.isnan()])
         # As distributed.all_reduce does, which takes as long again for questions.
-        work = self._united().allreduce([total], _options(order == INFINITY))
+        work = self._united_group().allreduce([total], _options(order == INFINITY))
         if work is not None:
             work.wait()
         if order == INFINITY:
@@ -57,19 +57,19 @@ class Group:
             total = torch.where(unknown > 0, torch.nan, total)
         return total if total.device == values.device else total.to(values.device)
 
-    def gathered(self, told: Any) -> dict[int, Any]:
+    def gathered(self, message: Any) -> dict[int, Any]:
         """Return what every rank tells, by its number, rising. Collective.
 
         Args:
-            told: What this one does; it must be possible to pickle it.
+            message: What this one does; it must be possible to pickle it.
         """
         if distributed.get_backend(self.processes[0]) == "fake":
-            return {self.own: told}  # nobody else is there
+            return {self.rank: message}  # nobody else is there
         found: list[Any] = [None] * len(self.ranks)
-        distributed.all_gather_object(found, (self.own, told), self._united())
+        distributed.all_gather_object(found, (self.rank, message), self._united_group())
         return dict(sorted(found, key=lambda each: each[0]))
 
-    def _united(self) -> ProcessGroup:
+    def _united_group(self) -> ProcessGroup:
         """Return one group for all ranks; made when all of them enter their first collective."""
         if len(self.processes) == 1:
             return self.processes[0]
@@ -86,30 +86,30 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class NormRanks:
     """The ranks that a norm spans; nothing where it is on one rank alone, or the same on all."""
 
-    groups: tuple[Group, ...] = ()
+    groups: tuple[RankGroup, ...] = ()
     """Those of DTensors, in the order in which their collectives are entered."""
-    across: Group | None = None
+    across: RankGroup | None = None
     """Those of all else, over which the norms of DTensors are added up as well; the last."""
 
     def __bool__(self) -> bool:
         return bool(self.groups) or self.across is not None
 
     def combined(
-        self, told: Callable[[Group | None], Tensor], order: float, *, alone: bool
+        self, vector_of: Callable[[RankGroup | None], Tensor], order: float, *, alone: bool
     ) -> Tensor:
         """Return what all ranks have told of each group. One collective for each of them.
 
         Args:
-            told: Returns for a group what this rank has of it, in fresh memory; for None what is
-                in none of ``groups``.
+            vector_of: Returns for a group what this rank has of it, in fresh memory; for None what
+                is in none of ``groups``.
             order: p of the norm: sums, or of infinite order the largest.
             alone: Whether there is anything in none of them.
         """
-        found = [told(None)] if alone or self.across is not None else []
-        found += [group.reduced_(told(group), order) for group in self.groups]
+        found = [vector_of(None)] if alone or self.across is not None else []
+        found += [group.reduced_(vector_of(group), order) for group in self.groups]
         total = found[0]
         if len(found) > 1:
             # Ranks have the groups in different places, and the same bits whatever the order.
@@ -118,7 +118,7 @@ class Reach:
         return total if self.across is None else self.across.reduced_(total, order)
 
 
-def reach_of(groups: Iterable[Group], across: Group | None = None) -> Reach:
+def norm_ranks_of(groups: Iterable[RankGroup], across: RankGroup | None = None) -> NormRanks:
     """Return the ranks that a norm spans.
 
     Args:
@@ -129,7 +129,7 @@ def reach_of(groups: Iterable[Group], across: Group | None = None) -> Reach:
         AttachError: What is on both cannot be counted once.
     """
     if across is None:
-        return Reach(in_order(groups))
+        return NormRanks(in_order(groups))
     outside = []
     for group in groups:
         common = {*group.ranks}.intersection(across.ranks)
@@ -142,7 +142,7 @@ def reach_of(groups: Iterable[Group], across: Group | None = None) -> Reach:
                 "mesh of the pipeline's dimension is."
             )
         outside.append(group)
-    return Reach(in_order(outside), across)
+    return NormRanks(in_order(outside), across)
 
 
 @cache
@@ -160,7 +160,7 @@ def _options(largest: bool) -> distributed.AllreduceOptions:
     return options
 
 
-def in_order(groups: Iterable[Group]) -> tuple[Group, ...]:
+def in_order(groups: Iterable[RankGroup]) -> tuple[RankGroup, ...]:
     """Return groups as all of their ranks enter their collectives one after the other."""
     return tuple(sorted(groups, key=lambda group: group.ranks))
 

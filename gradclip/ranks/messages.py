@@ -9,7 +9,7 @@ from ..scopes.labels import GroupThresholds, NormKey
 
 
 @dataclass(frozen=True, slots=True)
-class ToldParameter:
+class ParameterMessage:
     """A parameter that is in some norm."""
 
     name: str
@@ -27,25 +27,25 @@ class ToldParameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ClipperMessage:
     """What a rank tells of its clipper."""
 
     scope: str
     options: Mapping[str, str]
-    limits: GroupThresholds
-    parameters: list[ToldParameter]
+    thresholds: GroupThresholds
+    parameters: list[ParameterMessage]
     names: list[str]
     """Those of all parameters, in a norm or not."""
     elsewhere: list[str]
     """Those of DTensors on other ranks alone."""
-    watched: bool
+    wants_parameter_norms: bool
     """Whether the norms of parameters are asked for."""
     error: str | None = None
     """Why it cannot be attached."""
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class FailureMessage:
     """What a rank tells that has no clipper."""
 
     error: str
@@ -66,16 +66,16 @@ class Original:
 
 
 @dataclass(slots=True)
-class Agreed:
+class Agreement:
     """What holds on all ranks."""
 
-    limits: GroupThresholds = field(default_factory=dict)
+    thresholds: GroupThresholds = field(default_factory=dict)
     originals: dict[str, Original] = field(default_factory=dict)
     """By what all their copies are called."""
     names: dict[str, int] = field(default_factory=dict)
     """The parameters of all ranks that are in some norm, with their places."""
     places: dict[str, int] = field(default_factory=dict)
     """Those of this rank, under its own names, with their places among all."""
-    everyone: list[str] = field(default_factory=list)
+    all_names: list[str] = field(default_factory=list)
     """Names of all parameters, in a norm or not."""
-    watched: bool = False
+    wants_parameter_norms: bool = False

@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 from ..errors import ArgumentError, AttachError
 from ..scopes.selection import Chosen, Selection
-from .groups import Group
+from .groups import RankGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,7 +49,7 @@ class Ranks:
     ) -> None:
         self.replicated = Selection("replicated", replicated)
         self.group = None if group is None else _process_group(group)
-        self.told = False
+        self.announced = False
         """Whether the clipper that is being attached has told the others of itself."""
 
     def __repr__(self) -> str:
@@ -64,7 +64,7 @@ class Ranks:
             return str(found) or None
         return name if found else None
 
-    def joined(self) -> Group:
+    def joined(self) -> RankGroup:
         """Return the ranks, of which this one must be one.
 
         Raises:
@@ -78,7 +78,7 @@ class Ranks:
         group = self.group or distributed.distributed_c10d._get_default_group()
         ranks = tuple(sorted(distributed.get_process_group_ranks(group)))
         types = tuple(distributed.distributed_c10d._device_capability(group))
-        return Group(ranks, (group,), types)
+        return RankGroup(ranks, (group,), types)
 
 
 def _process_group(given: Any) -> ProcessGroup:

@@ -7,41 +7,41 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import AttachError
 from ..scopes.labels import GroupThresholds, NormKey
-from .messages import Agreed, Failed, Original, Told, ToldParameter
+from .messages import Agreement, ClipperMessage, FailureMessage, Original, ParameterMessage
 
 SHOWN = 5
 """Names that an error shows."""
 
 
-def check_alike(told: Mapping[int, Told], own: Told) -> None:
+def check_alike(messages: Mapping[int, ClipperMessage], own: ClipperMessage) -> None:
     """Refuse clippers of DTensors that have different parameters."""
-    check_errors(told)
-    check_options(told)
-    refuse_elsewhere(told)
-    for rank, each in told.items():
+    check_errors(messages)
+    check_options(messages)
+    refuse_elsewhere(messages)
+    for rank, each in messages.items():
         found, needed = _in_norms(each), _in_norms(own)
-        if found != needed or [*each.limits.items()] != [*own.limits.items()]:
+        if found != needed or [*each.thresholds.items()] != [*own.thresholds.items()]:
             raise AttachError(
-                f"Rank {rank} clips {_shown(found)} in {len(each.limits)} norms where this one "
-                f"clips {_shown(needed)} in {len(own.limits)}, and DTensors lie on both: what only "
-                "some ranks have needs ranks=gradclip.Ranks(group), with all that have a part of "
-                "the model."
+                f"Rank {rank} clips {_shown(found)} in {len(each.thresholds)} norms where this one "
+                f"clips {_shown(needed)} in {len(own.thresholds)}, and DTensors lie on both: what "
+                "only some ranks have needs ranks=gradclip.Ranks(group), with all that have a part "
+                "of the model."
             )
 
 
-def check_errors(told: Mapping[int, Told | Failed]) -> None:
+def check_errors(messages: Mapping[int, ClipperMessage | FailureMessage]) -> None:
     """Refuse to go on without a rank that could not attach a clipper."""
-    for rank, each in told.items():
+    for rank, each in messages.items():
         if each.error is not None:
             raise AttachError(f"The clipper of rank {rank} could not be attached: {each.error}")
 
 
-def check_options(told: Mapping[int, Told]) -> None:
+def check_options(messages: Mapping[int, ClipperMessage]) -> None:
     """Refuse clippers that are set in different ways."""
-    first, *others = told
+    first, *others = messages
     for rank in others:
-        for name, value in told[first].options.items():
-            other = told[rank].options.get(name)
+        for name, value in messages[first].options.items():
+            other = messages[rank].options.get(name)
             if other != value:
                 raise AttachError(
                     f"The clippers of several ranks differ: {name} is {value} on rank {first} and "
@@ -49,9 +49,9 @@ def check_options(told: Mapping[int, Told]) -> None:
                 )
 
 
-def refuse_elsewhere(told: Mapping[int, Told]) -> None:
+def refuse_elsewhere(messages: Mapping[int, ClipperMessage]) -> None:
     """Refuse DTensors that some ranks have no part in, and would have another norm without."""
-    for rank, each in told.items():
+    for rank, each in messages.items():
         if each.elsewhere:
             raise AttachError(
                 f"{_shown(each.elsewhere)} of rank {rank} are DTensors whose mesh leaves it out, "
@@ -60,10 +60,10 @@ def refuse_elsewhere(told: Mapping[int, Told]) -> None:
             )
 
 
-def check_names(told: Mapping[int, Told], scope: str) -> None:
+def check_names(messages: Mapping[int, ClipperMessage], scope: str) -> None:
     """Refuse names that do not tell which parameters are parts of one."""
     seen: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for rank, each in told.items():
+    for rank, each in messages.items():
         for parameter in each.parameters:
             name, shape = parameter.name, parameter.shape
             if not parameter.given:
@@ -91,12 +91,12 @@ def check_names(told: Mapping[int, Told], scope: str) -> None:
                 )
 
 
-def check_copied(agreed: Agreed, told: Mapping[int, Told]) -> None:
+def check_copied(agreement: Agreement, messages: Mapping[int, ClipperMessage]) -> None:
     """Refuse a copy of nothing."""
-    everything = [each.copy_of for rank in told.values() for each in rank.parameters]
+    everything = [each.copy_of for rank in messages.values() for each in rank.parameters]
     for name, count in Counter(everything).items():
         if name is not None and count == 1:
-            original = agreed.originals[name]
+            original = agreement.originals[name]
             raise AttachError(
                 f"{original.name} is replicated, and only rank {original.rank} has a parameter "
                 f"that is called {name}: copies need the same name on all their ranks, or a "
@@ -104,10 +104,10 @@ def check_copied(agreed: Agreed, told: Mapping[int, Told]) -> None:
             )
 
 
-def check_uncopied(told: Mapping[int, Told]) -> None:
+def check_uncopied(messages: Mapping[int, ClipperMessage]) -> None:
     """Refuse what is a copy for some ranks alone."""
-    copies = {p.name: rank for rank, each in told.items() for p in each.parameters if p.copy_of}
-    for rank, each in told.items():
+    copies = {p.name: rank for rank, each in messages.items() for p in each.parameters if p.copy_of}
+    for rank, each in messages.items():
         for parameter in each.parameters:
             if parameter.copy_of is None and parameter.given and parameter.name in copies:
                 raise AttachError(
@@ -116,7 +116,7 @@ def check_uncopied(told: Mapping[int, Told]) -> None:
                 )
 
 
-def check_copy(first: Original, rank: int, copy: ToldParameter, *, same: bool) -> None:
+def check_copy(first: Original, rank: int, copy: ParameterMessage, *, same: bool) -> None:
     """Refuse copies that cannot be of one parameter, or have different thresholds."""
     if not same:
         raise AttachError(
@@ -140,8 +140,8 @@ def add_limit(limits: GroupThresholds, key: NormKey, rank: int, limit: float | N
         )
 
 
-def _in_norms(told: Told) -> list[str]:
-    return [parameter.name for parameter in told.parameters]
+def _in_norms(message: ClipperMessage) -> list[str]:
+    return [parameter.name for parameter in message.parameters]
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .groups import Group, in_order
+from .groups import RankGroup, in_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,25 +27,25 @@ LOCAL = attrgetter("_local_tensor")
 """The memory of a DTensor that is here."""
 WHOLE = {Tensor, nn.Parameter}
 """Types of tensors that lie on one rank."""
-_GROUPS: dict[tuple[tuple[int, ...], ProcessGroup | None], Group] = {}
+_GROUPS: dict[tuple[tuple[int, ...], ProcessGroup | None], RankGroup] = {}
 """By ranks and the group of all processes: meshes of the same ranks share a group."""
 MOST_KNOWN = 8
-_COMMON: dict[tuple[int, ...], tuple[Share | None, tuple[object, ...]]] = {}
+_COMMON: dict[tuple[int, ...], tuple[Shard | None, tuple[object, ...]]] = {}
 """By the ids of descriptions what is common, with them, so that their ids stay theirs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
+class Shard:
     """What this rank has of a gradient. Told apart by identity."""
 
-    group: Group
+    group: RankGroup
     counts: bool
     """Whether it is counted here: of copies one is."""
     rows: Tensor | None
     """Which indices of dimension 0 are here; None for all."""
 
 
-def is_spread(tensor: object) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Tell whether a tensor is a DTensor, which lies on several ranks."""
     # Importing torch.distributed.tensor takes half a second; who has a DTensor has imported it.
     module = sys.modules.get("torch.distributed.tensor")
@@ -54,17 +54,17 @@ def is_spread(tensor: object) -> TypeGuard[DTensor]:
 
 def mesh_ranks(tensor: Tensor) -> tuple[int, ...]:
     """Return the ranks over which a tensor lies; empty for one that is no DTensor."""
-    return _ranks_of(tensor.device_mesh) if is_spread(tensor) else ()
+    return _ranks_of(tensor.device_mesh) if is_dtensor(tensor) else ()
 
 
-def groups_of(tensors: Iterable[Tensor]) -> tuple[Group, ...]:
+def groups_of(tensors: Iterable[Tensor]) -> tuple[RankGroup, ...]:
     """Return the groups of ranks over which some of the tensors lie."""
     listed = [*tensors]
     kinds = {*map(type, listed)}
     if kinds <= WHOLE:
         return ()
-    if len(kinds) > 1 or not is_spread(listed[0]):
-        listed = [tensor for tensor in listed if is_spread(tensor)]
+    if len(kinds) > 1 or not is_dtensor(listed[0]):
+        listed = [tensor for tensor in listed if is_dtensor(tensor)]
     meshes = {id(mesh): mesh for mesh in map(_MESH, listed)}  # to hash a mesh takes microseconds
     # Of meshes of the same ranks the first one's group is used, on all ranks the same.
     ordered = sorted(meshes.values(), key=_names_of) if len(meshes) > 1 else meshes.values()
@@ -74,16 +74,16 @@ def groups_of(tensors: Iterable[Tensor]) -> tuple[Group, ...]:
 
 def is_elsewhere(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor on other ranks alone."""
-    return is_spread(tensor) and tensor.device_mesh.get_coordinate() is None
+    return is_dtensor(tensor) and tensor.device_mesh.get_coordinate() is None
 
 
-def share_of(tensor: DTensor) -> Share | None:
+def shard_of(tensor: DTensor) -> Shard | None:
     """Return what this rank has of a tensor; None where it is not in its mesh."""
     mesh = tensor.device_mesh
-    return _share_of(mesh, _world(), tuple(tensor.placements), tuple(tensor.shape))
+    return _shard_of(mesh, _world(), tuple(tensor.placements), tuple(tensor.shape))
 
 
-def common_share_of(tensors: Sequence[DTensor]) -> Share | None:
+def common_shard_of(tensors: Sequence[DTensor]) -> Shard | None:
     """Return the group of ranks of tensors and whether they count, if it is the same for all.
 
     None where it is not, or a sum is pending. What was found is known by the descriptions of the
@@ -95,16 +95,16 @@ def common_share_of(tensors: Sequence[DTensor]) -> Share | None:
     if known is None:
         while len(_COMMON) >= MOST_KNOWN:
             del _COMMON[next(iter(_COMMON))]
-        known = _COMMON[key] = _in_common(tensors), specs
+        known = _COMMON[key] = _common_shard(tensors), specs
     return known[0]
 
 
-def _in_common(tensors: Sequence[DTensor]) -> Share | None:
-    shares = [share_of(tensor) for tensor in tensors]
-    kinds = {None if share is None else (share.group, share.counts) for share in shares}
-    if len(kinds) > 1 or shares[0] is None or any(map(is_pending, tensors)):
+def _common_shard(tensors: Sequence[DTensor]) -> Shard | None:
+    shards = [shard_of(tensor) for tensor in tensors]
+    kinds = {None if shard is None else (shard.group, shard.counts) for shard in shards}
+    if len(kinds) > 1 or shards[0] is None or any(map(is_pending, tensors)):
         return None
-    return shares[0]
+    return shards[0]
 
 
 def local_of(tensor: DTensor) -> Tensor:
@@ -155,23 +155,23 @@ def _ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
 
 
 @cache
-def _group_of(mesh: DeviceMesh, world: ProcessGroup | None) -> Group | None:
+def _group_of(mesh: DeviceMesh, world: ProcessGroup | None) -> RankGroup | None:
     if mesh.get_coordinate() is None:
         return None
     ranks = _ranks_of(mesh)
     processes = tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim))
     if mesh.ndim > 1 and world is not None and len(ranks) == world.size():
         processes = (world,)
-    return _GROUPS.setdefault((ranks, world), Group(ranks, processes, (mesh.device_type,)))
+    return _GROUPS.setdefault((ranks, world), RankGroup(ranks, processes, (mesh.device_type,)))
 
 
 @lru_cache(maxsize=1 << 16)
-def _share_of(
+def _shard_of(
     mesh: DeviceMesh,
     world: ProcessGroup | None,
     placements: tuple[Placement, ...],
     shape: tuple[int, ...],
-) -> Share | None:
+) -> Shard | None:
     group, coordinate = _group_of(mesh, world), mesh.get_coordinate()
     if group is None or coordinate is None:
         return None
@@ -189,7 +189,7 @@ def _share_of(
             rows = torch.arange(shape[0], device="cpu") if rows is None else rows
             parts = rows.chunk(mesh.size(dimension)) if len(rows) else ()
             rows = parts[place] if place < len(parts) else rows[:0]
-    return Share(group, counts, rows)
+    return Shard(group, counts, rows)
 
 
 def _is_strided(placement: Placement) -> bool:

@@ -154,7 +154,7 @@ class GradientClipper:
             Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
             for each in optimizers
         ]
-        self._joint.attach(grad_scaler)
+        self._joint.attach()
         self._norm_thresholds.claim()
         self._recorder.begin(described(options, self.labels, optimizers, self.engine))
 

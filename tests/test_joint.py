@@ -1228,7 +1228,7 @@ def test_what_is_remembered_does_not_grow():
         clipper.zero_grad()
         loss_of(step, optimizers).backward()
         clipper.step()
-    assert len(clipper._joint._clipped_gradients._clippings) <= 4
+    assert len(clipper._joint._several._clipped._clippings) <= 4
 
 
 def test_gradients_that_are_written_without_a_trace_are_clipped_at_every_step():

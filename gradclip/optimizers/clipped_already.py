@@ -41,7 +41,7 @@ class ClippedGradients:
         clipping = self._clippings[id(gradient)]
         return None if id(optimizer) in clipping.stepped else clipping.record
 
-    def clipped(self, gradients: Iterable[Tensor], record: ClipRecord) -> None:
+    def add(self, gradients: Iterable[Tensor], record: ClipRecord) -> None:
         """Remember gradients as a clipping has left them."""
         # Those whose tensor is gone are of no use, and their id may serve another tensor.
         self._clippings = {
@@ -50,7 +50,7 @@ class ClippedGradients:
         for gradient in gradients:
             self._clippings[id(gradient)] = _Clipping(TensorVersion(gradient), record)
 
-    def stepped(self, optimizer: Optimizer, gradients: Iterable[Tensor]) -> None:
+    def mark_stepped(self, optimizer: Optimizer, gradients: Iterable[Tensor]) -> None:
         """Remember gradients as the step of an optimizer has left them."""
         for gradient in gradients:
             clipping = self._clippings.get(id(gradient))

@@ -10,13 +10,27 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from ..errors import AttachError
+from ..errors import ArgumentError, AttachError
 from .call_stack import running_scaler
 
 MARKS = ("grad_scale", "found_inf")
 """What GradScaler sets on a fused optimizer before its step and deletes after it."""
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+def checked_scaler(given: object) -> GradScaler | None:
+    """Return what the option ``grad_scaler`` was given.
+
+    Raises:
+        ArgumentError: It is neither a GradScaler nor None.
+    """
+    if given is None or isinstance(given, GradScaler):
+        return given
+    raise ArgumentError(
+        f"grad_scaler is a {type(given).__name__}: give the torch.amp.GradScaler that scales the "
+        "loss."
+    )
 
 
 def mark_of(optimizer: Optimizer, name: str) -> Tensor | None:

@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..engines import engine_for
 from ..engines.base import host_may_read
-from ..errors import AttachError
-from ..gradients.held import HeldGradients, Weight, gradients_held, gradients_of, parameters_held
+from ..gradients.held import HeldGradients, Weight, gradients_of, parameters_held
 from ..gradients.policies import Settings
 from ..gradients.step import StepGradients
 from ..ranks.agreement import SCOPES_BY_NAME, RankLayout
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
 from ..thresholds import Threshold, is_foreign, learns
-from .clipped_already import ClippedGradients
-from .grad_scaler import mark_of
-from .joint_scaling import JointScaling
+from .grad_scaler import checked_scaler, mark_of
+from .several import Selection, SeveralOptimizers
 from .shared_overflow import SharedOverflow, refuse_unshared_overflow
 from .step_changes import StepChanges
 from .supported import check_groups, refuse_within_backward
@@ -66,20 +62,23 @@ class JointGradients:
         self._needs_weights = threshold.needs_weights
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
-        self._scaling = JointScaling(grad_scaler, everywhere=rank_layout.across is not None)
-        self._clipped_gradients = ClippedGradients() if len(optimizers) > 1 else None
+        self._grad_scaler = checked_scaler(grad_scaler)
         self._overflow: SharedOverflow | None = None
-        self._round: WeakSet[Optimizer] = WeakSet()
-        self._states: object = None
+        self._several: SeveralOptimizers | None = None
+        if len(optimizers) > 1:
+            across_ranks = rank_layout.across is not None
+            self._several = SeveralOptimizers(
+                optimizers, self._grad_scaler, self._held_by, across_ranks=across_ranks
+            )
         for device in self.devices:
             engine_for(settings.engine, device)
         rank_layout.refresh(parameters_held(optimizers))
 
-    def attach(self, grad_scaler: object) -> None:
-        """Let ranks agree on the overflows of the GradScaler, until `detach`."""
-        across = self._rank_layout.across
-        if across is not None and isinstance(grad_scaler, GradScaler):
-            self._overflow = SharedOverflow(grad_scaler, self.optimizers, across, self.device)
+    def attach(self) -> None:
+        """Let ranks share the overflows of the GradScaler until `detach`."""
+        scaler, across = self._grad_scaler, self._rank_layout.across
+        if scaler is not None and across is not None:
+            self._overflow = SharedOverflow(scaler, self.optimizers, across, self.device)
 
     def detach(self) -> None:
         """Leave the GradScaler as it was; the second call does nothing."""
@@ -122,103 +121,36 @@ class JointGradients:
         overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
             overflow = overflow > 0
-            if host_may_read(overflow) or self._clipped_gradients is not None:
+            # The scales of several optimizers were read on the host in any case.
+            if host_may_read(overflow) or self._several is not None:
                 if overflow:
                     return None
                 overflow = None
-        if self._clipped_gradients is not None:
-            return self._of_several(self._clipped_gradients, stepping, step_changes)
-        return self._of_one(stepping, overflow)
+        if self._several is None:
+            held, scale = self._held_by([stepping]), mark_of(stepping, "grad_scale")
+            return self._step_gradients(held, scale=scale, overflow=overflow)
+        choice = self._several.at_step(stepping, step_changes)
+        if not isinstance(choice, Selection):
+            return choice
+        return self._step_gradients(choice.held, partial=choice.partial)
 
     def mark_clipped(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
-        """Remember what has been clipped, with its record."""
-        if self._clipped_gradients is not None:
-            self._clipped_gradients.clipped(gradients, record)
+        """Remember gradients as they were clipped, with the record of the clipping."""
+        if self._several is not None:
+            self._several.mark_clipped(gradients, record)
 
     def mark_stepped(self, optimizer: Optimizer) -> None:
         """Remember the gradients of an optimizer as its step has left them."""
-        if self._clipped_gradients is not None:
-            self._clipped_gradients.stepped(optimizer, gradients_held(optimizer))
-
-    def _of_one(self, optimizer: Optimizer, overflow: Tensor | None) -> StepGradients:
-        held = self._held_by([optimizer])
-        return self._step_gradients(held, scale=mark_of(optimizer, "grad_scale"), overflow=overflow)
-
-    def _of_several(
-        self, clipped_gradients: ClippedGradients, stepping: Optimizer, step_changes: StepChanges
-    ) -> StepGradients | ClipRecord | None:
-        self._scaling.unscale(stepping, self.optimizers, step_changes)
-        own = self._held_by([stepping]).gradients
-        if self._rank_layout.across is not None:
-            return self._of_round(clipped_gradients, stepping, own)
-        if not own:
-            return self._of_none(stepping)
-        covering = [clipped_gradients.record_for(stepping, gradient) for gradient in own]
-        records = [record for record in covering if record is not None]
-        if len(records) == len(own):
-            return max(records, key=lambda record: record.step)
-        self._scaling.refuse_new(stepping, [g for g in own if not clipped_gradients.knows(g)])
-        left, partial = self._still_to_step(stepping)
-        needed = {id(gradient) for gradient in own}
-        held = self._held_by([stepping, *left]).filtered(
-            lambda gradient: id(gradient) in needed or not clipped_gradients.knows(gradient)
-        )
-        return self._step_gradients(held, partial=partial)
-
-    def _still_to_step(self, stepping: Optimizer) -> tuple[list[Optimizer], bool]:
-        """Return the others whose gradients are of use, and whether an overflow left one out."""
-        others = [optimizer for optimizer in self.optimizers if optimizer is not stepping]
-        overflowed = [each for each in others if self._scaling.overflowed(each)]
-        left_out = {*overflowed, *filter(self._scaling.stepped, others)}
-        return [each for each in others if each not in left_out], bool(overflowed)
-
-    def _of_round(
-        self, clipped_gradients: ClippedGradients, stepping: Optimizer, own: Sequence[Tensor]
-    ) -> StepGradients | ClipRecord | None:
-        """Return what is clipped together with other ranks, which may have gradients of others.
-
-        A round begins with an optimizer that has stepped in the last one, or after an update of
-        the scaler: all ranks know that, whatever gradients they have.
-        """
-        states = self._scaling.states
-        if self._round and stepping not in self._round and states is self._states:
-            self._round.add(stepping)
-            records = [clipped_gradients.record_for(stepping, gradient) for gradient in own]
-            if None in records:
-                raise AttachError(
-                    f"Gradients of {type(stepping).__name__} were computed after another optimizer "
-                    "of the clipper had stepped, and ranks agree on those of one backward pass: "
-                    "step with all of them before the next one, or give each of them a clipper of "
-                    "its own."
-                )
-            return max(filter(None, records), key=lambda record: record.step, default=None)
-        self._round, self._states = WeakSet([stepping]), states
-        left, partial = self._still_to_step(stepping)
-        covered = {
-            id(gradient)
-            for optimizer in (stepping, *left)
-            for gradient in gradients_held(optimizer)
-            if clipped_gradients.record_for(optimizer, gradient) is not None
-        }
-        held = self._held_by([stepping, *left])
-        held = held.filtered(lambda gradient: id(gradient) not in covered)
-        return self._step_gradients(held, partial=partial)
-
-    def _of_none(self, stepping: Optimizer) -> StepGradients | None:
-        """Record a step for which nobody has a gradient once, as that of the first optimizer."""
-        if any(map(gradients_held, self.optimizers)) or stepping is not self.optimizers[0]:
-            return None
-        return self._step_gradients(HeldGradients())
+        if self._several is not None:
+            self._several.mark_stepped(optimizer)
 
     def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
         labels, rank_layout = self._labels, self._rank_layout
-        names = (
-            rank_layout.names
-            if rank_layout.norm_ranks
-            else held.names
-            if rank_layout.wants_parameter_norms
-            else None
-        )
+        names = None
+        if rank_layout.norm_ranks:
+            names = rank_layout.names  # of the parameters of all ranks
+        elif rank_layout.wants_parameter_norms:
+            names = held.names
         joint = self._one_norm_for_all or labels.has_one_norm
         return StepGradients(
             held.gradients,

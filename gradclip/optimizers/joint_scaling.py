@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from ..errors import ArgumentError, AttachError
+from ..errors import AttachError
 from ..gradients.held import gradients_held
 from .call_stack import running_scaler
 from .clipped_already import TensorVersion
@@ -25,17 +25,9 @@ class JointScaling:
     Args:
         grad_scaler: The GradScaler of all of them; None where the loss is not scaled.
         everywhere: Whether other ranks have gradients of optimizers that have none here.
-
-    Raises:
-        ArgumentError: It is something else.
     """
 
-    def __init__(self, grad_scaler: object, *, everywhere: bool = False) -> None:
-        if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
-            raise ArgumentError(
-                f"grad_scaler is a {type(grad_scaler).__name__}: give the torch.amp.GradScaler "
-                "that scales the loss."
-            )
+    def __init__(self, grad_scaler: GradScaler | None, *, everywhere: bool = False) -> None:
         self._given = grad_scaler
         self._everywhere = everywhere
         self._scaler: GradScaler | None = None

@@ -1,4 +1,4 @@
-"""GradientClipper: attached to an optimizer, it clips and records at every step."""
+"""GradientClipper: attaches to an optimizer, clips its gradients and records their norms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .engines import engine_for
 from .engines.cuda_graphs import capturing
 from .engines.no_grad import untracked
 from .errors import ArgumentError, AttachError
-from .gradients.coefficients import are_finite, clip_coefficients, ones_if_skipped, reduction_of
+from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, described, options_of
 from .gradients.step import StepGradients
@@ -45,23 +45,24 @@ if TYPE_CHECKING:
 
 
 class GradientClipper:
-    """Clip the gradients at every step of an optimizer, and record their norms.
+    """Clip the gradients at every step of an optimizer and record their norms.
 
-    The clipper attaches itself: from then on ``optimizer.step()`` clips first. One norm is taken
-    over all gradients that the optimizer holds, with float64 accumulation, and where it exceeds
-    the threshold all of them are scaled in place by ``threshold / norm`` (Pascanu, Mikolov and
-    Bengio, "On the difficulty of training recurrent neural networks", 2013). Below the threshold
-    nothing is written.
+    The constructor attaches the clipper: from then on ``optimizer.step()`` clips first. By default
+    all gradients of the optimizer share one norm, accumulated in float64. If the norm exceeds its
+    threshold, all gradients are multiplied in place by ``threshold / norm`` (Pascanu, Mikolov and
+    Bengio, "On the difficulty of training recurrent neural networks", 2013). At or below the
+    threshold no gradient is written.
 
-    A skipped step leaves parameters, the optimizer's state and the gradients as they are. A step
-    that a ``GradScaler`` leaves out for its overflow is not seen at all.
+    A skipped step leaves the parameters, the optimizer's state and the gradients unchanged. A step
+    that a ``GradScaler`` skips for its overflow is neither counted nor recorded.
 
-    No host sync on a CUDA device in a step, unless ``nonfinite`` is "raise", or a policy is "skip"
-    and the optimizer is none of torch's fused ones, or the parameters lie on several devices, or
-    several optimizers share a ``GradScaler``. Collective, as attaching is, across ranks.
+    A step causes no host sync on a CUDA device, unless ``nonfinite`` is "raise", or a policy is
+    "skip" and the optimizer is not one of torch's fused ones, or the parameters lie on several
+    devices, or several optimizers share a ``GradScaler``. Across ranks, attaching and every step
+    are collective.
 
-    Steps can be captured in a CUDA graph, after a few that were not. The training loop then calls
-    `flush` now and then, and steps outside the graph wait for the device.
+    A CUDA graph can capture steps, after a few eager ones. The training loop then calls `flush`
+    from time to time, and eager steps wait for the device.
 
     >>> import torch, gradclip
     >>> model = torch.nn.Linear(2, 1)
@@ -73,40 +74,44 @@ class GradientClipper:
     (50.01, 1.0)
 
     Args:
-        optimizer: The optimizer whose steps are clipped, or several in a list: the gradients of
-            one backward pass then share one norm. Of a wrapper, the optimizer inside. A parameter
-            group with a ``max_norm``, read once, has a norm of its own; with None it is never
-            clipped and in no norm.
-        max_norm: Largest norm allowed, 0 or more; a function of the step's index that returns
-            it; a `Threshold`; or None to measure without clipping.
-        norm_type: p of the p-norm, positive, or inf for the largest element.
-        max_value: Bound for every element, applied before the norm is limited. It changes the
-            direction of the gradient; the record's ``norm`` is the one before it.
-        scope: Which gradients share a norm: "global" (all), "group", "parameter", "unit" (each
-            row or filter), a `Scope`, or a function of a parameter's name and the parameter that
-            returns its label.
-        exceed: What a norm above its threshold causes. "scale": the formula. "skip": the whole
-            step is left out. "observe": nothing is ever written; the record shows what would
-            have been done.
-        nonfinite: What a norm that is NaN or infinite causes. "zero": the gradients become 0 and
-            the step is taken. "skip": the step is left out. "raise": left out, with a
-            `NonFiniteGradientError`. "propagate": nothing.
-        skip_limit: So many skipped steps in a row raise a `SkipLimitError`; None for no limit.
-        model: Gives parameters their names in labels and errors; without it they are numbered.
-        log: A directory for TensorBoard, into which the first of several processes writes; a
-            ``SummaryWriter``, a `Sink`, or a list of these.
-        ranks: Where the parameters are that live on other ranks without being DTensors.
-        grad_scaler: The ``GradScaler``, for several optimizers, whose gradients are all unscaled
-            at the first step, or with ``ranks``, which then agree on its overflows.
-        engine: Which engine measures and scales; "auto" chooses by device.
+        optimizer: The optimizer whose steps are clipped. A list of several optimizers: the
+            gradients of one backward pass share their norms. A wrapper: the optimizer inside. A
+            parameter group with the key ``max_norm``, read once, has a norm and a threshold of its
+            own; with ``max_norm=None`` the group is never clipped and belongs to no norm.
+        max_norm: The threshold, a finite number >= 0; a function that takes the index of the step
+            and returns the threshold; a `Threshold`; or None to measure without clipping.
+        norm_type: p of the p-norm, a number > 0, or inf for the largest element.
+        max_value: Bound of every element's magnitude, a finite number >= 0, applied before the
+            norm is clipped; None for no bound. A bound changes the direction of the gradient. The
+            record's ``norm`` is the norm before the bound.
+        scope: Which gradients share a norm: "global" (all), "group" (those of a parameter group),
+            "parameter", "unit" (each row or filter), a `Scope`, or a function that takes a
+            parameter's name and the parameter and returns a label.
+        exceed: What happens if a norm exceeds its threshold. "scale": the gradients are scaled to
+            the threshold. "skip": the whole step is skipped. "observe": nothing is ever written;
+            the record shows what clipping would have done.
+        nonfinite: What happens if a norm is NaN or infinite. "zero": its gradients become 0 and
+            the step is taken. "skip": the step is skipped. "raise": the step is skipped and
+            raises a `NonFiniteGradientError`. "propagate": the step is taken with the gradients
+            as they are.
+        skip_limit: Number of consecutive skipped steps that raises a `SkipLimitError`, a whole
+            number >= 1; None for no limit.
+        model: The module whose parameter names appear in labels and errors. Without it parameters
+            are numbered.
+        log: Where records are written: a directory for TensorBoard, written by the first of
+            several processes; a ``SummaryWriter``; a `Sink`; or a list of these.
+        ranks: The ranks over which parameters are spread that are not DTensors.
+        grad_scaler: The ``GradScaler``, needed with several optimizers, whose gradients are then
+            all unscaled at the first step, and with ``ranks``, which then share its overflows.
+        engine: The engine that measures and scales; "auto" chooses one for each device.
 
     Raises:
-        ArgumentError: An option that cannot be meant.
-        AttachError: An optimizer that cannot be clipped through its hooks, or ranks that differ.
-        EngineUnavailableError: An engine that this installation lacks.
+        ArgumentError: An invalid option.
+        AttachError: The optimizer cannot be clipped through its hooks, or ranks do not match.
+        EngineUnavailableError: The engine is not available in this installation.
 
     Warns:
-        UserWarning: An optimizer that clips by itself, too.
+        UserWarning: The optimizer also clips by itself.
     """
 
     @announces_failure
@@ -150,6 +155,7 @@ class GradientClipper:
         self._recorder.close_after(self)
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
+        # All that can refuse comes before: a refused clipper leaves no hook behind.
         self._attachments = [
             Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
             for each in optimizers
@@ -161,45 +167,44 @@ class GradientClipper:
     # The pipeline
 
     @untracked
-    def _clip(self, optimizer: Optimizer, step_changes: StepChanges) -> ClipRecord | None:
-        """Clip what an optimizer is about to step with."""
+    def _clip(self, optimizer: Optimizer, changes: StepChanges) -> ClipRecord | None:
+        """Clip the gradients that an optimizer is about to step with."""
         if capturing():
             check_capture(self._settings, self._threshold)
-        gradients = self._joint.at_step(optimizer, step_changes)
+        gradients = self._joint.at_step(optimizer, changes)
         if not isinstance(gradients, StepGradients):
-            return gradients
+            return gradients  # an earlier step of this backward pass has clipped these, or nothing
         norms = gradients.norms()
         step = self._recorder.next_step(norms)
         thresholds = self._norm_thresholds.at_step(gradients, norms, step)
-        skip = gradients.skip_decision(norms, thresholds)
-        untouched = skip if gradients.overflow is None else gradients.overflow | skip
-        bounded = gradients.bound_(norms, untouched)
-        coefficients = clip_coefficients(bounded, thresholds, self._settings.erases)
-        coefficients = ones_if_skipped(untouched, coefficients)
-        if self._settings.writes and skip is not True:
-            gradients.scale_(coefficients)
-        reduction = reduction_of(coefficients, bounded, norms)
-        now, overflow, sums = time.time(), gradients.overflow, gradients.parameter_sums
-        record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, sums)
+        decision = gradients.decide_(norms, thresholds)
+        gradients.scale_(decision)
+        skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
+        shrinkage, now = decision.reduction, time.time()
+        record = ClipRecord(step, now, norms, thresholds, shrinkage, skip, overflow, sums)
         self._joint.mark_clipped(gradients.tensors, record)
+        # Only a step that is taken counts, and a closure may be evaluated again before.
         self._pending = record
         if skip is True:
             self._refuse_nonfinite(optimizer, record)
         return record
 
     def _refuse_nonfinite(self, optimizer: Optimizer, record: ClipRecord) -> None:
-        """Raise for a skipped step where the policy is to; it counts all the same."""
+        """Raise for a skipped step if the policy is "raise"; the step counts all the same."""
         if self._settings.raises and not are_finite(record.norms):
+            # The error tells the norms before this step: build it before this step is recorded.
             error = nonfinite_error(record, self._recorder.history())
             self._joint.mark_stepped(optimizer)
             self._count(record)
             raise error
 
     def _finish(self, optimizer: Optimizer, record: ClipRecord) -> None:
-        """Count and record the step that was taken or skipped, once for all optimizers."""
+        """Count and record a step that was taken or skipped, once for all optimizers."""
         self._joint.mark_stepped(optimizer)
         if record is not self._pending:
             return
+        # Reading the counters waits for the device: only for a skip that the host knows of, which
+        # has waited already. Skips that only the device knows are counted at the next flush.
         limit, known = self._settings.skip_limit, record.skipped is True
         skipped = self._recorder.counters.skipped_in_a_row + 1 if limit and known else 0
         self._count(record)
@@ -215,23 +220,24 @@ class GradientClipper:
     # What a training loop calls
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step of the optimizer, clipped; returns what it returns.
+        """Take a clipped step of the optimizer and return its result.
 
-        Several optimizers step one after the other, and nothing is returned.
+        Several optimizers step one after the other, and the result is None.
 
         Args:
-            closure: Reevaluates the model and returns the loss. The gradients of every
-                evaluation are clipped.
+            closure: Evaluates the model again, calls ``backward()`` and returns the loss. The
+                gradients of every evaluation are clipped.
 
         Raises:
-            ArgumentError: A closure and several optimizers: each would evaluate it anew.
+            ArgumentError: A closure was given for several optimizers, each of which would
+                evaluate it again.
         """
         if len(self._given) > 1:
             if closure is not None:
                 raise ArgumentError(
                     f"step() was given a closure, and the clipper has {len(self._given)} "
-                    "optimizers, each of which would evaluate it anew: call backward() yourself "
-                    "and step() without a closure, or give it to one optimizer's own step()."
+                    "optimizers, each of which would evaluate it again: call backward() and then "
+                    "step() without a closure, or give the closure to one optimizer's own step()."
                 )
             for optimizer in self._given:
                 optimizer.step()
@@ -243,29 +249,31 @@ class GradientClipper:
         """Reset the gradients of the optimizers, as their own ``zero_grad`` does."""
         for optimizer in self._given:
             if set_to_none:
-                optimizer.zero_grad()  # of wrappers, some take no argument
+                optimizer.zero_grad()  # the method of some wrappers takes no argument
             else:
                 optimizer.zero_grad(set_to_none=False)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the norms, in the order of the vectors in a record."""
+        """Names of the norms, in the order of the vectors of a record."""
         return self._labels.names
 
     @property
     def last(self) -> ClipRecord | None:
-        """The record of the newest step, in tensors on the device; None before the first.
+        """The record of the newest step, tensors on the device; None before the first step.
 
-        In a CUDA graph the tensors hold the newest replay, the index is that of the capture.
+        After replays of a CUDA graph the tensors hold the newest replay, and the index of the step
+        is that of the capture.
         """
         return self._last
 
     @property
     def steps(self) -> int:
-        """How many steps were seen; the next record has this index. It can be set.
+        """Number of steps so far, the index of the next record. It can be set.
 
-        Steps that GradScaler leaves out do not count. With a fused optimizer, or in a CUDA graph,
-        only the device knows them: `ClipRecord.step` counts them, and this waits for the device.
+        Steps that GradScaler skips for an overflow do not count. With a fused optimizer or in a
+        CUDA graph only the device knows of them: then `ClipRecord.step` includes them, and this
+        property causes a host sync.
         """
         return self._recorder.steps
 
@@ -275,21 +283,28 @@ class GradientClipper:
 
     @property
     def skipped(self) -> int:
-        """How many of the steps were skipped. Host sync."""
+        """Number of skipped steps. Host sync."""
         return self._recorder.counters.skipped_steps
 
     @property
     def engine(self) -> str:
-        """Names of the engines that serve the parameters' devices."""
+        """Names of the engines that serve the devices of the parameters."""
         chosen = (engine_for(self._settings.engine, device) for device in self._joint.devices)
         return ", ".join({engine.name: None for engine in chosen})
 
     def clip_rate(self) -> float:
-        """Return the share of the finite norms so far that were (to be) reduced. Host sync."""
+        """Return the fraction of the finite norms so far that were clipped. Host sync.
+
+        With ``exceed="observe"``, the fraction that clipping would have reduced.
+        """
         return self._recorder.counters.clip_rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a run goes on from; loads with ``weights_only=True``. Host sync."""
+        """Return the state from which a run resumes exactly. Host sync.
+
+        It holds the number of steps, the counters, the labels and the state of the threshold, and
+        loads with ``torch.load(..., weights_only=True)``.
+        """
         self._norm_thresholds.follow_labels()
         return {
             "steps": self.steps,
@@ -300,11 +315,11 @@ class GradientClipper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` returned, to continue a run exactly.
+        """Load a state that `state_dict` returned, to resume a run exactly.
 
         Raises:
-            StateError: It is no such state, or of another threshold or other labels; nothing was
-                changed.
+            StateError: The state is malformed, or belongs to another threshold or other labels;
+                nothing was changed.
         """
         steps, counters = parsed_state(state, self._labels, type(self._threshold).__name__)
         self._norm_thresholds.follow_labels()
@@ -314,7 +329,7 @@ class GradientClipper:
     # Its end
 
     def detach(self) -> None:
-        """Stop clipping: take the hooks off the optimizers. The second call does nothing."""
+        """Stop clipping: remove the hooks from the optimizers. A second call does nothing."""
         for attachment in self._attachments:
             attachment.detach()
         self._joint.detach()
@@ -324,14 +339,13 @@ class GradientClipper:
         """Write all records so far to the logs. Host sync.
 
         Raises:
-            SkipLimitError: More steps in a row were skipped than ``skip_limit``, of which only
-                the device knew.
+            SkipLimitError: ``skip_limit`` consecutive steps were skipped, and only the device knew.
         """
         self._recorder.flush()
         self._recorder.check_skips()
 
     def close(self) -> None:
-        """Detach, write what is left, and close the logs. The second call does nothing."""
+        """Detach, write the remaining records and close the logs. A second call does nothing."""
         self.detach()
         self._recorder.close()
 
@@ -351,5 +365,5 @@ class GradientClipper:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AttachError(
             "A GradientClipper cannot be copied or pickled: the copy would look attached and never "
-            "clip. Attach a new one to the copied optimizer, and give it this one's state_dict()."
+            "clip. Attach a new clipper to the copied optimizer and load this one's state_dict()."
         )

@@ -1,4 +1,8 @@
-"""The formula, and the rule for norms that are not finite; nowhere else."""
+"""The clipping formula and what happens to norms that are NaN or infinite.
+
+Every other module calls these functions, so that the formula is in one place. Here and elsewhere
+"finite" is tested as ``norm < inf``: one comparison, false for NaN as well as for infinity.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +22,32 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
     networks" (2013), without an epsilon: a clipped norm is the threshold itself.
 
     Args:
-        norms: Shape (k,), not negative; NaN and infinity are not finite.
-        thresholds: Shape (k,), not negative, infinity for none, same device and dtype; or one
-            number for all.
-        erase: Whether the coefficient of a norm that is not finite is 0, which erases its
-            gradients, or 1, which leaves them as they are.
+        norms: Shape (k,), not negative, or NaN.
+        thresholds: Shape (k,), not negative, infinity for no threshold, same device and dtype; or
+            one number for all norms.
+        erase: True if the coefficient of a NaN or infinite norm is 0, which erases its gradients;
+            False if it is 1, which leaves them unchanged.
 
     Returns:
         Shape (k,) in [0, 1]; exactly 1 where the norm is at most its threshold. No host sync.
     """
     if norms.numel() == 1 and host_may_read(norms):
-        # The usual case, in which numbers are several times as fast as operators.
+        # One norm on the CPU is the usual case, and Python numbers take a fraction of the time of
+        # tensor operators.
         threshold = thresholds if isinstance(thresholds, float) else thresholds.item()
         coefficient = _coefficient(norms.item(), threshold, erase)
         if coefficient == 1:
             return _one(norms.dtype)
-        # A plain tensor, whatever kind of tensor a user's norm is.
+        # Not full_like(norms): a norm that a user gives may be of a subclass of Tensor, and the
+        # default device may be another one.
         return torch.full((1,), coefficient, dtype=norms.dtype, device="cpu")
+    # Where norm and threshold are 0 the quotient is NaN, but not chosen.
     exceeded = torch.where(norms > thresholds, thresholds / norms, 1.0)
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)
 
 
 def are_finite(norms: Tensor) -> bool:
-    """Tell whether no norm is NaN or infinite. Host sync."""
+    """Return whether all norms are finite. Host sync."""
     return norms.item() < math.inf if norms.numel() == 1 else bool((norms < math.inf).all())
 
 
@@ -52,13 +59,13 @@ def _one(dtype: torch.dtype) -> Tensor:
 def has_skip_reason(
     norms: Tensor, thresholds: Tensor, *, nonfinite: bool, exceeding: bool
 ) -> Tensor:
-    """Tell whether a step has to be left out.
+    """Return whether a norm gives a reason to skip the step.
 
     Args:
-        norms: Shape (k,), not negative; NaN and infinity are not finite.
+        norms: Shape (k,), not negative, or NaN.
         thresholds: Shape (k,), same device and dtype.
-        nonfinite: Whether a norm that is not finite is a reason.
-        exceeding: Whether a finite norm above its threshold is a reason.
+        nonfinite: True if a NaN or infinite norm is a reason.
+        exceeding: True if a finite norm above its threshold is a reason.
 
     Returns:
         0-d, bool, on the same device. No host sync.
@@ -73,22 +80,23 @@ def has_skip_reason(
 
 
 def ones_if_skipped(skipped: bool | Tensor, coefficients: Tensor) -> Tensor:
-    """Return the coefficients, or 1 for all of them where the step is left out. No host sync."""
+    """Return the coefficients, or 1 for all of them if the step is skipped. No host sync."""
     if isinstance(skipped, Tensor):
         return torch.where(skipped, 1.0, coefficients)
     return torch.ones_like(coefficients) if skipped else coefficients
 
 
 def reduction_of(coefficients: Tensor, bounded: Tensor, norms: Tensor) -> Tensor:
-    """Return by how much norms shrink when their elements are bounded first, then scaled.
+    """Return the factor by which bounding and scaling together reduce each norm; shape (k,).
 
     Args:
-        coefficients: Shape (k,), of the scaling.
-        bounded: Shape (k,), the norms after bounding; the very norms where nothing was.
-        norms: Shape (k,), as measured. One of 0 or none that is finite is not bounded.
+        coefficients: Shape (k,), the factors of the scaling.
+        bounded: Shape (k,), the norms after bounding; the object ``norms`` if nothing is bounded.
+        norms: Shape (k,), as measured.
     """
     if bounded is norms:
         return coefficients
+    # Bounding leaves norms of 0 and norms that are not finite, for which the quotient is NaN.
     ratio = torch.where((norms > 0) & (norms < math.inf), bounded / norms, 1.0)
     return coefficients * ratio
 

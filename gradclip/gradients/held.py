@@ -1,4 +1,4 @@
-"""Gradients and parameters as optimizers hold them, each object once."""
+"""Collects the gradients and parameters of optimizers, each object once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the gradients that are there, each object once however many parameters share it."""
-    found = [*map(_GRADIENT, parameters)]
-    if {*map(type, found)} != PLAIN:
-        found = [gradient for gradient in found if gradient is not None]
-    return distinct(found)
+    """Return the gradients of parameters that have one, each object once even if it is shared."""
+    gradients = [*map(_GRADIENT, parameters)]
+    if {*map(type, gradients)} != PLAIN:
+        gradients = [gradient for gradient in gradients if gradient is not None]
+    return distinct(gradients)
 
 
 def gradients_held(optimizer: Optimizer) -> list[Tensor]:
@@ -39,7 +39,8 @@ def gradients_held(optimizer: Optimizer) -> list[Tensor]:
 
 
 def distinct(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors, each object once, in the order in which they come first."""
+    """Return the tensors, each object once, in the order of their first occurrence."""
+    # By identity: comparing tensors with == compares their elements.
     if len({*map(id, tensors)}) == len(tensors):
         return tensors
     return list({id(tensor): tensor for tensor in tensors}.values())
@@ -47,27 +48,33 @@ def distinct(tensors: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class HeldGradients:
-    """Gradients that optimizers hold."""
+    """The gradients of some optimizers, with one entry of every list for each gradient."""
 
     gradients: list[Tensor] = field(default_factory=list)
     norm_indices: list[NormIndices] = field(default_factory=list)
-    """For each where its norms are; empty where all share one."""
+    """The norm indices of each gradient; empty if all gradients share one norm."""
     names: Sequence[str] = field(default_factory=list)
-    """For each the name of that parameter; empty where nobody asks for it."""
+    """The name of each gradient's parameter; empty if no record needs it."""
     counts_here: list[bool] = field(default_factory=list)
-    """For each whether it counts here, not as a copy on another rank; empty where all share one."""
+    """True if this rank counts the gradient, False if another rank counts its copy; empty if all
+    gradients share one norm."""
     weights: list[Weight] = field(default_factory=list)
-    """The parameters, where their norms are asked for."""
+    """The parameters, if the threshold reads their norms."""
 
     def filtered(self, wanted: Callable[[Tensor], bool]) -> HeldGradients:
-        """Return those of which the gradient is wanted."""
+        """Return the gradients for which a predicate is true, with their weights."""
         kept = [wanted(gradient) for gradient in self.gradients]
         return HeldGradients(
             list(compress(self.gradients, kept)),
             list(compress(self.norm_indices, kept)),
             list(compress(self.names, kept)),
             list(compress(self.counts_here, kept)),
-            [each for each in self.weights if (g := each.parameter.grad) is None or wanted(g)],
+            # A weight without a gradient here may have one on another rank.
+            [
+                weight
+                for weight in self.weights
+                if (g := weight.parameter.grad) is None or wanted(g)
+            ],
         )
 
 
@@ -77,9 +84,9 @@ def parameters_held(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
 
 
 class Weight(NamedTuple):
-    """A parameter whose norm is asked for."""
+    """A parameter whose norm the threshold reads."""
 
     parameter: Tensor
     norm_indices: NormIndices
     counts: bool
-    """Whether it counts here, not as a copy on another rank."""
+    """True if this rank counts the parameter, False if another rank counts its copy."""

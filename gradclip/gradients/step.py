@@ -1,11 +1,11 @@
-"""The gradients that share their norms at one step: measured, bounded and scaled together."""
+"""The gradients of one step: measures their norms, decides what happens, bounds and scales them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,13 @@ from ..records.parameter_norms import ParameterSums, rescaled
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import NormIndices, present_norms
 from .buckets import Bucket, buckets_of, copies_of
-from .coefficients import are_finite, has_skip_reason
+from .coefficients import (
+    are_finite,
+    clip_coefficients,
+    has_skip_reason,
+    ones_if_skipped,
+    reduction_of,
+)
 from .forms import coalesce_, refuse_unordered
 from .held import Weight
 from .norms import measure_across_ranks, norms_of
@@ -26,28 +32,41 @@ from .policies import Settings
 ALONE = NormRanks()
 
 
+class Decision(NamedTuple):
+    """What happens to the gradients of one step."""
+
+    skip: bool | Tensor
+    """True if the whole step is skipped; 0-d, bool, if only the device knows."""
+    coefficients: Tensor
+    """Shape (k,): the factor of each norm's gradients."""
+    reduction: Tensor
+    """Shape (k,): norm after ``max_value`` and scaling, divided by the norm as measured."""
+
+
 class StepGradients:
-    """Gradients of any mixture of devices, dtypes and layouts, with the indices of their norms.
+    """The gradients of one step, of any mixture of devices, dtypes and layouts.
 
     Args:
         tensors: Distinct gradients.
-        norm_indices: For each where its norms are; None where all share one.
-        settings: How to measure and what may be written.
-        count: k, how many norms there are.
-        device: Where the norms are wanted.
-        weights: The parameters whose norms will be asked for, if any will.
-        names: The names of the gradients' parameters, where the parts of the norms will be.
+        norm_indices: The norm indices of each gradient; None if all share one norm.
+        settings: The options of the clipper.
+        count: k, the number of norms.
+        device: The device of the norms.
+        weights: The parameters whose norms the threshold reads; None if it reads none.
+        names: The names of the parameters, if their norms are recorded.
         norm_ranks: The ranks that the norms span.
-        counts_here: For each gradient whether this rank counts it, not another rank that has a copy
-            of it; empty if this rank counts all.
-        parts: For each where it is among the parameters of all ranks, whose names are ``names``.
-        needs_present: Whether it matters which norms have a gradient behind them on some rank.
-        scale: By what GradScaler has multiplied the gradients, one element; None for not at all.
-        overflow: Where only the device knows it: whether GradScaler leaves the step out, one bool.
-        partial: Whether an optimizer's gradients are missing, since GradScaler leaves out its step.
+        counts_here: For each gradient, True if this rank counts it, False if another rank counts
+            its copy; empty if this rank counts all.
+        parts: The index of each gradient among the parameters of all ranks, whose names are
+            ``names``.
+        needs_present: True if the threshold reads which norms have a gradient on any rank.
+        scale: The factor by which GradScaler has multiplied the gradients, one element; None for
+            unscaled gradients.
+        overflow: If only the device knows whether GradScaler skips the step: 0-d, bool.
+        partial: True if gradients of an optimizer are missing, because GradScaler skips its step.
 
     Raises:
-        GradientError: A gradient that cannot be clipped rightly.
+        GradientError: A gradient cannot be clipped rightly.
     """
 
     def __init__(
@@ -74,7 +93,7 @@ class StepGradients:
         self.overflow = overflow
         self.partial = partial
         self.parameter_sums: ParameterSums | None = None
-        """What each gradient has in the norms, once they were measured."""
+        """The power sums of the parameters, after `norms` has measured them."""
         self._norm_indices = norm_indices
         self._weights = weights
         self._names = names
@@ -84,42 +103,20 @@ class StepGradients:
         self._needs_present = needs_present
         self._present: Tensor | None = None
         self._weight_norms: Tensor | None = None
-        self._if_bounded: Tensor | None = None
+        self._norms_if_bounded: Tensor | None = None
         self._settings = settings
         self._count = count
         self._device = device
         self._scale = scale
         self._buckets = self._bucketed(tensors)
 
-    def present(self) -> Tensor:
-        """Tell which of the k norms have a gradient behind them; shape (k,), bool."""
-        return self._present_here() if self._present is None else self._present
-
-    def _present_here(self) -> Tensor:
-        if self._norm_indices is None:
-            flag = _flag(bool(self.tensors), self._device)
-            keep_if_captured(flag)
-            return flag
-        norm_indices = [
-            # Of what is spread over ranks the rows that are elsewhere are there as well.
-            indices if bucket.group is None else self._norm_indices[index]
-            for bucket in self._buckets
-            for indices, index in zip(bucket.norm_indices, bucket.indices, strict=True)
-        ]
-        return present_norms(tuple(norm_indices), self._count, self._device)
-
-    def weight_norms(self) -> Tensor:
-        """Measure the norms of the parameters instead of their gradients; shape (k,)."""
-        return (
-            self._measured(self._weight_buckets())
-            if self._weight_norms is None
-            else self._weight_norms
-        )
+    # Norms
 
     def norms(self) -> Tensor:
-        """Measure the true norms, whatever scale the gradients carry; shape (k,).
+        """Measure the norms, without the scale of GradScaler; shape (k,). Nothing is written.
 
-        Collective where they span several ranks, which tell each other all that they will be asked.
+        Collective if the norms span several ranks. The same collective exchanges what `present`,
+        `weight_norms` and the record of the parameters need.
         """
         if self._norm_ranks:
             return self._norms_across()
@@ -130,37 +127,60 @@ class StepGradients:
         self.parameter_sums = self._parameter_sums(self._names, norms, sums)
         return norms
 
-    def norms_if_bounded(self, norms: Tensor) -> Tensor:
-        """Return what the norms would be with ``max_value`` applied; nothing is written.
+    def present(self) -> Tensor:
+        """Return which of the k norms have a gradient; shape (k,), bool."""
+        return self._present_here() if self._present is None else self._present
 
-        Args:
-            norms: Shape (k,), as measured without.
-        """
-        if self._settings.max_value is None:
-            return norms
-        if self._if_bounded is None:
-            clamped = self._clamped(copies_of(self._buckets), self._bounds(norms, False))
-            self._if_bounded = self._norms(clamped)
-        return self._if_bounded
+    def weight_norms(self) -> Tensor:
+        """Measure the norms of the parameters instead of their gradients; shape (k,)."""
+        if self._weight_norms is None:
+            return self._measured(self._weight_buckets())
+        return self._weight_norms
 
-    def skip_decision(self, norms: Tensor, thresholds: Tensor) -> bool | Tensor:
-        """Return whether the policies skip this step; nothing is written.
+    # Decision
 
-        No host sync, unless the policy is to raise.
+    def decide_(self, norms: Tensor, thresholds: Tensor) -> Decision:
+        """Decide what happens to the gradients, and apply ``max_value`` to them in indices.
+
+        A coefficient belongs to the norm of the bounded elements, which are therefore written and
+        measured here. No host sync, unless the policy is "raise".
 
         Args:
             norms: Shape (k,), as measured.
             thresholds: Shape (k,).
-
-        Returns:
-            A bool, or where only the device knows, a tensor: 0-d, bool.
         """
+        # Before the bound, which would hide an infinite element.
+        skip = self._skip(norms, thresholds)
+        # A step that GradScaler skips writes nothing either, but is none of the skipped steps.
+        untouched = skip if self.overflow is None else self.overflow | skip
+        bounded_norms = self._bound_(norms, untouched)
+        coefficients = clip_coefficients(bounded_norms, thresholds, self._settings.erases)
+        if untouched is not False:
+            coefficients = ones_if_skipped(untouched, coefficients)
+        return Decision(skip, coefficients, reduction_of(coefficients, bounded_norms, norms))
+
+    def scale_(self, decision: Decision) -> None:
+        """Multiply each gradient by the coefficient of its norm, in indices.
+
+        Nothing is written if the clipper observes or the step is skipped, nor where a coefficient
+        is 1.
+        """
+        if not self._settings.writes or decision.skip is True:
+            return
+        coefficients = decision.coefficients
+        if self._count == 1 and host_may_read(coefficients) and coefficients.item() == 1:
+            return
+        for bucket in self._buckets:
+            bucket.scale_(self._settings.engine, coefficients)
+
+    def _skip(self, norms: Tensor, thresholds: Tensor) -> bool | Tensor:
+        """Return whether the policies skip this step; 0-d, bool, if only the device knows."""
         settings = self._settings
         if not (settings.skips or settings.raises):
             return False
         exceeding = settings.exceed == "skip"
         skip = has_skip_reason(
-            self.norms_if_bounded(norms) if exceeding else norms,
+            self._if_bounded(norms) if exceeding else norms,
             thresholds,
             nonfinite=settings.nonfinite in ("skip", "raise"),
             exceeding=exceeding,
@@ -169,33 +189,55 @@ class StepGradients:
             skip = skip & ~self.overflow
         return bool(skip) if settings.raises or host_may_read(skip) else skip
 
-    def bound_(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
-        """Apply ``max_value`` where the norm is finite, and in place; return the norms then.
-
-        Where nothing may ever be written, it is what they would be.
+    def _bound_(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
+        """Apply ``max_value`` in indices where the norm is finite, and return the norms afterwards.
 
         Args:
             norms: Shape (k,), as measured before.
-            untouched: Whether nothing may be written; 0-d where only the device knows.
+            untouched: True if nothing may be written; 0-d, bool, if only the device knows.
         """
         if self._settings.max_value is None or untouched is True:
             return norms
         if not self._settings.writes:
-            return self.norms_if_bounded(norms)
+            return self._if_bounded(norms)
         if coalesce_(self.tensors):
+            # The buckets hold the duplicates, which are no longer the gradient.
             self._buckets = self._bucketed(self.tensors)
         clamped = self._clamped(self._buckets, self._bounds(norms, untouched))
-        if self._if_bounded is None:
+        if self._norms_if_bounded is None:
             return self._norms(clamped)
-        known = self._if_bounded
-        return torch.where(untouched, norms, known) if isinstance(untouched, Tensor) else known
+        bounded = self._norms_if_bounded
+        return torch.where(untouched, norms, bounded) if isinstance(untouched, Tensor) else bounded
 
-    def scale_(self, coefficients: Tensor) -> None:
-        """Multiply each gradient by the coefficient of its norm, in place; shape (k,)."""
-        if self._count == 1 and host_may_read(coefficients) and coefficients.item() == 1:
-            return
-        for bucket in self._buckets:
-            bucket.scale_(self._settings.engine, coefficients)
+    def _if_bounded(self, norms: Tensor) -> Tensor:
+        """Return the norms that the gradients would have after ``max_value``; nothing is written.
+
+        Args:
+            norms: Shape (k,), as measured without the bound.
+        """
+        if self._settings.max_value is None:
+            return norms
+        if self._norms_if_bounded is None:
+            clamped = self._clamped(copies_of(self._buckets), self._bounds(norms, False))
+            self._norms_if_bounded = self._norms(clamped)
+        return self._norms_if_bounded
+
+    def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
+        """Return ``max_value`` in the scale of the gradients, infinity for none; shape (k,)."""
+        bounds = torch.full_like(norms, self._settings.max_value or 0.0)
+        if self._scale is not None:
+            bounds *= self._scale.to(bounds)
+        bounded = norms < math.inf
+        if isinstance(untouched, Tensor):
+            bounded &= ~untouched
+        return torch.where(bounded, bounds, math.inf)
+
+    def _clamped(self, buckets: list[Bucket], bounds: Tensor) -> list[Bucket]:
+        for bucket in buckets:
+            bucket.clamp_(self._settings.engine, bounds)
+        return buckets
+
+    # Measuring
 
     def _norms(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
         return self._unscaled(self._measured(buckets, parts))
@@ -210,27 +252,40 @@ class StepGradients:
         return norms_of(buckets, order, parts=parts, **self._options)
 
     def _norms_across(self) -> Tensor:
-        """Measure the norms together with other ranks, and remember what else these tell."""
-        order = self._settings.norm_type
-        records_parameters = self._names is not None and not capturing()
-        found = measure_across_ranks(
+        """Measure the norms together with other ranks, and keep what else the ranks exchange."""
+        # A captured graph runs no Python that could record the norms of parameters.
+        names = None if capturing() else self._names
+        shared = measure_across_ranks(
             self._buckets,
-            order,
+            self._settings.norm_type,
             self._norm_ranks,
             **self._options,
-            parts=(self._part_places, len(self._names or ())) if records_parameters else None,
+            parts=None if names is None else (self._part_places, len(names)),
             weights=None if self._weights is None else self._weight_buckets(),
             present=self._present_here() if self._needs_present else None,
         )
-        self._present, self._weight_norms = found.present, found.weight_norms
-        norms = self._unscaled(found.norms)
-        if found.parts is not None:
-            self.parameter_sums = self._described(self._names or (), None, norms, [found.parts])
+        self._present, self._weight_norms = shared.present, shared.weight_norms
+        norms = self._unscaled(shared.norms)
+        if names is not None and shared.parts is not None:
+            self.parameter_sums = self._described(names, None, norms, [shared.parts])
         return norms
+
+    def _present_here(self) -> Tensor:
+        if self._norm_indices is None:
+            flag = _flag(bool(self.tensors), self._device)
+            keep_if_captured(flag)
+            return flag
+        norm_indices = [
+            # Rows of a sharded gradient that are on other ranks have a gradient as well.
+            indices if bucket.group is None else self._norm_indices[index]
+            for bucket in self._buckets
+            for indices, index in zip(bucket.norm_indices, bucket.indices, strict=True)
+        ]
+        return present_norms(tuple(norm_indices), self._count, self._device)
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What every measurement is given."""
+        """Arguments of every measurement."""
         engine = self._settings.engine
         return {"count": self._count, "device": self._device, "engine": engine}
 
@@ -247,6 +302,8 @@ class StepGradients:
             () if all(counts_here) else counts_here,
         )
 
+    # The record of the parameters
+
     def _parameter_sums(
         self, names: Sequence[str], norms: Tensor, sums: list[Tensor]
     ) -> ParameterSums | None:
@@ -254,6 +311,7 @@ class StepGradients:
             return None
         gradients = self.tensors
         if len(self._buckets) > 1:
+            # The sums stand in the order of the buckets.
             indices = [index for bucket in self._buckets for index in bucket.indices]
             names = [names[index] for index in indices]
             gradients = [gradients[index] for index in indices]
@@ -267,27 +325,14 @@ class StepGradients:
         sums: list[Tensor],
     ) -> ParameterSums:
         if self._scale is not None:
-            sums = [rescaled(each, self._settings.norm_type, self._scale) for each in sums]
+            sums = [rescaled(vector, self._settings.norm_type, self._scale) for vector in sums]
         nonfinite = None
+        # Now, while the gradients still hold the elements that are not finite.
         if (self._settings.raises or host_may_read(norms)) and not are_finite(norms):
-            values = [value for each in sums for value in each.tolist()]  # of several devices
+            # The vectors may lie on several devices, which torch.cat would refuse.
+            values = [value for vector in sums for value in vector.tolist()]
             nonfinite = describe_nonfinite(names, gradients, values)
         return ParameterSums(names, sums, nonfinite)
-
-    def _bounds(self, norms: Tensor, untouched: bool | Tensor) -> Tensor:
-        """Return ``max_value`` in the scale of the gradients, infinity for none; shape (k,)."""
-        bounds = torch.full_like(norms, self._settings.max_value or 0.0)
-        if self._scale is not None:
-            bounds *= self._scale.to(bounds)
-        bounded = norms < math.inf
-        if isinstance(untouched, Tensor):
-            bounded &= ~untouched
-        return torch.where(bounded, bounds, math.inf)
-
-    def _clamped(self, buckets: list[Bucket], bounds: Tensor) -> list[Bucket]:
-        for bucket in buckets:
-            bucket.clamp_(self._settings.engine, bounds)
-        return buckets
 
 
 @lru_cache(maxsize=8)

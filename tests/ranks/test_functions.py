@@ -135,7 +135,7 @@ def refused(placement: str, gradient: list[float], error: type, options: dict[st
 
 def test_elements_of_pending_sums_cannot_be_bounded(two_ranks):
     for message in two_ranks.run(refused, "P", [1.0] * 4, GradientError, {"max_value": 0.5}):
-        assert "still to be added up over ranks cannot be bounded" in message
+        assert "sum over ranks is pending cannot be bounded" in message
 
 
 def test_all_ranks_raise_for_a_gradient_on_one_of_them(two_ranks):

@@ -141,13 +141,13 @@ def test_the_report_warns_of_what_it_cannot_read_and_shows_the_rest(capsys, logg
     logged.write_bytes(logged.read_bytes()[:-5])
     assert main(["report", str(logged)]) == 0
     printed = capsys.readouterr()
-    assert "1 of its lines are no steps" in printed.err
+    assert "1 of its lines are not steps" in printed.err
     assert "299 (0 to 298)" in printed.out
 
 
 def test_the_report_of_nothing_is_refused(capsys, tmp_path):
     assert "RUN" in refused(capsys, "report")
-    assert "is not there" in refused(capsys, "report", str(tmp_path / "nowhere"))
+    assert "does not exist" in refused(capsys, "report", str(tmp_path / "nowhere"))
     assert "no run in it" in refused(capsys, "report", str(tmp_path))
 
 

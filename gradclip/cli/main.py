@@ -67,7 +67,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from ..report import read_runs  # here, as above
     from ..report.pictures.picture import check_picture, check_runs, draw
-    from ..report.show import show_report
+    from ..report.printing import print_report
 
     if arguments.plot is not None:
         try:
@@ -81,7 +81,7 @@ def _report(arguments: argparse.Namespace) -> int:
         _complain(f"{arguments.prog}: {trouble.message}", DONE)
     if arguments.plot is not None:
         check_runs(runs)
-    advice = show_report(runs, sys.stdout, as_json=arguments.json)
+    advice = print_report(runs, sys.stdout, as_json=arguments.json)
     if arguments.plot is not None:
         draw(runs, arguments.plot, advice)
         print(f"Picture: {arguments.plot}", file=sys.stderr)  # stdout may be JSON for a program

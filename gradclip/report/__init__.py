@@ -1,7 +1,8 @@
-"""Reads runs back: what their norms were, and what threshold to take.
+"""Reads logged runs back, says what their norms were, and advises a threshold.
 
-``reading.py`` finds the files, ``run.py`` is a run in columns, ``summary.py`` and ``advice.py``
-draw conclusions, ``show.py`` prints them, ``pictures/`` draws them. Nothing here needs torch.
+``reading.py`` and ``event_files.py`` read the files, ``run.py`` holds a run in arrays,
+``summary.py`` and ``advice.py`` judge it, ``printing.py`` and ``pictures/`` show it. Nothing here
+imports torch, so that the command starts at once.
 
 Called by: records, cli.
 Imports: errors, records.
@@ -12,4 +13,4 @@ from __future__ import annotations
 from .reading import read_runs
 from .run import Run
 
-__all__ = ["Run", "pictures", "printing", "read_runs", "run", "show"]
+__all__ = ["Run", "pictures", "printing", "read_runs", "run"]

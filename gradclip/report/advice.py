@@ -1,4 +1,4 @@
-"""Which threshold to take, from what the norms of a run were."""
+"""The threshold to choose for the next run, judged from the norms of a logged run."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from .run import Run
 from .summary import Summary
 
 EXPLODED = 100.0
-"""How many times the early median is an explosion."""
+"""Norms that stay above this multiple of the early median are an explosion."""
 ENORMOUS = 1e4
-"""How many times the median a single norm is an explosion."""
-MOVED = 2.0
-"""By what factor a level has to move until one threshold does not fit it."""
-FEW = 200
-"""Steps that are too few to judge by."""
+"""A single norm above this multiple of the median is an explosion."""
+DRIFTED = 2.0
+"""Factor between the first and the last level from which one threshold does not fit both."""
+FEW_STEPS = 200
+"""Runs with fewer steps get a warning: their advice is not reliable."""
 MOSTLY = 0.95
-"""Share of clipped steps that is nearly all."""
+"""Share of clipped steps from which a threshold is said to clip nearly all."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A threshold to take, and why."""
+    """A threshold for the next run, and the reason for it."""
 
     kind: str
-    """What kind of run it is: "quiet", "spiky", "drifting", "exploding", or "unknown"."""
+    """Kind of run: "quiet", "spiky", "drifting", "exploding" or "unknown"."""
     threshold: float | None
-    """The one to take; None where no number fits."""
+    """The advised threshold; None where no number fits the run."""
     line: str
-    """A line of code."""
+    """A line of code that makes the clipper."""
     reason: str
     usual: float
-    """Mean of the norms that are no outliers."""
+    """Mean of the norms up to the spike line."""
     shares: dict[float, float]
-    """Thresholds, and the share of the finite norms that each would have clipped."""
+    """Share of the finite norms that each of some thresholds would have clipped."""
     warnings: tuple[str, ...]
 
 
 def advised(run: Run, summary: Summary) -> Advice:
-    """Return what to do after a run."""
+    """Return the advice for a run."""
     norms = run.norms[run.finite]
     warnings = _warnings(run, summary)
     if not (norms > 0).any():
@@ -52,18 +52,17 @@ def advised(run: Run, summary: Summary) -> Advice:
             "unknown",
             None,
             'GradientClipper(optimizer, None, nonfinite="raise", model=model)',
-            "No norm was finite and above 0: find out which parameters are to blame first.",
+            "No norm was finite and above 0: first find the parameters that cause this.",
             math.nan,
             {},
             warnings,
         )
     usual = float(norms[norms <= summary.spike_line].mean(dtype=np.longdouble))
     kind, threshold, reason = _judged(run, summary)
-    candidates = {_rounded(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
-    candidates |= {_rounded(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
+    candidates = {_rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
+    candidates |= {_rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
     shares = {limit: float((norms > limit).mean()) for limit in sorted(candidates) if limit > 0}
-    line = _line(kind, threshold)
-    return Advice(kind, threshold, line, reason, usual, shares, warnings)
+    return Advice(kind, threshold, _line(kind, threshold), reason, usual, shares, warnings)
 
 
 def _line(kind: str, threshold: float | None) -> str:
@@ -74,110 +73,130 @@ def _line(kind: str, threshold: float | None) -> str:
 
 
 def _judged(run: Run, summary: Summary) -> tuple[str, float | None, str]:
-    """Return the kind of a run, the threshold to take if a number fits, and the reason."""
-    calm, risen = _calm(run.norms)
+    """Return the kind of a run, the threshold if a number fits, and the reason."""
+    calm, exploded = _before_explosion(run.norms)
     level = float(np.median(calm))
-    if summary.nonfinite_steps or risen or summary.largest > ENORMOUS * level:
-        return "exploding", *_against_explosion(calm, summary, risen=risen)
-    if not 1 / MOVED < summary.trend < MOVED and not math.isnan(summary.trend):
-        reason = (
-            f"The median moved to {summary.trend:.2g} times what it was: a fixed threshold that "
-            "fits the beginning does not fit the end. This one follows the last 100 norms, and "
-            "clips what is far above them."
-        )
-        if summary.spikes and summary.trend > 1:
-            reason += " The spikes of this run may be what moved it."
-        return "drifting", None, reason
-    limit = _rounded(summary.spike_line)
-    if summary.spikes and summary.largest > limit:
-        share = float((run.norms[run.finite] > limit).mean())
-        spike = summary.largest_spikes[0]
-        reason = (
-            f"Norms far above the hundred before them: {summary.spikes}, up to "
-            f"{spike.norm / spike.usual:.3g} times their median. {limit:g} is the median of all "
-            f"and {DEVIATIONS:g} median deviations: it would have clipped {share:.2%} of the steps."
-        )
-        return "spiky", limit, reason
-    limit = _rounded(max(2 * summary.quantiles[99.9], summary.largest))
-    far = "those before it and the usual ones" if summary.spikes else "those before it"
-    if summary.clip_rate:
-        found = (
-            f"No norm was far above {far}, in a training that clipped {summary.clip_rate:.2%} of "
-            "its steps; without that they may be larger."
-        )
-    else:
-        found = f"Nothing needs clipping: no norm was far above {far}."
+    if summary.nonfinite_steps or exploded or summary.largest > ENORMOUS * level:
+        return "exploding", *_against_explosion(calm, summary, exploded=exploded)
+    if not 1 / DRIFTED < summary.trend < DRIFTED and not math.isnan(summary.trend):
+        return "drifting", None, _reason_for_drift(summary)
+    threshold = _rounded_up(summary.spike_line)
+    if summary.spikes and summary.largest > threshold:
+        share = float((run.norms[run.finite] > threshold).mean())
+        return "spiky", threshold, _reason_for_spikes(summary, threshold, share)
+    threshold = _rounded_up(max(2 * summary.quantiles[99.9], summary.largest))
+    return "quiet", threshold, _reason_for_quiet(summary, threshold)
+
+
+def _reason_for_drift(summary: Summary) -> str:
     reason = (
-        f"{found} {limit:g} is twice the 99.9 % quantile, or the largest norm: an insurance that "
-        "clips no step of a run like this one."
+        f"The median norm of the last quarter is {summary.trend:.2g} times that of the first: a "
+        "fixed threshold that fits the beginning does not fit the end. This rule follows the last "
+        f"{WINDOW} norms and clips a norm far above them."
     )
-    return "quiet", limit, reason
+    if summary.spikes and summary.trend > 1:
+        reason += " The spikes of this run may have caused the drift."
+    return reason
+
+
+def _reason_for_spikes(summary: Summary, threshold: float, share: float) -> str:
+    spike = summary.largest_spikes[0]
+    return (
+        f"Norms far above the {WINDOW} before them: {summary.spikes}, the highest at "
+        f"{spike.norm / spike.usual:.3g} times their median. {threshold:g} is the median of all "
+        f"norms plus {DEVIATIONS:g} median deviations: it would have clipped {share:.2%} of the "
+        "steps."
+    )
+
+
+def _reason_for_quiet(summary: Summary, threshold: float) -> str:
+    usual = "the norms before it or the usual norm" if summary.spikes else "the norms before it"
+    finding = f"Nothing needs clipping: no norm was far above {usual}."
+    if summary.clip_rate:
+        finding = (
+            f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
+            "its steps; without clipping its norms may be larger."
+        )
+    return (
+        f"{finding} {threshold:g} is the largest norm, or twice the 99.9 % quantile if that is "
+        "larger: a safeguard that clips no step of a run like this one."
+    )
 
 
 def _against_explosion(
-    calm: NDArray[np.float64], summary: Summary, *, risen: bool
+    calm: NDArray[np.float64], summary: Summary, *, exploded: bool
 ) -> tuple[float, str]:
-    """Return the threshold to take and the reason."""
-    count = summary.nonfinite_steps
-    what = f"Norms reached {summary.largest:.3g}"
-    if count:
-        what = f"Norms that were not finite: {count}"
-    if risen and len(calm) < WINDOW:
+    """Return the threshold that stops an explosion, and the reason.
+
+    Args:
+        calm: The norms before the explosion.
+        summary: The facts of the run.
+        exploded: True if norms rose for good, False if only single ones were enormous or NaN.
+    """
+    finding = f"Norms reached {summary.largest:.3g}"
+    if summary.nonfinite_steps:
+        finding = f"Norms that were not finite: {summary.nonfinite_steps}"
+    if exploded and len(calm) < WINDOW:
+        # Few steps before a rise may be part of it: their median would be too high.
         smallest = float(np.percentile(calm, 10, method="lower"))
-        limit = _rounded(smallest / 2)
+        threshold = _rounded_up(smallest / 2)
         reason = (
-            f"{what}; only {len(calm)} calm steps came before, too few to know a level, and the "
-            f"later ones may be part of the rise. {limit:g} is half of their 10 % quantile, and "
-            "clips nearly all steps."
+            f"{finding}. Only {len(calm)} normal steps came before: too few to know the usual "
+            f"norm, and the last of them may belong to the explosion. {threshold:g} is half of "
+            "their 10 % quantile and clips nearly every step."
         )
     else:
         level = float(np.median(calm))
-        limit = _rounded(2 * level)
+        threshold = _rounded_up(2 * level)
         reason = (
-            f"{what}; the median of calm steps was {level:.3g}. Twice that leaves most of them "
-            "alone and stops the explosion; no step is taken with NaN."
+            f"{finding}. The median norm of the normal steps was {level:.3g}. Twice that clips few "
+            "of them and stops the explosion; steps with NaN are skipped."
         )
-    reason += " Where the loss does not fall with it, the learning rate is too high."
-    return limit, reason
+    reason += " If the loss does not fall with this threshold, the learning rate is too high."
+    return threshold, reason
 
 
-def _calm(norms: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool]:
-    """Return the finite norms before they rise for good to many times what they were.
+def _before_explosion(norms: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool]:
+    """Return the finite norms before an explosion.
+
+    An explosion is a norm after which most norms are not finite or many times as high as the early
+    ones. A single spike is none.
 
     Returns:
-        Those norms, all above 0, and whether there was such a rise.
+        The norms before the explosion, all above 0, and whether there was one.
     """
-    known = norms[norms != 0]
-    finite = np.isfinite(known)
-    moving = known[finite]
-    early = max(len(moving) // 20, 1)
-    limit = EXPLODED * max(float(np.median(moving[:early])), np.finfo(np.float64).tiny)
-    high = ~finite | (known > limit)
-    # For good: most of what comes later is as high.
-    later = np.cumsum(high[::-1])[::-1] / np.arange(len(known), 0, -1)
-    risen = np.flatnonzero(high & (later > 0.5))
-    if not len(risen):
-        return moving, False
-    before = int(finite[: risen[0]].sum())
-    return moving[: max(before, 1)], True
+    nonzero = norms[norms != 0]
+    finite = np.isfinite(nonzero)
+    finite_norms = nonzero[finite]
+    early = max(len(finite_norms) // 20, 1)
+    # Denormal norms are as good as 0: a multiple of them is not an explosion.
+    level = max(float(np.median(finite_norms[:early])), np.finfo(np.float64).tiny)
+    high = ~finite | (nonzero > EXPLODED * level)
+    high_from_here_on = np.cumsum(high[::-1])[::-1] / np.arange(len(nonzero), 0, -1)
+    explosions = np.flatnonzero(high & (high_from_here_on > 0.5))
+    if not len(explosions):
+        return finite_norms, False
+    before = int(finite[: explosions[0]].sum())
+    return finite_norms[: max(before, 1)], True
 
 
 def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
-    found = []
-    if summary.steps < FEW:
-        found.append(f"Only {summary.steps} steps were logged: little to judge by.")
+    warnings = []
+    if summary.steps < FEW_STEPS:
+        warnings.append(f"Only {summary.steps} steps were logged: too few for reliable advice.")
     if not np.isnan(run.thresholds).all():
         if summary.clip_rate == 0:
-            found.append("The threshold of this run never clipped: it was an insurance at most.")
+            warnings.append("The threshold of this run never clipped: it was at most a safeguard.")
         elif summary.clip_rate >= MOSTLY:
-            found.append(
+            warnings.append(
                 f"The threshold of this run clipped {summary.clip_rate:.0%} of the steps: nearly "
-                "all had the same norm, so that only the learning rate decided on their length."
+                "all updates used the same norm, so the learning rate alone set their length."
             )
-    return tuple(found)
+    return tuple(warnings)
 
 
-def _rounded(value: float) -> float:
-    """Return the next number above with two digits, and above 0."""
+def _rounded_up(value: float) -> float:
+    """Return a number rounded up to two digits, above 0 and finite."""
+    # `:.12g` first: a rounding error in the last bit must not move 2.4 to 2.5.
     rounded = Context(prec=2, rounding=ROUND_CEILING).create_decimal(f"{value:.12g}")
     return min(max(float(rounded), math.ulp(0.0)), 1e308)

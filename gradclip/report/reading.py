@@ -1,30 +1,39 @@
-"""From what a user names to runs: files of `JsonlSink`, directories of `TensorBoardSink`."""
+"""Runs read from the paths a user names: files of `JsonlSink`, folders of `TensorBoardSink`."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import ArgumentError
-from .jsonl import read_jsonl
-from .run import Run
+from .run import Run, RunBuilder, warn_unreadable
+
+LINES_AT_ONCE = 4096
+"""Lines that are parsed as one JSON list, in half the time of parsing each line alone."""
+_STEP_FIELDS = itemgetter("step", "norm", "clipped_norm", "threshold", "skipped")
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """Read every run that is logged in some files and directories, all of its steps.
+    """Read all runs that are logged in some files and directories, with all of their steps.
 
-    A directory is searched with all that are in it. Where a step was logged more than once the
-    later counts, as after a run was resumed.
+    Directories are searched recursively. If a step was logged more than once, as after a resume,
+    the last entry counts.
 
     Args:
-        paths: Files that `gradclip.JsonlSink` wrote, event files, and directories.
+        paths: Files of `gradclip.JsonlSink`, event files, and directories with such files.
 
     Raises:
-        ArgumentError: One of them is not there or holds no run.
+        ArgumentError: A path does not exist or holds no run, or no path was given.
 
     Warns:
-        UserWarning: Part of a file cannot be read; the rest is.
+        UserWarning: Part of a file cannot be read; the rest is read.
     """
     runs = [run for path in paths for run in _read(Path(path))]
     if not runs:
@@ -34,26 +43,78 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
 def _read(path: Path) -> list[Run]:
     if not path.exists():
-        raise ArgumentError(f"{path} is not there: give a directory or a file of logs.")
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+        raise ArgumentError(f"{path} does not exist: give a directory or a file of logs.")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     runs: list[Run] = []
-    events: dict[Path, list[Path]] = {}
+    event_files: dict[Path, list[Path]] = {}
     for file in files:
         if "tfevents" in file.name:
-            events.setdefault(file.parent if path.is_dir() else file, []).append(file)
-        elif file.suffix == ".jsonl" or path.is_file():
+            event_files.setdefault(file.parent if path.is_dir() else file, []).append(file)
+        elif file.suffix == ".jsonl" or path.is_file():  # a file named by the user has any suffix
             runs += read_jsonl(file)
-    if events:
-        from .event_files import read_event_files  # not at the top: it imports TensorBoard
+    if event_files:
+        from .event_files import read_event_files  # it imports TensorBoard, which takes a second
 
-        for name, together in sorted(events.items()):
-            runs += read_event_files(name, together)
+        for name, group in sorted(event_files.items()):
+            runs += read_event_files(name, group)
     if not runs:
-        what = "no run in it" if path.is_dir() else "no steps in it"
-        seen = f" ({len(files)} files)" if path.is_dir() else f" ({path.stat().st_size} bytes)"
+        is_directory = path.is_dir()
+        size = f"{len(files)} files" if is_directory else f"{path.stat().st_size} bytes"
         raise ArgumentError(
-            f"{path} has {what}{seen}: give what log= of a GradientClipper was, a directory with "
-            "event files of TensorBoard or a file of JsonlSink. A run is there after its first "
-            "batch of steps, or close()."
+            f"{path} has no {'run' if is_directory else 'steps'} in it ({size}): give the log= of "
+            "a GradientClipper, which is a directory with TensorBoard event files or a file of "
+            "JsonlSink. A run appears there after its first batch of steps, or after close()."
         )
     return runs
+
+
+def read_jsonl(path: Path) -> list[Run]:
+    """Return the run in a file of `gradclip.JsonlSink`, or an empty list if it holds no step.
+
+    The file is read piece by piece, so that its size does not matter.
+
+    Args:
+        path: The file.
+
+    Warns:
+        UserWarning: Some lines are not steps of a run.
+    """
+    builder, foreign_lines = RunBuilder(str(path)), 0
+    with path.open("rb") as file:
+        while lines := [*islice(file, LINES_AT_ONCE)]:
+            if _add_lines(lines, builder):
+                continue
+            for line in filter(bytes.strip, lines):
+                foreign_lines += not _add_lines([line], builder)
+    if foreign_lines and builder:
+        warn_unreadable(path, f"{foreign_lines} of its lines are not steps and were ignored")
+    return [builder.run()] if builder else []
+
+
+def _add_lines(lines: Sequence[bytes], builder: RunBuilder) -> bool:
+    """Add the steps in some lines; return False, with none added, if one line is not a step."""
+    try:
+        steps = json.loads(b"[%s]" % b",".join(lines))
+        if len(steps) != len(lines):  # one line held several values
+            return False
+        rows = np.array([*map(_STEP_FIELDS, steps)], dtype=np.float64)  # null becomes NaN
+        parameter_norms = {
+            row: _norms_by_name(norms)
+            for row, step in enumerate(steps)
+            if (norms := step.get("parameter_norms")) is not None
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return False
+    builder.add(rows, parameter_norms)
+    return True
+
+
+def _norms_by_name(norms: dict[str, float | None]) -> dict[str, float]:
+    """Return norms as floats, null as NaN.
+
+    Raises:
+        AttributeError: ``norms`` is not a JSON object.
+        TypeError: A norm is not a number.
+        ValueError: A norm is a text that is not a number.
+    """
+    return {name: math.nan if norm is None else float(norm) for name, norm in norms.items()}

@@ -1,4 +1,4 @@
-"""A run as it was logged."""
+"""A logged run as arrays with one entry per step, and its assembly from single steps."""
 
 from __future__ import annotations
 
@@ -17,84 +17,86 @@ from numpy.typing import NDArray
 from ..records.logged_step import LoggedStep
 
 NormsByName: TypeAlias = Mapping[str, float | None]
-"""Norms of a step's parameters by their names, None for what is no number."""
+"""Norms of the parameters of one step by name; None for a norm that is not a number."""
 
 
 @dataclass(frozen=True)
 class LoggedParameterNorms:
-    """Norms of single parameters, an entry for each that was logged, in the order of the steps.
+    """Norms of single parameters: one entry per logged norm, in the order of the steps.
 
-    Only some steps have them, and not always those of the same parameters, so that this is no
-    table: it takes no memory for what was not logged.
+    This is a list of entries and not a table: only some steps log norms of parameters, and not
+    always those of the same parameters. What was not logged takes no memory.
     """
 
     names: tuple[str, ...]
-    """Of the parameters, in the order in which they were first logged."""
+    """Names of the parameters, in the order in which they were first logged."""
     steps: NDArray[np.int64]
     """Index of the step of each entry, never falling."""
-    places: NDArray[np.int32]
-    """Whose norm each entry is, as a place in the names."""
+    name_indices: NDArray[np.int32]
+    """Index into ``names`` of each entry."""
     norms: NDArray[np.float64]
-    """The norms before clipping; NaN or infinite where they were."""
+    """Norms before clipping; NaN or infinite where they were logged so."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The steps of a run, in arrays of one length, in the order of the steps."""
+    """The steps of a run, in arrays of equal length, in the order of the steps."""
 
     name: str
-    """Where it was read from."""
+    """File or directory that the run was read from."""
     steps: NDArray[np.int64]
     """Indices of the steps, rising."""
     norms: NDArray[np.float64]
-    """Total norms before clipping; NaN or infinite where they were."""
+    """Total norms before clipping; NaN or infinite where they were logged so."""
     clipped_norms: NDArray[np.float64]
-    """Total norms afterwards."""
+    """Total norms after clipping."""
     thresholds: NDArray[np.float64]
-    """Thresholds, NaN where there was none or more than one."""
+    """Thresholds; NaN at steps that had none or more than one."""
     skipped: NDArray[np.bool_]
-    """Which steps were left out."""
+    """True at skipped steps."""
     parameter_norms: LoggedParameterNorms | None = None
-    """Norms of single parameters, None where none were logged."""
+    """Norms of single parameters; None if none were logged."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
     @cached_property
     def finite(self) -> NDArray[np.bool_]:
-        """Which norms were finite."""
+        """True at steps with a finite norm."""
         return np.isfinite(self.norms)
 
     @property
     def nonfinite_steps(self) -> int:
-        """How many norms were NaN or infinite."""
+        """Number of norms that are NaN or infinite."""
         return len(self) - int(self.finite.sum())
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out."""
+        """Number of skipped steps."""
         return int(self.skipped.sum())
 
     @cached_property
     def clipped(self) -> NDArray[np.bool_]:
-        """Which norms were finite, and reduced or above their threshold."""
-        exceeded = self.norms > self.thresholds  # never so where the threshold is NaN
+        """True at steps whose norm was finite, and above its threshold or reduced."""
+        exceeded = self.norms > self.thresholds  # False where the threshold is NaN
+        # With several thresholds none is logged: there only the reduced norm shows the clipping.
         return self.finite & (exceeded | (self.clipped_norms < self.norms))
 
     @property
     def clip_rate(self) -> float:
-        """Share of the finite norms that were above their threshold; 0 where there is none."""
+        """Share of the finite norms that were clipped; 0 without a finite norm."""
         return float(self.clipped.sum()) / max(int(self.finite.sum()), 1)
 
 
-AT_ONCE = 1 << 14
-"""Steps that are kept as tuples."""
+STEPS_AS_TUPLES = 1 << 14
+"""Steps kept as tuples before they are packed into an array, which takes far less memory."""
 
 
-class Columns:
-    """Steps as they come, of which the later counts where one comes again.
+class RunBuilder:
+    """Collects the steps of a run in the order in which they were logged.
 
-    A run that is resumed at an earlier step replaces what an earlier process wrote from there on.
+    If a step was logged more than once, the last entry counts. A run that resumes at an earlier
+    step therefore replaces everything that an earlier process logged from that step on.
 
     Args:
         name: Name of the run.
@@ -102,22 +104,23 @@ class Columns:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._rows: list[NDArray[np.float64]] = []
-        self._packed = 0
-        self._single: list[tuple[float, ...]] = []
-        # Of each norm of a parameter: the row of its step, the place of its name, the norm.
-        self._entry_rows, self._entry_places, self._entry_norms = array("q"), array("i"), array("d")
-        self._names: dict[str, int] = {}
+        self._packed_rows: list[NDArray[np.float64]] = []
+        self._packed_count = 0
+        self._single_rows: list[tuple[float, ...]] = []
+        # One entry per norm of a parameter: row of its step, index of its name, norm. Typed
+        # arrays, because a list of Python numbers would take four times the memory.
+        self._entry_rows, self._entry_names, self._entry_norms = array("q"), array("i"), array("d")
+        self._name_indices: dict[str, int] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._rows or self._single)
+        return bool(self._packed_rows or self._single_rows)
 
     def add_step(self, row: Sequence[float], parameter_norms: NormsByName | None = None) -> None:
-        """Take one step, as `add`, with norms of its parameters."""
+        """Add one step: a row as `add` takes it, and the norms of its parameters."""
         if parameter_norms:
-            self._add_entries(self._packed + len(self._single), parameter_norms)
-        self._single.append(tuple(row))
-        if len(self._single) == AT_ONCE:
+            self._add_entries(self._packed_count + len(self._single_rows), parameter_norms)
+        self._single_rows.append(tuple(row))
+        if len(self._single_rows) == STEPS_AS_TUPLES:
             self._pack()
 
     def add(
@@ -125,49 +128,49 @@ class Columns:
         rows: Sequence[Sequence[float]] | NDArray[np.float64],
         parameter_norms: Mapping[int, NormsByName] | None = None,
     ) -> None:
-        """Take steps.
+        """Add several steps.
 
         Args:
-            rows: Of each its index, norm, clipped norm, threshold, whether it was skipped.
-            parameter_norms: Norms of parameters, by the row that they belong to.
+            rows: One row per step: index, norm, clipped norm, threshold, 1 if it was skipped.
+            parameter_norms: Norms of parameters by the index of their row.
         """
         self._pack()
         for row, norms in (parameter_norms or {}).items():
-            self._add_entries(self._packed + row, norms)
+            self._add_entries(self._packed_count + row, norms)
         self._append(np.asarray(rows, dtype=np.float64))
 
     def _add_entries(self, row: int, norms: NormsByName) -> None:
-        places = [self._names.setdefault(name, len(self._names)) for name in norms]
-        self._entry_rows.extend([row] * len(places))
-        self._entry_places.extend(places)
-        self._entry_norms.extend(math.nan if each is None else each for each in norms.values())
+        indices = [self._name_indices.setdefault(name, len(self._name_indices)) for name in norms]
+        self._entry_rows.extend([row] * len(indices))
+        self._entry_names.extend(indices)
+        self._entry_norms.extend(math.nan if norm is None else norm for norm in norms.values())
 
     def _pack(self) -> None:
-        """Move single steps to where they take less memory."""
-        if self._single:
-            self._append(np.array(self._single, dtype=np.float64))
-            self._single.clear()
+        if self._single_rows:
+            self._append(np.array(self._single_rows, dtype=np.float64))
+            self._single_rows.clear()
 
     def _append(self, rows: NDArray[np.float64]) -> None:
-        self._rows.append(rows)
-        self._packed += len(rows)
+        self._packed_rows.append(rows)
+        self._packed_count += len(rows)
 
     def run(self) -> Run:
         """Return the run."""
         self._pack()
-        rows = np.concatenate(self._rows)
-        self._rows = [rows]  # not both: that is half of what reading takes
-        # Of what comes twice the later is kept, and what it takes back goes with it.
-        later = np.minimum.accumulate(rows[::-1, 0])[::-1]
+        rows = np.concatenate(self._packed_rows)
+        self._packed_rows = [rows]  # frees the pieces: both would double the peak of memory
+        # A row counts unless a later row has the same or a smaller step: then a resumed run
+        # started again at or before this step.
+        smallest_later = np.minimum.accumulate(rows[::-1, 0])[::-1]
         kept = np.ones(len(rows), dtype=bool)
-        kept[:-1] = rows[:-1, 0] < later[1:]
-        parameter_norms = self._parameter_norms(rows[:, 0], kept) if self._names else None
-        steps, norms, clipped, thresholds, skipped = rows[kept].T
+        kept[:-1] = rows[:-1, 0] < smallest_later[1:]
+        parameter_norms = self._parameter_norms(rows[:, 0], kept) if self._name_indices else None
+        steps, norms, clipped_norms, thresholds, skipped = rows[kept].T
         return Run(
             self._name,
             steps.astype(np.int64),
             norms,
-            clipped,
+            clipped_norms,
             thresholds,
             skipped.astype(bool),
             parameter_norms,
@@ -176,37 +179,39 @@ class Columns:
     def _parameter_norms(
         self, steps: NDArray[np.float64], kept: NDArray[np.bool_]
     ) -> LoggedParameterNorms | None:
-        """Return the norms of parameters in the rows that are kept; None if there are none."""
-        rows = np.frombuffer(self._entry_rows, np.int64)
-        chosen = kept[rows]
-        if not chosen.any():
+        """Return the norms of parameters in the rows that count; None if there are none."""
+        entry_rows = np.frombuffer(self._entry_rows, np.int64)
+        entries = kept[entry_rows]
+        if not entries.any():
             return None
-        places = np.frombuffer(self._entry_places, np.int32)[chosen]
-        logged, found = np.unique(places, return_inverse=True)  # some names may be gone
-        names = [*self._names]
+        # A name that occurs only in replaced rows is dropped.
+        logged_names, name_indices = np.unique(
+            np.frombuffer(self._entry_names, np.int32)[entries], return_inverse=True
+        )
+        names = [*self._name_indices]
         return LoggedParameterNorms(
-            tuple(names[place] for place in logged),
-            steps[rows[chosen]].astype(np.int64),
-            found.astype(np.int32),
-            np.frombuffer(self._entry_norms)[chosen],
+            tuple(names[index] for index in logged_names),
+            steps[entry_rows[entries]].astype(np.int64),
+            name_indices.astype(np.int32),
+            np.frombuffer(self._entry_norms)[entries],
         )
 
 
 def run_of(steps: Iterable[LoggedStep], name: str) -> Run:
-    """Return steps as a run; where a step comes again the later counts.
+    """Return steps as a run; if a step occurs more than once, its last entry counts.
 
     Args:
-        steps: As a sink gets them, at least one.
+        steps: Steps as a sink receives them, at least one.
         name: Name of the run.
     """
-    columns = Columns(name)
+    builder = RunBuilder(name)
     for step in steps:
         threshold = math.nan if step.threshold is None else step.threshold
         row = (step.step, step.norm, step.clipped_norm, threshold, step.skipped)
-        columns.add_step(row, step.parameter_norms)
-    return columns.run()
+        builder.add_step(row, step.parameter_norms)
+    return builder.run()
 
 
-def warn_of(path: Path, what: str) -> None:
-    """Warn that part of a file cannot be read; the rest is."""
-    warnings.warn(f"{path}: {what}.", UserWarning, stacklevel=2)
+def warn_unreadable(path: Path, trouble: str) -> None:
+    """Warn that part of a file cannot be read."""
+    warnings.warn(f"{path}: {trouble}.", UserWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""What the norms of a run were, in numbers."""
+"""The facts of a run: quantiles of its norms, spikes, counts and trend."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from ..records.norm_history import DEVIATIONS, FEWEST, WINDOW
 from .run import Run
 
 QUANTILES = (10.0, 50.0, 90.0, 99.0, 99.9)
-"""In percent."""
+"""Quantiles of the norms, in percent."""
 BLOCK = 10
-"""Steps that are held against the same ones, which takes a tenth of the time."""
+"""Steps that are compared with the same window, in a tenth of the time of a window per step."""
 MOST_SPIKES = 5
-"""Spikes that are named."""
+"""Number of spikes that a summary lists."""
+WINDOWS_AT_ONCE = 1 << 12
+"""Windows whose medians are computed together: more would need large copies."""
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A norm far above those before it."""
+    """A norm far above the norms before it."""
 
     step: int
     norm: float
     usual: float
-    """The median of the norms before it."""
+    """Median of the norms before it."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The facts of a run; NaN where there is no finite norm.
+    """The facts of a run; NaN without a finite norm.
 
-    Steps without gradients, whose norm is 0, tell nothing of what is usual: the line, spikes and
-    trend are those of the others.
+    A norm of 0 belongs to a step without gradients and says nothing about the usual norm. The spike
+    line, the spikes and the trend ignore such steps.
     """
 
     name: str
@@ -44,27 +46,27 @@ class Summary:
     last_step: int
     clip_rate: float
     quantiles: dict[float, float]
-    """Of the finite norms, by percent."""
+    """Quantiles of the finite norms, by percent."""
     mean: float
     largest: float
     spike_line: float
-    """Median of the norms and ten median deviations."""
+    """Median of the norms plus ten median deviations."""
     spikes: int
-    """How many norms were more than that above the hundred before them."""
+    """Number of norms more than ten median deviations above the median of the 100 before them."""
     largest_spikes: tuple[Spike, ...]
-    """Those furthest above the median before them, at most five."""
+    """At most five spikes, those furthest above the median before them."""
     nonfinite_steps: int
     skipped_steps: int
     trend: float
-    """Median of the last quarter of the norms, as a multiple of that of the first."""
+    """Median of the last quarter of the norms divided by the median of the first quarter."""
 
 
 def summarized(run: Run) -> Summary:
     """Return the facts of a run."""
     norms = run.norms[run.finite]
     has_gradient = run.finite & (run.norms > 0)
-    moving = run.norms[has_gradient]
-    spikes = _spikes(run.steps[has_gradient], moving)
+    positive_norms = run.norms[has_gradient]
+    spikes = _spikes(run.steps[has_gradient], positive_norms)
     spikes_by_height = sorted(spikes, key=lambda spike: spike.norm / spike.usual, reverse=True)
     levels = np.percentile(norms, QUANTILES) if len(norms) else [math.nan] * len(QUANTILES)
     return Summary(
@@ -74,19 +76,20 @@ def summarized(run: Run) -> Summary:
         last_step=int(run.steps[-1]),
         clip_rate=run.clip_rate,
         quantiles=dict(zip(QUANTILES, map(float, levels), strict=True)),
+        # The sum of norms near the end of float64 overflows; long double has a wider range.
         mean=float(norms.mean(dtype=np.longdouble)) if len(norms) else math.nan,
         largest=float(norms.max()) if len(norms) else math.nan,
-        spike_line=_line(moving),
+        spike_line=_spike_line(positive_norms),
         spikes=len(spikes),
         largest_spikes=tuple(spikes_by_height[:MOST_SPIKES]),
         nonfinite_steps=run.nonfinite_steps,
         skipped_steps=run.skipped_steps,
-        trend=_trend(moving),
+        trend=_trend(positive_norms),
     )
 
 
-def _line(norms: NDArray[np.float64]) -> float:
-    """Return the median and ten median deviations."""
+def _spike_line(norms: NDArray[np.float64]) -> float:
+    """Return the median of the norms plus ten median deviations."""
     if not len(norms):
         return math.nan
     median = np.median(norms)
@@ -102,26 +105,29 @@ def _trend(norms: NDArray[np.float64]) -> float:
 
 
 def _spikes(steps: NDArray[np.int64], norms: NDArray[np.float64]) -> list[Spike]:
-    """Return the norms far above the hundred before the ten steps they are among, if not fewer."""
-    found: list[Spike] = []
+    """Return the norms far above the window before their block, in the order of the steps."""
+    spikes: list[Spike] = []
     for first, windows in _windows(norms):
         medians = np.median(windows, axis=1)
-        lines = medians + DEVIATIONS * np.median(np.abs(windows - medians[:, None]), axis=1)
-        own = norms[first : first + len(windows) * BLOCK]
-        block = np.arange(len(own)) // BLOCK
-        for place in np.flatnonzero(own > lines[block]):
-            at = first + int(place)
-            usual = float(medians[block[place]])
-            found.append(Spike(int(steps[at]), float(norms[at]), usual))
-    return found
+        deviations = np.median(np.abs(windows - medians[:, None]), axis=1)
+        lines = medians + DEVIATIONS * deviations
+        compared = norms[first : first + len(windows) * BLOCK]
+        window_of = np.arange(len(compared)) // BLOCK
+        for index in np.flatnonzero(compared > lines[window_of]):
+            usual = float(medians[window_of[index]])
+            spikes.append(Spike(int(steps[first + index]), float(compared[index]), usual))
+    return spikes
 
 
 def _windows(norms: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield what norms are held against: rows for one block each, after where the first begins."""
+    """Yield the norms before each block of ten: where the first block begins, and a row a block.
+
+    The first blocks have fewer norms before them than a window holds; at least `FEWEST`.
+    """
     for first in range(FEWEST, min(WINDOW, len(norms)), BLOCK):
         yield first, norms[None, :first]
     if len(norms) <= WINDOW:
         return
     windows = np.lib.stride_tricks.sliding_window_view(norms[:-1], WINDOW)[::BLOCK]
-    for begin in range(0, len(windows), 1 << 12):  # some at a time, so that copies stay small
-        yield WINDOW + begin * BLOCK, windows[begin : begin + (1 << 12)]
+    for begin in range(0, len(windows), WINDOWS_AT_ONCE):
+        yield WINDOW + begin * BLOCK, windows[begin : begin + WINDOWS_AT_ONCE]

@@ -157,7 +157,7 @@ def test_a_write_that_the_system_refuses(tmp_path: Path, children: Any, read_ste
     steps = read_steps(tmp_path / "events")["grad_norm/pre"]
     assert steps == sorted(set(steps))
     assert set(steps) >= {*range(10), *range(40, 55)}
-    with pytest.warns(UserWarning, match="1 of its lines are no steps, and were passed over"):
+    with pytest.warns(UserWarning, match="1 of its lines are not steps and were ignored"):
         [run] = read_runs([tmp_path / "steps.jsonl"])
     assert {*run.steps.tolist()} >= {*range(10), *range(40, 55)}
 
@@ -196,7 +196,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, read_steps: Any) -> None:
     steps = read_steps(small_disk / "events")["grad_norm/pre"]
     assert steps == sorted(set(steps))
     assert set(steps) >= {*range(10), *range(200, 215)}
-    with pytest.warns(UserWarning, match="of its lines are no steps, and were passed over"):
+    with pytest.warns(UserWarning, match="of its lines are not steps and were ignored"):
         [run] = read_runs([small_disk / "steps.jsonl"])
     assert {*run.steps.tolist()} >= {*range(10), *range(200, 215)}
 

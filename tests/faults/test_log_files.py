@@ -28,7 +28,7 @@ from gradclip.report import Run, read_runs
 STEPS = 30
 DAMAGES = 60
 KINDS = ("events", "jsonl")
-WARNED = "(?s).*(cut short or damaged|no events of TensorBoard|of its lines are no steps)"
+WARNED = "(?s).*(cut short or damaged|not events of TensorBoard|of its lines are not steps)"
 
 
 def where(folder: Path, kind: str) -> Path:

@@ -40,11 +40,11 @@ def test_the_map_shows_those_with_the_largest_share_in_the_order_of_the_log():
     mixed = LoggedParameterNorms(
         tuple(np.array(names)[order]),
         parameters.steps,
-        np.argsort(order)[parameters.places],
+        np.argsort(order)[parameters.name_indices],
         parameters.norms,
     )
     shown = heat_map_of(run_of(noise()), mixed)
-    assert (len(shown.names), shown.known) == (24, 161)
+    assert (len(shown.names), shown.logged) == (24, 161)
     assert {*shown.names} == {*names[:24]}
     assert [*shown.names] == [name for name in mixed.names if name in names[:24]]
     axes = figure_of([run_of(noise(), parameters=mixed)]).axes[3]
@@ -58,7 +58,7 @@ def test_the_map_shows_those_with_the_largest_share_in_the_order_of_the_log():
 
 def test_a_parameter_that_is_to_blame_is_shown_however_small_it_is():
     parameters = parameters_of(noise(), names_of(60))
-    parameters.norms[(parameters.steps == 200) & (parameters.places == 59)] = NAN
+    parameters.norms[(parameters.steps == 200) & (parameters.name_indices == 59)] = NAN
     norms = noise()
     norms[200] = NAN
     shown = heat_map_of(run_of(norms), parameters)

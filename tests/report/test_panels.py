@@ -9,8 +9,8 @@ import pytest
 from matplotlib.text import Annotation
 
 from gradclip.report.pictures import picture
-from gradclip.report.pictures.curves import COLUMNS, envelope, running_clip_rate, thinned, window_of
 from gradclip.report.pictures.distribution import percent
+from gradclip.report.pictures.panels import COLUMNS, envelope, running_clip_rate, thinned, window_of
 from gradclip.report.pictures.picture import draw, figure_of
 from tests.report.pictured import (
     INF,

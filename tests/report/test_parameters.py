@@ -23,10 +23,10 @@ def entries(run):
     """Return the norms of parameters by step and name."""
     found = run.parameter_norms
     assert found.steps.dtype == np.int64
-    assert len(found.steps) == len(found.places) == len(found.norms)
+    assert len(found.steps) == len(found.name_indices) == len(found.norms)
     return {
         (int(step), found.names[place]): float(norm)
-        for step, place, norm in zip(found.steps, found.places, found.norms, strict=True)
+        for step, place, norm in zip(found.steps, found.name_indices, found.norms, strict=True)
     }
 
 
@@ -111,7 +111,7 @@ def test_what_a_resumed_run_takes_back_goes_with_its_steps(tmp_path):
 
 @pytest.mark.parametrize("wrong", [[1.0], "text", 3.0, {"a": [1.0]}, {"a": "text"}, {"a": {}}])
 def test_a_line_whose_norms_are_none_is_passed_over_whole(tmp_path, wrong):
-    with pytest.warns(UserWarning, match="1 of its lines are no steps, and were passed over"):
+    with pytest.warns(UserWarning, match="1 of its lines are not steps and were ignored"):
         run = write_lines(
             tmp_path / "a.jsonl", line(0, {"a": 1.0}), line(1, wrong), line(2, {"a": 3.0})
         )
@@ -120,7 +120,7 @@ def test_a_line_whose_norms_are_none_is_passed_over_whole(tmp_path, wrong):
 
 
 def test_numbers_that_are_too_long_are_passed_over_as_well(tmp_path):
-    with pytest.warns(UserWarning, match="2 of its lines are no steps"):
+    with pytest.warns(UserWarning, match="2 of its lines are not steps"):
         run = write_lines(
             tmp_path / "a.jsonl", line(0), line(1, {"a": 10**400}), line(2, norm=10**400)
         )

@@ -14,9 +14,14 @@ from matplotlib.text import Text
 from gradclip import ArgumentError
 from gradclip.report.pictures import picture
 from gradclip.report.pictures.distribution import percent, separated
-from gradclip.report.pictures.names import drawable, short_names
 from gradclip.report.pictures.picture import draw, figure_of
-from gradclip.report.pictures.style import log_limits, log_tick_label, log_ticks
+from gradclip.report.pictures.style import (
+    drawable,
+    log_limits,
+    log_tick_label,
+    log_ticks,
+    short_names,
+)
 from tests.report.pictured import (
     NAN,
     OKABE_ITO,

@@ -98,15 +98,15 @@ def test_what_is_cut_short_is_read_up_to_there(logged):
     whole = file.read_bytes()
     for missing in (1, 20):
         file.write_bytes(whole[:-missing])
-        with pytest.warns(UserWarning, match="cut short or damaged, and read"):
+        with pytest.warns(UserWarning, match="cut short or damaged"):
             [run] = read_runs([logged["events"]])
         assert run.steps.tolist() == [0, 1, 2, 3]
     file.write_bytes(whole[:-30] + b"?" + whole[-29:])
-    with pytest.warns(UserWarning, match="cut short or damaged, and read"):
+    with pytest.warns(UserWarning, match="cut short or damaged"):
         assert len(read_runs([file])[0]) == 4
     lines = logged["jsonl"].read_bytes()
     logged["jsonl"].write_bytes(lines[:-10])
-    with pytest.warns(UserWarning, match="1 of its lines are no steps, and were passed over"):
+    with pytest.warns(UserWarning, match="1 of its lines are not steps and were ignored"):
         assert len(read_runs([logged["jsonl"]])[0]) == 4
 
 
@@ -122,7 +122,7 @@ def test_what_holds_no_run_is_refused(tmp_path, content, name, recwarn):
 
 
 def test_what_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match="nowhere is not there"):
+    with pytest.raises(ArgumentError, match="nowhere does not exist"):
         read_runs([tmp_path / "nowhere"])
     with pytest.raises(ArgumentError, match=r"has no run in it \(0 files\)"):
         read_runs([tmp_path])

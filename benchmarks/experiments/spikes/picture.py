@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.experiments.spikes.outcomes import CLEAN, CONFIDENCE, Interval, Row, names_of
-from gradclip.report.pictures.canvas import Picture
+from gradclip.report.pictures.figure import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,71 +1,82 @@
-"""Norms of single parameters over the steps, as a map of colours."""
+"""The panel that shows norms of single parameters over the steps, as a map of colours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from ..run import LoggedParameterNorms, Run
-from .names import drawable, short_names
-from .style import NOT_LOGGED, SMALL, TEXT, VERMILION, log_tick_label, log_ticks
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .style import (
+    NOT_LOGGED,
+    SMALL,
+    TEXT,
+    VERMILION,
+    drawable,
+    log_tick_label,
+    log_ticks,
+    short_names,
+)
 
 MOST_ROWS = 24
-"""Parameters that are shown, so that their names are readable."""
+"""Number of parameters shown: the names of more would not be readable."""
 MOST_COLUMNS = 400
-"""Parts of the steps that are shown."""
+"""Number of intervals that the steps are divided into."""
 MOST_CHARACTERS = 34
-"""Of a name beside the map."""
+"""Length of a name beside the map."""
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The largest norm of some parameters in each part of the steps."""
+    """The largest norm of some parameters in each interval of the steps."""
 
     names: tuple[str, ...]
-    """Of the parameters shown, from the top."""
-    known: int
-    """How many parameters were logged."""
+    """Names of the shown parameters, from the top."""
+    logged: int
+    """Number of logged parameters."""
     edges: NDArray[np.float64]
-    """Where the parts begin, and where the last one ends."""
+    """Steps at which the intervals begin, and the end of the last interval."""
     norms: NDArray[np.float64]
-    """Of each parameter in each part; NaN where none was logged that is finite."""
+    """Largest finite norm, of shape (parameters, intervals); NaN without a finite norm."""
     nonfinite: NDArray[np.bool_]
-    """Where a norm was not finite."""
+    """True in cells with a norm that is not finite, of the same shape."""
 
     @property
     def labels(self) -> list[str]:
-        """The names as they fit beside the map."""
+        """Names short enough to stand beside the map."""
         return [drawable(name) for name in short_names(self.names, MOST_CHARACTERS, ".")]
 
 
 def heat_map_of(run: Run, logged: LoggedParameterNorms) -> HeatMap:
-    """Return the map of a run: those parameters that had the largest share of its norm."""
-    steps, moments = np.unique(logged.steps, return_inverse=True)
-    chosen = np.argsort(-_shares(run, logged, moments, len(steps)), kind="stable")[:MOST_ROWS]
-    chosen.sort()  # in the order of the log, which is that of the model
-    row_of = np.full(len(logged.names), -1)
-    row_of[chosen] = np.arange(len(chosen))
+    """Return the map of a run, of the parameters with the largest share of its norm."""
+    steps, step_indices = np.unique(logged.steps, return_inverse=True)
+    shares = _shares(run, logged, step_indices, len(steps))
+    chosen = np.argsort(-shares, kind="stable")[:MOST_ROWS]
+    chosen.sort()  # back to the order of the log, which is that of the model
+    row_of_name = np.full(len(logged.names), -1)
+    row_of_name[chosen] = np.arange(len(chosen))
     columns = min(len(steps), MOST_COLUMNS)
-    column_of = np.arange(len(steps)) * columns // len(steps)
-    shown = row_of[logged.places] >= 0
-    cells = row_of[logged.places[shown]], column_of[moments[shown]]
+    column_of_step = np.arange(len(steps)) * columns // len(steps)
+    shown = row_of_name[logged.name_indices] >= 0
+    cells = row_of_name[logged.name_indices[shown]], column_of_step[step_indices[shown]]
     norms = logged.norms[shown]
     finite = np.isfinite(norms)
     largest = np.full((len(chosen), columns), -np.inf)
     np.maximum.at(largest, cells, np.where(finite, norms, -np.inf))
     nonfinite = np.zeros(largest.shape, dtype=bool)
     nonfinite[cells[0][~finite], cells[1][~finite]] = True
+    # The last interval ends where the next logged step would be.
     gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
-    begins = steps[np.flatnonzero(np.diff(column_of, prepend=-1))]
+    begins = steps[np.flatnonzero(np.diff(column_of_step, prepend=-1))]
     return HeatMap(
-        tuple(logged.names[place] for place in chosen),
+        tuple(logged.names[index] for index in chosen),
         len(logged.names),
         np.append(begins, steps[-1] + gap) - 0.5,
         np.where(largest >= 0, largest, np.nan),
@@ -74,33 +85,35 @@ def heat_map_of(run: Run, logged: LoggedParameterNorms) -> HeatMap:
 
 
 def _shares(
-    run: Run, logged: LoggedParameterNorms, moments: NDArray[np.int64], count: int
+    run: Run, logged: LoggedParameterNorms, step_indices: NDArray[np.int64], steps: int
 ) -> NDArray[np.float64]:
-    """Return the mean share of each parameter in the norm, and more for those to blame.
+    """Return each parameter's mean share of the total norm, raised if it broke steps.
 
-    Those are to blame whose norm was not finite while that of others was: the fewer they were, the
-    more.
+    A parameter broke a step if its norm was not finite there. It gets up to 1 more: the fewer
+    parameters share the blame, the more.
     """
     totals = run.norms[np.searchsorted(run.steps, logged.steps)]
-    faults = ~np.isfinite(logged.norms)
-    faults_of_step = np.bincount(moments, weights=faults, minlength=count)[moments]
-    fits = ~faults & np.isfinite(totals) & (totals > 0)
-    shares = np.zeros(len(faults))
-    # More than the whole is possible for small numbers that were rounded alone.
-    shares[fits] = np.minimum(logged.norms[fits], totals[fits]) / totals[fits]
-    means = np.bincount(logged.places, weights=shares, minlength=len(logged.names)) / count
-    blame = np.zeros(len(logged.names))
-    np.maximum.at(blame, logged.places[faults], 1 / faults_of_step[faults])
+    broken = ~np.isfinite(logged.norms)
+    broken_in_step = np.bincount(step_indices, weights=broken, minlength=steps)[step_indices]
+    measurable = ~broken & np.isfinite(totals) & (totals > 0)
+    shares = np.zeros(len(broken))
+    # Logs round each norm by itself: a denormal part may exceed its total.
+    parts = np.minimum(logged.norms[measurable], totals[measurable])
+    shares[measurable] = parts / totals[measurable]
+    names = len(logged.names)
+    means = np.bincount(logged.name_indices, weights=shares, minlength=names) / steps
+    blame = np.zeros(names)
+    np.maximum.at(blame, logged.name_indices[broken], 1 / broken_in_step[broken])
     return means + blame
 
 
 def color_range(maps: Sequence[HeatMap]) -> tuple[float, float]:
-    """Return the logarithms where the colours of several maps begin and end.
+    """Return the logarithms of the norms at which the colours of several maps begin and end.
 
-    They end at the largest norm, so that none is hidden. Of the lowest, a hundredth is left out:
-    a single norm next to 0 would take all colours from the others.
+    The colours end at the largest norm, so that no large norm is hidden. They begin at the first
+    percentile: a single norm near 0 would take nearly all colours.
     """
-    norms = np.concatenate([each.norms.ravel() for each in maps])
+    norms = np.concatenate([heat_map.norms.ravel() for heat_map in maps])
     logarithms = np.log10(norms[norms > 0])
     if not len(logarithms):
         return -1.0, 1.0
@@ -108,28 +121,23 @@ def color_range(maps: Sequence[HeatMap]) -> tuple[float, float]:
     return (low, high) if high - low >= 0.2 else (high - 0.2, high + 0.2)
 
 
-def draw_heat_map(axes: Axes, shown: HeatMap, low: float, high: float) -> None:
+def draw_heat_map(axes: Axes, heat_map: HeatMap, low: float, high: float) -> None:
     """Draw a map.
 
     Args:
-        axes: Where; the panel's horizontal axis is set by the caller.
-        shown: The map.
-        low: Logarithm of the norm with which the colours begin.
-        high: And end.
+        axes: The panel; the caller sets its horizontal axis.
+        heat_map: The map.
+        low: Logarithm of the norm at which the colours begin.
+        high: Logarithm of the norm at which they end.
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import FuncFormatter
-
     figure = axes.get_figure(root=True)
-    assert figure is not None  # noqa: S101  # it has been made by one
+    assert figure is not None  # noqa: S101  # for mypy: the panel is part of a figure
     with np.errstate(divide="ignore"):
-        logarithms = np.log10(shown.norms)  # of 0: below all colours
-    logarithms = np.maximum(logarithms, low - 1)
-    rows = np.arange(len(shown.names) + 1)
+        logarithms = np.log10(heat_map.norms)
+    logarithms = np.maximum(logarithms, low - 1)  # a norm of 0 gets the lowest colour
+    rows = np.arange(len(heat_map.names) + 1)
     mesh = axes.pcolormesh(
-        shown.edges,
+        heat_map.edges,
         rows,
         np.ma.masked_invalid(logarithms),
         cmap=colormaps["viridis"].with_extremes(bad=NOT_LOGGED),
@@ -138,22 +146,22 @@ def draw_heat_map(axes: Axes, shown: HeatMap, low: float, high: float) -> None:
         rasterized=True,
     )
     handles = []
-    if shown.nonfinite.any():
-        faults = np.ma.masked_equal(shown.nonfinite.astype(float), 0.0)
+    if heat_map.nonfinite.any():
+        marks = np.ma.masked_equal(heat_map.nonfinite.astype(float), 0.0)
         colors = ListedColormap([VERMILION])
-        axes.pcolormesh(shown.edges, rows, faults, cmap=colors, rasterized=True)
+        axes.pcolormesh(heat_map.edges, rows, marks, cmap=colors, rasterized=True)
         handles.append(Patch(color=VERMILION, label="not finite"))
-    if (np.isnan(shown.norms) & ~shown.nonfinite).any():
+    if (np.isnan(heat_map.norms) & ~heat_map.nonfinite).any():
         handles.append(Patch(color=NOT_LOGGED, label="not logged"))
-    axes.set_ylim(len(shown.names), 0)
-    axes.set_yticks(rows[:-1] + 0.5, labels=shown.labels, fontsize=SMALL)
+    axes.set_ylim(len(heat_map.names), 0)
+    axes.set_yticks(rows[:-1] + 0.5, labels=heat_map.labels, fontsize=SMALL)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
     axes.tick_params(axis="y", length=0)
-    # Above the map, with its explanation: no cell is hidden.
+    # Above the map, where the legend hides no cell.
     axes.legend(
         handles=handles,
-        title=_title(shown),
+        title=_title(heat_map),
         alignment="left",
         loc="lower left",
         bbox_to_anchor=(0, 1),
@@ -164,27 +172,31 @@ def draw_heat_map(axes: Axes, shown: HeatMap, low: float, high: float) -> None:
         title_fontsize=TEXT,
     )
     plain = high - low < 2
-    bar = figure.colorbar(
+    color_bar = figure.colorbar(
         mesh,
         ax=axes,
         location="bottom",
         shrink=0.8,
         aspect=40,
-        extend=_extend(shown, low),
+        extend=_extend(heat_map, low),
         ticks=np.log10(log_ticks(10**low, 10**high)),
         format=FuncFormatter(lambda power, _: log_tick_label(10.0**power, plain=plain)),
     )
-    bar.ax.tick_params(labelsize=TEXT)
-    bar.set_label("norm of a parameter, largest in each cell", fontsize=TEXT)
+    color_bar.ax.tick_params(labelsize=TEXT)
+    color_bar.set_label("norm of a parameter, largest in each cell", fontsize=TEXT)
 
 
-def _title(shown: HeatMap) -> str:
-    count = len(shown.names)
-    if count == shown.known:
+def _title(heat_map: HeatMap) -> str:
+    count = len(heat_map.names)
+    if count == heat_map.logged:
         return f"norms before clipping of {'all ' * (count > 1)}{count} logged parameters"
-    return f"norms of {count} of {shown.known:,} logged parameters:\nthose with the largest share"
+    return (
+        f"norms before clipping of {count} of {heat_map.logged:,} logged parameters:\n"
+        "those with the largest share of the total norm"
+    )
 
 
-def _extend(shown: HeatMap, low: float) -> str:
+def _extend(heat_map: HeatMap, low: float) -> str:
+    """Return "min" if a norm lies below the colour bar, which then gets an arrow there."""
     with np.errstate(divide="ignore"):
-        return "min" if (np.log10(shown.norms) < low).any() else "neither"
+        return "min" if (np.log10(heat_map.norms) < low).any() else "neither"

@@ -1,16 +1,18 @@
-"""Panels of a picture over the steps: norms, and how often they were clipped."""
+"""Panels over the steps: norms with thresholds and marks, and the share of clipped steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from ..printing import number
 from ..run import Run
-from .curves import envelope, positive, running_clip_rate, thinned, window_of
 from .style import (
     BLUE,
     LARGE,
@@ -18,15 +20,16 @@ from .style import (
     PURPLE,
     TEXT,
     VERMILION,
+    extremes,
     log_limits,
+    positive,
     set_log_axis,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 NEAR = 1e3
-"""How many times beyond the norms a threshold may be to be shown."""
+"""A threshold this many times beyond the norms, or farther, is named instead of shown."""
+COLUMNS = 2000
+"""Intervals that the steps of a long run are divided into: more than a panel has pixels."""
 
 
 def norm_limits(runs: Sequence[Run]) -> tuple[float, float]:
@@ -34,39 +37,32 @@ def norm_limits(runs: Sequence[Run]) -> tuple[float, float]:
     norms = np.concatenate([extremes(positive(run.norms)) for run in runs])
     low, high = (np.nanmin(norms), np.nanmax(norms)) if not np.isnan(norms).all() else (1.0, 1.0)
     with np.errstate(over="ignore"):
-        limits = np.concatenate([extremes(positive(run.thresholds)) for run in runs])
-        near = np.where((limits > low / NEAR) & (limits < high * NEAR), limits, np.nan)
-    # Marks are at the top and, of norms that are 0, at the bottom.
-    return log_limits(np.concatenate([norms, near]), below=0.08, above=0.16)
-
-
-def extremes(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the smallest and the largest value; NaN alone where there is none."""
-    known = values[~np.isnan(values)]
-    return np.array([known.min(), known.max()]) if len(known) else np.array([np.nan])
+        thresholds = np.concatenate([extremes(positive(run.thresholds)) for run in runs])
+        near = (thresholds > low / NEAR) & (thresholds < high * NEAR)
+    # Marks are at the top, those of norms of 0 at the bottom.
+    shown = np.concatenate([norms, np.where(near, thresholds, np.nan)])
+    return log_limits(shown, below=0.08, above=0.16)
 
 
 def draw_norms(axes: Axes, run: Run, limits: tuple[float, float]) -> None:
-    """Draw norms before and after clipping, the threshold, and marks for what went wrong."""
+    """Draw norms before and after clipping, the threshold, and marks at exceptional steps."""
     set_log_axis(axes, "y", *limits)
-    norms = positive(run.norms)
-    _draw_curve(axes, run, norms, color=BLUE, linewidth=1.0, label="before clipping")
+    _draw_curve(axes, run, positive(run.norms), color=BLUE, label="before clipping")
     changed = np.where(run.clipped_norms != run.norms, positive(run.clipped_norms), np.nan)
     if not np.isnan(changed).all():
         _draw_curve(axes, run, changed, color=ORANGE, linewidth=2.0, label="after clipping")
     _draw_threshold(axes, run, limits)
-    zero = run.norms == 0
-    for which, height, marker, color, label in (
+    for is_marked, height, marker, color, label in (
         (~run.finite, 0.965, "x", VERMILION, "not finite"),
         (run.skipped, 0.915, "v", PURPLE, "skipped"),
-        (zero, 0.03, "^", "0.35", "norm 0"),
+        (run.norms == 0, 0.03, "^", "0.35", "norm 0"),
     ):
-        steps = run.steps[which]
+        steps = run.steps[is_marked]
         if len(steps):
-            at = thinned(steps)
+            shown = thinned(steps)
             axes.plot(
-                at,
-                np.full(len(at), height),
+                shown,
+                np.full(len(shown), height),
                 transform=axes.get_xaxis_transform(),
                 linestyle="none",
                 marker=marker,
@@ -85,53 +81,40 @@ def _draw_curve(
     color: str,
     label: str,
     linewidth: float = 1.0,
-    linestyle: str = "-",
 ) -> None:
-    """Draw a curve of any length, and points where nothing is beside them to draw a line to."""
-    shown = envelope(run.steps, values)
-    axes.plot(*shown.line, color=color, linewidth=linewidth, linestyle=linestyle, label=label)
-    if shown.isolated.any():
-        steps, heights = shown.steps[shown.isolated], shown.high[shown.isolated]
+    """Draw a curve of any length. A value without a neighbour gets a point: no line shows it."""
+    curve = envelope(run.steps, values)
+    axes.plot(*curve.line, color=color, linewidth=linewidth, label=label)
+    if curve.isolated.any():
+        steps, heights = curve.steps[curve.isolated], curve.high[curve.isolated]
         axes.plot(steps, heights, color=color, linestyle="none", marker=".", markersize=6)
 
 
 def _draw_threshold(axes: Axes, run: Run, limits: tuple[float, float]) -> None:
-    """Draw the threshold; of one that changes from step to step, the lowest and the highest."""
+    """Draw the threshold; where it changes within an interval, its lowest and highest value."""
     thresholds = positive(run.thresholds)
-    found = extremes(thresholds)
-    if np.isnan(found[0]):
+    lowest, highest = extremes(thresholds)[[0, -1]]
+    if np.isnan(lowest):
         return
     label = "threshold"
-    if found[0] == found[-1]:
-        label += f" {number(float(found[0]))}"
-    if found[0] > limits[1] or found[-1] < limits[0]:
-        label += " (above)" if found[0] > limits[1] else " (below)"
-    shown = envelope(run.steps, thresholds)
-    same = np.array_equal(shown.low, shown.high, equal_nan=True)
-    for heights, name in ((shown.high, label), (shown.low, "_")):
-        if name == label or not same:
-            axes.plot(
-                shown.steps, heights, color="black", linestyle="--", linewidth=1.2, label=name
-            )
-    if shown.isolated.any():
-        at = shown.isolated
-        axes.plot(
-            shown.steps[at],
-            shown.high[at],
-            color="black",
-            linestyle="none",
-            marker="_",
-            markersize=12,
-        )
+    if lowest == highest:
+        label += f" {number(float(lowest))}"
+    if lowest > limits[1] or highest < limits[0]:
+        label += " (above)" if lowest > limits[1] else " (below)"
+    curve = envelope(run.steps, thresholds)
+    style: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+    axes.plot(curve.steps, curve.high, label=label, **style)
+    if not np.array_equal(curve.low, curve.high, equal_nan=True):
+        axes.plot(curve.steps, curve.low, label="_", **style)  # "_": not in the legend
+    if curve.isolated.any():
+        steps, heights = curve.steps[curve.isolated], curve.high[curve.isolated]
+        axes.plot(steps, heights, color="black", linestyle="none", marker="_", markersize=12)
 
 
 def draw_clip_rate(axes: Axes, run: Run) -> None:
-    """Draw which share of the last norms was clipped."""
-    from matplotlib.ticker import PercentFormatter
-
+    """Draw the share of the last norms that were clipped."""
     window = window_of(run)
-    rates = running_clip_rate(run, window)
-    _draw_curve(axes, run, rates, color=BLUE, label="clip rate")
+    _draw_curve(axes, run, running_clip_rate(run, window), color=BLUE, label="clip rate")
     axes.set_ylim(-0.04, 1.04)
     axes.set_yticks([0, 0.5, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -141,13 +124,11 @@ def draw_clip_rate(axes: Axes, run: Run) -> None:
 
 
 def set_steps(axes: Axes, run: Run) -> None:
-    """Set the axis of the steps, with a little room at both ends."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
+    """Set the axis of the steps, with a small margin at both ends."""
     first, last = int(run.steps[0]), int(run.steps[-1])
-    room = max(0.5, 0.01 * (last - first))
-    axes.set_xlim(first - room, last + room)
-    count = 6 if last < 10**7 else 3
+    margin = max(0.5, 0.01 * (last - first))
+    axes.set_xlim(first - margin, last + margin)
+    count = 6 if last < 10**7 else 3  # long labels need more room
     axes.xaxis.set_major_locator(
         MaxNLocator(count, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
     )
@@ -155,9 +136,87 @@ def set_steps(axes: Axes, run: Run) -> None:
 
 
 def finish(axes: Axes) -> None:
-    """Set what all panels have in common."""
+    """Set what all panels have in common: sizes of text, grid, frame."""
     axes.tick_params(labelsize=TEXT)
     axes.xaxis.label.set_fontsize(LARGE)
     axes.grid(visible=True, color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# Curves of any length, with no more points than a picture has room for
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The smallest and the largest value in each interval of the steps; NaN in an empty one."""
+
+    steps: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @property
+    def line(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Steps and values of the curve through all of them."""
+        if np.array_equal(self.low, self.high, equal_nan=True):
+            return self.steps, self.high
+        return np.repeat(self.steps, 2), np.column_stack((self.low, self.high)).ravel()
+
+    @property
+    def isolated(self) -> NDArray[np.bool_]:
+        """True in intervals with a value whose neighbours have none: no line shows them."""
+        has_value: NDArray[np.bool_] = np.pad(~np.isnan(self.high), 1)
+        return has_value[1:-1] & ~has_value[:-2] & ~has_value[2:]
+
+
+def envelope(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Envelope:
+    """Return a curve as a picture shows it; no spike is lost, however many steps there are.
+
+    Args:
+        steps: Indices of the steps, rising.
+        values: One value per step; NaN where the curve has a gap.
+    """
+    positions = steps.astype(np.float64)
+    if len(steps) <= 2 * COLUMNS:
+        return Envelope(positions, values, values)
+    first, last = positions[0], positions[-1]
+    columns = np.minimum((positions - first) * (COLUMNS / (last - first)), COLUMNS - 1)
+    columns = columns.astype(np.int64)
+    begins = np.flatnonzero(np.diff(columns, prepend=-1))
+    low, high = np.fmin.reduceat(values, begins), np.fmax.reduceat(values, begins)  # ignore NaN
+    middle = first + (columns[begins] + 0.5) * ((last - first) / COLUMNS)
+    return Envelope(middle, low, high)
+
+
+def thinned(steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return some of the steps: marks at these look like marks at all of them."""
+    if len(steps) <= COLUMNS:
+        return steps
+    columns = (steps - steps[0]).astype(np.float64) * (COLUMNS / float(steps[-1] - steps[0]))
+    begins: NDArray[np.bool_] = np.diff(columns.astype(np.int64), prepend=-1) > 0
+    return steps[begins]
+
+
+def window_of(run: Run) -> int:
+    """Return the window of the clip rate: a hundredth of the steps, round, and at least 20."""
+    wanted = max(len(run) / 100, 20.0)
+    scale = int(10 ** (len(str(int(wanted))) - 1))
+    rounded = next(digit * scale for digit in (1, 2, 5, 10) if digit * scale >= wanted)
+    return min(rounded, len(run))
+
+
+def running_clip_rate(run: Run, window: int) -> NDArray[np.float64]:
+    """Return at each step the share of clipped norms among the finite ones of the last steps.
+
+    Args:
+        run: The run.
+        window: Number of steps; the first steps have fewer before them.
+    """
+    clipped, finite = _running_sums(run.clipped, window), _running_sums(run.finite, window)
+    return np.where(finite > 0, clipped / np.maximum(finite, 1), np.nan)
+
+
+def _running_sums(flags: NDArray[np.bool_], window: int) -> NDArray[np.int64]:
+    sums = np.cumsum(flags, dtype=np.int64)
+    sums[window:] -= sums[:-window].copy()  # a copy: the slices overlap
+    return sums

@@ -145,10 +145,10 @@ def test_the_recorder_delivers_late_copies_in_order_without_waiting(device: Devi
     recorder._buffer = RecordBuffer(2)
     for record in device_records(device, 5):
         recorder.add(record)
-    assert recorder._counters.finite == 0
+    assert recorder._counter.counters.finite == 0
     device.finish()
     recorder._deliver(wait=False)
-    assert recorder._counters.finite == 4
+    assert recorder._counter.counters.finite == 4
     assert device.waits == []
     assert recorder.counters.finite == 5
 

@@ -42,11 +42,11 @@ def test_the_largest_come_first_and_those_that_are_no_numbers_before_them():
 
 def test_those_that_carry_most_are_as_few_as_possible():
     found = norms_of({"a": 1.0, "b": 10.0, "c": 2.0, "d": 9.0})
-    assert [*found.most(0.5, 5)] == ["b"]
-    assert [*found.most(0.9, 5)] == ["b", "d"]
-    assert [*found.most(0.999, 5)] == ["b", "d", "c", "a"]
-    assert [*found.most(0.999, 3)] == ["b", "d", "c"]
-    assert [*norms_of({"a": 1.0, "b": 10.0}, INF).most(0.9, 5)] == ["b"]
+    assert [*found.carrying(0.5, 5)] == ["b"]
+    assert [*found.carrying(0.9, 5)] == ["b", "d"]
+    assert [*found.carrying(0.999, 5)] == ["b", "d", "c", "a"]
+    assert [*found.carrying(0.999, 3)] == ["b", "d", "c"]
+    assert [*norms_of({"a": 1.0, "b": 10.0}, INF).carrying(0.9, 5)] == ["b"]
 
 
 def test_copies_hold_the_norms_of_their_step_alone():

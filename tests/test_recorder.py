@@ -15,7 +15,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 
 from gradclip import ArgumentError, GradientClipper, LoggedStep, Sink, __version__
-from gradclip.records.record import ClipRecord, Counters
+from gradclip.records.counting import Counters
+from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 
 NAN, INF = math.nan, math.inf

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradclip import ClipRecord
-from gradclip.records.record import Counters, clipped_norms
+from gradclip.records.counting import Counters
+from gradclip.records.record import clipped_norms
 
 
 def vector(*values: float) -> Tensor:

@@ -1,8 +1,8 @@
 """What a step leaves behind: a record on the device, a row on the host, and where rows go.
 
-A `ClipRecord` (``record.py``) stays on the device; ``recorder.py`` counts and batches records, and
-hands `LoggedStep` rows to the sinks in ``sinks/``. ``incidents.py`` finds words for what stands
-out.
+A `ClipRecord` (``record.py``) stays on the device; ``recorder.py`` carries records to the host in
+batches, ``counting.py`` counts them and makes `LoggedStep` rows, and the sinks in ``sinks/`` write
+these. ``incidents.py`` describes the steps that stand out.
 
 Called by: gradients, optimizers, clipper, integrations, report, cli.
 Imports: errors, checks, engines, scopes, ranks; `MemorySink.plot` also report.
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Find `ClipRecord` where pickles of 0.1.0 name it; torch is imported only then."""
+    """Return `ClipRecord` for the pickles of 0.1.0, which name it here; imports torch only then."""
     if name == "ClipRecord":
         from .record import ClipRecord
 

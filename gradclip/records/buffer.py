@@ -11,14 +11,14 @@ from .parameter_norms import ParameterNorms
 from .record import ClipRecord, flag_per_norm
 
 MOST_NORMS = 1 << 18
-"""Norms per batch, those by parameter included, so that records take no more than about 10 MB."""
+"""Norms per batch, including those of parameters: records then take at most about 10 MB."""
 
 
 class RecordBuffer:
     """Keeps records where they are until a batch is full.
 
     Args:
-        capacity: Records per batch, fewer where each has many norms.
+        capacity: Records per batch; fewer if each has many norms.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -28,20 +28,21 @@ class RecordBuffer:
 
     @property
     def sent(self) -> bool:
-        """Whether there is a batch to be taken."""
+        """Whether a batch can be taken."""
         return bool(self._sent)
 
     def append(self, record: ClipRecord) -> None:
         """Keep a record; a full buffer starts its copy to the host. No host sync on CUDA."""
-        if self._waiting and not _alike(self._waiting[-1], record):
+        if self._waiting and not _can_share_batch(self._waiting[-1], record):
             self._send()
         self._waiting.append(record)
         count = len(self._waiting)
-        if count >= self._capacity or count * _numbers(record) >= MOST_NORMS:
+        numbers = record.norms.numel() + len(record.parameter_sums or ())
+        if count >= self._capacity or count * numbers >= MOST_NORMS:
             self._send()
 
     def take(self, *, wait: bool) -> Iterator[Batch]:
-        """Yield the batches that have arrived; with ``wait`` everything, waiting for the device."""
+        """Yield the batches that have arrived; with ``wait`` all, after waiting for the device."""
         if wait and self._waiting:
             wait_for_device(self._waiting[-1].norms.device)
             self._send()
@@ -54,10 +55,13 @@ class RecordBuffer:
 
 
 class Batch:
-    """Records on their way to the host, of one shape and device.
+    """Records of one device and one number of norms, on their way to the host.
 
     On CUDA the copy goes to pinned memory and is read only after its event is done. Elsewhere
     the host waits for it here, once a batch.
+
+    Args:
+        records: At least one.
     """
 
     def __init__(self, records: Sequence[ClipRecord]) -> None:
@@ -67,30 +71,28 @@ class Batch:
             [record.thresholds for record in records],
             [record.coefficients for record in records],
         ]
-        self.has_device_flags = any(_has_device_flags(record) for record in records)
-        """Whether only the device knows what became of some of the steps."""
+        self.has_device_flags = any(
+            isinstance(record.skipped, Tensor) or record.overflow is not None for record in records
+        )
+        """Whether only the device knows if some of the steps were skipped."""
         if self.has_device_flags:
             rows += [
                 [flag_per_norm(record.skipped, record.norms) for record in records],
                 [flag_per_norm(record.overflow, record.norms) for record in records],
             ]
+        # One tensor, so that one copy brings everything but the sums of parameters.
         values = torch.stack([torch.stack(row) for row in rows])
-        parts = [
-            part
-            for record in records
-            if record.parameter_sums
-            for part in record.parameter_sums.sums
-        ]
-        sums = torch.cat([part.to(values.device) for part in parts]) if parts else None
-        self._host = _sent(values)
-        self._sums = None if sums is None else _sent(sums)
+        steps = [record.parameter_sums.sums for record in records if record.parameter_sums]
+        vectors = [vector.to(values.device) for sums in steps for vector in sums]
+        self._host = _on_host(values)
+        self._sums = _on_host(torch.cat(vectors)) if vectors else None
         self._event = None
         if values.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(values.device))
 
     def arrived(self) -> bool:
-        """Tell whether `values` returns without waiting."""
+        """Return whether `values` returns without waiting."""
         return self._event is None or self._event.query()
 
     def values(self) -> Tensor:
@@ -107,11 +109,11 @@ class Batch:
         return torch.tensor([bool(record.skipped) for record in self.records], device="cpu")
 
     def overflowed(self) -> Tensor | None:
-        """Return which steps GradScaler left out, as `skipped` does; None for none at all."""
+        """Return which steps GradScaler skipped, as `skipped` does; None if the host knows none."""
         return self._arrived()[4, :, 0] > 0 if self.has_device_flags else None
 
-    def parts(self, order: float) -> list[ParameterNorms | None]:
-        """Return the norms of each step by parameter, where they are known. Waits for the copy.
+    def parameter_norms(self, order: float) -> list[ParameterNorms | None]:
+        """Return the parameter norms of each step, None if unknown. Waits for the copy.
 
         Args:
             order: p of the norms.
@@ -120,12 +122,12 @@ class Batch:
             return [None] * len(self.records)
         self._arrived()
         sums, end = self._sums.to(torch.float64), 0
-        found: list[ParameterNorms | None] = []
+        norms: list[ParameterNorms | None] = []
         for record in self.records:
-            parts = record.parameter_sums
-            found.append(None if parts is None else ParameterNorms(parts, sums, end, order))
-            end += len(parts or ())
-        return found
+            of_step = record.parameter_sums
+            norms.append(None if of_step is None else ParameterNorms(of_step, sums, end, order))
+            end += len(of_step or ())
+        return norms
 
     def _arrived(self) -> Tensor:
         if self._event is not None:
@@ -133,30 +135,21 @@ class Batch:
         return self._host.to(torch.float64)
 
 
-def _sent(values: Tensor) -> Tensor:
-    """Return a copy on the host; from CUDA it is on its way, and comes without waiting."""
+def _on_host(values: Tensor) -> Tensor:
+    """Return a copy on the host; from CUDA the copy is under way and nothing waits for it."""
     if not values.is_cuda:
         return values.cpu()
-    # "cpu" by name, as the default device may be another.
+    # "cpu" by name, as the default device may be another one.
     host = torch.empty_like(values, device="cpu", pin_memory=True)
     return host.copy_(values, non_blocking=True)
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Wait for all streams: steps may have run on another than the one that asks for records."""
+    """Wait for all streams: steps may have run on another stream than the one that reads them."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _numbers(record: ClipRecord) -> int:
-    """Return how many numbers a record has, roughly."""
-    return record.norms.numel() + len(record.parameter_sums or ())
-
-
-def _alike(one: ClipRecord, other: ClipRecord) -> bool:
+def _can_share_batch(one: ClipRecord, other: ClipRecord) -> bool:
     same_count = one.norms.numel() == other.norms.numel()
     return same_count and one.norms.device == other.norms.device
-
-
-def _has_device_flags(record: ClipRecord) -> bool:
-    return isinstance(record.skipped, Tensor) or record.overflow is not None

@@ -1,4 +1,4 @@
-"""Steps that are worth a sentence: a norm that is not finite, or far above those before it."""
+"""Describes in a sentence each step whose norm is not finite or far above the norms before."""
 
 from __future__ import annotations
 
@@ -11,59 +11,60 @@ from .parameter_norms import ParameterNorms
 from .record import ClipRecord
 
 CARRIED = 0.9
-"""Share of the power sum that the parameters shown have together, if they are not too many."""
+"""Share of the power sum that the named parameters have together, if ``SHOWN`` of them do."""
 
 
 def incident_of(
     step: int, norm: float, parameters: ParameterNorms | None, before: NormHistory
 ) -> str | None:
-    """Return what there is to say of a step; None where it is like those before.
+    """Return a sentence about a step that stands out; None for a usual step.
 
     Args:
-        step: Its index.
-        norm: Its total norm.
-        parameters: The norms of its parameters, where they are known.
-        before: The norms before it.
+        step: Index of the step.
+        norm: Total norm of the step.
+        parameters: Norms of the parameters; None if unknown.
+        before: The norms before the step.
     """
     if not math.isfinite(norm):
-        what = f"The norm was {norm} at step {step}"
+        incident = f"The norm was {norm} at step {step}"
         if parameters is not None:
-            what += f", from {parameters.nonfinite or _nonfinite(parameters)}"
+            incident += f", from {parameters.nonfinite or _nonfinite_names(parameters)}"
     elif before.is_spike(norm):
         line = before.median + DEVIATIONS * before.deviation()
-        what = (
-            f"The norm was {norm:.7g} at step {step}, above {line:.7g}, which is the median of the "
-            f"last {len(before)} norms above 0, {before.median:.7g}, and {DEVIATIONS:g} median "
+        incident = (
+            f"The norm was {norm:.7g} at step {step}, above {line:.7g}: the median of the last "
+            f"{len(before)} norms above 0, {before.median:.7g}, plus {DEVIATIONS:g} median "
             "deviations"
         )
         if parameters:
-            most = parameters.most(CARRIED, SHOWN).items()
-            what += f"; most of it in {', '.join(f'{name} ({each:.4g})' for name, each in most)}"
+            largest = parameters.carrying(CARRIED, SHOWN).items()
+            names = ", ".join(f"{name} ({value:.4g})" for name, value in largest)
+            incident += f"; most of it in {names}"
     else:
         return None
-    return f"{what}. The norms before: {before}."
+    return f"{incident}. The norms before: {before}."
 
 
-def _nonfinite(parameters: ParameterNorms) -> str:
-    """Name the parameters where only the device could have counted elements."""
+def _nonfinite_names(parameters: ParameterNorms) -> str:
+    """Name the parameters that are not finite; only the device could have counted elements."""
     return joined([name for name, norm in parameters.items() if not math.isfinite(norm)])
 
 
 def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientError:
-    """Return the error for a norm that is not finite, which names the parameters. Host sync.
+    """Return the error for a norm that is not finite; it names the parameters. Host sync.
 
     Args:
-        record: The step.
-        before: The norms just before, as they are shown.
+        record: Record of the step.
+        before: The norms just before, for the message.
     """
     norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
-    found = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
-    culprits = record.parameter_sums and record.parameter_sums.nonfinite
+    value = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
+    names = record.parameter_sums and record.parameter_sums.nonfinite
     return NonFiniteGradientError(
-        f"The norm of the gradients is {found} at step {record.step}, from these parameters: "
-        f"{culprits}. The norms before: {before}. The step was not taken and the gradients are as "
-        "they were. Lower the learning rate or look at that step's batch; nonfinite='zero' or "
-        "'skip' would go on."
+        f"The norm of the gradients is {value} at step {record.step}, from these parameters: "
+        f"{names}. The norms before: {before}. The step was not taken and the gradients are "
+        "unchanged. Lower the learning rate or look at the batch of that step; "
+        "nonfinite='zero' or 'skip' would go on."
     )
 
 
@@ -71,11 +72,11 @@ def skip_limit_error(limit: int, step: int) -> SkipLimitError:
     """Return the error for too many skipped steps in a row.
 
     Args:
-        limit: So many are too many.
+        limit: The ``skip_limit``.
         step: Index of the newest step.
     """
     return SkipLimitError(
-        f"{limit} steps in a row were skipped, up to step {step}: parameters and gradients are as "
-        "they were. Look at the norms (clipper.last, or the logs): raise the threshold or lower "
+        f"{limit} steps in a row were skipped, up to step {step}: parameters and gradients are "
+        "unchanged. Look at the norms (clipper.last, or the logs): raise the threshold or lower "
         "the learning rate, or give a larger skip_limit."
     )

@@ -14,25 +14,25 @@ class LoggedStep(NamedTuple):
     wall_time: float
     """When the step was taken, in seconds since the epoch."""
     norm: float
-    """Total norm before clipping; NaN or infinite where the gradients were."""
+    """Total norm before clipping; NaN or infinite if the gradients were."""
     clipped_norm: float
     """Total norm afterwards."""
     threshold: float | None
-    """The threshold, None where there is none or more than one."""
+    """The threshold; None if there is none, or more than one."""
     coefficient: float
     """The smallest coefficient."""
     nonfinite: bool
     """Whether a norm was NaN or infinite."""
     skipped: bool
-    """Whether the whole step was left out."""
+    """Whether the whole step was skipped."""
     clip_rate: float
     """Share of the finite norms so far that were reduced; 0 before the first."""
     nonfinite_steps: int
     """Steps so far with a norm that was not finite."""
     skipped_steps: int
-    """Steps so far that were left out."""
+    """Steps so far that were skipped."""
     parameter_norms: Mapping[str, float] | None = None
-    """Norms of the gradients by the names of their parameters, before clipping; None where they
-    are not known, as in a CUDA graph, or were not asked for."""
+    """Norm of each parameter's gradient by the parameter's name, before clipping; None if unknown,
+    as in a CUDA graph, or if no sink asks for them."""
     incident: str | None = None
-    """What there is to say of a step whose norm was not finite, or far above those before."""
+    """A sentence about a step whose norm was not finite, or far above the norms before it."""

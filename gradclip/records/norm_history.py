@@ -1,4 +1,4 @@
-"""The norms before a step, and the line above which the next one is a spike."""
+"""The norms before a step, and the line above which the next norm is a spike."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
 WINDOW = 100
-"""Finite norms that a norm is held against: those before it."""
+"""Finite norms before a step that its norm is compared with."""
 FEWEST = 20
-"""How many there have to be."""
+"""Finite norms that are needed before any norm is a spike."""
 DEVIATIONS = 10.0
-"""Median deviations above their median from which a norm is a spike."""
+"""Median deviations above the median from which on a norm is a spike."""
 ACCURACY = 1e-6
-"""To which norms are right: one that is above others by less is not above them."""
+"""Relative accuracy of a norm: an excess smaller than this is rounding."""
 SHOWN = 5
-"""Norms before the step that are shown, and parameters that carry most of its own."""
+"""Norms before the step that a sentence shows, and parameters that it names."""
 
 
 class NormHistory:
-    """The norms before a step, and whether the next one is a spike.
+    """The norms before a step, and the answer whether the next norm is a spike.
 
-    Norms of 0, of steps without gradients, tell nothing of what is usual, and are not among those
-    that others are held against.
+    Steps without gradients have a norm of 0, which says nothing about usual norms: they are not
+    in the window.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class NormHistory:
         return ", ".join(f"{norm:.4g}" for norm in self._newest) or "not known"
 
     def add(self, norm: float) -> None:
-        """Take over the norm of a step. Takes about a microsecond."""
+        """Add the norm of a step. Takes about a microsecond."""
         self._newest.append(norm)
-        if not 0 < norm < math.inf:
+        if not 0 < norm < math.inf:  # false for NaN, too
             return
         if len(self._window) == WINDOW:
             del self._sorted[bisect_left(self._sorted, self._window.popleft())]
@@ -48,19 +48,20 @@ class NormHistory:
 
     @property
     def median(self) -> float:
-        """The median of the last finite norms; infinity where there are too few."""
+        """Median of the norms in the window; infinity if there are too few."""
         return _median(self._sorted) if len(self._sorted) >= FEWEST else math.inf
 
     def deviation(self) -> float:
-        """Return the median of their distances from it."""
+        """Return the median distance of the norms in the window from their median."""
         median = self.median
         return _median(sorted(abs(norm - median) for norm in self._sorted))
 
     def is_spike(self, norm: float) -> bool:
-        """Tell whether a finite norm is more than ten median deviations above the median.
+        """Return whether a finite norm is more than ten median deviations above the median.
 
-        Told without the deviation where that many norms are nearer to the median than a tenth of
-        the way to this one: two searches in place of 100 distances.
+        The deviation is below a tenth of the distance to the norm exactly if more than half of
+        the norms lie nearer to the median than that. Counting these takes two searches; only a
+        close result needs all 100 distances.
         """
         median = self.median
         if not norm > median * (1 + ACCURACY):
@@ -78,4 +79,4 @@ def _median(ordered: list[float]) -> float:
     middle = len(ordered) // 2
     if len(ordered) % 2:
         return ordered[middle]
-    return ordered[middle - 1] / 2 + ordered[middle] / 2
+    return ordered[middle - 1] / 2 + ordered[middle] / 2  # their sum may overflow

@@ -1,4 +1,4 @@
-"""What each parameter had in the norm of a step."""
+"""The norm of each parameter's gradient at one step, computed from power sums when it is read."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from ..engines.base import root
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParameterSums:
-    """The power sums of the gradients of a step, where they were measured."""
+    """The power sum of each parameter's gradient at one step, on the device that measured it."""
 
     names: Sequence[str]
     """Names of the parameters."""
     sums: Sequence[Tensor]
-    """Their sums one after the other, in vectors of any device."""
+    """The power sums in the order of the names, in one vector or several, of any device."""
     nonfinite: str | None = None
-    """Which parameters hold NaN or infinity, and how many; None where the host did not look."""
+    """Names of the parameters that hold NaN or infinity, with the number of these elements; None
+    if the host did not look."""
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 class ParameterNorms(Mapping[str, float]):
-    """Norms of the gradients of a step by the names of their parameters, computed when read.
+    """The norms of one step's gradients by the names of their parameters.
+
+    Most steps are never read, so a root is taken only when somebody asks.
 
     Args:
         of_step: Names the parameters.
-        sums: The power sums of many steps, float64 on the host.
-        first: Where those of this step begin.
+        sums: The power sums of a whole batch of steps, float64 on the host.
+        first: Index of the first power sum of this step.
         order: p of the norm.
     """
 
@@ -64,28 +67,31 @@ class ParameterNorms(Mapping[str, float]):
         return repr({**self})
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, float]]]:
-        return dict, ({**self},)  # not the sums of all the steps of its batch
+        # A plain dict: the sums of all the steps of the batch would go along otherwise.
+        return dict, ({**self},)
 
     def largest(self, count: int) -> dict[str, float]:
-        """Return the largest norms, from the largest on, with NaN before infinity."""
-        sums, places = self._sums.topk(min(count, len(self)))
-        names = (self._names[place] for place in places.tolist())
+        """Return the largest norms in falling order; NaN comes first, then infinity."""
+        sums, indices = self._sums.topk(min(count, len(self)))
+        names = (self._names[index] for index in indices.tolist())
         return dict(zip(names, self._norms(sums), strict=True))
 
-    def most(self, share: float, count: int) -> dict[str, float]:
-        """Return the largest norms that have a share of the whole sum, at most so many."""
+    def carrying(self, share: float, count: int) -> dict[str, float]:
+        """Return the fewest norms that have a share of the whole power sum, at most ``count``."""
         sums = self._sums.sort(descending=True).values[:count].cumsum(0)
         whole = self._sums.amax() if self._order == math.inf else self._sums.sum()
         return self.largest(min(int((sums < share * whole).sum()) + 1, count))
 
     def _norms(self, sums: Tensor) -> list[float]:
+        # The sum of an infinity norm is the norm itself. `root` writes into its argument.
         norms = sums if self._order == math.inf else root(sums.clone(), self._order)
         return norms.tolist()
 
 
 def rescaled(sums: Tensor, order: float, scale: Tensor) -> Tensor:
-    """Return the power sums of gradients that were multiplied by a scale, one element."""
+    """Return the power sums of gradients that a scale of one element was multiplied into."""
     scale = scale.to(sums)
     if order == math.inf:
         return sums / scale
-    return (root(sums.clone(), order) / scale).pow_(order)  # a power of the scale may overflow
+    # By way of the norm: a power of the scale may overflow, (2**16)**100 does.
+    return (root(sums.clone(), order) / scale).pow_(order)

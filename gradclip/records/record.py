@@ -1,4 +1,4 @@
-"""The record of one step, in tensors on the device, and the counters of all steps."""
+"""The record of one step, in tensors on the device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .parameter_norms import ParameterSums
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClipRecord:
-    """What one step's clipping found and did, on the device.
+    """The norms, thresholds and coefficients of one step, on the device.
 
-    The fields are vectors with one entry per label. The properties are what a user reads:
-    0-d tensors where there is one norm, else of shape (k,) in the order of
-    ``GradientClipper.labels``. They are made when they are read; nothing here waits for the
-    device, but the repr.
+    The fields are vectors with one entry per label. The properties are what a user reads: 0-d
+    tensors if there is one norm, else tensors of shape (k,) in the order of
+    ``GradientClipper.labels``. They are computed when they are read. Nothing here waits for the
+    device, except the repr.
     """
 
     step: int
@@ -28,12 +28,12 @@ class ClipRecord:
     thresholds: Tensor
     coefficients: Tensor
     skipped: bool | Tensor = False
-    """Whether the whole step was left out; 0-d, bool, where only the device knows."""
+    """Whether the whole step was skipped; 0-d, bool, if only the device knows."""
     overflow: Tensor | None = None
-    """Where only the device knows it: whether GradScaler left the step out, so that it does not
-    count; 0-d, bool."""
+    """Whether GradScaler skipped the step, which then does not count: 0-d, bool, if only the
+    device knows, else None."""
     parameter_sums: ParameterSums | None = None
-    """What each parameter had in the norms, for those that log it."""
+    """The power sum of each parameter's gradient, for the logs."""
 
     @property
     def norm(self) -> Tensor:
@@ -42,7 +42,7 @@ class ClipRecord:
 
     @property
     def clipped_norm(self) -> Tensor:
-        """Norm afterwards, ``norm * coefficient``; 0 where the gradients were erased."""
+        """Norm afterwards, ``norm * coefficient``; 0 if the gradients were set to 0."""
         return _as_scalar(clipped_norms(self.norms, self.coefficients))
 
     @property
@@ -66,35 +66,15 @@ class ClipRecord:
 
 
 def clipped_norms(norms: Tensor, coefficients: Tensor) -> Tensor:
-    """Return the norms after scaling: 0 where a coefficient is 0, also for an infinite norm."""
+    """Return the norms after scaling: 0 where a coefficient is 0, even if the norm is infinite."""
+    # By where and not by the product alone: infinity times 0 is NaN.
     return torch.where(coefficients == 0, 0.0, norms * coefficients)
 
 
 def flag_per_norm(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
-    """Return a flag as a number for each norm, 0 or 1."""
+    """Return a flag as a number for each norm, 0 or 1, so that it travels beside the norms."""
     return torch.zeros_like(norms) + (False if flag is None else flag)
 
 
 def _as_scalar(values: Tensor) -> Tensor:
     return values.squeeze(0) if values.numel() == 1 else values
-
-
-@dataclass(frozen=True, slots=True)
-class Counters:
-    """What has been counted since the start of training."""
-
-    clipped: int = 0
-    """Finite norms that were reduced: their coefficient is below 1."""
-    finite: int = 0
-    """Finite norms."""
-    nonfinite_steps: int = 0
-    """Steps with a norm that was not finite."""
-    skipped_steps: int = 0
-    """Steps that were left out."""
-    skipped_in_a_row: int = 0
-    """Steps that were left out since the last one that was taken."""
-
-    @property
-    def clip_rate(self) -> float:
-        """Share of the finite norms that were reduced; 0 before the first."""
-        return self.clipped / max(self.finite, 1)

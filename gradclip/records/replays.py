@@ -1,4 +1,4 @@
-"""Records of steps in a captured CUDA graph, which the device writes while no Python runs."""
+"""Records of the steps that a CUDA graph replays, written by the device while no Python runs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .buffer import wait_for_device
 from .record import ClipRecord, flag_per_norm
 
 CAPACITY = 10_000
-"""Records kept for one norm."""
+"""Records kept if there is one norm."""
 MOST_NUMBERS = 1 << 19
-"""Numbers kept, of which a record has five for each norm: 4 MB."""
+"""Numbers kept, five for each norm of a record: 4 MB."""
 
 
 def may_be_captured(record: ClipRecord) -> bool:
-    """Tell whether a step such as the one recorded may be captured later."""
+    """Return whether a later step like this one may be captured in a CUDA graph."""
     return record.norms.is_cuda
 
 
 class ReplayedRecords:
-    """A ring of the newest records, written at every replay of the step that was captured.
+    """A ring of the newest records, written at every replay of the captured step.
 
-    It has to be there before the capture, since what is made within belongs to the graph.
+    Make it before the capture: memory that is made within a capture belongs to the graph.
 
     Args:
-        norms: Give their number, device and dtype.
+        norms: Norms of a step, for their number, device and dtype.
     """
 
     def __init__(self, norms: Tensor) -> None:
@@ -41,30 +41,28 @@ class ReplayedRecords:
         self._captured = False
 
     def fits(self, norms: Tensor) -> bool:
-        """Tell whether there are as many norms, and where they are expected."""
+        """Return whether a record with these norms fits: their number and device are the same."""
         return self._rows.shape[2] == norms.numel() and self._rows.device == norms.device
 
     def write(self, record: ClipRecord) -> None:
-        """Write a record; within a capture: at every replay. No host sync."""
+        """Write a record; a captured write is repeated at every replay. No host sync."""
         norms = record.norms
-        skipped, overflow = (
-            flag_per_norm(record.skipped, norms),
-            flag_per_norm(record.overflow, norms),
-        )
-        row = torch.stack((norms, record.thresholds, record.coefficients, skipped, overflow))
+        flags = [flag_per_norm(flag, norms) for flag in (record.skipped, record.overflow)]
+        row = torch.stack((norms, record.thresholds, record.coefficients, *flags))
+        # The place in the ring is computed on the device: a graph would repeat a number of Python.
         self._rows.index_copy_(0, self._written % self.capacity, row.unsqueeze(0))
         self._written += 1
         if not self._captured:
             self._captured, self._time = True, time.time()
 
     def take(self, step: int) -> tuple[int, list[ClipRecord]]:
-        """Return how many steps were replayed since the last call, and the records there are.
+        """Return how many steps were replayed since the last call, and the records that are left.
 
-        Waits for the device, if a step was captured. Nothing on the device knows the time: steps
-        are spread evenly over that since the last call.
+        Waits for the device if a step was captured. The device has no clock: wall times are spread
+        evenly over the time since the last call.
 
         Args:
-            step: Index of the first of them.
+            step: Index of the first replayed step.
 
         Warns:
             RuntimeWarning: Records were overwritten.
@@ -80,13 +78,13 @@ class ReplayedRecords:
         if kept < replayed:
             warnings.warn(
                 f"{replayed - kept} records of replayed steps were overwritten before they were "
-                f"read, and are in no log and no counter: call flush() at least every "
+                "read, so no log and no counter has them: call flush() at least every "
                 f"{self.capacity} replays.",
                 RuntimeWarning,
                 stacklevel=4,
             )
-        places = torch.arange(written - kept, written, device=self._rows.device) % self.capacity
-        rows = self._rows[places].cpu()
+        indices = torch.arange(written - kept, written, device=self._rows.device) % self.capacity
+        rows = self._rows[indices].cpu()
         self._taken, self._time = written, now
         records = []
         for index, row in enumerate(rows, replayed - kept):

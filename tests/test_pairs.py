@@ -169,7 +169,7 @@ def test_a_rule_that_learns_serves_one_clipper_at_a_time(rule):
     first = GradientClipper(torch.optim.SGD([weight], lr=0.1), shared)
     learns = type(shared).observe is not Threshold.observe
     if learns:
-        with pytest.raises(ArgumentError, match="learns from the norms of another clipper already"):
+        with pytest.raises(ArgumentError, match="already learns from the norms of another clipper"):
             GradientClipper(torch.optim.SGD([weight], lr=0.1), shared)
         first.detach()
     GradientClipper(torch.optim.SGD([weight], lr=0.1), shared)

@@ -269,8 +269,8 @@ def refusal(training: Training, tape, captured) -> str:
 @pytest.mark.parametrize(
     ("max_norm", "options", "reason"),
     [
-        (0.5, {"nonfinite": "raise"}, "nonfinite='raise' has to look at every norm"),
-        (lambda step: 0.5, {}, "is asked anew at every step"),
+        (0.5, {"nonfinite": "raise"}, "nonfinite='raise' reads every norm"),
+        (lambda step: 0.5, {}, "is called at every step"),
         (0.5, {"exceed": "skip", "fused": False}, "AdamW cannot leave out a step on the device"),
     ],
 )

@@ -324,7 +324,7 @@ def test_a_parameter_that_was_resized_is_an_error(rows):
     GradientClipper(optimizer, 1.0, scope="unit")
     one.data = torch.zeros(rows, 2)
     one.grad, other.grad = torch.ones(rows, 2), torch.full((2, 2), 9.0)
-    with pytest.raises(GradientError, match=rf"of shape \({rows}, 2\), whose parameter had 2 ind"):
+    with pytest.raises(GradientError, match=rf"of shape \({rows}, 2\), whose parameter had 2 rows"):
         optimizer.step()
     assert bool((other.grad == 9).all())
 

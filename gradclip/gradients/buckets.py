@@ -1,4 +1,8 @@
-"""From what optimizers hold to buckets of gradients that one engine call can take, each once."""
+"""Sorts gradients into buckets, each of which one engine call measures or scales.
+
+An engine call takes tensors of one device and dtype. Sorting by Python costs microseconds for each
+gradient, which the usual case, all gradients in one bucket, avoids.
+"""
 
 from __future__ import annotations
 
@@ -24,58 +28,57 @@ from .forms import REAL, forms_of
 from .held import PLAIN
 
 HERE = None, True
-"""The group of a gradient that is on no other rank, and that it counts."""
+"""Rank group of a gradient that is on no other rank, and that this rank counts it."""
 
 _FACTS = attrgetter("dtype", "device", "layout")
 
 
 @dataclass(slots=True)
 class Bucket:
-    """Gradients of one device and dtype, all with or without rows, in the order they were met.
+    """Gradients of one device and dtype, all with or all without norms for their rows.
 
-    ``measured`` and ``written`` differ only where a gradient has duplicates (an uncoalesced
-    sparse one is measured coalesced) or is complex (measured as real numbers): scaling what
-    is written scales what was measured.
+    ``measured`` and ``written`` differ only if a gradient is an uncoalesced sparse tensor, which is
+    measured coalesced, or complex, which is measured as real numbers. Scaling the written tensor
+    scales the norm of the measured one.
     """
 
     device: torch.device
     measured: list[Tensor]
     written: list[Tensor]
     norm_indices: list[NormIndices] = field(default_factory=list)
-    """Where the norms of what is measured are; empty where all share one."""
+    """The norm indices of each measured tensor; empty if all share one norm."""
     written_norm_indices: list[NormIndices] = field(default_factory=list)
-    """The same of what is written."""
+    """The norm indices of each written tensor."""
     rows: bool = False
-    """Whether the indices of dimension 0 have norms of their own."""
+    """True if every index of dimension 0 has a norm of its own."""
     group: RankGroup | None = None
-    """The ranks that the gradients are spread over."""
+    """The ranks over which the gradients are sharded or copied; None for this rank alone."""
     counts: bool = True
-    """Whether their sums are counted here: of copies on several ranks one is."""
+    """True if this rank counts the gradients, False if another rank counts their copies."""
     indices: list[int] = field(default_factory=list)
-    """Which of the gradients that were sorted these are; empty for all of them."""
+    """Positions of these gradients in the input; empty if the bucket holds all of them."""
 
     def power_sums(self, engine: str, order: float) -> Tensor:
-        """Measure each gradient, or each of its rows; see `Engine.power_sums`."""
+        """Measure the power sum of each gradient, or of each row; see `Engine.power_sums`."""
         return engine_for(engine, self.device).power_sums(self.measured, order, rows=self.rows)
 
     def scale_(self, engine: str, coefficients: Tensor) -> None:
         """Multiply each gradient by the coefficient of its norm, in place; shape (k,)."""
-        values = self._spread(coefficients, 1.0)
+        values = self._values(coefficients, 1.0)
         engine_for(engine, self.device).scale_(self.written, values, rows=self.rows)
 
     def clamp_(self, engine: str, bounds: Tensor) -> None:
-        """Limit the elements of each gradient to the bound of its norm, in place; shape (k,)."""
-        values = self._spread(bounds, math.inf)
+        """Bound the elements of each gradient in place; shape (k,), a bound for each norm."""
+        values = self._values(bounds, math.inf)
         engine_for(engine, self.device).clamp_(self.written, values, rows=self.rows)
 
-    def _spread(self, values: Tensor, otherwise: float) -> Tensor:
+    def _values(self, values: Tensor, otherwise: float) -> Tensor:
+        """Return the value of each gradient or row; ``otherwise`` for rows without a norm."""
         if values.device != self.device:
             values = values.to(self.device)
-        return (
-            row_values(values, tuple(self.written_norm_indices), otherwise)
-            if self.norm_indices
-            else values
-        )
+        if not self.norm_indices:
+            return values
+        return row_values(values, tuple(self.written_norm_indices), otherwise)
 
 
 def buckets_of(
@@ -84,16 +87,18 @@ def buckets_of(
     norm_indices: Iterable[NormIndices] | None = None,
     counts_here: Sequence[bool] = (),
 ) -> list[Bucket]:
-    """Sort gradients into buckets.
+    """Sort gradients into buckets, in the order of their first gradients.
 
     Args:
         gradients: Distinct gradients of any mixture of devices, dtypes and layouts. Not written.
-        order: p of the norm to be measured.
-        norm_indices: For each gradient where its norms are; None where all share one.
-        counts_here: For each whether it counts here, not as a copy on another rank; empty for all.
+        order: p of the norm that will be measured.
+        norm_indices: The norm indices of each gradient; None if all share one norm.
+        counts_here: For each gradient, True if this rank counts it, False if another rank counts
+            its copy; empty if this rank counts all.
 
     Raises:
-        GradientError: A dtype or layout that cannot be clipped rightly, or rows that share memory.
+        GradientError: A dtype or layout that cannot be clipped rightly, rows that share memory, or
+            a gradient with another number of rows than norm indices.
     """
     if norm_indices is None and not counts_here:
         bucket = _bucket_of_all(gradients)
@@ -122,13 +127,17 @@ def buckets_of(
         if indices is not None:
             _add_norm_indices(bucket, gradient, indices, shard)
     for bucket in buckets.values():
+        # One list for both: an engine looks up the addresses of a Batch once.
         if all(map(is_, bucket.measured, bucket.written)):
             bucket.written = bucket.measured
     return list(buckets.values())
 
 
 def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
-    """Return the bucket that takes all: the usual case, told by two passes in C."""
+    """Return the one bucket of plain gradients of one device and dtype; None for any mixture.
+
+    Two passes in C, over types and over facts, instead of a line of Python for each gradient.
+    """
     types, (group, counts) = {*map(type, gradients)}, HERE
     if len(types) == 1 and is_dtensor(gradients[0]):
         shard = common_shard_of(gradients)  # type: ignore[arg-type]
@@ -142,12 +151,12 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
     dtype, device, layout = next(iter(facts))
     if len(facts) > 1 or dtype not in REAL or layout is not torch.strided:
         return None
-    listed = Batch(gradients)
-    return Bucket(device, listed, listed, group=group, counts=counts)
+    batch = Batch(gradients)
+    return Bucket(device, batch, batch, group=group, counts=counts)
 
 
 def copies_of(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """Return buckets of what is measured, in memory of its own."""
+    """Return buckets of copies of the measured tensors, which can be written freely."""
     return [
         replace(bucket, measured=copies, written=copies, written_norm_indices=bucket.norm_indices)
         for bucket in buckets
@@ -162,11 +171,11 @@ def _add_norm_indices(
     if norm_indices.rows and len(norm_indices.indices) != gradient.shape[0]:
         raise GradientError(
             f"Found a gradient of shape {tuple(gradient.shape)}, whose parameter had "
-            f"{len(norm_indices.indices)} indices of dimension 0 when they were labelled: detach() "
-            "and attach a new clipper after parameters were resized."
+            f"{len(norm_indices.indices)} rows when it was labelled: detach() the clipper and "
+            "attach a new one after a parameter was resized."
         )
     if norm_indices.rows and gradient.is_sparse:
-        # What is measured and written holds the values alone.
+        # The tensors of a sparse gradient hold the rows of its entries alone.
         measured = _indices_of_values(norm_indices, gradient.coalesce().indices())
         written = _indices_of_values(norm_indices, gradient._indices())
     elif norm_indices.rows and shard is not None:
@@ -174,8 +183,8 @@ def _add_norm_indices(
     elif norm_indices.rows and rows_share_memory(gradient):
         raise GradientError(
             f"Found a tensor of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
-            "in which indices of dimension 0 share memory and cannot be scaled apart: make it "
-            "contiguous(), or give its parameter one norm."
+            "in which rows share memory and cannot be scaled apart: make it contiguous(), or "
+            "give its parameter one norm."
         )
     bucket.norm_indices.append(measured)
     bucket.written_norm_indices.append(written)
@@ -183,11 +192,12 @@ def _add_norm_indices(
 
 @lru_cache(maxsize=1 << 12)
 def _indices_of_shard(norm_indices: NormIndices, shard: Shard) -> NormIndices:
-    """Return where the norms of the rows are that are here."""
+    """Return the norm indices of the rows that are on this rank."""
     if shard.rows is None:
         return norm_indices
     return NormIndices(norm_indices.indices.cpu()[shard.rows], rows=True)
 
 
 def _indices_of_values(norm_indices: NormIndices, positions: Tensor) -> NormIndices:
+    """Return the norm indices of the entries of a sparse gradient, whose rows are given."""
     return NormIndices(norm_indices.indices.to(positions.device)[positions[0]], rows=True)

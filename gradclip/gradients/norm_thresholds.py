@@ -1,4 +1,8 @@
-"""The largest norm of every label: the clipper's threshold, beside those of parameter groups."""
+"""Computes the threshold of every norm, from the clipper's rule and from parameter groups.
+
+A parameter group with a ``max_norm`` of its own has a constant threshold. The rule of the clipper
+sets the thresholds of all other norms and learns from those alone.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +23,26 @@ from ..thresholds import StepContext, Threshold, is_foreign, learns
 from .step import StepGradients
 
 _LEARNING: WeakValueDictionary[int, NormThresholds] = WeakValueDictionary()
-"""By the id of each threshold that learns, the one that serves it."""
+"""The clipper's object that serves each learning rule, by the id of the rule.
+
+A rule that learned from the norms of two clippers would mix them. The registry refuses the second
+clipper, until the first is detached or collected. It is not an attribute of the rule, which a copy
+would inherit: a copied rule may serve another clipper. Nor is the rule itself a key, since a user's
+class may define ``__eq__`` and so have no hash. An id stays valid: the value keeps its rule alive.
+"""
 
 
 class NormThresholds:
-    """Asks a threshold about the norms that it rules, and tells it what became of them.
+    """Applies the rule to the norms of each step and feeds the outcome back to it.
 
     Args:
-        threshold: The clipper's threshold.
-        labels: The labels, with the thresholds of groups that have their own.
-        device: Where norms will be.
+        threshold: The clipper's rule.
+        labels: The labels of the norms, with the thresholds of parameter groups.
+        device: The device of the norms.
         order: p of the norms.
 
     Raises:
-        ArgumentError: The threshold learns, and another clipper uses it.
+        ArgumentError: The rule learns and serves another clipper.
     """
 
     def __init__(
@@ -45,96 +55,104 @@ class NormThresholds:
         self._learns, self._foreign = learns(threshold), is_foreign(threshold)
         self._context: StepContext | None = None
         self._started: tuple[str, ...] = ()
-        self._ruled: Tensor | None = None
-        self._own = torch.empty(0, device="cpu")
+        self._rule_indices: Tensor | None = None
+        self._group_thresholds = torch.empty(0, device="cpu")
         if id(threshold) in _LEARNING:
             raise ArgumentError(
-                f"{threshold!r} learns from the norms of another clipper already, which this "
-                "one's would mix with: make one for each clipper, or detach() the other first."
+                f"{threshold!r} already learns from the norms of another clipper, and would mix "
+                "them with those of this one: make a threshold for each clipper, or detach() the "
+                "other clipper first."
             )
         self.follow_labels()
 
     def claim(self) -> None:
-        """Take a threshold that learns for this clipper alone."""
+        """Reserve a learning rule for this clipper."""
         if self._learns:
             _LEARNING[id(self._threshold)] = self
 
     def release(self) -> None:
-        """Leave the threshold to another clipper."""
+        """Free the rule for another clipper."""
         if _LEARNING.get(id(self._threshold)) is self:
             del _LEARNING[id(self._threshold)]
 
     def at_step(self, gradients: StepGradients, norms: Tensor, step: int) -> Tensor:
-        """Return the thresholds of all norms.
+        """Return the thresholds of all norms. No host sync.
 
         Args:
-            gradients: The gradients that were measured.
-            norms: Shape (k,).
+            gradients: The gradients of the step.
+            norms: Their norms, shape (k,).
             step: Index of the step.
 
         Returns:
-            Shape (k,), on the same device.
+            Shape (k,), on the device of the norms.
 
         Raises:
-            ArgumentError: The threshold returned another shape, or on another device, or on the CPU
-            a number that is no limit.
+            ArgumentError: The rule returned no float tensor, another shape or device, or, on the
+                CPU, a number that is no threshold.
         """
         self.follow_labels()
         if capturing():
-            keep_if_captured(self._own, self._ruled, {**getattr(self._threshold, "__dict__", {})})
+            keep_if_captured(
+                self._group_thresholds,
+                self._rule_indices,
+                {**getattr(self._threshold, "__dict__", {})},
+            )
         weight_norms = gradients.weight_norms() if self._threshold.needs_weights else None
         context = StepContext(step, gradients.present(), self._order, weight_norms)
-        if self._ruled is not None:
-            norms, context = norms[self._ruled], _part(context, self._ruled)
-        # The norm of a part of the gradients is no example of what is to be expected.
+        if self._rule_indices is not None:
+            norms, context = norms[self._rule_indices], _selected(context, self._rule_indices)
+        # The norm of some of the gradients says nothing about the norm of all.
         self._context = context if self._learns and not gradients.partial else None
         if not norms.numel():
-            return self._own
-        thresholds = self._asked(norms, context)
-        if self._ruled is None:
+            return self._group_thresholds
+        thresholds = self._rule_thresholds(norms, context)
+        if self._rule_indices is None:
             return thresholds
-        return self._own.index_copy(0, self._ruled, thresholds)
+        return self._group_thresholds.index_copy(0, self._rule_indices, thresholds)
 
     def observe(self, record: ClipRecord) -> None:
-        """Let the threshold learn from the step that it was asked about."""
+        """Let the rule learn from a step that was taken or skipped. No host sync."""
         context, observes_skipped = self._context, self._threshold.observes_skipped
         if context is None or (record.skipped is True and not observes_skipped):
             return
-        clipped_norms = _clipped_norms(record)
-        norms = record.norms
-        if self._ruled is not None:
-            norms, clipped_norms = norms[self._ruled], clipped_norms[self._ruled]
-        for left_out in (None if observes_skipped else record.skipped, record.overflow):
-            if isinstance(left_out, Tensor):
-                context = replace(context, present=context.present & ~left_out)
+        norms, clipped_norms = record.norms, _observed_clipped_norms(record)
+        if self._rule_indices is not None:
+            norms, clipped_norms = norms[self._rule_indices], clipped_norms[self._rule_indices]
+        # A skip that only the device knows cannot end this method: the rule runs, and sees norms
+        # without gradients, which it has to ignore.
+        for skipped in (None if observes_skipped else record.skipped, record.overflow):
+            if isinstance(skipped, Tensor):
+                context = replace(context, present=context.present & ~skipped)
         if norms.numel():
             if self._foreign:
                 norms, context = norms.clone(), _copied(context)
             self._threshold.observe(norms, clipped_norms, context)
 
-    def _asked(self, norms: Tensor, context: StepContext) -> Tensor:
+    def _rule_thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
         if not self._foreign:
             return self._threshold.thresholds(norms, context)
-        # What a user's own threshold may write to is its own.
-        found = self._threshold.thresholds(norms.clone(), _copied(context))
-        return _checked(self._threshold, found, norms)
+        # A user's own rule may write to its arguments, which the record keeps: it gets copies.
+        thresholds = self._threshold.thresholds(norms.clone(), _copied(context))
+        return _checked(self._threshold, thresholds, norms)
 
     def follow_labels(self) -> None:
-        """Start the threshold, again whenever there are new labels that it rules."""
-        names, limits = self._labels.names, self._labels.group_thresholds
+        """Start the rule, and again whenever there are new labels."""
+        names, constants = self._labels.names, self._labels.group_thresholds
+        # By identity: labels make another tuple when they change, and only then.
         if names is self._started:
             return
-        ruled = [index for index, limit in enumerate(limits) if limit is None]
+        ruled = [index for index, constant in enumerate(constants) if constant is None]
         dtype = norm_dtype(self._device)
         if len(ruled) < len(names):
-            own = [math.inf if limit is None else limit for limit in limits]
-            self._own = torch.tensor(own, dtype=dtype, device=self._device)
-            self._ruled = torch.tensor(ruled, dtype=torch.int64, device=self._device)
+            values = [math.inf if constant is None else constant for constant in constants]
+            self._group_thresholds = torch.tensor(values, dtype=dtype, device=self._device)
+            self._rule_indices = torch.tensor(ruled, dtype=torch.int64, device=self._device)
         self._threshold.start(tuple(names[i] for i in ruled), self._device, dtype)
         self._started = names
 
 
-def _part(context: StepContext, ruled: Tensor) -> StepContext:
+def _selected(context: StepContext, ruled: Tensor) -> StepContext:
+    """Return the context of the norms with the given indices."""
     weights = context.weight_norms
     return replace(
         context,
@@ -147,17 +165,18 @@ def _copied(context: StepContext) -> StepContext:
     return replace(context, present=context.present.clone())
 
 
-def _clipped_norms(record: ClipRecord) -> Tensor:
-    """Return the norms after scaling; of a skipped step what scaling would have made of them."""
+def _observed_clipped_norms(record: ClipRecord) -> Tensor:
+    """Return the norms after scaling; for a skipped step, those that scaling would have given."""
     scaled = clipped_norms(record.norms, record.coefficients)
     if record.skipped is False:
         return scaled
-    held = torch.minimum(record.norms, record.thresholds)
-    return held if record.skipped is True else torch.where(record.skipped, held, scaled)
+    # The coefficients of a skipped step are 1, so that its thresholds say what scaling would give.
+    allowed = torch.minimum(record.norms, record.thresholds)
+    return allowed if record.skipped is True else torch.where(record.skipped, allowed, scaled)
 
 
 def _checked(threshold: Threshold, found: object, norms: Tensor) -> Tensor:
-    """Check what a threshold of the user's own returned; its values only where nothing waits."""
+    """Check the tensor that a user's own rule returned; its values only if no device must wait."""
     name = f"{type(threshold).__name__}.thresholds()"
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.is_sparse:
         kind = f"tensor of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
@@ -170,9 +189,9 @@ def _checked(threshold: Threshold, found: object, norms: Tensor) -> Tensor:
             f"{name} returned the shape {tuple(found.shape)} on {found.device}: return one "
             f"threshold for each norm, shape {tuple(norms.shape)} on {norms.device}."
         )
-    # Where the norm is not finite, another rule decides.
+    # For a NaN or infinite norm the option nonfinite decides, whatever its threshold is.
     if host_may_read(found) and not bool(((found >= 0) | ~norms.isfinite()).all()):
         raise ArgumentError(
-            f"{name} returned {found.tolist()}: return numbers >= 0, infinity for no limit."
+            f"{name} returned {found.tolist()}: return numbers >= 0, infinity for no threshold."
         )
     return found.to(norms.dtype)

@@ -1,4 +1,9 @@
-"""Buckets of gradients to norms, one per label, in float64."""
+"""Measures the norms of buckets of gradients, on one rank or across ranks.
+
+Engines measure power sums ``sum |g|^p``, one for each gradient or row, and power sums add up:
+those of gradients to that of their norm, those of ranks to that of all. The root is taken last.
+For p = inf the largest element stands for the power sum, and the maximum for the sum.
+"""
 
 from __future__ import annotations
 
@@ -25,40 +30,43 @@ def norms_of(
     device: torch.device | None = None,
     engine: str = "auto",
     scalar: bool = False,
-    parts: list[Tensor] | None = None,
+    gradient_sums: list[Tensor] | None = None,
     groups: Sequence[RankGroup] = (),
 ) -> Tensor:
-    """Measure one norm per label.
+    """Measure the norms of buckets of gradients.
 
-    No host sync, unless gradients lie on several devices: then their sums meet on one.
+    No host sync, unless gradients lie on several devices: their sums are copied to one. Collective
+    if a bucket or ``groups`` names a rank group.
 
     Args:
-        buckets: The gradients with the indices of their norms. Not written.
+        buckets: The gradients with their norm indices. Not written.
         order: p of the p-norm, positive or infinity.
-        count: k, how many norms there are; 1 where the gradients have no norm indices.
-        device: Where the norms are wanted; by default where the first gradient is, else the CPU.
-        engine: Which engine measures.
-        scalar: Whether a single norm is wanted 0-d.
-        parts: Takes the power sum of every gradient, bucket by bucket, in fresh memory; no bit of
-            the norms depends on it.
-        groups: Ranks whose collective is entered also where none of their gradients is here. Those
-            that gradients are spread over need not be among them; this is called on all of them.
+        count: k, the number of norms; 1 if the gradients have no norm indices.
+        device: The device of the result; by default that of the first gradient, or the CPU.
+        engine: The name of the engine.
+        scalar: True to return a single norm 0-d.
+        gradient_sums: A list to which the power sums of all gradients are appended, one vector for
+            each bucket, in memory of their own. The norms have the same bits with and without it.
+        groups: Rank groups whose collective this rank enters even if it has none of their
+            gradients. The groups of the buckets need not be among them.
 
     Returns:
-        Shape (k,), or () for a scalar, float64 (float32 where the device has no float64); 0 for a
-        label without gradients, NaN or infinity where the gradients are not finite.
+        Shape (k,), or () for a scalar, float64 (float32 if the device has no float64). 0 for a
+        norm without gradients, NaN or infinity if its gradients are not finite.
     """
     spread = {bucket.group for bucket in buckets if bucket.group is not None}.union(groups)
     if spread:
         device = device or (buckets[0].device if buckets else torch.device("cpu"))
-        found = measure_across_ranks(
-            buckets, order, norm_ranks_of(spread), count=count, device=device, engine=engine
-        )
-        return found.norms.squeeze(0) if scalar else found.norms
+        norm_ranks = norm_ranks_of(spread)
+        norms = measure_across_ranks(
+            buckets, order, norm_ranks, count=count, device=device, engine=engine
+        ).norms
+        return norms.squeeze(0) if scalar else norms
     single = (
         len(buckets) == 1 and not buckets[0].norm_indices and device in (None, buckets[0].device)
     )
-    if single and parts is None:
+    if single and gradient_sums is None:
+        # The usual case: one engine call returns the norm, without a vector of sums between.
         serving = engine_for(engine, buckets[0].device)
         return serving.norm(buckets[0].measured, order, scalar=scalar)
     if device is None:
@@ -67,30 +75,31 @@ def norms_of(
         shape = () if scalar else (count,)
         return torch.zeros(shape, dtype=norm_dtype(device), device=device)
     if not buckets[0].norm_indices:
-        norms = [_norm(bucket, order, engine, parts) for bucket in buckets]
+        norms_of_buckets = [_norm(bucket, order, engine, gradient_sums) for bucket in buckets]
         if single:
-            return norms[0].squeeze(0) if scalar else norms[0]
-        together = _together(norms, device)
+            return norms_of_buckets[0].squeeze(0) if scalar else norms_of_buckets[0]
+        # The p-norm of the norms of disjoint parts is the p-norm of the whole.
+        together = _together(norms_of_buckets, device)
         norm: Tensor = torch.linalg.vector_norm(together, order, 0, keepdim=not scalar)
         return norm
     sums = [bucket.power_sums(engine, order) for bucket in buckets]
-    if parts is not None:
-        parts += map(partial(_of_gradients, order), sums, buckets)
-    return _norms(_total(sums, buckets, order, count, device), order)
+    if gradient_sums is not None:
+        gradient_sums += map(partial(_sums_of_gradients, order), sums, buckets)
+    return _roots(_sums_of_norms(sums, buckets, order, count, device), order)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedNorms:
-    """What several ranks have found together, the same bits on all of them."""
+    """Results of a measurement across ranks, the same bits on every rank."""
 
     norms: Tensor
     """Shape (k,)."""
-    parts: Tensor | None = None
-    """The power sums of the gradients of all parameters."""
+    parameter_sums: Tensor | None = None
+    """Power sums of the gradients of all parameters, one for each parameter."""
     weight_norms: Tensor | None = None
-    """Of the parameters, shape (k,)."""
+    """Norms of the parameters, shape (k,)."""
     present: Tensor | None = None
-    """Which of the norms have a gradient behind them on some rank; shape (k,), bool."""
+    """Shape (k,), bool: True for a norm with a gradient on any rank."""
 
 
 def measure_across_ranks(
@@ -101,85 +110,78 @@ def measure_across_ranks(
     count: int,
     device: torch.device,
     engine: str,
-    parts: tuple[tuple[NormIndices, ...], int] | None = None,
+    parameters: tuple[tuple[NormIndices, ...], int] | None = None,
     weights: Sequence[Bucket] | None = None,
     present: Tensor | None = None,
 ) -> SharedNorms:
-    """Measure one norm per label over several ranks. One collective for each of their groups.
+    """Measure norms that span several ranks, with one collective for each rank group.
+
+    All ranks call this with the same optional arguments: everything travels in one vector.
 
     Args:
-        buckets: The gradients that are here. Not written.
+        buckets: The gradients of this rank. Not written.
         order: p of the p-norm, positive or infinity.
-        norm_ranks: The ranks. All of them call this, and ask for the same.
-        count: k, how many norms there are.
-        device: Where the norms are wanted.
-        engine: Which engine measures.
-        parts: To be told the sums of all parameters: where the gradients are among these, and how
-            many there are.
-        weights: To be told the norms of the parameters: these, where they have gradients here.
-        present: To be told which norms have a gradient: those that have one here.
+        norm_ranks: The ranks that the norms span.
+        count: k, the number of norms.
+        device: The device of the results.
+        engine: The name of the engine.
+        parameters: To measure the power sum of each parameter's gradient as well: the indices of
+            this rank's gradients among the parameters of all ranks, and the number of these.
+        weights: To measure the norms of the parameters as well: those of this rank.
+        present: To learn which norms have a gradient: True for those with one on this rank.
     """
     entered = {*norm_ranks.groups}
 
-    def counted_buckets(group: RankGroup | None, some: Sequence[Bucket]) -> list[Bucket]:
-        own = [b for b in some if (b.group if b.group in entered else None) == group]
-        return [bucket for bucket in own if bucket.counts]
+    def counted(group: RankGroup | None, candidates: Sequence[Bucket]) -> list[Bucket]:
+        """Return the buckets of a rank group that this rank counts; None for all other buckets."""
+        return [
+            bucket
+            for bucket in candidates
+            if bucket.counts and (bucket.group if bucket.group in entered else None) == group
+        ]
 
-    def measured_vectors(group: RankGroup | None) -> Tensor:
-        own = counted_buckets(group, buckets)
-        sums = [bucket.power_sums(engine, order) for bucket in own]
-        vectors = [_total(sums, own, order, count, device)]
-        if parts is not None:
-            vectors.append(_by_parameter(sums, own, order, *parts, device))
+    def local_vector(group: RankGroup | None) -> Tensor:
+        """Return what this rank contributes to the collective of a rank group, in fresh memory."""
+        gradients = counted(group, buckets)
+        sums = [bucket.power_sums(engine, order) for bucket in gradients]
+        vectors = [_sums_of_norms(sums, gradients, order, count, device)]
+        if parameters is not None:
+            vectors.append(_sums_of_parameters(sums, gradients, order, *parameters, device))
         if weights is not None:
-            own = counted_buckets(group, weights)
-            sums = [bucket.power_sums(engine, order) for bucket in own]
-            vectors.append(_total(sums, own, order, count, device))
+            parameters_here = counted(group, weights)
+            sums = [bucket.power_sums(engine, order) for bucket in parameters_here]
+            vectors.append(_sums_of_norms(sums, parameters_here, order, count, device))
         if present is not None:
+            # As numbers: neither their sum nor their maximum is 0 if one rank has a gradient.
             vectors.append(present.to(vectors[0].dtype))
         return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
 
+    # Gradients outside of the rank groups add to the norms without a collective of their own.
     alone = any(bucket.group not in entered for bucket in buckets)
-    together = norm_ranks.combined(measured_vectors, order, alone=alone)
-    lengths = [count] if parts is None else [count, parts[1]]
-    lengths += [count for asked in (weights, present) if asked is not None]
-    found = iter(torch.split(together, lengths) if len(lengths) > 1 else [together])
+    vector = norm_ranks.combined(local_vector, order, alone=alone)
+    lengths = [count] if parameters is None else [count, parameters[1]]
+    lengths += [count for option in (weights, present) if option is not None]
+    results = iter(torch.split(vector, lengths) if len(lengths) > 1 else [vector])
     return SharedNorms(
-        _norms(next(found), order),
-        None if parts is None else next(found),
-        None if weights is None else _norms(next(found), order),
-        None if present is None else next(found) > 0,
+        _roots(next(results), order),
+        None if parameters is None else next(results),
+        None if weights is None else _roots(next(results), order),
+        None if present is None else next(results) > 0,
     )
 
 
-def _norms(power_sums: Tensor, order: float) -> Tensor:
+def _roots(power_sums: Tensor, order: float) -> Tensor:
     return power_sums if order == INFINITY else root(power_sums, order)
 
 
-def _by_parameter(
-    sums: Sequence[Tensor],
-    buckets: Sequence[Bucket],
-    order: float,
-    norm_indices: tuple[NormIndices, ...],
-    count: int,
-    device: torch.device,
-) -> Tensor:
-    """Return the power sums of the gradients of all parameters, shape (count,)."""
-    if not buckets:
-        return torch.zeros(count, dtype=norm_dtype(device), device=device)
-    found = _together(list(map(partial(_of_gradients, order), sums, buckets)), device)
-    indices = [index for bucket in buckets for index in bucket.indices or range(len(norm_indices))]
-    return sums_by_norm(found, order, tuple(norm_indices[index] for index in indices), count)
-
-
-def _total(
+def _sums_of_norms(
     sums: Sequence[Tensor],
     buckets: Sequence[Bucket],
     order: float,
     count: int,
     device: torch.device,
 ) -> Tensor:
-    """Return the power sums of the norms from those of their parts, shape (k,)."""
+    """Return the power sum of each norm, shape (k,), from those of gradients or rows."""
     if not buckets:
         return torch.zeros(count, dtype=norm_dtype(device), device=device)
     together = _together(sums, device)
@@ -189,20 +191,41 @@ def _total(
     return together.amax(0, keepdim=True) if order == INFINITY else together.sum(0, keepdim=True)
 
 
-def _norm(bucket: Bucket, order: float, engine: str, parts: list[Tensor] | None) -> Tensor:
+def _sums_of_parameters(
+    sums: Sequence[Tensor],
+    buckets: Sequence[Bucket],
+    order: float,
+    parameter_indices: tuple[NormIndices, ...],
+    count: int,
+    device: torch.device,
+) -> Tensor:
+    """Return the power sum of each parameter's gradient, shape (count,)."""
+    if not buckets:
+        return torch.zeros(count, dtype=norm_dtype(device), device=device)
+    gradient_sums = _together(list(map(partial(_sums_of_gradients, order), sums, buckets)), device)
+    every = range(len(parameter_indices))
+    positions = [position for bucket in buckets for position in bucket.indices or every]
+    indices = tuple(parameter_indices[position] for position in positions)
+    return sums_by_norm(gradient_sums, order, indices, count)
+
+
+def _norm(bucket: Bucket, order: float, engine: str, gradient_sums: list[Tensor] | None) -> Tensor:
     serving = engine_for(engine, bucket.device)
-    if parts is None:
+    if gradient_sums is None:
         return serving.norm(bucket.measured, order)
     norm, sums = serving.norm_and_sums(bucket.measured, order)
-    parts.append(sums)
+    gradient_sums.append(sums)
     return norm
 
 
-def _of_gradients(order: float, sums: Tensor, bucket: Bucket) -> Tensor:
-    """Return the power sums of gradients from theirs, or from those of their rows in some norm."""
+def _sums_of_gradients(order: float, sums: Tensor, bucket: Bucket) -> Tensor:
+    """Return one power sum for each gradient, from those of gradients or of their rows.
+
+    Rows that belong to no norm do not count.
+    """
     if capturing():
-        return sums  # nobody reads what a graph measures of parameters
-    sums = sums.clone()  # the norms will be in their memory
+        return sums  # a captured graph records no norms of parameters
+    sums = sums.clone()  # the root of the norms may be taken in place
     if not bucket.rows:
         return sums
     norm_indices = tuple(bucket.norm_indices)
@@ -210,7 +233,7 @@ def _of_gradients(order: float, sums: Tensor, bucket: Bucket) -> Tensor:
 
 
 def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Bring what was measured on several devices to one."""
+    """Concatenate vectors of several devices on one device."""
     if len(values) == 1 and values[0].device == device:
         return values[0]
     return torch.cat([value.to(device, norm_dtype(device)) for value in values])

@@ -1,4 +1,4 @@
-"""The options that decide what a clipper does with a norm, checked once."""
+"""The options of a clipper: checks them once, answers what they allow, and describes them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..errors import ArgumentError, AttachError
 from ..thresholds import Threshold
 
 SHOWN = 20
-"""Names of norms that a description shows."""
+"""Largest number of norm names that a description lists."""
 EXCEED = ("scale", "observe", "skip")
 NONFINITE = ("zero", "skip", "raise", "propagate")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a clipper measures and what it does; see `GradientClipper` for the meaning of each.
+    """The options of a clipper that are plain values; `GradientClipper` explains each.
 
     Raises:
-        ArgumentError: An option that cannot be meant.
-        EngineUnavailableError: An engine that this installation lacks.
+        ArgumentError: An invalid option.
+        EngineUnavailableError: The engine is not available in this installation.
     """
 
     norm_type: float = 2.0
@@ -36,7 +36,7 @@ class Settings:
     engine: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check every option and bring the numbers to float."""
+        """Check every option and convert numbers to float."""
         object.__setattr__(self, "norm_type", checked_order(self.norm_type))
         if self.max_value is not None:
             object.__setattr__(self, "max_value", checked_bound("max_value", self.max_value))
@@ -48,32 +48,34 @@ class Settings:
 
     @property
     def writes(self) -> bool:
-        """Whether gradients may be changed at all."""
+        """True if gradients may be written at all."""
         return self.exceed != "observe"
 
     @property
     def erases(self) -> bool:
-        """Whether gradients whose norm is not finite become 0."""
+        """True if gradients whose norm is NaN or infinite become 0."""
         return self.nonfinite == "zero"
 
     @property
     def skips(self) -> bool:
-        """Whether steps may be left out without an error."""
+        """True if steps may be skipped without an error."""
         return self.writes and "skip" in (self.exceed, self.nonfinite)
 
     @property
     def raises(self) -> bool:
-        """Whether a norm that is not finite is an error, which the host has to know at once."""
+        """True if a NaN or infinite norm is an error, for which the host reads every norm."""
         return self.writes and self.nonfinite == "raise"
 
 
 def options_of(settings: Settings, threshold: object, scope: object) -> dict[str, str]:
-    """Return what decides how a clipper clips, by the names of its options, for people.
+    """Return a readable value for each option that decides how a clipper clips.
+
+    Logs show these, and ranks compare them.
 
     Args:
-        settings: Its settings.
+        settings: The settings of the clipper.
         threshold: Its threshold.
-        scope: Its scope.
+        scope: Its scope, as given.
     """
     return {
         "max_norm": repr(threshold),
@@ -89,13 +91,13 @@ def options_of(settings: Settings, threshold: object, scope: object) -> dict[str
 def described(
     options: Mapping[str, str], norms: Sequence[str], optimizers: Sequence[object], engine: str
 ) -> dict[str, str]:
-    """Return how a clipper is set and what it serves, for people.
+    """Return a readable description of a clipper for the logs: its options and environment.
 
     Args:
-        options: Its options.
-        norms: Names of its norms.
-        optimizers: What it is attached to.
-        engine: The engines that serve it.
+        options: The options, from `options_of`.
+        norms: The names of its norms.
+        optimizers: Its optimizers.
+        engine: The names of its engines.
     """
     shown = ", ".join(norms[:SHOWN]) + (", ..." if len(norms) > SHOWN else "")
     return {
@@ -108,25 +110,28 @@ def described(
     }
 
 
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ArgumentError(f"{name} is {value!r}: give one of {', '.join(map(repr, known))}.")
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name} is {value!r}: give one of {', '.join(map(repr, choices))}.")
 
 
 def check_capture(settings: Settings, threshold: Threshold) -> None:
-    """Refuse to be captured in a CUDA graph, in which no Python runs, where that would go wrong.
+    """Refuse the capture of a step in a CUDA graph whose replays would not clip rightly.
+
+    A replay repeats kernels and runs no Python.
 
     Raises:
-        AttachError: A policy or a threshold needs the host at every step.
+        AttachError: A policy or the threshold needs the host at every step.
     """
     if settings.raises:
         raise AttachError(
-            "nonfinite='raise' has to look at every norm, and a captured CUDA graph runs without "
-            "the host: choose another policy, or call optimizer.step() outside the graph."
+            "nonfinite='raise' reads every norm on the host, and a captured CUDA graph runs "
+            "without the host: choose another policy, or call optimizer.step() outside the graph."
         )
     if not threshold.capturable:
         raise AttachError(
-            f"{threshold!r} is asked anew at every step, and a captured CUDA graph runs without "
-            "Python: give a threshold whose class says 'capturable = True', since it does the same "
-            "at every step and writes its state in place; or call optimizer.step() outside."
+            f"{threshold!r} is called at every step, and a captured CUDA graph runs without "
+            "Python: give a threshold whose class sets 'capturable = True', because it does the "
+            "same at every step and writes its state in place; or call optimizer.step() outside "
+            "the graph."
         )

@@ -57,8 +57,8 @@ class StepGradients:
         norm_ranks: The ranks that the norms span.
         counts_here: For each gradient, True if this rank counts it, False if another rank counts
             its copy; empty if this rank counts all.
-        parts: The index of each gradient among the parameters of all ranks, whose names are
-            ``names``.
+        parameter_indices: The index of each gradient among the parameters of all ranks, whose
+            names are ``names``.
         needs_present: True if the threshold reads which norms have a gradient on any rank.
         scale: The factor by which GradScaler has multiplied the gradients, one element; None for
             unscaled gradients.
@@ -81,7 +81,7 @@ class StepGradients:
         names: Sequence[str] | None = None,
         norm_ranks: NormRanks = ALONE,
         counts_here: Sequence[bool] = (),
-        parts: Sequence[NormIndices] = (),
+        parameter_indices: Sequence[NormIndices] = (),
         needs_present: bool = True,
         scale: Tensor | None = None,
         overflow: Tensor | None = None,
@@ -99,7 +99,7 @@ class StepGradients:
         self._names = names
         self._norm_ranks = norm_ranks
         self._counts_here = counts_here
-        self._part_places = tuple(parts)
+        self._parameter_indices = tuple(parameter_indices)
         self._needs_present = needs_present
         self._present: Tensor | None = None
         self._weight_norms: Tensor | None = None
@@ -239,17 +239,17 @@ class StepGradients:
 
     # Measuring
 
-    def _norms(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
-        return self._unscaled(self._measured(buckets, parts))
+    def _norms(self, buckets: Sequence[Bucket], sums: list[Tensor] | None = None) -> Tensor:
+        return self._unscaled(self._measured(buckets, sums))
 
     def _unscaled(self, norms: Tensor) -> Tensor:
         return norms if self._scale is None else norms / self._scale.to(norms)
 
-    def _measured(self, buckets: Sequence[Bucket], parts: list[Tensor] | None = None) -> Tensor:
+    def _measured(self, buckets: Sequence[Bucket], sums: list[Tensor] | None = None) -> Tensor:
         order = self._settings.norm_type
         if self._norm_ranks:
             return measure_across_ranks(buckets, order, self._norm_ranks, **self._options).norms
-        return norms_of(buckets, order, parts=parts, **self._options)
+        return norms_of(buckets, order, gradient_sums=sums, **self._options)
 
     def _norms_across(self) -> Tensor:
         """Measure the norms together with other ranks, and keep what else the ranks exchange."""
@@ -260,14 +260,14 @@ class StepGradients:
             self._settings.norm_type,
             self._norm_ranks,
             **self._options,
-            parts=None if names is None else (self._part_places, len(names)),
+            parameters=None if names is None else (self._parameter_indices, len(names)),
             weights=None if self._weights is None else self._weight_buckets(),
             present=self._present_here() if self._needs_present else None,
         )
         self._present, self._weight_norms = shared.present, shared.weight_norms
         norms = self._unscaled(shared.norms)
-        if names is not None and shared.parts is not None:
-            self.parameter_sums = self._described(names, None, norms, [shared.parts])
+        if names is not None and shared.parameter_sums is not None:
+            self.parameter_sums = self._described(names, None, norms, [shared.parameter_sums])
         return norms
 
     def _present_here(self) -> Tensor:

@@ -162,7 +162,7 @@ class JointGradients:
             names=names,
             norm_ranks=rank_layout.norm_ranks,
             counts_here=() if labels.all_count else held.counts_here,
-            parts=rank_layout.parameter_indices(held.names),
+            parameter_indices=rank_layout.parameter_indices(held.names),
             needs_present=self._needs_present,
             **options,
         )

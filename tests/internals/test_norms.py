@@ -80,7 +80,7 @@ def test_without_norm_indices_all_gradients_have_one_norm(order, kinds, scalar):
     assert (found.shape, found.dtype) == (() if scalar else (1,), torch.float64)
     assert found.item() == pytest.approx(norm(gradients, order), rel=1e-7)
     parts: list[Tensor] = []
-    beside = norms_of(buckets, order, scalar=scalar, parts=parts)
+    beside = norms_of(buckets, order, scalar=scalar, gradient_sums=parts)
     assert torch.equal(beside, found)
     needed = [power_sum([each], order) for bucket in buckets for each in bucket.measured]
     assert torch.cat(parts).tolist() == approx(needed)
@@ -92,7 +92,7 @@ def test_the_parts_of_labels_are_the_sums_of_the_gradients(order):
     whole, rows = torch.randn(5), torch.randn(3, 4)
     norm_indices = [indices_of(1), indices_of(1, NOWHERE, 0, rows=True)]
     buckets, parts = buckets_of([whole, rows], order, norm_indices), []
-    found = norms_of(buckets, order, count=2, parts=parts)
+    found = norms_of(buckets, order, count=2, gradient_sums=parts)
     assert found.tolist() == approx([norm([rows[2]], order), norm([whole, rows[0]], order)])
     needed = [power_sum([whole], order), power_sum([rows[0], rows[2]], order)]
     assert torch.cat(parts).tolist() == approx(needed)
@@ -237,7 +237,7 @@ def test_ranks_tell_what_they_are_asked_for(order, parts, weights, present):
         count=3,
         device=CPU,
         engine="auto",
-        parts=(tuple(map(indices_of, of_parameters)), 6) if parts else None,
+        parameters=(tuple(map(indices_of, of_parameters)), 6) if parts else None,
         weights=spread_buckets(held, order, norm_indices) if weights else None,
         present=torch.tensor([True, False, True]) if present else None,
     )
@@ -249,12 +249,12 @@ def test_ranks_tell_what_they_are_asked_for(order, parts, weights, present):
     if parts:
         of_parameter = by_label(gradients, of_parameters, 6)
         needed = [needed_over_ranks(each, order) for each in of_parameter]
-        assert found.parts.tolist() == approx(needed)
+        assert found.parameter_sums.tolist() == approx(needed)
     if weights:
         assert found.weight_norms.tolist() == approx(norms(held))
     if present:
         assert found.present.tolist() == [True, False, True]
-    given = [each is not None for each in (found.parts, found.weight_norms, found.present)]
+    given = [each is not None for each in (found.parameter_sums, found.weight_norms, found.present)]
     assert given == [parts, weights, present]
 
 
@@ -271,11 +271,17 @@ def test_the_parts_over_ranks_of_gradients_with_one_norm(order):
         assert not buckets[0].indices  # these are all
         buckets[0].group = PAIR if norm_ranks.across else None  # a group within the ranks around it
         found = measure_across_ranks(
-            buckets, order, norm_ranks, count=1, device=CPU, engine="auto", parts=(parameters, 3)
+            buckets,
+            order,
+            norm_ranks,
+            count=1,
+            device=CPU,
+            engine="auto",
+            parameters=(parameters, 3),
         )
         factor = 1 if order == math.inf else factor
         sums = [factor * power_sum([gradient], order) for gradient in gradients]
-        assert found.parts.tolist() == approx([sums[1], 0.0, sums[0]])
+        assert found.parameter_sums.tolist() == approx([sums[1], 0.0, sums[0]])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -283,10 +289,16 @@ def test_the_parts_of_rows_over_ranks_are_the_sums_of_their_gradients(order):
     rows, norm_indices = torch.randn(3, 4), [indices_of(1, NOWHERE, 0, rows=True)]
     buckets = buckets_of([rows], order, norm_indices)
     found = measure_across_ranks(
-        buckets, order, NormRanks(), count=2, device=CPU, engine="auto", parts=((indices_of(1),), 2)
+        buckets,
+        order,
+        NormRanks(),
+        count=2,
+        device=CPU,
+        engine="auto",
+        parameters=((indices_of(1),), 2),
     )
     assert found.norms.tolist() == approx([norm([rows[2]], order), norm([rows[0]], order)])
-    assert found.parts.tolist() == approx([0.0, power_sum([rows[0], rows[2]], order)])
+    assert found.parameter_sums.tolist() == approx([0.0, power_sum([rows[0], rows[2]], order)])
 
 
 @pytest.mark.parametrize(
@@ -302,9 +314,9 @@ def test_what_ranks_find_is_float64_on_the_device_asked_for(norm_ranks):
             count=1,
             device=META,
             engine="auto",
-            parts=((indices_of(0),) * 5, 1),
+            parameters=((indices_of(0),) * 5, 1),
         )
-        for each in (found.norms, found.parts):
+        for each in (found.norms, found.parameter_sums):
             assert (each.device, each.dtype, each.shape) == (META, torch.float64, (1,))
 
 

@@ -1,1 +1,1 @@
-"""Destinations of logged steps, one a file."""
+"""Sinks, one a file: each writes the rows of logged steps to one kind of destination."""

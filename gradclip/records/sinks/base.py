@@ -1,4 +1,4 @@
-"""The protocol of a sink, and the cadence that the sinks of this package share."""
+"""The protocol of a sink, and the cadence options that the sinks of this package share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..parameter_norms import ParameterNorms
 
 
 class Sink(ABC):
-    """Where logged steps go; the one thing to derive from for a destination of one's own.
+    """A destination of logged steps; derive from it to write them anywhere else.
 
-    Called by the clipper with batches, never within the arithmetic of a step. The step that
-    completes a batch waits for it, so that one that is slow should hand its work on. A sink that
-    raises is reported once as a warning and never stops training: it misses that batch and is given
-    the next. One sink serves one clipper.
+    The clipper calls it with batches, never within the arithmetic of a step. The step that
+    completes a batch waits for the sink, so a slow sink should hand its work on. A sink that raises
+    is reported once, as a warning, and never stops training: it misses that batch and gets the
+    next one. One sink serves one clipper.
 
     >>> import gradclip
     >>> class Largest(gradclip.Sink):
@@ -30,19 +30,19 @@ class Sink(ABC):
     """
 
     flush_every: int = 100
-    """Steps per batch: how many a crash may lose. Of several sinks, the smallest counts."""
+    """Steps per batch: how many a crash may lose. The smallest one of several sinks counts."""
     per_parameter: int | str = 0
-    """Whether it wants `LoggedStep.parameter_norms`; where not 0, those of all parameters come."""
+    """Whether rows have `LoggedStep.parameter_norms`: all of them if this is not 0."""
 
-    def begin(self, settings: Mapping[str, str]) -> None:  # noqa: B027  # few want to know
-        """Hear how the clipper is set, by name, before its first step."""
+    def begin(self, settings: Mapping[str, str]) -> None:  # noqa: B027  # few sinks use it
+        """Take the settings of the clipper, by name, before its first step."""
 
     @abstractmethod
     def write(self, steps: Sequence[LoggedStep]) -> None:
-        """Take over a batch in the order of the steps, and leave it safe from a crash."""
+        """Write a batch, in the order of the steps, so that a crash no longer loses it."""
 
-    def flush(self) -> None:  # noqa: B027  # nothing to do where write() leaves nothing behind
-        """Make durable what `write` has left in memory."""
+    def flush(self) -> None:  # noqa: B027  # nothing to do if write() leaves nothing behind
+        """Write whatever `write` has left in memory."""
 
     def close(self) -> None:  # noqa: B027  # not every destination needs closing
         """Release the destination. Called once; nothing is written afterwards."""
@@ -57,13 +57,12 @@ class CadencedSink(Sink):
     Args:
         every: That number.
         flush_every: Steps per batch: how many a crash may lose.
-        per_parameter: How many parameters' norms are wanted, the largest of the moment; "all" for
-            those of all.
-        per_parameter_every: At which of the steps that are taken: each whose index is a multiple of
-            this, and those that there is something to say of.
+        per_parameter: How many parameter norms a step has, the largest of the step; "all" for all.
+        per_parameter_every: Parameter norms are taken at each step whose index is a multiple of
+            this, and at steps with an incident.
 
     Raises:
-        ArgumentError: One of them is no such number.
+        ArgumentError: An option is invalid.
     """
 
     def __init__(
@@ -71,26 +70,26 @@ class CadencedSink(Sink):
     ) -> None:
         self.every = checked_count("every", every, 1)
         self.flush_every = checked_count("flush_every", flush_every, 1)
-        self.per_parameter = _checked_number(per_parameter)
+        self.per_parameter = _checked_per_parameter(per_parameter)
         self.per_parameter_every = checked_count("per_parameter_every", per_parameter_every, 1)
 
     def chosen(self, steps: Sequence[LoggedStep], *, incidents: bool = False) -> list[LoggedStep]:
-        """Return the steps that are taken, with those norms of parameters that are wanted.
+        """Return the steps of a batch that are taken, with the parameter norms that are asked for.
 
         Args:
             steps: A batch.
-            incidents: Whether also those that there is something to say of, at any index.
+            incidents: Whether steps with an incident are taken at any index.
         """
         return [
-            step._replace(parameter_norms=self._wanted_norms(step))
+            step._replace(parameter_norms=self._largest_norms(step))
             for step in steps
             if step.step % self.every == 0 or (incidents and step.incident)
         ]
 
-    def _wanted_norms(self, step: LoggedStep) -> dict[str, float] | None:
+    def _largest_norms(self, step: LoggedStep) -> dict[str, float] | None:
         norms, count = step.parameter_norms, self.per_parameter
-        on_time = step.incident or step.step % self.per_parameter_every == 0
-        if not (count and norms and on_time):
+        is_due = step.incident or step.step % self.per_parameter_every == 0
+        if not (count and norms and is_due):
             return None
         if isinstance(count, str):
             return {**norms}
@@ -99,7 +98,7 @@ class CadencedSink(Sink):
         return dict(nlargest(count, norms.items(), key=itemgetter(1)))
 
 
-def _checked_number(per_parameter: object) -> int | str:
+def _checked_per_parameter(per_parameter: object) -> int | str:
     if per_parameter == ALL:
         return ALL
     if isinstance(per_parameter, str):

@@ -1,4 +1,4 @@
-"""Steps to any logger that takes a dict of numbers."""
+"""A sink that calls any logger which takes a dict of numbers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class CallableSink(CadencedSink):
     """Call a logger with the numbers of each step: ``log({"grad_norm/pre": 2.5, ...}, step)``.
 
     The names are those of the curves in TensorBoard. Batches arrive after their steps were taken,
-    and some loggers drop what is older than the newest step they know of: Weights & Biases does,
-    for which the dict also has the step's index, ``grad_norm/step``::
+    and some loggers, such as Weights & Biases, drop points that are older than their newest step.
+    For them the dict also has the index of the step, ``grad_norm/step``::
 
         for names in ("grad_norm/*", "parameter_norm/*"):
             run.define_metric(names, step_metric="grad_norm/step")
@@ -33,14 +33,14 @@ class CallableSink(CadencedSink):
         log: Called with a dict of numbers and the index of the step, in the order of the steps.
         every: Log each step whose index is a multiple of this.
         flush_every: Steps per batch.
-        prefix: What the names begin with.
-        per_parameter: Of how many parameters the norms are logged, before clipping: the largest of
-            the moment; "all" for all.
-        per_parameter_every: Of the steps that are logged, those whose norms by parameter are: each
-            whose index is a multiple of this, and those that there is something to say of.
+        prefix: Beginning of the names.
+        per_parameter: How many parameter norms a step is logged with, before clipping: the largest
+            of the step; "all" for all of them.
+        per_parameter_every: Parameter norms are logged at each step whose index is a multiple of
+            this, and at steps with an incident.
 
     Raises:
-        ArgumentError: ``log`` cannot be called, or a number is not positive.
+        ArgumentError: ``log`` is not callable, or a number is not positive.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What stands once before the curves of a clipper: charts that overlay them, and its settings."""
+"""The events that come once before a clipper's curves: the layout of its charts, its settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHARTS = {
     "clip rate": "clip_rate",
     "steps not finite, steps skipped": "nonfinite_steps|skipped_steps",
 }
-"""Titles of the charts, and the curves that each shows together."""
+"""Titles of the charts, each with the curves it overlays."""
 
 
 def opening_events(
@@ -28,9 +28,9 @@ def opening_events(
     Args:
         step: Index of the first step.
         wall_time: When it was taken.
-        prefix: What the tags of the clipper begin with.
-        prefixes: Those of all clippers of the run: the last layout of a run is the one that counts.
-        settings: How the clipper is set.
+        prefix: Prefix of the clipper's tags.
+        prefixes: Prefixes of all clippers of the run, since only the last layout of a run counts.
+        settings: Settings of the clipper by name.
     """
     content = layout(prefixes).SerializeToString()
     values = [
@@ -46,7 +46,7 @@ def opening_events(
 
 
 def layout(prefixes: Iterable[str]) -> layout_pb2.Layout:
-    """Return the charts of some clippers, a category each."""
+    """Return the charts of several clippers, one category each."""
     return layout_pb2.Layout(
         category=[
             layout_pb2.Category(

@@ -1,4 +1,4 @@
-"""Where events for TensorBoard go: an event file in a directory, or a user's SummaryWriter."""
+"""Writes events for TensorBoard to an event file in a directory, or to a user's SummaryWriter."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 _OUR_NAME = re.compile(r"events\.out\.tfevents\.(\d+)\..*-gradclip")
 
 Point: TypeAlias = tuple[int, float, Sequence[tuple[str, float]], str | None]
-"""A step's index, its wall time, its values by tag, and what there is to say of it."""
+"""Index of a step, its wall time, its values by tag, and its incident."""
 
 
 class Destination(ABC):
-    """What takes points and writes them as events."""
+    """A destination that writes points as events."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self._last_steps: dict[str, int] = {}
         self._opened: set[str] = set()
         self._current: dict[str, frozenset[str]] = {}
-        """Of curves that were begun again, the tags that have come since."""
+        """Tags written since the restart, for curves that fell back to an earlier step."""
 
     def write(
         self,
@@ -51,8 +51,8 @@ class Destination(ABC):
         """Write points, safe from a crash of this process.
 
         Args:
-            curves: What tells these curves from others here; those that fall back to an earlier
-                step are continued from there.
+            curves: Prefix of the tags. If the step falls back, the curves restart there, and
+                readers drop their later points.
             points: In the order of the steps, at least one.
             opening: Makes the events that come once before them, from the first step and its time.
         """
@@ -60,12 +60,12 @@ class Destination(ABC):
         first, begun, *_ = points[0]
         events = [] if curves in self._opened else [*opening(first, begun)]
         current = self._current.get(curves)
-        for step, wall_time, scalars, said in points:
+        for step, wall_time, scalars, incident in points:
             event = _event(step, wall_time, scalars)
             if self._continues if last is None else step <= last:
                 current = frozenset()
-            if said is not None:
-                event.summary.value.append(text(f"{curves}/incidents", said))
+            if incident is not None:
+                event.summary.value.append(text(f"{curves}/incidents", incident))
             if current is None:
                 events.append(event)
             else:
@@ -81,7 +81,7 @@ class Destination(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release what is ours."""
+        """Release the file, if it is ours."""
 
     @property
     @abstractmethod
@@ -93,13 +93,13 @@ class Destination(ABC):
 
 
 class EventFile(Destination):
-    """An event file of our own, made when the first events come; all sinks on it share it.
+    """An event file of our own, made with the first events and shared by all sinks on a directory.
 
-    After a fault, what the file holds at its end can't be known: a new one is begun.
+    After a failed write, the end of the file is unknown, so a new file is begun.
 
     Args:
-        directory: Made when it is not there.
-        since: The least number for its name, in whole seconds since the epoch.
+        directory: Made if it is not there.
+        since: The least number in the file's name, in whole seconds since the epoch.
     """
 
     def __init__(self, directory: str, since: int) -> None:
@@ -109,7 +109,7 @@ class EventFile(Destination):
 
     @cached_property
     def _earlier(self) -> list[int]:
-        """The numbers in the names of earlier files of ours."""
+        """The numbers in the names of our earlier files."""
         try:
             names = os.listdir(self.directory)
         except FileNotFoundError:
@@ -135,7 +135,7 @@ class EventFile(Destination):
             self._append(self._stream, events)
         if removed:
             raise FileNotFoundError(
-                errno.ENOENT, "event file was removed, a new one goes on", self.directory
+                errno.ENOENT, "event file was removed, a new file goes on", self.directory
             )
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class EventFile(Destination):
             self._append(self._stream, [version, *events])
         except BaseException:
             with suppress(OSError):
-                os.unlink(path)  # a full disk shall not fill with empty files
+                os.unlink(path)  # or each batch would leave an empty file on a full disk
             raise
 
     def _append(self, stream: BinaryIO, events: Sequence[Event]) -> None:
@@ -162,20 +162,20 @@ class EventFile(Destination):
         try:
             stream.write(records)
             stream.flush()
-        except BaseException as error:  # also an interrupt: readers stop at half a record
+        except BaseException as error:  # also an interrupt: no reader gets past half a record
             self._drop()
             if isinstance(error, OSError):
-                error.filename = stream.name  # a write that fails doesn't say where
+                error.filename = stream.name  # a failed write names no file
             raise
 
     def _drop(self) -> None:
-        self._opened.clear()
+        self._opened.clear()  # the next file needs the layout and the settings, too
         with suppress(OSError):
             self.close()
 
 
 class WriterFile(Destination):
-    """A user's SummaryWriter, which stays the user's."""
+    """The SummaryWriter of a user, which only the user closes."""
 
     def __init__(self, writer: SummaryWriter) -> None:
         super().__init__(os.path.realpath(writer.get_logdir()))
@@ -184,10 +184,10 @@ class WriterFile(Destination):
 
     @cached_property
     def _continues(self) -> bool:
-        """Whether there is another file than the writer's."""
+        """Whether the directory has another file than the writer's."""
         try:
             names = os.listdir(self.directory)
-        except OSError:  # not a local directory
+        except OSError:  # no local directory
             return False
         return sum("tfevents" in name for name in names) > 1
 
@@ -222,12 +222,13 @@ def _event(step: int, wall_time: float, scalars: Sequence[tuple[str, float]]) ->
 
 
 def _restarted(event: Event) -> list[Event]:
-    """Return an event with marks that make readers drop its tags' points from its step on.
+    """Return an event between marks that make readers drop the later points of its tags.
 
-    TensorBoard's data server does so without marks. Its other readers know one for a restart,
-    SessionLog.START, which drops all curves in the directory: also those of another clipper,
-    which may be at another step, and a user's own that count samples or epochs. So this uses
-    what they do in files of version 1: where the step falls back, the event's tags are dropped.
+    TensorBoard's data server drops them without marks. Its other readers have a mark for a restart,
+    SessionLog.START, but it drops all curves in the directory, including those of another clipper
+    at another step, and a user's own that count samples or epochs. In files of version 1, these
+    readers drop only the tags of an event whose step falls back: so the marks claim version 1 for
+    this event.
     """
     time = event.wall_time
     return [
@@ -243,7 +244,7 @@ _last_steps: WeakKeyDictionary[SummaryWriter, dict[str, int]] = WeakKeyDictionar
 
 
 def destination_of(where: object, since: int) -> Destination:
-    """Return the destination that ``where`` means, the same one for the same open file.
+    """Return the destination for a ``where``; sinks on one directory share it while it is open.
 
     Args:
         where: A directory or a ``SummaryWriter``.

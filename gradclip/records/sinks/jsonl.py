@@ -1,4 +1,4 @@
-"""Steps as lines of JSON, for programs."""
+"""A sink that appends a line of JSON for each step to a file, for programs to read."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ except ImportError:  # Windows
 class JsonlSink(CadencedSink):
     """Append one line of JSON for each step to a file.
 
-    A line is an object with the fields of `LoggedStep`, the last two where there is something to
-    say; numbers that are NaN or infinite are null, as JSON has none. A batch is appended in one
-    write, so that several processes may write to one file, though their steps then lie between each
-    other; `gradclip report` takes a file for one run. A run that continues appends to its file:
-    where a step comes again, the later line counts. What a crash or a full disk has left of a line
-    is ended before the next one.
+    A line is an object with the fields of `LoggedStep`; the last two are absent if they are None.
+    Numbers that are NaN or infinite are null, as JSON has neither. A batch is appended in one
+    write, so several processes may write to one file, but their steps then alternate, and
+    `gradclip report` takes a file for one run. A run that continues appends to its file; if a step
+    comes again, the later line counts. A line that a crash or a full disk has cut off is ended
+    before the next one begins.
 
     Args:
         path: The file; its directory is made when the first batch is written.
-        every: Write each step whose index is a multiple of this, and those that there is something
-            to say of: `LoggedStep.incident`.
+        every: Write each step whose index is a multiple of this, and steps with an incident.
         flush_every: Steps per batch: how many a crash may lose.
-        per_parameter: Of how many parameters the norms are written, before clipping: the largest of
-            the moment; "all" for all.
-        per_parameter_every: Of the steps that are written, those whose norms by parameter are: each
-            whose index is a multiple of this, and those that there is something to say of.
+        per_parameter: How many parameter norms a step is written with, before clipping: the largest
+            of the step; "all" for all of them.
+        per_parameter_every: Parameter norms are written at each step whose index is a multiple of
+            this, and at steps with an incident.
 
     Raises:
-        ArgumentError: ``path`` is no path, or a number is not positive.
+        ArgumentError: ``path`` is not the path of a file, or a number is not positive.
     """
 
     def __init__(
@@ -71,16 +70,16 @@ class JsonlSink(CadencedSink):
             return
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with open(self.path, "ab+", buffering=0) as file, _locked(file):
-            begun = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0
-            torn = begun and file.read(1) != b"\n"
+            has_content = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0
+            torn = has_content and file.read(1) != b"\n"
             content = (b"\n" if torn else b"") + lines.encode()
-            if file.write(content) < len(content):
+            if file.write(content) < len(content):  # a file without a buffer may write a part
                 raise OSError(f"{self.path}: not all of the lines were written; is the disk full?")
 
 
 @contextmanager
 def _locked(file: FileIO) -> Iterator[None]:
-    """Keep a line that another process is just writing from looking like one that was torn."""
+    """Lock the file: else a line that another process is writing looks as if it were cut off."""
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -88,15 +87,17 @@ def _locked(file: FileIO) -> Iterator[None]:
 
 
 def _fields(step: LoggedStep) -> dict[str, object]:
-    fields = {name: _known(value) for name, value in step._asdict().items()}
+    fields = {name: _json_number(value) for name, value in step._asdict().items()}
     if step.parameter_norms is None:
         del fields["parameter_norms"]
     else:
-        fields["parameter_norms"] = {k: _known(norm) for k, norm in step.parameter_norms.items()}
+        fields["parameter_norms"] = {
+            k: _json_number(norm) for k, norm in step.parameter_norms.items()
+        }
     if step.incident is None:
         del fields["incident"]
     return fields
 
 
-def _known(value: object) -> object:
+def _json_number(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The ``log=`` option: what a user may give, and the sinks that it stands for."""
+"""Checks the ``log=`` option and turns it into sinks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .base import Sink
 from .tensorboard import TensorBoardSink
 
 KINDS = (str, os.PathLike, Sink)
-"""What ``log=`` may be, beside writers and lists."""
+"""Types that ``log=`` may have, beside writers and lists."""
 
 
 def check_log(log: object) -> None:
-    """Refuse what cannot be a user's ``log=``; nothing is opened.
+    """Refuse an invalid ``log=``; nothing is opened.
 
     Raises:
-        ArgumentError: It is none of directory, SummaryWriter, `Sink`, list of these, and None.
+        ArgumentError: It is no directory, SummaryWriter, `Sink`, list of these, or None.
     """
     if isinstance(log, list | tuple):
         for entry in log:
             check_log(entry)
     elif not (log is None or isinstance(log, KINDS) or hasattr(log, "add_scalar")):
-        what = f"the class {log.__name__}" if isinstance(log, type) else repr(log)
+        given = f"the class {log.__name__}" if isinstance(log, type) else repr(log)
         raise ArgumentError(
-            f"log is {what}: give a directory, a SummaryWriter, a Sink, a list of these, or None."
+            f"log is {given}: give a directory, a SummaryWriter, a Sink, a list of these, or None."
         )
 
 
 def sinks_from(log: Any) -> list[Sink]:
-    """Return the sinks that a user's ``log=`` means.
+    """Return the sinks for a ``log=``.
 
     Raises:
         ArgumentError: See `check_log`.
@@ -43,6 +43,6 @@ def sinks_from(log: Any) -> list[Sink]:
         return [sink for entry in log for sink in sinks_from(entry)]
     if isinstance(log, Sink):
         return [log]
-    sink = TensorBoardSink(log)  # whatever is wrong with it is so for every process
-    # A directory is one run's: of several processes that are given it the first one writes.
+    sink = TensorBoardSink(log)  # on every rank, so that an invalid one is refused on every rank
+    # A directory shows one run: if several processes get the same one, only the first writes.
     return [sink] if hasattr(log, "add_scalar") or is_first() else []

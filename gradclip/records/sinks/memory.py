@@ -1,4 +1,4 @@
-"""Steps in memory, for notebooks and tests."""
+"""A sink that keeps the steps in memory, for notebooks and tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class MemorySink(CadencedSink):
     """Keep the steps in a list.
 
-    They come in batches: `GradientClipper.flush` brings what is still on its way.
+    Steps arrive in batches: `GradientClipper.flush` brings those that are still on their way.
 
     >>> import gradclip, torch
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
@@ -31,13 +31,12 @@ class MemorySink(CadencedSink):
     [0.0]
 
     Args:
-        every: Keep each step whose index is a multiple of this, and those that there is something
-            to say of: `LoggedStep.incident`.
+        every: Keep each step whose index is a multiple of this, and steps with an incident.
         flush_every: Steps per batch.
-        per_parameter: Of how many parameters the norms are kept, before clipping: the largest of
-            the moment; "all" for all.
-        per_parameter_every: Of the steps that are kept, those whose norms by parameter are: each
-            whose index is a multiple of this, and those that there is something to say of.
+        per_parameter: How many parameter norms a step is kept with, before clipping: the largest
+            of the step; "all" for all of them.
+        per_parameter_every: Parameter norms are kept at each step whose index is a multiple of
+            this, and at steps with an incident.
 
     Raises:
         ArgumentError: A number is not positive.
@@ -52,7 +51,7 @@ class MemorySink(CadencedSink):
     ) -> None:
         super().__init__(every, flush_every, per_parameter, per_parameter_every)
         self.steps: list[LoggedStep] = []
-        """The steps so far, in their order."""
+        """The steps so far, in the order in which they were taken."""
 
     def __repr__(self) -> str:
         return f"MemorySink({len(self.steps)} steps)"
@@ -62,10 +61,10 @@ class MemorySink(CadencedSink):
         self.steps += self.chosen(steps, incidents=True)
 
     def to_pandas(self) -> DataFrame:
-        """Return the steps as a table: one row each, indexed by ``step``, the fields as columns.
+        """Return the steps as a table: a row for each step, indexed by ``step``, a column a field.
 
-        The norms of parameters have columns of their own, ``parameter_norm/<name>``, NaN where
-        they were not asked for.
+        Parameter norms have columns of their own, ``parameter_norm/<name>``, NaN at steps without
+        them.
 
         Raises:
             ImportError: pandas is not installed.
@@ -80,13 +79,14 @@ class MemorySink(CadencedSink):
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Return a picture of the steps, as ``gradclip report --plot`` draws it; notebooks show it.
 
-        It is a figure with a canvas of its own, which pyplot knows nothing of.
+        The figure has a canvas of its own and pyplot does not know it: no window opens, and nothing
+        has to be closed.
 
         Args:
-            path: A file to write it to as well, which ends with .png or .svg.
+            path: A file to write the picture to, too; it ends with .png or .svg.
 
         Raises:
-            ArgumentError: There are no steps yet, or there can be no picture at this path.
+            ArgumentError: There are no steps yet, or the path does not fit a picture.
             ImportError: matplotlib is not installed.
         """
         from ...report.pictures.picture import draw, figure_of

@@ -1,21 +1,21 @@
-"""The names under which the numbers of a step are curves."""
+"""The tags of a step's numbers: the names of the curves in TensorBoard and other loggers."""
 
 from __future__ import annotations
 
 from ..logged_step import LoggedStep
 
 TOTAL, OF_PARAMETER = "grad_norm", "parameter_norm"
-"""What the tags of a clipper begin with, and those of its parameters."""
+"""Prefixes of the tags of a clipper and of its parameters."""
 
 
 def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
-    """Return the numbers of a step by name.
+    """Return the tags and numbers of a step; a threshold of None has none.
 
     Args:
-        prefix: What the names begin with.
+        prefix: Prefix of the clipper's tags.
         step: The step.
     """
-    named: list[tuple[str, float | None]] = [
+    values: list[tuple[str, float | None]] = [
         (f"{prefix}/pre", step.norm),
         (f"{prefix}/post", step.clipped_norm),
         (f"{prefix}/threshold", step.threshold),
@@ -23,7 +23,7 @@ def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
         (f"{prefix}/nonfinite_steps", step.nonfinite_steps),
         (f"{prefix}/skipped_steps", step.skipped_steps),
     ]
-    numbers = [(name, number) for name, number in named if number is not None]
+    numbers = [(name, number) for name, number in values if number is not None]
     if step.parameter_norms:
         of_parameter = parameter_prefix(prefix)
         numbers += [(f"{of_parameter}/{name}", norm) for name, norm in step.parameter_norms.items()]
@@ -31,7 +31,7 @@ def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
 
 
 def parameter_prefix(prefix: str) -> str:
-    """Return what the names of the parameters' norms begin with: ``parameter_norm``, or as it is.
+    """Return the prefix of the tags of parameter norms that goes with a prefix of a clipper.
 
     >>> parameter_prefix("grad_norm_2"), parameter_prefix("generator")
     ('parameter_norm_2', 'generator/parameter_norm')

@@ -1,4 +1,4 @@
-"""Norm curves in TensorBoard."""
+"""A sink that writes the curves of a clipper for TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
     from torch.utils.tensorboard import SummaryWriter
 
-# Names our event files, so that they come before those that a user's own writer begins later:
-# TensorBoard without its data server follows only the last one, and that shall not be ours.
+# The names of our event files contain this time, so that they sort before the file of a user's
+# writer that is made later: TensorBoard without its data server follows only the last file of a
+# directory, and that has to be the user's.
 _LOADED_AT = int(time.time())
 
 
 class TensorBoardSink(CadencedSink):
     """Write scalars for TensorBoard, every step with its own wall time.
 
-    The tags are ``grad_norm/pre``, ``grad_norm/post``, ``grad_norm/threshold`` (where there is
-    one), ``grad_norm/clip_rate``, ``grad_norm/nonfinite_steps`` and ``grad_norm/skipped_steps``.
-    While this sink is open, another one on the same directory or writer writes
-    ``grad_norm_2/...``, and so on.
+    The tags are ``grad_norm/pre``, ``grad_norm/post``, ``grad_norm/threshold`` (if there is a
+    single one), ``grad_norm/clip_rate``, ``grad_norm/nonfinite_steps`` and
+    ``grad_norm/skipped_steps``. While this sink is open, another one on the same directory or
+    writer writes ``grad_norm_2/...``, and so on.
 
-    Under "Custom Scalars" one chart overlays the norm before and after with the threshold, with
-    the clip rate and the steps that were not finite or skipped beside it; a layout of your own in
-    the same writer takes the place of this one, or this one of yours: the later counts. Under
-    "Text" are the clipper's settings, and ``grad_norm/incidents``: a sentence for each step whose
-    norm was not finite, or above the median of the last 100 and ten median deviations, with the
-    parameters that are to blame and the norms before. With ``per_parameter`` their norms are in
-    ``parameter_norm/<name>``.
+    Under "Custom Scalars", one chart overlays the norm before and after with the threshold; others
+    show the clip rate and the steps that were not finite or skipped. If the same writer has a
+    layout of your own, the later of the two layouts counts. Under "Text" are the settings of the
+    clipper and ``grad_norm/incidents``: a sentence for each step whose norm was not finite, or
+    above the median of the last 100 norms plus ten median deviations, with the parameters to blame
+    and the norms before. With ``per_parameter``, parameter norms are in ``parameter_norm/<name>``.
 
-    A directory shows one run. A run that is resumed continues the curves there, and one that
-    begins again at step 0 replaces them: from the first step it writes on, TensorBoard no longer
-    shows the curves that an earlier run wrote under these tags. They stay in the files, and
-    visible stay texts, other tags, and those of parameters that are not written again. The
-    directory and its event file are made when the first batch is written.
+    A directory shows one run. A resumed run continues its curves, and a run that begins again at
+    step 0 replaces them: from its first step on, TensorBoard no longer shows the curves that an
+    earlier run wrote under these tags. The old points stay in the files; texts, other tags and
+    curves of parameters that are not written again stay visible. The directory and its event file
+    are made when the first batch is written.
 
-    Next to a ``SummaryWriter`` of your own, rather give that writer than its directory:
-    TensorBoard updates only one file per directory where it runs without its data server. Of
-    several processes give only one such a sink; of a directory as ``log=`` the first one writes.
+    If you have a ``SummaryWriter`` of your own, give the writer and not its directory: without its
+    data server, TensorBoard updates only one file per directory. Give such a sink to only one of
+    several processes; with a directory as ``log=``, only the first process writes.
 
     Args:
-        where: A local directory, or a ``SummaryWriter``, which stays open at `close`.
+        where: A local directory, or a ``SummaryWriter``, which stays open after `close`.
         every: Write each step whose index is a multiple of this.
         flush_every: Steps per batch: how many a crash may lose.
-        per_parameter: Of how many parameters the norms are written, before clipping: the largest of
-            the moment; "all" for all.
-        per_parameter_every: Of the steps that are written, those whose norms by parameter are: each
-            whose index is a multiple of this, and those that there is something to say of.
+        per_parameter: How many parameter norms a step is written with, before clipping: the largest
+            of the step; "all" for all of them.
+        per_parameter_every: Parameter norms are written at each step whose index is a multiple of
+            this, and at steps with an incident.
 
     Raises:
         ArgumentError: ``where`` is no local directory or writer, or a number is not positive.
@@ -85,7 +85,7 @@ class TensorBoardSink(CadencedSink):
         self._settings = {**settings}
 
     def write(self, steps: Sequence[LoggedStep]) -> None:
-        """See `Sink.write`. What there is to say of a step is written at any cadence."""
+        """See `Sink.write`. Incidents are written at any cadence."""
         numbers = {step.step: scalars(self._prefix, step) for step in self.chosen(steps)}
         points = [
             (step.step, step.wall_time, numbers.get(step.step, ()), step.incident)
@@ -103,22 +103,22 @@ class TensorBoardSink(CadencedSink):
 
     def close(self) -> None:
         """Close the event file with its last sink; a ``SummaryWriter`` stays open."""
-        place = (self._destination.directory, self._prefix)
-        if _open.get(place) is self:
-            del _open[place]
+        key = (self._destination.directory, self._prefix)
+        if _open.get(key) is self:  # a later sink may have the name of one that was closed before
+            del _open[key]
             if all(sink._destination is not self._destination for sink in _open.values()):
                 self._destination.close()
 
     def _claimed_prefix(self) -> str:
         directory = self._destination.directory
-        names = itertools.chain(["grad_norm"], (f"grad_norm_{n}" for n in itertools.count(2)))
-        prefix = next(name for name in names if (directory, name) not in _open)
+        prefixes = itertools.chain(["grad_norm"], (f"grad_norm_{n}" for n in itertools.count(2)))
+        prefix = next(each for each in prefixes if (directory, each) not in _open)
         _open[directory, prefix] = self
         _claimed[directory].add(prefix)
         return prefix
 
 
 _claimed: defaultdict[str, set[str]] = defaultdict(set)
-"""By directory, every prefix that a sink there has had."""
+"""Every prefix that a sink of a directory has had, also after its end: the layout shows it."""
 _open: WeakValueDictionary[tuple[str, str], TensorBoardSink] = WeakValueDictionary()
-"""The open sinks, by directory and prefix."""
+"""The open sinks, by directory and prefix; a sink that nobody holds frees its prefix."""

@@ -1,8 +1,9 @@
-"""The records of TensorBoard's event files: a length, its checksum, the bytes, their checksum.
+"""Frames the records of TensorBoard's event files: length, its checksum, bytes, their checksum.
 
 TensorBoard's own writer computes the checksum in Python, a byte at a time, which would cost more
-than all the rest of logging. A CRC is linear over bits, so what a byte adds depends on its value
-and place alone: here numpy looks up all bytes of a record at once.
+than all the rest of logging. A CRC is linear over bits, so the contribution of a byte depends only
+on its value and its position: numpy looks up the contributions of all bytes at once and takes their
+exclusive or.
 """
 
 from __future__ import annotations
@@ -18,65 +19,71 @@ from numpy.typing import NDArray
 _POLYNOMIAL = 0x82F63B78
 _MASK_DELTA = 0xA282EAD8
 _BLOCK = 1024
-"""Bytes that are looked up at once: tables of 1 MB serve records of every length."""
+"""Bytes that are looked up at once; the table of 1 MB serves records of every length."""
 
 
 def framed(contents: Sequence[bytes]) -> bytes:
-    """Return the records that hold some contents; many at a time cost a fraction each."""
+    """Return a record for each content, joined. Many at a time cost a fraction of one by one."""
     checksums: list[bytes] = [b""] * len(contents)
     by_length: dict[int, list[int]] = {}
-    for place, content in enumerate(contents):
-        by_length.setdefault(len(content), []).append(place)
-    for length, places in by_length.items():
-        joined = b"".join(contents[place] for place in places)
-        values = np.frombuffer(joined, np.uint8).reshape(len(places), length)
-        for place, crc in zip(places, crc32c(values).tolist(), strict=True):
-            checksums[place] = _masked(crc)
+    for index, content in enumerate(contents):
+        by_length.setdefault(len(content), []).append(index)
+    for length, indices in by_length.items():
+        joined = b"".join(contents[index] for index in indices)
+        values = np.frombuffer(joined, np.uint8).reshape(len(indices), length)
+        for index, crc in zip(indices, crc32c(values).tolist(), strict=True):
+            checksums[index] = _masked(crc)
     records = zip(contents, checksums, strict=True)
-    return b"".join(header_of(len(each)) + each + checksum for each, checksum in records)
+    return b"".join(header_of(len(content)) + content + checksum for content, checksum in records)
 
 
 @lru_cache(maxsize=64)  # the events of a run have few different lengths
 def header_of(length: int) -> bytes:
-    """Return what comes before a content of some length: that, and its checksum."""
+    """Return what precedes a content of this length: the length and its checksum."""
     header = struct.pack("<Q", length)
     return header + checksum_of(header)
 
 
 def checksum_of(content: bytes) -> bytes:
-    """Return the checksum, rotated and shifted as the format wants it."""
+    """Return the checksum of a content, masked as the format asks for."""
     [crc] = crc32c(np.frombuffer(content, np.uint8)[None]).tolist()
     return _masked(crc)
 
 
 def _masked(crc: int) -> bytes:
+    """Rotate a checksum and add a constant: CRCs of data that holds CRCs are weak otherwise."""
     return struct.pack("<I", ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF)
 
 
 def crc32c(values: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """Return the CRC-32C (Castagnoli) checksum of each row of bytes."""
-    additions, places, of_zeros = _tables()
+    additions, offsets, of_zeros = _tables()
     first = values.shape[1] % _BLOCK
-    found = additions.take(places[_BLOCK - first :] + values[:, :first])
-    crc: NDArray[np.uint32] = np.bitwise_xor.reduce(found, axis=1) ^ of_zeros[first]
+    looked_up = additions.take(offsets[_BLOCK - first :] + values[:, :first])
+    crc: NDArray[np.uint32] = np.bitwise_xor.reduce(looked_up, axis=1) ^ of_zeros[first]
     for begin in range(first, values.shape[1], _BLOCK):
         block = values[:, begin : begin + _BLOCK].copy()
-        # What came before is as if it were added to the first bytes of the block.
+        # The state after the bytes before enters as if it were added to the block's first bytes.
         block[:, :4] ^= (~crc).astype("<u4").view(np.uint8).reshape(-1, 4)
-        crc = ~np.bitwise_xor.reduce(additions.take(places + block), axis=1)
+        crc = ~np.bitwise_xor.reduce(additions.take(offsets + block), axis=1)
     return crc
 
 
 @cache
 def _tables() -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint32]]:
-    """Return what each value of each byte of a block adds, where those begin, zeros' checksums."""
+    """Return the tables for a block.
+
+    Returns:
+        What each byte value adds at each position, flat; the offset of each position in that
+        table; and the checksum of so many zeros.
+    """
     by_value = _by_value()
     rows, of_zeros = [by_value], [0xFFFFFFFF]
     for _ in range(_BLOCK):
         rows.append(_shifted(rows[-1], by_value))
         of_zeros.append(int(_shifted(np.uint32(of_zeros[-1]), by_value)))
-    places = np.arange(_BLOCK, dtype=np.int64) * 256
-    return np.concatenate(rows[:_BLOCK][::-1]), places, ~np.array(of_zeros, dtype=np.uint32)
+    offsets = np.arange(_BLOCK, dtype=np.int64) * 256
+    return np.concatenate(rows[:_BLOCK][::-1]), offsets, ~np.array(of_zeros, dtype=np.uint32)
 
 
 def _shifted(registers: NDArray[np.uint32], by_value: NDArray[np.uint32]) -> Any:

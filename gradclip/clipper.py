@@ -24,7 +24,8 @@ from .optimizers.attachment import Attachment
 from .optimizers.joint import JointGradients
 from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
-from .ranks.agreement import RankLayout, announces_failure, comparable_options
+from .ranks.layout import RankLayout, announces_failure
+from .ranks.messages import comparable_options
 from .ranks.ranks import Ranks
 from .records.incidents import nonfinite_error, skip_limit_error
 from .records.record import ClipRecord

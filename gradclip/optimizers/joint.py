@@ -15,7 +15,8 @@ from ..engines.base import host_may_read
 from ..gradients.held import HeldGradients, Weight, gradients_of, parameters_held
 from ..gradients.policies import Settings
 from ..gradients.step import StepGradients
-from ..ranks.agreement import SCOPES_BY_NAME, RankLayout
+from ..ranks.agreement import SCOPES_BY_NAME
+from ..ranks.layout import RankLayout
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
 from ..thresholds import Threshold, is_foreign, learns
@@ -146,11 +147,7 @@ class JointGradients:
 
     def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
         labels, rank_layout = self._labels, self._rank_layout
-        names = None
-        if rank_layout.norm_ranks:
-            names = rank_layout.names  # of the parameters of all ranks
-        elif rank_layout.wants_parameter_norms:
-            names = held.names
+        names = rank_layout.parameter_names(held.names)
         joint = self._one_norm_for_all or labels.has_one_norm
         return StepGradients(
             held.gradients,

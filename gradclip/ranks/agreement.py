@@ -1,336 +1,210 @@
-"""What the clippers of several ranks tell each other when they are attached."""
+"""The agreement of all ranks on their norms, the copies of parameters, and the names of all.
+
+Clippers whose DTensors lie on the same ranks have the same parameters, and only confirm it
+(`confirm_alike`). Clippers with ``ranks=`` have different ones: each rank merges the messages of
+all in the order of the ranks (`agreement_across`), so that all find the same agreement.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from functools import wraps
-from typing import ParamSpec
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, distributed
 
 from ..errors import AttachError
-from ..scopes.labels import NormLabels
+from ..scopes.labels import GroupThresholds, LabelledParameter, NormKey, NormLabels
 from ..scopes.norm_indices import NOWHERE, NormIndices
 from ..scopes.scope import SHARED
-from .groups import NormRanks, RankGroup, norm_ranks_of
-from .messages import Agreement, ClipperMessage, FailureMessage, Original, ParameterMessage
+from .groups import RankGroup
+from .messages import ClipperMessage
 from .ranks import Ranks
 from .refusals import (
-    add_limit,
+    add_norm,
     check_alike,
     check_copied,
     check_copy,
+    check_elsewhere,
     check_errors,
     check_names,
     check_options,
     check_uncopied,
-    refuse_elsewhere,
 )
-from .shards import groups_of, is_elsewhere, mesh_ranks
 
-P = ParamSpec("P")
 SCOPES_BY_NAME = ("parameter", "unit")
-"""Scopes in which names tell what shares a norm."""
+"""Scopes whose norms are those of single parameters, matched across ranks by name."""
 
 
-def comparable_options(
-    options: Mapping[str, str],
-    threshold: object,
-    grad_scaler: object,
-    optimizers: Sequence[object],
-) -> dict[str, str]:
-    """Return how a clipper is set in words that are the same on all ranks where they mean the same.
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The first of the copies of a parameter, in the order of the ranks: the one that counts."""
+
+    rank: int
+    ranks: set[int]
+    """The ranks on which it counts: of a DTensor each holds another shard."""
+    name: str
+    shape: tuple[int, ...]
+    keys: list[NormKey | None]
+    """Its norm, or with ``rows`` one for each index of dimension 0, None for a row in no norm."""
+    rows: bool
+
+
+@dataclass(slots=True)
+class Agreement:
+    """The facts that are the same on all ranks, and where this rank's parameters are among them."""
+
+    all_names: list[str]
+    """Names of the parameters of all ranks, in a norm or not."""
+    wants_parameter_norms: bool
+    """True if one of the ranks needs the norm of each parameter."""
+    thresholds: GroupThresholds = field(default_factory=dict)
+    """The norms of all ranks in order, with the thresholds of parameter groups."""
+    originals: dict[str, Original] = field(default_factory=dict)
+    """By the name that all copies share."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """The parameters of all ranks that are in some norm, each with its index among them."""
+    local_parameters: dict[str, int] = field(default_factory=dict)
+    """The same indices for the parameters of this rank, by the names they have here."""
+
+    def add(self, rank: int, message: ClipperMessage, ranks: set[int]) -> dict[str, int]:
+        """Add the norms, originals and parameters of a rank.
+
+        Args:
+            rank: The rank.
+            message: Its message.
+            ranks: All ranks of the agreement.
+
+        Returns:
+            Its parameters, each with its index among those of all ranks.
+        """
+        keys, indices = [*message.thresholds], {}
+        for parameter in message.parameters:
+            norm_keys = [None if i == NOWHERE else keys[i] for i in parameter.norm_indices]
+            # Two ranks may generate the same name for different parameters.
+            generated = f"rank {rank}: {parameter.name}"
+            name = parameter.name if parameter.has_given_name else generated
+            if parameter.copy_of is not None:
+                # Of a DTensor all shards count, unless some of them are outside of the group.
+                holders = {rank, *parameter.mesh} if ranks >= {*parameter.mesh} else {rank}
+                first = Original(rank, holders, name, parameter.shape, norm_keys, parameter.rows)
+                original = self.originals.setdefault(parameter.copy_of, first)
+                if original is not first:
+                    thresholds = [message.thresholds[key] for key in norm_keys if key is not None]
+                    needed = [self.thresholds[key] for key in original.keys if key is not None]
+                    check_copy(original, rank, parameter, same=thresholds == needed)
+                    # The norms of a copy are those of its original, whatever its own name.
+                    name, norm_keys = original.name, []
+            for key in norm_keys:
+                if key is not None:
+                    add_norm(self.thresholds, key, rank, message.thresholds[key])
+            indices[parameter.name] = self.parameters.setdefault(name, len(self.parameters))
+        return indices
+
+    def settle(self) -> None:
+        """Bring the norms into an order that does not depend on which rank has which parameter.
+
+        A state can then be loaded by a run with its parameters on other ranks.
+        """
+        if not self.thresholds:
+            self.thresholds[True, SHARED] = None  # every parameter is excluded: an empty norm
+        self.thresholds = dict(sorted(self.thresholds.items(), key=lambda item: _words(*item[0])))
+
+    def apply_to(self, labels: NormLabels, rank: int) -> None:
+        """Give the labels of this rank's clipper the norms of all ranks.
+
+        Raises:
+            ArgumentError: The scope excludes a name that no parameter has on any rank.
+        """
+        labels.check_exclusions(self.all_names)
+        indices = {key: index for index, key in enumerate(self.thresholds)}
+        # One entry more: NOWHERE is -1, the last index, and stays NOWHERE.
+        moved = _tensor([*(indices.get(k, NOWHERE) for k in labels.thresholds_by_key), NOWHERE])
+        uncounted = {name for name, original in self.originals.items() if rank in original.ranks}
+        adopted: list[LabelledParameter] = []
+        for labelled in labels.labelled:
+            if labelled.copy_of is not None:
+                original = self.originals[labelled.copy_of]
+                norms = [NOWHERE if key is None else indices[key] for key in original.keys]
+                norm_indices = NormIndices(_tensor(norms), original.rows)
+                counts = labelled.copy_of in uncounted
+                uncounted.discard(labelled.copy_of)  # two copies on one rank count once, too
+                adopted.append(replace(labelled, norm_indices=norm_indices, counts=counts))
+            elif labelled.norm_indices is not None:
+                local = labelled.norm_indices
+                norm_indices = NormIndices(moved[local.indices], local.rows)
+                adopted.append(replace(labelled, norm_indices=norm_indices))
+        labels.adopt(self.thresholds, adopted)
+
+
+def confirm_alike(message: ClipperMessage, groups: Iterable[RankGroup]) -> ClipperMessage:
+    """Confirm that all ranks of each group have the same parameters, norms and options. Collective.
 
     Args:
-        options: Its options.
-        threshold: Its threshold, of which a user's own may show less than decides.
-        grad_scaler: Its GradScaler, or None.
-        optimizers: Its optimizers, for each of which ranks agree on an overflow.
-    """
-    scaled = None if grad_scaler is None else f"that of {len(optimizers)} optimizers"
-    named = {**options, "threshold": vars(threshold), "grad_scaler": scaled}
-    return {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in named.items()}
+        message: The message of this rank.
+        groups: The groups that its DTensors are spread over, in the order of their collectives.
 
-
-def message_of(
-    labels: NormLabels, options: Mapping[str, str], *, across: bool, wants_parameter_norms: bool
-) -> ClipperMessage:
-    """Return what this rank tells the others of its clipper.
-
-    Args:
-        labels: The labels of its norms.
-        options: How it is set, from `comparable`.
-        across: Whether it was given other ranks, so that DTensors may lie on those alone.
-        wants_parameter_norms: Whether parameter norms are asked for on this rank.
-    """
-    elsewhere = [] if across else [p.name for p in labels.parameters if is_elsewhere(p.parameter)]
-    return ClipperMessage(
-        labels.kind,
-        options,
-        labels.thresholds_by_key,
-        _parameter_messages(labels),
-        labels.all_names,
-        elsewhere,
-        wants_parameter_norms,
-    )
-
-
-def _parameter_messages(labels: NormLabels) -> list[ParameterMessage]:
-    messages = []
-    for labelled in labels.labelled:
-        parameter = labelled.parameter()
-        if labelled.norm_indices is None or parameter is None:
-            continue
-        # FullyShardedDataParallel has flattened a parameter that had rows.
-        flat = labels.kind == "unit" and getattr(parameter, "_fsdp_flattened", False)
-        messages.append(
-            ParameterMessage(
-                labelled.name,
-                labelled.has_given_name,
-                tuple(parameter.shape),
-                labelled.norm_indices.indices.tolist(),
-                labelled.norm_indices.rows or flat,
-                labelled.copy_of,
-                mesh_ranks(parameter),
-            )
-        )
-    return messages
-
-
-def adopt(labels: NormLabels, agreement: Agreement, rank: int) -> None:
-    """Give the labels of a clipper the norms that all ranks agree on.
-
-    Args:
-        labels: The labels of its norms.
-        agreement: The agreement.
-        rank: The number of this rank.
+    Returns:
+        The message, in which parameter norms are wanted if another rank wants them.
 
     Raises:
-        ArgumentError: A name that the scope excludes is that of no parameter on any rank.
+        AttachError: The ranks of one group differ.
     """
-    labels.check_exclusions(agreement.all_names)
-    indices = {key: index for index, key in enumerate(agreement.thresholds)}
-    moved = _tensor([*(indices.get(key, NOWHERE) for key in labels.thresholds_by_key), NOWHERE])
-    counted = {name for name, each in agreement.originals.items() if rank in each.ranks}
-    adopted = []
-    for labelled in labels.labelled:
-        if labelled.copy_of is not None:
-            original = agreement.originals[labelled.copy_of]
-            own = [NOWHERE if key is None else indices[key] for key in original.keys]
-            norm_indices = NormIndices(_tensor(own), original.rows)
-            counts = labelled.copy_of in counted
-            counted.discard(labelled.copy_of)
-            adopted.append(replace(labelled, norm_indices=norm_indices, counts=counts))
-        elif labelled.norm_indices is not None:
-            norm_indices = NormIndices(
-                moved[labelled.norm_indices.indices], labelled.norm_indices.rows
-            )
-            adopted.append(replace(labelled, norm_indices=norm_indices))
-    labels.adopt(agreement.thresholds, adopted)
+    error: AttachError | None = None
+    for group in groups:
+        messages = group.gathered(message)
+        try:
+            check_alike(messages, message)
+        except AttachError as raised:
+            # Not raised yet: the ranks of the groups that follow wait for this one.
+            error = error or raised
+            message = replace(message, error=str(error))
+        wanted = any(other.wants_parameter_norms for other in messages.values())
+        message = replace(message, wants_parameter_norms=wanted)
+    if error is not None:
+        raise error
+    check_elsewhere({distributed.get_rank(): message})
+    return message
+
+
+def agreement_across(message: ClipperMessage, group: RankGroup, ranks: Ranks) -> Agreement:
+    """Agree with ranks that have other parameters, or other parts of the same. Collective.
+
+    Args:
+        message: The message of this rank.
+        group: All ranks of the agreement.
+        ranks: The option that they were given by.
+
+    Raises:
+        AttachError: The messages do not fit together.
+        ArgumentError: A name in ``replicated`` is that of no parameter.
+    """
+    ranks.announced = True  # whatever raises from here on raises on all ranks
+    messages = group.gathered(message)
+    check_errors(messages)
+    check_options(messages)
+    all_names = [name for other in messages.values() for name in other.names]
+    ranks.replicated.check(all_names)
+    if message.scope in SCOPES_BY_NAME:
+        check_names(messages, message.scope)
+    wanted = any(other.wants_parameter_norms for other in messages.values())
+    agreement = Agreement(all_names, wanted)
+    for rank, other in messages.items():
+        indices = agreement.add(rank, other, {*messages})
+        if rank == group.rank:
+            agreement.local_parameters = indices
+    if len(messages) > 1:
+        check_copied(agreement.originals, messages)
+    check_uncopied(messages)
+    agreement.settle()
+    return agreement
+
+
+def _words(_: bool, label: str) -> list[str | int]:
+    """Return a label in words and numbers, so that "block.2" comes before "block.10"."""
+    return [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", label)]
 
 
 def _tensor(indices: Sequence[int]) -> Tensor:
     return torch.tensor(indices, dtype=torch.int64, device="cpu")
-
-
-def confirm_alike(own: ClipperMessage, groups: Iterable[RankGroup]) -> ClipperMessage:
-    """Agree with the ranks that DTensors lie on, which have the same parameters. Collective.
-
-    Returns:
-        What this rank has told, watched where it is on one of them.
-
-    Raises:
-        AttachError: They differ.
-    """
-    error: AttachError | None = None
-    for group in groups:
-        messages = group.gathered(own)
-        try:
-            check_alike(messages, own)
-        except AttachError as found:
-            # Ranks of the groups that follow wait for this one.
-            error = error or found
-            own = replace(own, error=str(error))
-        own = replace(
-            own, wants_parameter_norms=any(each.wants_parameter_norms for each in messages.values())
-        )
-    if error is not None:
-        raise error
-    refuse_elsewhere({distributed.get_rank(): own})
-    return own
-
-
-def agreement_across(own: ClipperMessage, group: RankGroup, ranks: Ranks) -> Agreement:
-    """Agree with ranks that have other parameters, or other parts of them. Collective.
-
-    Raises:
-        AttachError: What they tell does not fit together.
-        ArgumentError: A name in ``replicated`` is that of no parameter.
-    """
-    ranks.announced = True
-    messages = group.gathered(own)
-    check_errors(messages)
-    check_options(messages)
-    agreement = Agreement(
-        wants_parameter_norms=any(each.wants_parameter_norms for each in messages.values())
-    )
-    agreement.all_names = [name for each in messages.values() for name in each.names]
-    ranks.replicated.check(agreement.all_names)
-    if own.scope in SCOPES_BY_NAME:
-        check_names(messages, own.scope)
-    for rank, each in messages.items():
-        places = _add(agreement, rank, each, among={*messages})
-        if rank == group.rank:
-            agreement.places = places
-    if len(messages) > 1:
-        check_copied(agreement, messages)
-    check_uncopied(messages)
-    if not agreement.thresholds:
-        agreement.thresholds[True, SHARED] = None  # everything is left out: a norm of nothing
-    # In an order that does not depend on which rank has what, for a state to fit any number.
-    agreement.thresholds = dict(
-        sorted(agreement.thresholds.items(), key=lambda each: _in_words(each[0][1]))
-    )
-    return agreement
-
-
-def _in_words(label: str) -> list[str | int]:
-    """Return a label so that those that differ in a number are sorted by it."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", label)]
-
-
-def _add(
-    agreement: Agreement, rank: int, message: ClipperMessage, *, among: set[int]
-) -> dict[str, int]:
-    """Add what a rank has told; return the places of its parameters among those of all ranks."""
-    keys, places = [*message.thresholds], {}
-    for parameter in message.parameters:
-        own = [None if label == NOWHERE else keys[label] for label in parameter.labels]
-        name = parameter.name if parameter.given else f"rank {rank}: {parameter.name}"
-        if parameter.copy_of is not None:
-            ranks = {rank} | ({*parameter.mesh} if among >= {*parameter.mesh} else set())
-            original = Original(rank, ranks, name, parameter.shape, own, parameter.rows)
-            first = agreement.originals.setdefault(parameter.copy_of, original)
-            if first is not original:
-                limits = [message.thresholds[key] for key in own if key is not None]
-                needed = [agreement.thresholds[key] for key in first.keys if key is not None]
-                check_copy(first, rank, parameter, same=limits == needed)
-                name, own = first.name, []
-        for key in own:
-            if key is not None:
-                add_limit(agreement.thresholds, key, rank, message.thresholds[key])
-        places[parameter.name] = agreement.names.setdefault(name, len(agreement.names))
-    return places
-
-
-def announces_failure(attach: Callable[P, None]) -> Callable[P, None]:
-    """Let the ranks that wait for this one hear of an error that it has alone.
-
-    Args:
-        attach: A constructor that takes ``ranks`` by keyword, and agrees with them.
-    """
-
-    @wraps(attach)
-    def attach_or_announce(*args: P.args, **kwargs: P.kwargs) -> None:
-        ranks = kwargs.get("ranks")
-        if isinstance(ranks, Ranks):
-            ranks.announced = False
-        try:
-            attach(*args, **kwargs)
-        except Exception as error:
-            if isinstance(ranks, Ranks) and not ranks.announced:
-                with suppress(AttachError):  # no group, nobody waits
-                    ranks.joined().gathered(FailureMessage(f"{type(error).__name__}: {error}"))
-            raise
-
-    return attach_or_announce
-
-
-_UNKNOWN = NormIndices(torch.tensor([NOWHERE], device="cpu"))
-
-
-class RankLayout:
-    """Knows which ranks the norms of a clipper span. Collective where there are any.
-
-    Args:
-        ranks: Those that have other parameters, or None.
-        labels: The labels of the norms, which become those of all ranks.
-        options: How the clipper is set; ranks that differ in it are refused.
-        wants_parameter_norms: Whether the norms of parameters are asked for on this rank.
-
-    Raises:
-        AttachError: There is no process group.
-    """
-
-    def __init__(
-        self,
-        ranks: Ranks | None,
-        labels: NormLabels,
-        options: Mapping[str, str],
-        wants_parameter_norms: bool,
-    ) -> None:
-        self.norm_ranks = NormRanks()
-        self.names: tuple[str, ...] | None = None
-        """Those of the parameters of all ranks, where one of the ranks asks for their norms."""
-        self._ranks = ranks
-        self.across = None if ranks is None else ranks.joined()
-        self._labels = labels
-        self._options = options
-        self.wants_parameter_norms = wants_parameter_norms
-        """Whether the norms of parameters are asked for on one of the ranks."""
-        self._places: dict[str, NormIndices] = {}
-        self._count = -1
-
-    def refresh(self, parameters: Iterable[Tensor]) -> None:
-        """Find the ranks that parameters are spread over, again whenever there are new ones.
-
-        Raises:
-            AttachError: The ranks do not fit together.
-            ArgumentError: A name in an option is that of no parameter of any rank.
-        """
-        count = self._labels.count
-        if count == self._count:
-            return
-        norm_ranks = norm_ranks_of(groups_of(parameters), self.across)
-        if self.across is None or self._count < 0:
-            self._agree(norm_ranks)
-        self.norm_ranks, self._count = norm_ranks, count
-
-    def parameter_indices(self, names: Sequence[str]) -> list[NormIndices]:
-        """Return where parameters are among those of all ranks; nowhere if added since."""
-        if self.names is None:
-            return []
-        return [self._places.get(name, _UNKNOWN) for name in names]
-
-    def _agree(self, norm_ranks: NormRanks) -> None:
-        labels = self._labels
-        message = message_of(
-            labels,
-            self._options,
-            across=self.across is not None,
-            wants_parameter_norms=self.wants_parameter_norms,
-        )
-        if not (norm_ranks or message.elsewhere):
-            return
-        own = confirm_alike(message, norm_ranks.groups)
-        names, self.wants_parameter_norms = (
-            [each.name for each in own.parameters],
-            own.wants_parameter_norms,
-        )
-        places = {name: index for index, name in enumerate(names)}
-        if self._ranks is not None and norm_ranks.across is not None:
-            agreement = agreement_across(own, norm_ranks.across, self._ranks)
-            adopt(labels, agreement, norm_ranks.across.rank)
-            names, places, self.wants_parameter_norms = (
-                [*agreement.names],
-                agreement.places,
-                agreement.wants_parameter_norms,
-            )
-        self.names = tuple(names) if self.wants_parameter_norms else None
-        self._places = {
-            name: NormIndices(torch.tensor([i], device="cpu")) for name, i in places.items()
-        }

@@ -1,4 +1,4 @@
-"""Ranks that have parts of one gradient, and the collective in which they tell each other."""
+"""Groups of ranks that hold parts of one gradient, and the collective that adds up their sums."""
 
 from __future__ import annotations
 
@@ -17,66 +17,67 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# Compared by identity: a group is part of the key of a bucket, at every step.
 @dataclass(frozen=True, slots=True, eq=False)
 class RankGroup:
-    """Ranks over which gradients are spread. Told apart by identity."""
+    """Ranks over which gradients are spread. Compared by identity."""
 
     ranks: tuple[int, ...]
-    """Their global numbers, rising."""
-    processes: tuple[ProcessGroup, ...]
+    """Their global ranks, rising."""
+    process_groups: tuple[ProcessGroup, ...]
     """One for all of them, or one for each dimension of their mesh."""
     device_types: tuple[str, ...]
-    """Of the tensors that the collective takes."""
+    """Types of the devices that its collectives serve."""
 
     @property
     def rank(self) -> int:
-        """The number of this rank."""
+        """The global rank of this process."""
         return distributed.get_rank()
 
     def reduced_(self, values: Tensor, order: float) -> Tensor:
-        """Return values added up over all ranks, of infinite order the largest. Collective.
+        """Return the sums over all ranks, or for the infinity norm the maxima. Collective.
 
         Args:
-            values: Of this rank, 1-d, as many on all of them. May be written.
+            values: The values of this rank, 1-d, of the same length on all. May be written.
             order: p of the norm.
 
         Returns:
-            The same bits on all ranks, where the values were; NaN where one of them has it.
+            The same bits on all ranks, on the device of ``values``; NaN where a rank has NaN.
         """
         device = self._device(values.device)
         total = values if device == values.device else values.to(device)
         if order == INFINITY:
-            # Backends may take any number for larger than NaN: it is told apart.
+            # Of NaN and a number, a backend may take either for the maximum: NaN travels apart.
             total = torch.cat([total.nan_to_num(nan=INFINITY, posinf=INFINITY), total.isnan()])
-        # As distributed.all_reduce does, which takes as long again for questions.
+        # What distributed.all_reduce ends in; its checks take as long again.
         work = self._united_group().allreduce([total], _options(order == INFINITY))
         if work is not None:
             work.wait()
         if order == INFINITY:
-            total, unknown = total.chunk(2)
-            total = torch.where(unknown > 0, torch.nan, total)
+            total, is_nan = total.chunk(2)
+            total = torch.where(is_nan > 0, torch.nan, total)
         return total if total.device == values.device else total.to(values.device)
 
     def gathered(self, message: Any) -> dict[int, Any]:
-        """Return what every rank tells, by its number, rising. Collective.
+        """Return the messages of all ranks by rank, rising. Collective.
 
         Args:
-            message: What this one does; it must be possible to pickle it.
+            message: The message of this rank; it must be possible to pickle it.
         """
-        if distributed.get_backend(self.processes[0]) == "fake":
-            return {self.rank: message}  # nobody else is there
-        found: list[Any] = [None] * len(self.ranks)
-        distributed.all_gather_object(found, (self.rank, message), self._united_group())
-        return dict(sorted(found, key=lambda each: each[0]))
+        if distributed.get_backend(self.process_groups[0]) == "fake":
+            return {self.rank: message}  # torch's backend for tests and estimates: no other rank
+        messages: list[Any] = [None] * len(self.ranks)
+        distributed.all_gather_object(messages, (self.rank, message), self._united_group())
+        return dict(sorted(messages, key=lambda pair: pair[0]))
 
     def _united_group(self) -> ProcessGroup:
-        """Return one group for all ranks; made when all of them enter their first collective."""
-        if len(self.processes) == 1:
-            return self.processes[0]
+        """Return one process group of all ranks."""
+        if len(self.process_groups) == 1:
+            return self.process_groups[0]
         return _made_for(self.ranks, distributed.distributed_c10d._get_default_group())
 
     def _device(self, device: torch.device) -> torch.device:
-        """Return where the collective takes tensors: where they are, if it serves that."""
+        """Return the device for the collective: that of the values, if the backend serves it."""
         if device.type in self.device_types:
             return device
         if "cpu" in self.device_types:
@@ -87,12 +88,12 @@ class RankGroup:
 
 @dataclass(frozen=True, slots=True)
 class NormRanks:
-    """The ranks that a norm spans; nothing where it is on one rank alone, or the same on all."""
+    """The ranks that a norm spans; false if it is that of one rank, or the same on all."""
 
     groups: tuple[RankGroup, ...] = ()
-    """Those of DTensors, in the order in which their collectives are entered."""
+    """Groups that DTensors are spread over, in the order of their collectives."""
     across: RankGroup | None = None
-    """Those of all else, over which the norms of DTensors are added up as well; the last."""
+    """The group of the ``ranks=`` option. Its collective comes last, and adds up all."""
 
     def __bool__(self) -> bool:
         return bool(self.groups) or self.across is not None
@@ -100,20 +101,21 @@ class NormRanks:
     def combined(
         self, vector_of: Callable[[RankGroup | None], Tensor], order: float, *, alone: bool
     ) -> Tensor:
-        """Return what all ranks have told of each group. One collective for each of them.
+        """Return the power sums of all ranks. One collective for each group.
 
         Args:
-            vector_of: Returns for a group what this rank has of it, in fresh memory; for None what
-                is in none of ``groups``.
-            order: p of the norm: sums, or of infinite order the largest.
-            alone: Whether there is anything in none of them.
+            vector_of: Returns the sums of this rank for the gradients of a group, in fresh memory;
+                for None the sums of the gradients in none of ``groups``.
+            order: p of the norm: sums are added; for infinity the maximum is taken.
+            alone: Whether there are gradients in none of ``groups``.
         """
-        found = [vector_of(None)] if alone or self.across is not None else []
-        found += [group.reduced_(vector_of(group), order) for group in self.groups]
-        total = found[0]
-        if len(found) > 1:
-            # Ranks have the groups in different places, and the same bits whatever the order.
-            together = torch.stack(found).sort(0).values
+        vectors = [vector_of(None)] if alone or self.across is not None else []
+        vectors += [group.reduced_(vector_of(group), order) for group in self.groups]
+        total = vectors[0]
+        if len(vectors) > 1:
+            # Floats do not add up alike in every order, and ranks order their groups differently:
+            # sorted, the sum has the same bits on all.
+            together = torch.stack(vectors).sort(0).values
             total = together.amax(0) if order == INFINITY else together.sum(0)
         return total if self.across is None else self.across.reduced_(total, order)
 
@@ -122,11 +124,11 @@ def norm_ranks_of(groups: Iterable[RankGroup], across: RankGroup | None = None) 
     """Return the ranks that a norm spans.
 
     Args:
-        groups: Those of DTensors.
-        across: Those of all else.
+        groups: Groups that DTensors are spread over.
+        across: The group of the ``ranks=`` option.
 
     Raises:
-        AttachError: What is on both cannot be counted once.
+        AttachError: Some ranks of a DTensor are in ``across``, so that it cannot count once.
     """
     if across is None:
         return NormRanks(in_order(groups))
@@ -134,10 +136,10 @@ def norm_ranks_of(groups: Iterable[RankGroup], across: RankGroup | None = None) 
     for group in groups:
         common = {*group.ranks}.intersection(across.ranks)
         if len(common) == len(group.ranks):
-            continue  # each has its part, and all are counted together
+            continue  # each rank has its shard, and `across` adds up all of them
         if len(common) > 1:
             raise AttachError(
-                f"DTensors lie on the ranks {[*group.ranks]}, of which ranks= has "
+                f"DTensors lie on the ranks {[*group.ranks]}, of which the group in ranks= has "
                 f"{sorted(common)}: give it a group with all of them, or with one of them, as the "
                 "mesh of the pipeline's dimension is."
             )
@@ -145,8 +147,20 @@ def norm_ranks_of(groups: Iterable[RankGroup], across: RankGroup | None = None) 
     return NormRanks(in_order(outside), across)
 
 
-@cache
+def in_order(groups: Iterable[RankGroup]) -> tuple[RankGroup, ...]:
+    """Return groups in the one order in which all ranks enter their collectives."""
+    return tuple(sorted(groups, key=lambda group: group.ranks))
+
+
+def is_first() -> bool:
+    """Return whether this process is rank 0, or not distributed."""
+    in_group = distributed.is_available() and distributed.is_initialized()
+    return not in_group or distributed.get_rank() == 0
+
+
+@cache  # one of the caches that the room's docstring explains
 def _made_for(ranks: tuple[int, ...], world: ProcessGroup) -> ProcessGroup:
+    """Make a process group for ranks, when all of them enter their first collective."""
     return distributed.new_group([*ranks], use_local_synchronization=True)  # type: ignore[no-any-return]
 
 
@@ -158,14 +172,3 @@ def _options(largest: bool) -> distributed.AllreduceOptions:
     if hasattr(options, "asyncOp"):  # torch 2.7 and later
         options.asyncOp = False
     return options
-
-
-def in_order(groups: Iterable[RankGroup]) -> tuple[RankGroup, ...]:
-    """Return groups as all of their ranks enter their collectives one after the other."""
-    return tuple(sorted(groups, key=lambda group: group.ranks))
-
-
-def is_first() -> bool:
-    """Tell whether this process is the first one, or the only one."""
-    in_group = distributed.is_available() and distributed.is_initialized()
-    return not in_group or distributed.get_rank() == 0

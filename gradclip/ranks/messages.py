@@ -1,81 +1,127 @@
-"""What a clipper tells those of other ranks, and what they have agreed on."""
+"""The messages that ranks exchange when their clippers attach.
+
+A message is pickled and compared with those of other processes. So it holds plain data, no tensor,
+and no text that differs from process to process, such as the address in the repr of an object.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ..scopes.labels import GroupThresholds, NormKey
+from ..scopes.labels import GroupThresholds, LabelledParameter, NormLabels
+from .shards import is_elsewhere, mesh_ranks
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterMessage:
-    """A parameter that is in some norm."""
+    """A parameter whose gradient is in some norm, as its rank describes it."""
 
     name: str
-    given: bool
-    """Whether it is the model's or the optimizer's name, not a place in the groups."""
+    has_given_name: bool
+    """True if the model or the optimizer gave the name, False if it was generated."""
     shape: tuple[int, ...]
-    labels: list[int]
-    """Which of the norms that its rank tells are its own: one, or with ``rows`` one for each index
-    of dimension 0, and `NOWHERE` for none."""
+    """The shape on its rank; of a DTensor, the whole one."""
+    norm_indices: list[int]
+    """Norm indices among the thresholds of its rank's message: one, or with ``rows`` one for each
+    index of dimension 0, `NOWHERE` for a row in no norm."""
     rows: bool
     copy_of: str | None
-    """What all copies of it are called, where there are others."""
+    """The name that its copies on all ranks share; None for a parameter without copies."""
     mesh: tuple[int, ...]
-    """The ranks of a DTensor, which knows what of it is here; empty for others."""
+    """The ranks of a DTensor, which knows its shard; empty for other tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClipperMessage:
-    """What a rank tells of its clipper."""
+    """The clipper of one rank."""
 
     scope: str
+    """The scope's kind; "" for a function."""
     options: Mapping[str, str]
+    """The options from `comparable_options`."""
     thresholds: GroupThresholds
+    """The norms of the rank in order, with the thresholds of parameter groups."""
     parameters: list[ParameterMessage]
     names: list[str]
-    """Those of all parameters, in a norm or not."""
+    """Names of all parameters, in a norm or not."""
     elsewhere: list[str]
-    """Those of DTensors on other ranks alone."""
+    """Names of DTensors that have no shard on the rank and that no ``ranks=`` accounts for."""
     wants_parameter_norms: bool
-    """Whether the norms of parameters are asked for."""
+    """True if a sink or an error of the rank may need the norm of each parameter."""
     error: str | None = None
-    """Why it cannot be attached."""
+    """The reason why the clipper cannot attach, once there is one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureMessage:
-    """What a rank tells that has no clipper."""
+    """A rank whose clipper raised before it had anything to agree on."""
 
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class Original:
-    """The first of the copies of a parameter, which counts."""
+def comparable_options(
+    options: Mapping[str, str],
+    threshold: object,
+    grad_scaler: object,
+    optimizers: Sequence[object],
+) -> dict[str, str]:
+    """Return the options of a clipper as text that is equal on two ranks if they mean the same.
 
-    rank: int
-    ranks: set[int]
-    """Those that have a part of it: of a DTensor several."""
-    name: str
-    shape: tuple[int, ...]
-    keys: list[NormKey | None]
-    """Its norm, or with ``rows`` one for each index of dimension 0, and None for none."""
-    rows: bool
+    Args:
+        options: The options, as text.
+        threshold: The threshold. The repr of a user's own rule may hide a number that it decides
+            by, so that all of its attributes are compared.
+        grad_scaler: The GradScaler, or None. Two processes never share one: that there is one
+            is compared.
+        optimizers: The optimizers. Ranks agree on the overflow of each, so that their number
+            has to be the same.
+    """
+    scaler = None if grad_scaler is None else f"that of {len(optimizers)} optimizers"
+    texts = {**options, "threshold": vars(threshold), "grad_scaler": scaler}
+    # The default repr of a function or an object shows its address.
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in texts.items()}
 
 
-@dataclass(slots=True)
-class Agreement:
-    """What holds on all ranks."""
+def message_of(
+    labels: NormLabels, options: Mapping[str, str], *, across: bool, wants_parameter_norms: bool
+) -> ClipperMessage:
+    """Return the message of this rank about its clipper.
 
-    thresholds: GroupThresholds = field(default_factory=dict)
-    originals: dict[str, Original] = field(default_factory=dict)
-    """By what all their copies are called."""
-    names: dict[str, int] = field(default_factory=dict)
-    """The parameters of all ranks that are in some norm, with their places."""
-    places: dict[str, int] = field(default_factory=dict)
-    """Those of this rank, under its own names, with their places among all."""
-    all_names: list[str] = field(default_factory=list)
-    """Names of all parameters, in a norm or not."""
-    wants_parameter_norms: bool = False
+    Args:
+        labels: The labels of its norms.
+        options: Its options, from `comparable_options`.
+        across: Whether it has ``ranks=``: DTensors may then lie on other ranks alone.
+        wants_parameter_norms: Whether the norms of parameters are needed on this rank.
+    """
+    elsewhere = [] if across else [p.name for p in labels.parameters if is_elsewhere(p.parameter)]
+    messages = (_parameter_message(entry, labels.kind) for entry in labels.labelled)
+    return ClipperMessage(
+        labels.kind,
+        options,
+        labels.thresholds_by_key,
+        [message for message in messages if message is not None],
+        labels.all_names,
+        elsewhere,
+        wants_parameter_norms,
+    )
+
+
+def _parameter_message(labelled: LabelledParameter, scope: str) -> ParameterMessage | None:
+    """Return the message about a parameter; None if it is in no norm or gone."""
+    parameter, norm_indices = labelled.parameter(), labelled.norm_indices
+    if norm_indices is None or parameter is None:
+        return None
+    # FullyShardedDataParallel makes views of one dimension into its flat parameter: what had rows
+    # has none any more, and must not pass for a vector that scope "unit" gives one norm.
+    flattened = scope == "unit" and getattr(parameter, "_fsdp_flattened", False)
+    return ParameterMessage(
+        labelled.name,
+        labelled.has_given_name,
+        tuple(parameter.shape),
+        norm_indices.indices.tolist(),
+        norm_indices.rows or flattened,
+        labelled.copy_of,
+        mesh_ranks(parameter),
+    )

@@ -1,4 +1,4 @@
-"""The ``ranks=`` option: which processes hold parts of one model, and which parts are copies."""
+"""The ``ranks=`` option: the processes that hold parts of one model, and which parts are copies."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """Where the parameters live that are not here: a clipper on each of these ranks has one norm.
+    """The ranks that one norm spans, where parameters on other ranks are not DTensors.
 
-    For parameters that are spread over processes without being DTensors: the stages of a pipeline,
-    shards as those of Megatron-LM, the flat parameters of ``FullyShardedDataParallel``. DTensors
-    need none, nor does DistributedDataParallel, whose gradients are whole on every rank.
+    For parameters that are spread over processes in another way: the stages of a pipeline, shards
+    as those of Megatron-LM, the flat parameters of ``FullyShardedDataParallel``. DTensors need
+    none, nor does DistributedDataParallel, whose gradients are whole on every rank.
 
     A clipper is attached on all ranks at once, with the same options, and all of them step
-    together, those included that have no gradient or no parameter. Names tell what belongs
-    together: parameters of the same name are parts of one, except for copies.
+    together, those without a gradient or a parameter as well. Parameters are matched across ranks
+    by name: those of one name are parts of one parameter, except for copies.
 
     >>> import gradclip
     >>> gradclip.Ranks(replicated="*.norm.weight")
     Ranks(replicated='*.norm.weight')
 
     Args:
-        group: The ranks: a ``torch.distributed.ProcessGroup``, a ``DeviceMesh`` of one dimension,
-            or None for all.
+        group: A ``torch.distributed.ProcessGroup``, a ``DeviceMesh`` of one dimension, or None for
+            all ranks.
         replicated: Parameters whose gradient is the same on several ranks and counts once, such as
             tied embeddings of the first and the last stage, or layer norms under sequence
             parallelism: names, in which ``*`` and ``?`` stand for any letters and any letter; or a
-            function of name and parameter that is true for them. Copies have the same name on all
-            their ranks, or the function returns one for them, a string. Each has the whole
-            gradient when the optimizer steps; of shards that are copied, each shard has a name.
+            function of name and parameter that returns True for them. Copies have the same name
+            on all their ranks, or the function returns one for them, a string. Each rank has the
+            whole gradient of a copy when the optimizer steps. Of shards that are copied, each
+            shard has a name of its own.
 
     Raises:
         ArgumentError: ``group`` or ``replicated`` is none of these.
@@ -50,22 +51,22 @@ class Ranks:
         self.replicated = Selection("replicated", replicated)
         self.group = None if group is None else _process_group(group)
         self.announced = False
-        """Whether the clipper that is being attached has told the others of itself."""
+        """True once the clipper that is being attached has sent its message to the other ranks."""
 
     def __repr__(self) -> str:
-        several = f"{self.group.size()} ranks" if self.group is not None else ""
-        copies = f"replicated={self.replicated!r}" if self.replicated else ""
-        return f"Ranks({', '.join(filter(None, (several, copies)))})"
+        group = f"{self.group.size()} ranks" if self.group is not None else ""
+        replicated = f"replicated={self.replicated!r}" if self.replicated else ""
+        return f"Ranks({', '.join(filter(None, (group, replicated)))})"
 
     def original_of(self, name: str, parameter: Tensor) -> str | None:
-        """Return the name that all copies of a replicated parameter share; None for others."""
-        found = self.replicated.of(name, parameter)
-        if isinstance(found, str):
-            return str(found) or None
-        return name if found else None
+        """Return the name that all copies of a parameter share; None for one without copies."""
+        answer = self.replicated.of(name, parameter)
+        if isinstance(answer, str):
+            return str(answer) or None  # a plain str: a message with a subclass may not unpickle
+        return name if answer else None
 
     def joined(self) -> RankGroup:
-        """Return the ranks, of which this one must be one.
+        """Return the group of the ranks.
 
         Raises:
             AttachError: There is no process group.
@@ -81,12 +82,13 @@ class Ranks:
         return RankGroup(ranks, (group,), types)
 
 
-def _process_group(given: Any) -> ProcessGroup:
-    if getattr(given, "ndim", None) == 1 and hasattr(given, "get_group"):
-        given = given.get_group()
-    if distributed.is_available() and isinstance(given, distributed.ProcessGroup):
-        return given
+def _process_group(group: Any) -> ProcessGroup:
+    if getattr(group, "ndim", None) == 1 and hasattr(group, "get_group"):
+        group = group.get_group()
+    # For a rank outside of it, new_group() returns a number instead of a group.
+    if distributed.is_available() and isinstance(group, distributed.ProcessGroup):
+        return group
     raise ArgumentError(
-        f"group is {given!r}: give a torch.distributed.ProcessGroup that this rank is in, a "
+        f"group is {group!r}: give a torch.distributed.ProcessGroup that this rank is in, a "
         "DeviceMesh of one dimension (mesh['pp'] of a larger one), or None for all ranks."
     )

@@ -132,7 +132,7 @@ WRONG = {
     "a copy of nothing": (
         in_both(replicated="a"),
         AttachError,
-        "a is replicated, and only rank 0 has a parameter that is called a",
+        "a is replicated, and only rank 0 has a parameter called a",
     ),
     "no such name": (
         in_both(replicated="c"),
@@ -147,7 +147,7 @@ WRONG = {
     "copies of other shapes": (
         [{"shapes": {"a": (2,)}, "replicated": "a"}, {"shapes": {"a": (3,)}, "replicated": "a"}],
         AttachError,
-        r"a has the shape \(3,\) on rank 1, and a, of which it is to be a copy, has \(2,\)",
+        r"a has the shape \(3,\) on rank 1, and a, of which it is a copy, has \(2,\)",
     ),
     "another max_norm": (
         [{"shapes": {"a": (2,)}, "max_norm": value} for value in (1.0, 2.0)],
@@ -162,7 +162,7 @@ WRONG = {
     "another threshold of a group": (
         [{"shapes": {"a": (2,)}, "group": {"max_norm": value}} for value in (1.0, 2.0)],
         AttachError,
-        "The group 'group 0' has max_norm 2.0 on rank 1 and 1.0 on an earlier one",
+        "The group 'group 0' has max_norm 2.0 on rank 1 and 1.0 on an earlier rank",
     ),
     "another threshold of a copy": (
         [
@@ -170,12 +170,12 @@ WRONG = {
             for value in (1.0, 2.0)
         ],
         AttachError,
-        "a is in a group with another max_norm on rank 1 than a, of which it is a copy, on rank 0",
+        "a on rank 1 is a copy of a on rank 0, and their parameter groups have different max_norm",
     ),
     "a copy on one rank alone": (
         [{"shapes": {"a": (2,), "b": (2,)}, "replicated": names} for names in (["a", "b"], "a")],
         AttachError,
-        "b is replicated, and only rank 0 has a parameter that is called b",
+        "b is replicated, and only rank 0 has a parameter called b",
     ),
     "a copy on some ranks": (
         [{"shapes": {"a": (2,), "b": (2,)}, "replicated": names} for names in (tied_twice, "a")],
@@ -195,17 +195,17 @@ WRONG = {
     "no parts of one": (
         [{"shapes": {"a": shape}, "scope": "parameter"} for shape in ((2, 3), (4, 2))],
         AttachError,
-        r"a has the shape \(4, 2\) on rank 1 and \(2, 3\) on rank 0, which cannot be parts of one",
+        r"a has the shape \(4, 2\) on rank 1 and \(2, 3\) on rank 0, which cannot be shards of one",
     ),
     "rows of parts": (
         [{"shapes": {"a": (2, 3)}, "scope": "unit"}] * 2,
         AttachError,
-        "a is on the ranks 0 and 1, .* not known which indices of dimension 0",
+        "a is on ranks 0 and 1, and only of DTensors is it known which indices of dimension 0",
     ),
     "places for names": (
         [{"shapes": {"": (2,)}, "scope": "parameter"}] * 2,
         AttachError,
-        "group 0, parameter 0 of rank 0 has no name of its own",
+        "group 0, parameter 0 of rank 0 has a generated name",
     ),
 }
 
@@ -251,7 +251,7 @@ def experts_unlike() -> str:
 @pytest.mark.slow
 def test_ranks_of_other_groups_hear_of_it_too(four_ranks):
     for message in four_ranks.run(experts_unlike):
-        assert "needs ranks=gradclip.Ranks(group)" in message
+        assert "need ranks=gradclip.Ranks(group)" in message
 
 
 def grown(scope: str, name: str, replicated: str) -> Any:
@@ -297,7 +297,7 @@ def unlike(option: str) -> str:
 def test_ranks_of_dtensors_have_the_same_parameters_and_options(two_ranks):
     for message in two_ranks.run(unlike, "names"):
         assert "clips [whole, rank" in message
-        assert "needs ranks=gradclip.Ranks(group)" in message
+        assert "need ranks=gradclip.Ranks(group)" in message
     for message in two_ranks.run(unlike, "max_norm"):
         assert "max_norm is Fixed(1.0) on rank 0 and Fixed(2.0) on rank 1" in message
 
@@ -319,7 +319,7 @@ def on_a_mesh_of(ranks: list[int], beside: bool) -> str:
 
 def test_dtensors_on_other_ranks_alone_are_refused(two_ranks):
     """Where no other parameter brings the ranks together, those with a part do not hear of it."""
-    needed = "[stage] of rank 1 are DTensors whose mesh leaves it out"
+    needed = "[stage] of rank 1 are DTensors whose mesh does not include that rank"
     one, other = two_ranks.run(on_a_mesh_of, [0], True)
     assert one == other
     assert needed in one

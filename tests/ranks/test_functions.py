@@ -159,7 +159,7 @@ def begun_again() -> list[Any]:
             gradient = distribute_tensor(torch.tensor([3.0, 4.0]), mesh)
             [group] = groups_of([gradient])
             norm = get_total_norm([gradient]).item()
-            found.append((norm, group.processes == (mesh.get_group(),)))
+            found.append((norm, group.process_groups == (mesh.get_group(),)))
             distributed.destroy_process_group()
     return found
 

@@ -113,7 +113,7 @@ def rows_of_flat() -> str:
 
 def test_rows_of_what_was_made_flat_are_not_known(two_ranks):
     for message in two_ranks.run(rows_of_flat):
-        assert "it is not known which indices of dimension 0 they are" in message
+        assert "is it known which indices of dimension 0 a rank holds" in message
 
 
 def test_parts_of_gradients_are_refused_with_the_remedy(two_ranks):

@@ -5,8 +5,8 @@ Every clipping algorithm answers two questions, and any pair of answers works:
 - scope: which gradients share one norm?
 - threshold: how large may that norm be now?
 
-The step is always the same: measure the norms, ask for the thresholds, scale in place by
-``min(1, threshold / norm)``, record.
+Every step is the same: measure the norms, compute their thresholds, scale the gradients in place by
+``min(1, threshold / norm)``, record. Known algorithms are pairs:
 
 ====================================================  ===========  ========================
 known as                                              scope        threshold
@@ -17,7 +17,7 @@ warm-up of the threshold                              "global"     ``Schedule(fu
 AutoClip, Seetharaman 2020                            "global"     ``Percentile(10)``
 ZClip, Kumar 2025                                     "global"     ``ZScore(2.5)``
 AdaGC, Wang 2025                                      "parameter"  ``MovingAverage(1.05)``
-a rule for spikes that one spike cannot blind         "global"     ``MedianDeviation(10)``
+spike detection that one spike cannot blind           "global"     ``MedianDeviation(10)``
 OLMo's skipped steps, with ``exceed="skip"``          "global"     ``MeanDeviation(6)``
 AGC of NFNets, Brock 2021                             "unit"       ``RelativeToWeights()``
 ====================================================  ===========  ========================
@@ -26,10 +26,10 @@ Read the code in this order:
 
 1. ``examples/minimal.py``, then ``clipper.py``: one step from gradients to record;
 2. ``scopes/`` and ``thresholds/``: the two answers, one rule a file;
-3. ``gradients/``: what lies between them, with the formula in ``coefficients.py``;
-4. ``engines/``: the arithmetic, in plain torch first (``reference.py``), then in C and Triton;
-5. ``optimizers/`` and ``ranks/``: the hook on an optimizer, and many processes;
-6. ``records/`` and ``report/``: what a step leaves behind, and what is read from it.
+3. ``gradients/``: the step between them, with the formula in ``coefficients.py``;
+4. ``engines/``: the arithmetic, first in plain torch (``reference.py``), then in C and Triton;
+5. ``optimizers/`` and ``ranks/``: the hooks of an optimizer, and many processes;
+6. ``records/`` and ``report/``: the record of a step, and reading it back.
 """
 
 from __future__ import annotations
@@ -132,7 +132,10 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: torch takes a second, which no ``--help`` should wait for."""
+    """Import a public name or a module at its first use.
+
+    Importing torch takes a second, which the command line's ``--help`` should not wait for.
+    """
     if name in _MODULE_OF:
         value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
         globals()[name] = value

@@ -1,4 +1,4 @@
-"""The gradient on its way back through time: clipped at a tensor, measured at every step."""
+"""Clips or measures gradients during the backward pass, as backpropagation through time needs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def through_time(
     """Record the norm of the gradient of a recurrent state at every time step.
 
     Backpropagation through time multiplies the gradient of a state by the Jacobian of every later
-    step. Where those stretch it explodes, where they shrink it vanishes: Pascanu, Mikolov and
-    Bengio, "On the difficulty of training recurrent neural networks" (2013), section 2. The norms
-    show which it is, and how fast.
+    step. Jacobians that stretch let it explode, those that shrink let it vanish (Pascanu, Mikolov
+    and Bengio, "On the difficulty of training recurrent neural networks", 2013, section 2). The
+    norms show which of the two happens, and how fast.
 
-    Call it after the forward pass, with the outputs of the cell in the order of time, and read
-    `TimeNorms.norms` after the backward pass. No host sync on a CUDA device. Gradients are only
-    looked at; to clip them on their way there is `gradclip.clip_backward`.
+    Call this after the forward pass, with the outputs of the cell in the order of time, and read
+    `TimeNorms.norms` after the backward pass. Gradients are not written; `gradclip.clip_backward`
+    clips them during the backward pass. No host sync on a CUDA device.
 
     >>> import torch, gradclip
     >>> cell = torch.nn.RNNCell(1, 1)
@@ -54,78 +54,83 @@ def through_time(
     [0.125, 0.25, 0.5, 1.0]
 
     Args:
-        states: What the cell returned, one entry for each time step: a tensor of any shape, whose
-            whole gradient has one norm, or several, as the pair of an LSTM, which share one.
-        norm_type: p of the p-norm, positive or inf.
-        grad_scaler: The ``GradScaler`` that scales the loss: norms are those of the loss itself.
+        states: The outputs of the cell, one for each time step: a tensor of any shape, whose
+            whole gradient has one norm, or several tensors, such as the pair of an LSTM, which
+            share one norm.
+        norm_type: p of the p-norm, a number > 0, or inf for the largest element.
+        grad_scaler: The ``GradScaler`` that scales the loss; its scale is divided out.
 
     Returns:
-        What the norms can be read from.
+        An object from which the norms can be read.
 
     Raises:
-        ArgumentError: ``norm_type`` is no such number.
-        GradientError: A state is no tensor, or has no gradient.
+        ArgumentError: ``norm_type`` is invalid.
+        GradientError: A state is not a tensor, or does not require a gradient.
     """
     return TimeNorms([*states], checked_order(norm_type), grad_scaler)
 
 
 class TimeNorms:
-    """The norms of the gradients of the states of one forward pass; made by `through_time`."""
+    """Norms of the gradients of the states of one forward pass; made by `through_time`."""
 
     def __init__(
         self, states: Sequence[State], order: float, grad_scaler: GradScaler | None
     ) -> None:
-        listed = [[state] if isinstance(state, Tensor) else [*state] for state in states]
-        for step, parts in enumerate(listed):
-            _check(step, parts)
+        tensors = [[state] if isinstance(state, Tensor) else [*state] for state in states]
+        for step, state in enumerate(tensors):
+            _check(step, state)
         self._order = order
         self._scaler = grad_scaler
-        self._device = listed[0][0].device if listed else torch.device("cpu")
-        self._found: list[dict[int, Tensor]] = [{} for _ in listed]
-        for found, parts in zip(self._found, listed, strict=True):
-            for place, part in enumerate(parts):
-                part.register_hook(_remembering(found, place, order))
+        self._device = tensors[0][0].device if tensors else torch.device("cpu")
+        # For each time step, the norm of each tensor of the state that a gradient has reached.
+        self._norms: list[dict[int, Tensor]] = [{} for _ in tensors]
+        for norms, state in zip(self._norms, tensors, strict=True):
+            for index, tensor in enumerate(state):
+                tensor.register_hook(_measuring(norms, index, order))
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._norms)
 
     @property
     def norms(self) -> Tensor:
-        """Norms in the order of time, of the newest gradient that came to each.
+        """Norms of the gradients of the newest backward pass, in the order of time.
 
-        Shape (time steps,), float64 (float32 where the device has no float64), on the device of
-        the first state; 0 where no gradient has come.
+        Shape (time steps,), float64 (float32 if the device has no float64), on the device of the
+        first state; 0 for a state that no gradient has reached.
         """
-        none = torch.zeros((), dtype=norm_dtype(self._device), device=self._device)
-        norms = torch.stack([self._joint(found, none) for found in self._found] or [none])
+        zero = torch.zeros((), dtype=norm_dtype(self._device), device=self._device)
+        norms = torch.stack([self._joint(by_tensor, zero) for by_tensor in self._norms] or [zero])
         if self._scaler is not None:
-            norms = norms / self._scaler.scale(torch.ones_like(none))
+            # The scale, by a method that neither reads it on the host nor needs a first step.
+            norms = norms / self._scaler.scale(torch.ones_like(zero))
         return norms[: len(self)]
 
-    def _joint(self, found: dict[int, Tensor], none: Tensor) -> Tensor:
-        norms = [norm.to(none) for norm in found.values()]
-        return torch.linalg.vector_norm(torch.stack(norms), self._order) if norms else none
+    def _joint(self, by_tensor: dict[int, Tensor], zero: Tensor) -> Tensor:
+        norms = [norm.to(zero) for norm in by_tensor.values()]
+        return torch.linalg.vector_norm(torch.stack(norms), self._order) if norms else zero
 
 
-def _remembering(found: dict[int, Tensor], place: int, order: float) -> object:
+def _measuring(norms: dict[int, Tensor], index: int, order: float) -> object:
+    """Return a tensor hook that measures the gradient and returns nothing, which leaves it."""
+
     @untracked
-    def remember(gradient: Tensor) -> None:
-        found[place] = get_total_norm([gradient], order)
+    def measure(gradient: Tensor) -> None:
+        norms[index] = get_total_norm([gradient], order)
 
-    return remember
+    return measure
 
 
-def _check(step: int, parts: Sequence[object]) -> None:
-    for part in parts:
-        if not isinstance(part, Tensor):
+def _check(step: int, state: Sequence[object]) -> None:
+    for tensor in state:
+        if not isinstance(tensor, Tensor):
             raise GradientError(
-                f"Found a {type(part).__name__} as the state of time step {step}: give tensors, or "
-                "for each time step several tensors."
+                f"Found a {type(tensor).__name__} as the state of time step {step}: give a tensor "
+                "or several tensors for each time step."
             )
-        if not part.requires_grad:
+        if not tensor.requires_grad:
             raise GradientError(
                 f"The state of time step {step} does not require a gradient: call through_time() "
-                "on what the cell returned, with gradient tracking on."
+                "on the outputs of the cell, with gradient tracking on."
             )
 
 
@@ -135,24 +140,26 @@ def clip_backward(
     max_value: float | None = None,
     grad_scaler: GradScaler | None = None,
 ) -> Tensor:
-    """Pass ``x`` on unchanged, and clip the gradient that flows back through it.
+    """Return ``x`` unchanged, and clip the gradient that flows back through it.
 
-    Applied to the hidden state at every time step it clips through time, where gradients of
-    recurrent networks explode: Graves, "Generating sequences with recurrent neural networks"
-    (2013). Gradients that are not finite pass through as they are.
+    Applied to the hidden state at every time step, it clips through time, where the gradients of
+    recurrent networks explode (Graves, "Generating sequences with recurrent neural networks",
+    2013). A gradient whose norm is NaN or infinite passes unchanged. No host sync on a CUDA device.
 
     Args:
         x: Any tensor.
-        max_norm: Largest 2-norm of the gradient of the whole tensor; None for no limit.
-        max_value: Largest magnitude of its elements, applied first; None for no limit.
-        grad_scaler: The ``GradScaler`` that scaled the loss, since gradients that flow back
-            under it are scaled: its scale is taken into account, without a host sync.
+        max_norm: Threshold of the 2-norm of the gradient of the whole tensor, a finite number
+            >= 0; None for no threshold.
+        max_value: Bound of the magnitude of its elements, a finite number >= 0, applied before the
+            norm is clipped; None for no bound.
+        grad_scaler: The ``GradScaler`` that scales the loss. Gradients that flow back are scaled,
+            and so threshold and bound are scaled alike.
 
     Returns:
         A view of ``x``.
 
     Raises:
-        ArgumentError: A limit is no number >= 0, or none is given.
+        ArgumentError: A number is invalid, or neither is given.
         GradientError: ``x`` is complex and ``max_value`` is given.
     """
     if max_norm is None and max_value is None:
@@ -174,12 +181,13 @@ class _ClipBackward(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # the clipped gradient has no history: a second derivative would be wrong
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         max_norm, max_value, grad_scaler = ctx.options
         if max_value < math.inf:
             refuse_unordered([gradient])
-        # Others may hold this gradient too: what is written is a copy.
+        # Other nodes of the graph may hold this gradient: the copy is written. Contiguous, because
+        # an expanded gradient shares memory between its elements.
         copy = gradient.clone(memory_format=torch.contiguous_format)
         [bucket] = buckets_of([copy], 2.0)
         norms = norms_of([bucket], 2.0)

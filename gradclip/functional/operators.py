@@ -1,7 +1,8 @@
-"""Functions that are one operator each in what ``torch.compile`` makes, and as they are elsewhere.
+"""Makes a clipping function one operator in code compiled by ``torch.compile``.
 
-The compiler need not look into the native engine, nor could it: it sees what an operator is given,
-what that writes, and what comes out. Gradients are handed over as they are, none is copied.
+The compiler cannot trace the native engine. It sees an operator by its schema: the arguments,
+those that are written, and the result. Gradients are passed to it without a copy. Eager code calls
+the plain function.
 """
 
 from __future__ import annotations
@@ -18,30 +19,32 @@ from ..engines.no_grad import untracked
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Not torch.library.custom_op, by which all that may be written counts as written.
+# Not torch.library.custom_op: it raises the version of every argument that may be written, and
+# gradients below their threshold must keep theirs.
 _LIBRARY = torch.library.Library("gradclip", "DEF")
 _TAGS = [torch.Tag.pt2_compliant_tag]
 if hasattr(torch.Tag, "cudagraph_unsafe"):
-    # Engines keep what they made, which must not lie in the memory of a graph of the compiler's.
+    # Engines cache tensors, which must not lie in the memory pool of the compiler's CUDA graphs.
     _TAGS.append(torch.Tag.cudagraph_unsafe)
 
 
 def operator(
     schema: str, result: Callable[..., object]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function an operator, and switch gradient tracking off while it runs.
+    """Return a decorator that makes a function an operator and runs it without gradient tracking.
 
     Args:
-        schema: The operator's name and types, with a ``!`` at what it writes.
-        result: Stands for the function while code is compiled: returns a tensor of the same
-            shape, dtype and device.
+        schema: Name and types of the operator in torch's schema language, which marks written
+            arguments with ``!``.
+        result: Replaces the function while code is compiled: takes the same arguments and returns a
+            tensor of the same shape, dtype and device.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name, _, _ = schema.partition("(")
         _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, untracked(function), "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # no history
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # records no history
         torch.library.register_fake(f"gradclip::{name}", result, lib=_LIBRARY)
         return untracked(function, getattr(torch.ops.gradclip, name).default)
 
@@ -49,10 +52,10 @@ def operator(
 
 
 def norm_like(tensors: Sequence[Tensor], *_: Any) -> Tensor:
-    """Return a tensor like the norm of all tensors together, of any value."""
+    """Return an uninitialised tensor of the shape, dtype and device of the joint norm."""
     device = tensors[0].device if tensors else torch.device("cpu")
     return torch.empty((), dtype=norm_dtype(device), device=device)
 
 
 def nothing(*_: Any) -> None:
-    """Return what in-place functions return."""
+    """Return None, the result of an in-place operator."""

@@ -1,12 +1,12 @@
-"""Clipping without a hook: the names of ``torch.nn.utils``, plain tensors, the backward pass.
+"""The clipping functions of ``torch.nn.utils`` under torch's names, and one for plain tensors.
 
-All norms are measured with float64 accumulation, whatever the gradients' dtype, and returned as
-plain 0-d float64 tensors (float32 where the device has no float64) on the first gradient's
-device. Gradients below the threshold are not written. On a CUDA device nothing waits for it,
+All norms are accumulated in float64, whatever the dtype of the gradients, and returned as plain
+0-d float64 tensors (float32 if the device has no float64) on the device of the first gradient.
+Gradients whose norm is at most the threshold are not written. No host sync on a CUDA device,
 unless ``error_if_nonfinite`` is true or the gradients lie on several devices.
 
-In what ``torch.compile`` makes, each but `clip_backward` is one operator, of `compiled`: it does
-what is done elsewhere, bit by bit, also with ``fullgraph=True``.
+Each function is one operator in code compiled by ``torch.compile``, also with ``fullgraph=True``,
+and has the same bits there as in eager code.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Clip the norm of the gradients of parameters, in place.
+    """Scale the gradients of parameters in place, so that their joint norm is at most ``max_norm``.
 
-    The same name and signature as ``torch.nn.utils.clip_grad_norm_``. Where the norm is not
-    finite the gradients stay as they are. Of DTensors it is the norm of the whole, and the call
-    collective.
+    The name and signature of ``torch.nn.utils.clip_grad_norm_``. The factor is
+    ``min(1, max_norm / norm)`` (Pascanu, Mikolov and Bengio, 2013), without torch's 1e-6. If the
+    norm is NaN or infinite, the gradients stay unchanged. For DTensors the norm is that of the full
+    tensors, and the call is collective.
 
     >>> import torch, gradclip
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -54,20 +55,20 @@ def clip_grad_norm_(
     tensor([0.6000, 0.8000])
 
     Args:
-        parameters: A tensor or an iterable of tensors, read once; those without a gradient are
-            passed over, those given twice count once.
-        max_norm: Largest norm allowed, 0 or more; inf measures and writes nothing.
-        norm_type: p of the p-norm, positive or inf.
-        error_if_nonfinite: Raise where the norm is NaN or infinite. Host sync.
-        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+        parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are
+            ignored; a gradient that occurs twice counts once.
+        max_norm: The threshold, a number >= 0; inf to measure and write nothing.
+        norm_type: p of the p-norm, a number > 0, or inf for the largest element.
+        error_if_nonfinite: Raise an error if the norm is NaN or infinite. Host sync.
+        foreach: Accepted for compatibility with torch, without effect.
 
     Returns:
-        The norm before clipping, 0-d.
+        The norm before clipping, 0-d, float64, on the device of the first gradient.
 
     Raises:
-        ArgumentError: ``max_norm`` or ``norm_type`` is no such number.
-        GradientError: A gradient whose dtype or layout cannot be clipped.
-        NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
+        ArgumentError: ``max_norm`` or ``norm_type`` is invalid.
+        GradientError: A gradient has a dtype or layout that cannot be clipped. Nothing was written.
+        NonFiniteGradientError: The norm is NaN or infinite, and ``error_if_nonfinite`` is true.
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
     listed = listed_parameters(parameters)
@@ -75,22 +76,23 @@ def clip_grad_norm_(
 
 
 def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """Clip the norm of gradients that are given as tensors, in place.
+    """Scale gradients given as plain tensors in place, to a joint norm of at most ``max_norm``.
 
-    For gradients of ``torch.func``, ``torch.autograd.grad`` or one's own formulas. As
-    `clip_grad_norm_`, but what is given is what is scaled.
+    For the gradients of ``torch.func``, of ``torch.autograd.grad`` or of a hand-written formula.
+    The same as `clip_grad_norm_`, applied to the tensors themselves instead of to their ``.grad``.
 
     Args:
-        tensors: A tensor or an iterable of tensors, read once.
-        max_norm: Largest norm allowed, 0 or more; inf measures and writes nothing.
-        norm_type: p of the p-norm, positive or inf.
+        tensors: A tensor or an iterable of tensors, read once. A tensor that occurs twice counts
+            once.
+        max_norm: The threshold, a number >= 0; inf to measure and write nothing.
+        norm_type: p of the p-norm, a number > 0, or inf for the largest element.
 
     Returns:
-        The norm before clipping, 0-d.
+        The norm before clipping, 0-d, float64, on the device of the first gradient.
 
     Raises:
-        ArgumentError: ``max_norm`` or ``norm_type`` is no such number.
-        GradientError: A gradient whose dtype or layout cannot be clipped.
+        ArgumentError: ``max_norm`` or ``norm_type`` is invalid.
+        GradientError: A gradient has a dtype or layout that cannot be clipped. Nothing was written.
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
     listed = _listed(tensors)
@@ -100,19 +102,21 @@ def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float 
 def clip_grad_value_(
     parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None
 ) -> None:
-    """Limit every element of the gradients of parameters to [-clip_value, clip_value], in place.
+    """Bound every element of the gradients of parameters to [-clip_value, clip_value], in place.
 
-    The same name and signature as ``torch.nn.utils.clip_grad_value_``. Gradients without a larger
-    element are not written; NaN stays NaN.
+    The name and signature of ``torch.nn.utils.clip_grad_value_``. A gradient without a larger
+    element is not written; NaN stays NaN.
 
     Args:
-        parameters: A tensor or an iterable of tensors, read once.
-        clip_value: Largest magnitude allowed, 0 or more.
-        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+        parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are
+            ignored.
+        clip_value: Bound of the magnitudes, a number >= 0.
+        foreach: Accepted for compatibility with torch, without effect.
 
     Raises:
-        ArgumentError: ``clip_value`` is no such number.
-        GradientError: A gradient that is complex, or whose dtype or layout cannot be clipped.
+        ArgumentError: ``clip_value`` is invalid.
+        GradientError: A gradient is complex, or has a dtype or layout that cannot be clipped.
+            Nothing was written.
     """
     bound = checked_bound("clip_value", clip_value, infinite=True)
     _clip_value_(listed_gradients(parameters), bound)
@@ -124,28 +128,31 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Return the norm of all tensors together.
+    """Return the joint norm of tensors.
 
-    The same name and signature as ``torch.nn.utils.get_total_norm``.
+    The name and signature of ``torch.nn.utils.get_total_norm``. Nothing is written. For DTensors
+    the norm is that of the full tensors, and the call is collective.
 
     Args:
-        tensors: A tensor or an iterable of tensors, read once. Not written.
-        norm_type: p of the p-norm, positive or inf.
-        error_if_nonfinite: Raise where the norm is NaN or infinite. Host sync.
-        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+        tensors: A tensor or an iterable of tensors, read once. A tensor that occurs twice counts
+            once.
+        norm_type: p of the p-norm, a number > 0, or inf for the largest element.
+        error_if_nonfinite: Raise an error if the norm is NaN or infinite. Host sync.
+        foreach: Accepted for compatibility with torch, without effect.
 
     Returns:
-        The norm, 0-d.
+        The norm, 0-d, float64, on the device of the first tensor.
 
     Raises:
-        ArgumentError: ``norm_type`` is no such number.
-        GradientError: A tensor whose dtype or layout has no norm here.
-        NonFiniteGradientError: The norm is not finite, with ``error_if_nonfinite``.
+        ArgumentError: ``norm_type`` is invalid.
+        GradientError: A tensor has a dtype or layout that cannot be measured.
+        NonFiniteGradientError: The norm is NaN or infinite, and ``error_if_nonfinite`` is true.
     """
     order = checked_order(norm_type)
     listed = _listed(tensors)
     if error_if_nonfinite:
-        # What writes nothing the compiler leaves out, error and all, where the norm is not used.
+        # The compiler drops an operator that writes nothing and whose result is unused, and its
+        # error with it. This one says that it writes.
         return _clip_norm_(listed, math.inf, order, True, **_across(listed))
     return _total_norm(listed, order, **_across(listed))
 
@@ -158,24 +165,25 @@ def clip_grads_with_norm_(
 ) -> None:
     """Scale the gradients of parameters by ``min(1, max_norm / total_norm)``, in place.
 
-    The same name and signature as ``torch.nn.utils.clip_grads_with_norm_``. Where the norm is not
-    finite the gradients stay as they are.
+    The name and signature of ``torch.nn.utils.clip_grads_with_norm_``. If the norm is NaN or
+    infinite, the gradients stay unchanged.
 
     Args:
-        parameters: A tensor or an iterable of tensors, read once.
-        max_norm: Largest norm allowed, 0 or more.
-        total_norm: The norm as `get_total_norm` measured it, a tensor of one element.
-        foreach: Accepted for the sake of the signature; the engine is chosen by the device.
+        parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are
+            ignored.
+        max_norm: The threshold, a number >= 0, or inf.
+        total_norm: The norm that `get_total_norm` returned, a tensor of one element.
+        foreach: Accepted for compatibility with torch, without effect.
 
     Raises:
-        ArgumentError: ``max_norm`` or ``total_norm`` is no such number.
-        GradientError: A gradient whose dtype or layout cannot be clipped.
+        ArgumentError: ``max_norm`` or ``total_norm`` is invalid.
+        GradientError: A gradient has a dtype or layout that cannot be clipped. Nothing was written.
     """
     limit = checked_bound("max_norm", max_norm, infinite=True)
     if not isinstance(total_norm, Tensor) or total_norm.numel() != 1:
         raise ArgumentError(
-            f"total_norm is {total_norm!r}: give the tensor of one element that "
-            "get_total_norm() returned."
+            f"total_norm is {total_norm!r}: give the tensor of one element that get_total_norm() "
+            "returned."
         )
     _clip_with_norm_(listed_gradients(parameters), limit, total_norm)
 
@@ -190,12 +198,13 @@ def _clip_norm_(
     finite: bool,
     groups: Sequence[RankGroup] = (),
 ) -> Tensor:
+    """Clip and return the norm; see `clip_grad_norm_`. ``finite`` asks for the error."""
     buckets = buckets_of(distinct(gradients), order)
     norm = norms_of(buckets, order, scalar=True, groups=groups)
     if finite and not bool(norm.isfinite()):
         raise NonFiniteGradientError(
             f"The norm of the gradients is {norm.item()}: it must be finite with "
-            "error_if_nonfinite=True. The gradients are as they were; error_if_nonfinite=False "
+            "error_if_nonfinite=True. The gradients are unchanged; error_if_nonfinite=False "
             "returns such a norm instead."
         )
     _scale_(buckets, norm, limit)
@@ -216,7 +225,7 @@ def _clip_with_norm_(gradients: list[Tensor], limit: float, norm: Tensor) -> Non
 def _clip_value_(gradients: list[Tensor], bound: float) -> None:
     gradients = distinct(gradients)
     refuse_unordered(gradients)
-    buckets = buckets_of(gradients, math.inf)  # refuses before anything is written
+    buckets = buckets_of(gradients, math.inf)  # refuses unfit gradients before any is written
     if coalesce_(gradients):
         buckets = buckets_of(gradients, math.inf)
     for bucket in buckets:
@@ -227,16 +236,17 @@ def _clip_value_(gradients: list[Tensor], bound: float) -> None:
 def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
     if limit == math.inf or (host_may_read(norm) and norm.item() <= limit):
         return
-    wide = norm.reshape(1).to(norm_dtype(norm.device))  # a user's may be in half precision
+    # In half precision, as torch returns norms, the quotient would be rounded.
+    wide = norm.reshape(1).to(norm_dtype(norm.device))
     coefficients = clip_coefficients(wide, limit, erase=False)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
 
 
 def _across(tensors: Sequence[Tensor]) -> dict[str, Sequence[RankGroup]]:
-    """Return the ranks that tensors are spread over, where they are, as an argument.
+    """Return the rank groups of DTensors as a keyword argument, none without DTensors.
 
-    Operators of compiled code, in which there are none, do not know of it.
+    The schema of an operator has no such argument: compiled code takes no DTensors here.
     """
     groups = () if torch.compiler.is_compiling() else groups_of(tensors)
     return {"groups": groups} if groups else {}
@@ -250,9 +260,10 @@ def listed_parameters(parameters: TensorOrTensors) -> list[Tensor]:
     """Return parameters as a list, read once.
 
     Raises:
-        GradientError: One of them is no tensor.
+        GradientError: The iterable holds something else than tensors.
     """
     listed = _listed(parameters)
+    # Over the few types first: this also runs in compiled code, and for thousands of parameters.
     for kind in {*map(type, listed)}:
         if not issubclass(kind, Tensor) and not all(isinstance(p, Tensor) for p in listed):
             raise GradientError(
@@ -263,7 +274,7 @@ def listed_parameters(parameters: TensorOrTensors) -> list[Tensor]:
 
 
 def listed_gradients(parameters: TensorOrTensors) -> list[Tensor]:
-    """Return the gradients that parameters have; one object as often as they share it."""
+    """Return the gradients of parameters, an object that several share as often as it occurs."""
     return _gradients(listed_parameters(parameters))
 
 

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping without a hook: each unit by the norm of its weights."""
+"""Adaptive gradient clipping: the gradient of each unit relative to the norm of its weights."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def clip_grad_units_(
     eps: float = 1e-3,
     norm_type: float = 2.0,
 ) -> Tensor:
-    """Clip the gradient of each unit relative to the norm of its weights, in place.
+    """Scale the gradient of each unit in place, relative to the norm of the unit's weights.
 
-    Adaptive gradient clipping (AGC): a unit is the row of a matrix, the filter of a convolution or
-    the whole of a bias, and its gradient is scaled to ``clip_factor * max(norm of its weights,
-    eps)`` where it is longer. Brock, De, Smith and Simonyan, "High-performance large-scale image
-    recognition without normalization" (2021), https://arxiv.org/abs/2102.06171. There the last
-    linear layer is left out: give the parameters of the others.
+    Adaptive gradient clipping (AGC). A unit is a row of a matrix, a filter of a convolution or a
+    whole bias. The threshold of its gradient is ``clip_factor * max(norm of its weights, eps)``
+    (Brock, De, Smith and Simonyan, "High-performance large-scale image recognition without
+    normalization", 2021, https://arxiv.org/abs/2102.06171). The paper does not clip the last
+    linear layer: pass the parameters of all other layers.
 
-    Units whose norm is not finite stay as they are. No host sync on a CUDA device, unless
-    gradients lie on several devices. To clip and log at every step of an optimizer, give
-    `GradientClipper` the scope "unit" and `gradclip.thresholds.RelativeToWeights`.
+    A unit whose norm is NaN or infinite stays unchanged. No host sync on a CUDA device, unless
+    gradients lie on several devices. For DTensors the call is collective. To clip and log at every
+    step of an optimizer, give `GradientClipper` the scope "unit" and
+    `gradclip.thresholds.RelativeToWeights`.
 
     >>> import torch, gradclip
     >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
@@ -44,23 +45,24 @@ def clip_grad_units_(
             [0.0050, 0.0000]])
 
     Args:
-        parameters: A tensor or an iterable of tensors, read once; those without a gradient are
-            passed over, those given twice count once.
-        clip_factor: Largest ratio of the norm of the gradient to that of the weights, above 0.
-        eps: Smallest norm that weights count with, so that those which begin at zero can learn.
-        norm_type: p of the p-norm, positive or inf.
+        parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are
+            ignored; a gradient that occurs twice counts once.
+        clip_factor: Largest ratio of a gradient's norm to its weights' norm, a number > 0.
+        eps: Lower bound of a weights' norm, a number > 0, so that weights of zero can learn.
+        norm_type: p of the p-norm, a number > 0, or inf for the largest element.
 
     Returns:
-        The norm of all gradients together before clipping, 0-d.
+        The joint norm of all gradients before clipping, 0-d, float64, on the device of the first
+        gradient.
 
     Raises:
-        ArgumentError: ``clip_factor``, ``eps`` or ``norm_type`` is no such number.
-        GradientError: A gradient whose dtype or layout cannot be clipped.
+        ArgumentError: ``clip_factor``, ``eps`` or ``norm_type`` is invalid.
+        GradientError: A gradient has a dtype or layout that cannot be clipped. Nothing was written.
     """
     order, factor = checked_order(norm_type), checked_positive("clip_factor", clip_factor)
-    RelativeToWeights(factor, eps)  # refuses
-    trained = [p for p in listed_parameters(parameters) if p.grad is not None]
-    return _clip_units_(listed_gradients(trained), trained, factor, eps, order)
+    RelativeToWeights(factor, eps)  # checks eps
+    weights = [p for p in listed_parameters(parameters) if p.grad is not None]
+    return _clip_units_(listed_gradients(weights), weights, factor, eps, order)
 
 
 @operator(
@@ -72,13 +74,14 @@ def _clip_units_(
     gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
 ) -> Tensor:
     rule = RelativeToWeights(factor, eps)
-    held = {id(g): (g, w.data) for g, w in zip(gradients, weights, strict=True)}
-    gradients = [gradient for gradient, _ in held.values()]
+    # Each gradient once, with the last weight that has it.
+    pairs = {id(g): (g, w.data) for g, w in zip(gradients, weights, strict=True)}
+    gradients = [gradient for gradient, _ in pairs.values()]
     norm_indices, count = _unit_norm_indices(tuple(gradient.shape for gradient in gradients))
     buckets = buckets_of(gradients, order, norm_indices)
     norms = norms_of(buckets, order, count=count)
-    held_weights = buckets_of([weight for _, weight in held.values()], order, norm_indices)
-    weight_norms = norms_of(held_weights, order, count=count, device=norms.device)
+    weight_buckets = buckets_of([weight for _, weight in pairs.values()], order, norm_indices)
+    weight_norms = norms_of(weight_buckets, order, count=count, device=norms.device)
     context = StepContext(0, present_norms(norm_indices, count, norms.device), order, weight_norms)
     coefficients = clip_coefficients(norms, rule.thresholds(norms, context), erase=False)
     for bucket in buckets:

@@ -1,8 +1,9 @@
-"""Between the axes: the gradients of one step, measured, decided on and scaled.
+"""Between scope and threshold: measures the gradients of one step, decides and scales.
 
-``held.py`` collects gradients, ``buckets.py`` sorts them so that one engine call takes many,
-``norms.py`` measures, ``norm_thresholds.py`` asks the rule, ``coefficients.py`` is the formula,
-``policies.py`` the options, and ``step.py`` binds these together for one step.
+``held.py`` collects gradients, ``forms.py`` converts them for the engines, ``buckets.py`` sorts
+them so that one engine call takes many, ``norms.py`` measures, ``norm_thresholds.py`` applies the
+rule, ``coefficients.py`` has the formula, ``policies.py`` the options, and ``step.py`` combines
+these for one step.
 
 Called by: optimizers, functional, clipper, integrations.
 Imports: errors, checks, engines, thresholds, scopes, ranks, records.

@@ -271,7 +271,7 @@ def refusal(training: Training, tape, captured) -> str:
     [
         (0.5, {"nonfinite": "raise"}, "nonfinite='raise' reads every norm"),
         (lambda step: 0.5, {}, "is called at every step"),
-        (0.5, {"exceed": "skip", "fused": False}, "AdamW cannot leave out a step on the device"),
+        (0.5, {"exceed": "skip", "fused": False}, "AdamW cannot skip a step on the device"),
     ],
 )
 def test_what_needs_the_host_at_every_step_is_not_captured(

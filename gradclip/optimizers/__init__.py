@@ -1,8 +1,33 @@
-"""The life of a hook: what happens around one step of an optimizer.
+"""The life of a hook: all that happens around one step of an optimizer.
 
-``supported.py`` says which optimizers can be clipped, ``attachment.py`` holds the hooks,
-``closures.py``, ``step_changes.py`` and ``call_stack.py`` serve it. ``joint.py`` chooses the
-gradients of one step, ``clipped_already.py`` remembers them, and the rest deals with GradScaler.
+``supported.py`` says which optimizers can be clipped. ``attachment.py`` holds the hooks, with
+``closures.py`` for the closure of a step and ``step_changes.py`` for what is set on an optimizer
+until the step ends. ``joint.py`` collects the gradients of one step; ``several.py`` chooses among
+those of several optimizers, with ``clipped_already.py`` as its memory. ``grad_scaler.py`` reads a
+GradScaler, ``joint_scaling.py`` unscales several optimizers, and ``shared_overflow.py`` lets ranks
+skip a step together.
+
+Where torch has no hook
+    A step pre-hook is given the optimizer and the arguments of the step, a post-hook the same
+    (pytorch/pytorch#89176). What else a clipper has to know is found by these means, each in one
+    place, and none of them in a usual step of one optimizer:
+
+    * *Running functions* (``call_stack.py``). A subclass whose ``step`` calls ``super().step()``
+      fires all hooks twice, and hooks are not called after a step that raised: whether a pre-hook
+      belongs to a running step or to the next one shows only in what is running. Neither do hooks
+      learn that ``GradScaler.step`` is the caller (pytorch/pytorch#67590 asks for a sign of it),
+      nor that torch's distributed checkpoint is, which steps with gradients of 0 to make the
+      optimizer's state.
+    * *Arguments that are let go* (``GuardedArguments`` in ``step_changes.py``). A skipped step
+      hides the gradients while the optimizer steps. If that step raises, no post-hook puts them
+      back, and the caller who catches the error must find them. torch drops a step's arguments
+      when the step is over, however it ends.
+    * *References to an optimizer* (``_referrers`` in ``supported.py``), at attach alone and only
+      if the library was imported. DeepSpeed and ZeroRedundancyOptimizer give out the plain
+      optimizer that they step with a part of the gradients; it knows nothing of its owner.
+    * *A class of its own for a GradScaler* (``shared_overflow.py``), only across ranks. GradScaler
+      has no hooks, and an overflow on one rank makes that rank skip ``step`` while the others
+      wait for it in a collective.
 
 Called by: clipper, integrations.
 Imports: errors, engines, thresholds, scopes, ranks, records, gradients.

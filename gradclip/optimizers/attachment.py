@@ -1,7 +1,11 @@
-"""A clipper's hold on an optimizer: its hooks, a wrapped closure, and skipped steps."""
+"""Attaches a clipper to an optimizer, and follows each step from its first hook to its last.
+
+The methods of `Attachment` stand in the order in which a step goes through them.
+"""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,18 +32,18 @@ from .grad_scaler import (
     skips_on_device,
 )
 from .step_changes import GuardedArguments, StepChanges
-from .supported import attached
 
 
 class Attachment:
-    """Calls a clipper once at every step of an optimizer, after the last backward.
+    """The hooks of a clipper on one optimizer, which clip once at every step.
 
     Args:
         optimizer: The optimizer, one of those from `clippable`.
-        clip: Called when the gradients are complete: before the step, or after each evaluation
-            of a closure. Its record says whether the step is to be skipped; None leaves it be.
-        finish: Called with the last record when the step has been taken or skipped.
-        loaded: Called when the optimizer's state has been loaded.
+        clip: Called when the gradients are complete: before the step, or after each evaluation of
+            its closure. Returns a record, which says whether to skip the step, or None if there
+            was nothing to clip.
+        finish: Called with the last record after the step was taken or skipped.
+        loaded: Called after the optimizer has loaded a state.
     """
 
     def __init__(
@@ -52,148 +56,163 @@ class Attachment:
         self._optimizer = optimizer
         self._clip = clip
         self._finish = finish
-        self._step: _Step | None = None
+        self._running: _RunningStep | None = None
         self._closures = ClosureFinder(optimizer)
-        self._inherits = _steps_through_parents(type(optimizer))
-        # A compiled optimizer.step() calls these as they are and looks at nothing inside.
+        self._may_nest = _may_call_parents_step(type(optimizer))
+        # torch.compile(optimizer.step) would trace the hooks as well, and compile them anew for
+        # every step index. Disabled, they are called as they are.
         self._clip_in_closure = torch.compiler.disable(self._clip_or_skip)
+        before = optimizer.register_step_pre_hook(torch.compiler.disable(self._before))
         after = optimizer.register_step_post_hook(torch.compiler.disable(self._after))
-        # Hooks of others are to find everything put back.
+        # The first of all post-hooks: those of others are to find everything put back. As a
+        # pre-hook it is the last so far: those before it may still change the gradients.
         cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(
             after.id, last=False
         )
-        self._hooks = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            after,
-            optimizer.register_load_state_dict_post_hook(loaded),
-        ]
-        attached.add(optimizer)
+        self._hooks = [before, after, optimizer.register_load_state_dict_post_hook(loaded)]
 
     def detach(self) -> None:
-        """Remove the hooks and put everything back; the second call does nothing."""
-        if self._step is not None:
-            self._step.step_changes.undo()
+        """Remove the hooks and restore the optimizer; the second call does nothing."""
+        if self._running is not None:
+            self._running.step_changes.undo()
         for hook in self._hooks:
             hook.remove()
-        if self._hooks:
-            self._hooks = []
-            attached.discard(self._optimizer)
+        self._hooks = []
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
-        step = self._step
-        if step is not None:
+        """The step pre-hook: clip now, or wrap the closure to clip after each evaluation.
+
+        Returns None or both kinds of arguments, as torch takes nothing else.
+        """
+        running = self._running
+        if running is not None:
             if step_running(optimizer, outside=1):
-                return self._within(step, args, kwargs)
-            # The step before raised, so that no hook has put anything back.
-            step.step_changes.undo()
-            mend_marks(optimizer, step.marks)
-        self._step = None
+                return self._before_nested(running, args, kwargs)
+            # torch calls no post-hook after a step that raised: restore what that one has left.
+            running.step_changes.undo()
+            mend_marks(optimizer, running.marks)
+            self._running = None
         if making_state():
             return None
-        left_out = overflows_in_passed_scaler(optimizer, kwargs)
-        step = self._step = _Step(optimizer)
-        if left_out:
+        overflow = overflows_in_passed_scaler(optimizer, kwargs)
+        running = self._running = _RunningStep(optimizer)
+        if overflow:
             return None
         closure = self._closures.find(args, kwargs)
-        if closure is not None:
-            step.closed = step.waits = True
-            args, kwargs = self._closures.replace(args, kwargs, self._clipped_after(closure, step))
+        if closure is None:
+            self._clip_or_skip(running)
+            if not running.step_changes:
+                return None  # the usual case
         else:
-            self._clip_or_skip(step)
-            if not step.step_changes:
-                return None
-        return args, GuardedArguments(kwargs, step.step_changes)
+            # The gradients of now are stale: the closure will compute those of this step.
+            running.has_closure = running.awaits_closure = True
+            clipping = self._with_clipping(closure, running)
+            args, kwargs = self._closures.replace(args, kwargs, clipping)
+        return args, GuardedArguments(kwargs, running.step_changes)
 
-    def _within(
-        self, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _before_nested(
+        self, running: _RunningStep, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
-        """Before a step that a running one takes, as through ``super().step()``: clip what is new.
+        """The pre-hook inside a running step, which calls ``super().step()``.
 
-        The closure is wrapped already, and evaluated inside.
+        The outer step may have changed the gradients, as one that averages them over processes:
+        then they are clipped again, instead of the first time. A closure is wrapped already.
         """
-        step.within = True
-        step.step_changes.undo()
-        if step.waits:
+        running.has_nested = True
+        running.step_changes.undo()
+        if running.awaits_closure:
             return None
-        if step.knows(gradients_held(self._optimizer)):
-            self._skip_if_asked(step)
+        if running.has_clipped(gradients_held(self._optimizer)):
+            self._skip_if_decided(running)
         else:
-            self._clip_or_skip(step)
-        return (args, GuardedArguments(kwargs, step.step_changes)) if step.step_changes else None
+            self._clip_or_skip(running)
+        if not running.step_changes:
+            return None
+        return args, GuardedArguments(kwargs, running.step_changes)
 
-    def _clipped_after(self, closure: Callable[..., Any], step: _Step) -> Callable[..., Any]:
+    def _with_clipping(
+        self, closure: Callable[..., Any], running: _RunningStep
+    ) -> Callable[..., Any]:
         """Wrap a closure, so that the gradients of every evaluation are clipped."""
 
         @wraps(closure)
-        def clipped_closure(*args: Any, **kwargs: Any) -> Any:
-            step.step_changes.undo()
+        def clipping_closure(*args: Any, **kwargs: Any) -> Any:
+            # The evaluation before may have been one to skip, and has hidden its gradients.
+            running.step_changes.undo()
             loss = closure(*args, **kwargs)
-            self._clip_in_closure(step)
+            self._clip_in_closure(running)
             return loss
 
-        return clipped_closure
+        return clipping_closure
 
-    def _clip_or_skip(self, step: _Step) -> None:
-        step.waits = False
+    def _clip_or_skip(self, running: _RunningStep) -> None:
+        """Clip the gradients that are there, and carry out the decision to skip."""
+        running.awaits_closure = False
         try:
-            step.record = self._clip(self._optimizer, step.step_changes)
+            running.record = self._clip(self._optimizer, running.step_changes)
         except BaseException:
             self._abandon()
             raise
-        if self._inherits:
-            step.remember(gradients_held(self._optimizer))
-        self._skip_if_asked(step)
+        if self._may_nest:
+            running.remember_clipped(gradients_held(self._optimizer))
+        self._skip_if_decided(running)
 
-    def _skip_if_asked(self, step: _Step) -> None:
-        """Let the optimizer leave all as it is. Host sync where it can't on the device."""
-        skipped = False if step.record is None else step.record.skipped
+    def _skip_if_decided(self, running: _RunningStep) -> None:
+        """Let the optimizer change nothing if the record says so.
+
+        Host sync where the device alone knows the decision and the optimizer cannot skip there.
+        """
+        skipped = False if running.record is None else running.record.skipped
         if isinstance(skipped, Tensor) and skips_on_device(self._optimizer):
+            # Fused optimizers take the attribute found_inf for an overflow, as GradScaler sets it.
             pending = mark_of(self._optimizer, "found_inf")
             if pending is not None:
                 skipped = skipped | (pending > 0)
-            # Exactly 0 or 1: Adam multiplies with it.
-            step.step_changes.set("found_inf", skipped.float())
+            # Exactly 0 or 1: Adam takes it off its step count, and 2 would make that -1.
+            running.step_changes.set("found_inf", skipped.float())
         elif isinstance(skipped, Tensor) and capturing():
             raise AttachError(
-                f"{type(self._optimizer).__name__} cannot leave out a step on the device, and in a "
+                f"{type(self._optimizer).__name__} cannot skip a step on the device, and in a "
                 "captured CUDA graph the host cannot: use a fused optimizer (fused=True) that has "
                 "taken a step before, or choose another policy than 'skip'."
             )
         elif skipped:
-            step.hide_gradients()
+            running.hide_gradients()
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = self._step
-        if step is None:
+        """The step post-hook: restore the optimizer, then count and record the step."""
+        running = self._running
+        if running is None:
             return
-        step.step_changes.undo()
-        if step.within and step_running(optimizer, outside=1):
-            return
-        self._step = None
+        running.step_changes.undo()
+        if running.has_nested and step_running(optimizer, outside=1):
+            return  # this was the nested step; the outer one goes on
+        self._running = None
         try:
-            self._end(step, self._closures.find(args, kwargs))
+            self._end(running, self._closures.find(args, kwargs))
         except BaseException:
             self._abandon()
             raise
 
-    def _end(self, step: _Step, closure: Callable[..., Any] | None) -> None:
+    def _end(self, running: _RunningStep, closure: Callable[..., Any] | None) -> None:
+        """Check that everything was clipped, and hand the record over."""
         name = type(self._optimizer).__name__
-        if step.waits:
+        if running.awaits_closure:
             raise AttachError(
                 f"{name}.step() never called the closure it was given, so that nothing was "
                 "clipped before it stepped: call backward() yourself, then step() without a "
                 "closure."
             )
-        if closure is not None and not step.closed:
+        if closure is not None and not running.has_closure:
             raise AttachError(
                 f"A step pre-hook of {name} added a closure after the clipper's hook, so that its "
                 "gradients were not clipped: register that hook before attaching the clipper."
             )
-        if step.record is not None:
-            self._finish(self._optimizer, step.record)
-        if step.wrote():
+        if running.record is not None:
+            self._finish(self._optimizer, running.record)
+        if running.changed_parameters():
             warnings.warn(
                 f"{name} changed parameters in a step that was to be skipped, though they had no "
                 "gradient: it cannot be skipped exactly. Choose another policy than 'skip' for it.",
@@ -202,58 +221,67 @@ class Attachment:
             )
 
     def _abandon(self) -> None:
-        """End a step that is not going to be taken."""
-        if self._step is not None:
-            self._step.step_changes.undo()
-            self._step = None
+        """Restore the optimizer after an error, as the step will not end in `_after`."""
+        if self._running is not None:
+            self._running.step_changes.undo()
+            self._running = None
+        # GradScaler deletes its marks only after a step that did not raise.
         if running_scaler() is not None:
             delete_marks(self._optimizer)
 
 
-class _Step:
-    """A step that has begun."""
+class _RunningStep:
+    """A step that has begun: what was found, changed and decided so far."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.step_changes = StepChanges(optimizer)
         self.marks = marks_of(optimizer)
-        self.within = False
-        """Whether it has taken a step of its own, as through ``super().step()``."""
-        self.closed = False
-        """Whether it was given a closure."""
-        self.waits = False
-        """Whether its closure has not been evaluated."""
+        """GradScaler's marks at the beginning, to recognize them after an error."""
+        self.has_nested = False
+        """True if it has called the step of a parent class, whose hooks are the same."""
+        self.has_closure = False
+        self.awaits_closure = False
+        """True until the closure was evaluated for the first time."""
         self.record: ClipRecord | None = None
         self._optimizer = optimizer
         self._clipped: list[TensorVersion] | None = None
         self._parameters: list[tuple[Tensor, int | None]] = []
 
-    def remember(self, gradients: list[Tensor]) -> None:
-        """Remember gradients as they are now, clipped."""
+    def remember_clipped(self, gradients: list[Tensor]) -> None:
+        """Remember gradients as the clipping has left them."""
         self._clipped = [*map(TensorVersion, gradients)]
 
-    def knows(self, gradients: list[Tensor]) -> bool:
-        """Tell whether gradients are those that were clipped, unchanged."""
+    def has_clipped(self, gradients: list[Tensor]) -> bool:
+        """Return whether these are the gradients that were clipped, unchanged."""
         if self._clipped is None or len(self._clipped) != len(gradients):
             return False
         return all(
-            seen.unchanged(gradient) and not gradient.is_inference()
-            for gradient, seen in zip(gradients, self._clipped, strict=True)
+            version.unchanged(gradient) and not gradient.is_inference()
+            for gradient, version in zip(gradients, self._clipped, strict=True)
         )
 
     def hide_gradients(self) -> None:
-        """Hide the gradients, and remember the parameters as they are."""
+        """Skip the step by hiding the gradients, and remember the versions of the parameters."""
         if not self._parameters:
             parameters = parameters_of(self._optimizer.param_groups)
-            self._parameters = [(each, version_of(each)) for each in parameters]
+            self._parameters = [(parameter, version_of(parameter)) for parameter in parameters]
         self.step_changes.hide_gradients()
 
-    def wrote(self) -> bool:
-        """Tell whether parameters were written although their gradients were hidden."""
+    def changed_parameters(self) -> bool:
+        """Return whether a skipped step has written parameters all the same."""
         skipped = self.record is not None and self.record.skipped is not False
-        return skipped and any(version_of(each) != then for each, then in self._parameters)
+        return skipped and any(
+            version_of(parameter) != version for parameter, version in self._parameters
+        )
 
 
-def _steps_through_parents(kind: type[Optimizer]) -> bool:
-    """Tell whether a class outside torch has a ``step`` that may call one of its parents."""
-    owners = [each for each in kind.__mro__ if "step" in vars(each) and each is not Optimizer]
+def is_attached(optimizer: Optimizer) -> bool:
+    """Return whether some clipper is attached to the optimizer."""
+    hooks = map(inspect.unwrap, optimizer._optimizer_step_pre_hooks.values())
+    return any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks)
+
+
+def _may_call_parents_step(kind: type[Optimizer]) -> bool:
+    """Return whether a class outside torch overrides a ``step`` that it may call."""
+    owners = [base for base in kind.__mro__ if "step" in vars(base) and base is not Optimizer]
     return len(owners) > 1 and not owners[0].__module__.startswith("torch.optim")

@@ -1,4 +1,7 @@
-"""What is being called right now, outside a hook that has no other way to know."""
+"""Finds running functions on the call stack, for hooks that torch does not tell who calls them.
+
+The package's docstring says why each of them is needed.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,31 @@ from typing import Any
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+RUN_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+"""The code of torch's wrapper around the ``step`` of every optimizer, which calls the hooks."""
+
 
 def step_running(optimizer: Optimizer, *, outside: int = 0) -> bool:
-    """Tell whether a ``step`` of the optimizer is on the stack.
+    """Return whether a ``step`` of the optimizer is running.
 
     Args:
         optimizer: The optimizer.
-        outside: How many of the innermost steps, of whatever optimizer, are not meant.
+        outside: How many of the innermost running steps, of any optimizer, do not count. A hook
+            passes 1 to look outside of the step that calls it.
     """
-    steps = [args[0] for args in locals_of(RUN_STEP, "args")]
-    return any(stepped is optimizer for stepped in steps[outside:])
+    stepping = [args[0] for args in locals_of(RUN_STEP, "args")]
+    return any(each is optimizer for each in stepping[outside:])
 
 
 def running_scaler() -> GradScaler | None:
-    """Return the GradScaler whose ``step`` is being called."""
+    """Return the GradScaler whose ``step`` is running, if any."""
     return next(locals_of(GradScaler.step.__code__, "self"), None)
 
 
 def making_state() -> bool:
-    """Tell whether torch's checkpoints are taking a step of gradients that they set to 0.
+    """Return whether torch's distributed checkpoint takes a step to make the optimizer's state.
 
-    Whatever state the optimizer needs is there after it; the model does not learn from it.
+    It sets all gradients to 0 for that step, which is none of the training's.
     """
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
     return module is not None and any(
@@ -45,7 +52,3 @@ def locals_of(code: CodeType, name: str) -> Iterator[Any]:
         if frame.f_code is code:
             yield frame.f_locals[name]
         frame = frame.f_back
-
-
-RUN_STEP = Optimizer.profile_hook_step(lambda: None).__code__
-"""What calls hooks around every step of every optimizer."""

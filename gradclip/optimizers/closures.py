@@ -1,4 +1,4 @@
-"""Where a call of ``step`` has its closure."""
+"""Finds and replaces the closure among the arguments of an optimizer's ``step``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ NAME = "closure"
 
 
 class ClosureFinder:
-    """Finds the closure among the arguments of an optimizer's ``step``.
+    """Finds the closure that one optimizer's ``step`` is given.
 
-    It is the parameter named ``closure``; of a step without one, the first function it is given.
+    That is the argument named ``closure``. Where ``step`` has no such parameter, it is the first
+    argument that is a function.
 
     Args:
         optimizer: The optimizer.
@@ -24,39 +25,41 @@ class ClosureFinder:
 
     def __init__(self, optimizer: Optimizer) -> None:
         names = list(inspect.signature(type(optimizer).step).parameters)
-        self._place = names.index(NAME) if NAME in names else None
+        self._position = names.index(NAME) if NAME in names else None
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """Return the closure; None counts as absent. ``args`` begins with the optimizer."""
         if len(args) == 1 and not kwargs:
             return None
-        place = self._find(args, kwargs)
-        found: Callable[..., Any] | None = None
-        if isinstance(place, int):
-            found = args[place]
-        elif place is not None:
-            found = kwargs[place]
-        return found
+        key = self._key(args, kwargs)
+        closure: Callable[..., Any] | None = None
+        if isinstance(key, int):
+            closure = args[key]
+        elif key is not None:
+            closure = kwargs[key]
+        return closure
 
     def replace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[..., Any]
     ) -> Arguments:
-        """Return the arguments with another closure in the place of the one that was found."""
-        place = self._find(args, kwargs)
-        if isinstance(place, int):
-            return (*args[:place], closure, *args[place + 1 :]), kwargs
-        return args, {**kwargs, str(place): closure}
+        """Return the arguments with another closure instead of the one that `find` returns."""
+        key = self._key(args, kwargs)
+        if isinstance(key, int):
+            return (*args[:key], closure, *args[key + 1 :]), kwargs
+        return args, {**kwargs, str(key): closure}
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
-        if self._place is not None:
-            if len(args) > self._place:
-                return self._place if args[self._place] is not None else None
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+        """Return the closure's index in ``args`` or its name in ``kwargs``."""
+        if self._position is not None:
+            if len(args) > self._position:
+                return self._position if args[self._position] is not None else None
             return NAME if kwargs.get(NAME) is not None else None
-        places: list[int | str] = [*range(1, len(args)), *kwargs]
+        keys: list[int | str] = [*range(1, len(args)), *kwargs]
         values = [*args[1:], *kwargs.values()]
-        functions = (p for p, value in zip(places, values, strict=True) if _is_function(value))
+        functions = (key for key, value in zip(keys, values, strict=True) if _is_function(value))
         return next(functions, None)
 
 
 def _is_function(value: object) -> bool:
+    # Modules and classes can be called, too, and are no closures.
     return callable(value) and not isinstance(value, Tensor | nn.Module | type)

@@ -1,4 +1,9 @@
-"""GradScaler: what scale gradients carry, and the marks it leaves on an optimizer for a step."""
+"""Reads the scale and the overflow that a GradScaler keeps for an optimizer.
+
+Of an optimizer that unscales by itself, as torch's fused ones, GradScaler sets the attributes
+``grad_scale`` and ``found_inf`` before the step and deletes them after it: the marks of a step. Of
+any other, it unscales the gradients and keeps its overflow to itself.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,11 @@ from ..errors import ArgumentError, AttachError
 from .call_stack import running_scaler
 
 MARKS = ("grad_scale", "found_inf")
-"""What GradScaler sets on a fused optimizer before its step and deletes after it."""
+"""The attributes that GradScaler sets on an optimizer for the time of a step."""
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+"""The optimizers whose fused steps heed the marks. RMSprop, NAdam, RAdam, Adamax, Adadelta and
+Muon ignore them without a word; foreach and plain steps raise on them."""
 
 
 def checked_scaler(given: object) -> GradScaler | None:
@@ -34,21 +41,54 @@ def checked_scaler(given: object) -> GradScaler | None:
 
 
 def mark_of(optimizer: Optimizer, name: str) -> Tensor | None:
-    """Return ``grad_scale`` or ``found_inf`` where the optimizer heeds it, else None."""
+    """Return ``grad_scale`` or ``found_inf`` if the optimizer heeds it, else None."""
     return getattr(optimizer, name, None) if _heeds_marks(optimizer) else None
 
 
-def skips_on_device(optimizer: Optimizer) -> bool:
-    """Tell whether ``found_inf`` leaves parameters and state of this step exactly as they are.
+def marks_of(optimizer: Optimizer) -> list[object]:
+    """Return both marks, None for one that is absent."""
+    return [vars(optimizer).get(name) for name in MARKS]
 
-    True for torch's own fused optimizers once their state is there: before that the first step
-    makes it, and that of SGD would be uninitialised memory.
+
+def mend_marks(optimizer: Optimizer, marks: Sequence[object]) -> None:
+    """Remove the marks that are left of a step that raised.
+
+    torch leaves them on the optimizer, and multiplies the scale of the next step by the old one.
+
+    Args:
+        optimizer: The optimizer, at its next step.
+        marks: Its `marks_of` at the step that raised.
+    """
+    if not any(mark is not None for mark in marks):
+        return
+    scaler = running_scaler()
+    if scaler is None:
+        # Those of a user, set since, are theirs.
+        if all(now is then for now, then in zip(marks_of(optimizer), marks, strict=True)):
+            delete_marks(optimizer)
+    elif "grad_scale" in vars(optimizer):
+        # The running scaler has made a product of the old scale and its own.
+        scaled = stage_of(scaler, optimizer) is OptState.READY
+        optimizer.grad_scale = scaler._get_scale_async() if scaled else None  # type: ignore[attr-defined]
+
+
+def delete_marks(optimizer: Optimizer) -> None:
+    """Delete the marks, as GradScaler does after a step that did not raise."""
+    for name in MARKS:
+        vars(optimizer).pop(name, None)
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Return whether ``found_inf`` leaves parameters and state exactly as they are.
+
+    True for torch's own fused optimizers once all their state exists. A first step that is skipped
+    makes the state nevertheless, and fused SGD would leave its momentum uninitialised.
     """
     if type(optimizer) not in FUSED or not _heeds_marks(optimizer):
         return False
-    stateless = type(optimizer) is torch.optim.SGD
+    is_sgd = type(optimizer) is torch.optim.SGD
     return all(
-        (stateless and not group["momentum"]) or _has_state(optimizer, parameter)
+        (is_sgd and not group["momentum"]) or _has_state(optimizer, parameter)
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
@@ -64,41 +104,11 @@ def _has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
     return len(state) > 0 and all(value is not None for value in state.values())
 
 
-def marks_of(optimizer: Optimizer) -> list[object]:
-    """Return what is marked on the optimizer now, None where nothing is."""
-    return [vars(optimizer).get(name) for name in MARKS]
-
-
-def mend_marks(optimizer: Optimizer, left: Sequence[object]) -> None:
-    """Remove what a step that raised has left of GradScaler's marks.
-
-    torch leaves them, and multiplies the next scale by the one that was left.
-
-    Args:
-        optimizer: The optimizer, at its next step.
-        left: Its `marks_of` at the step that raised.
-    """
-    if not any(mark is not None for mark in left):
-        return
-    scaler = running_scaler()
-    if scaler is None:
-        if all(now is then for now, then in zip(marks_of(optimizer), left, strict=True)):
-            delete_marks(optimizer)
-    elif "grad_scale" in vars(optimizer):
-        scaled = stage_of(scaler, optimizer) is OptState.READY
-        optimizer.grad_scale = scaler._get_scale_async() if scaled else None  # type: ignore[attr-defined]
-
-
-def delete_marks(optimizer: Optimizer) -> None:
-    """Delete the marks, as GradScaler does after a step that did not raise."""
-    for name in MARKS:
-        vars(optimizer).pop(name, None)
-
-
 def overflows_in_passed_scaler(optimizer: Optimizer, arguments: dict[str, Any]) -> bool:
-    """Tell whether a GradScaler that the step is given leaves the step out.
+    """Return whether the GradScaler among the arguments of a step skips that step. Host sync.
 
-    That is its old way, in which the optimizer itself unscales during its step. Host sync.
+    GradScaler used to pass itself to optimizers, which unscale in their own step, and still does
+    where ``step`` has a parameter ``grad_scaler``.
 
     Raises:
         AttachError: The gradients are still scaled, by an amount that only the optimizer knows.
@@ -114,11 +124,6 @@ def overflows_in_passed_scaler(optimizer: Optimizer, arguments: dict[str, Any]) 
     return overflowed(scaler, optimizer)
 
 
-def _state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Return what the scaler knows of an optimizer since its last update."""
-    return scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None
-
-
 def stage_of(scaler: GradScaler, optimizer: Optimizer) -> OptState:
     """Return how far the scaler is with an optimizer since its last update."""
     if not scaler.is_enabled():
@@ -128,17 +133,24 @@ def stage_of(scaler: GradScaler, optimizer: Optimizer) -> OptState:
 
 
 def found_inf_of(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
-    """Return the scaler's verdict on an optimizer, above 0 for an overflow; None before it."""
+    """Return a 0-d tensor that is above 0 for an overflow; None if the scaler has not looked."""
     state = _state(scaler, optimizer)
-    found = list(state["found_inf_per_device"].values()) if state else []
-    return sum(f.to(found[0].device) for f in found[1:]) + found[0] if found else None
+    values: list[Tensor] = list(state["found_inf_per_device"].values()) if state else []
+    if not values:
+        return None
+    return sum((value.to(values[0].device) for value in values[1:]), start=values[0])
 
 
 def overflowed(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Return whether the scaler has found an overflow for an optimizer. Host sync."""
-    return is_true(found_inf_of(scaler, optimizer))
+    return is_overflow(found_inf_of(scaler, optimizer))
 
 
-def is_true(found: Tensor | None) -> bool:
-    """Return whether a verdict is an overflow. Host sync."""
-    return found is not None and bool(found)
+def is_overflow(found_inf: Tensor | None) -> bool:
+    """Return whether the value of `found_inf_of` says that there is an overflow. Host sync."""
+    return found_inf is not None and bool(found_inf)
+
+
+def _state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any] | None:
+    """Return the scaler's own record of an optimizer since its last update."""
+    return scaler._per_optimizer_states.get(id(optimizer)) if scaler.is_enabled() else None

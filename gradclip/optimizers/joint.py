@@ -1,4 +1,4 @@
-"""Which gradients are clipped together when an optimizer steps."""
+"""Collects the gradients that are clipped when an optimizer steps."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from .supported import check_groups, refuse_within_backward
 class JointGradients:
     """The gradients of the optimizers that one clipper holds.
 
-    With one optimizer, all of its gradients are clipped at each of its steps. With several, those
-    of one backward pass share the norms: at the first step all that are new are clipped, and at
-    the steps of the others nothing, unless some of their gradients were computed since.
+    All gradients of one optimizer are clipped at each of its steps. Gradients of several
+    optimizers share their norms as `SeveralOptimizers` says.
 
     Args:
         optimizers: The optimizers.
-        grad_scaler: The GradScaler of several optimizers, or None.
-        settings: How to measure and what may be written.
+        grad_scaler: The clipper's option: a GradScaler, or None.
+        settings: How to measure, and whether gradients may be written.
         labels: The labels of the norms.
-        rank_layout: The other ranks.
-        threshold: What will be asked about the norms.
+        rank_layout: The other ranks, and how parameters lie on them.
+        threshold: The rule that the norms will be given to.
 
     Raises:
+        ArgumentError: ``grad_scaler`` is neither a GradScaler nor None.
         EngineUnavailableError: The engine does not serve a device of the parameters.
         AttachError: The ranks do not fit together.
     """
@@ -63,6 +63,7 @@ class JointGradients:
         self._needs_weights = threshold.needs_weights
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
+        """The parameters whose names were asked for last, and these names."""
         self._grad_scaler = checked_scaler(grad_scaler)
         self._overflow: SharedOverflow | None = None
         self._several: SeveralOptimizers | None = None
@@ -76,7 +77,7 @@ class JointGradients:
         rank_layout.refresh(parameters_held(optimizers))
 
     def attach(self) -> None:
-        """Let ranks share the overflows of the GradScaler until `detach`."""
+        """Let the ranks share the overflows of the GradScaler until `detach`."""
         scaler, across = self._grad_scaler, self._rank_layout.across
         if scaler is not None and across is not None:
             self._overflow = SharedOverflow(scaler, self.optimizers, across, self.device)
@@ -88,13 +89,13 @@ class JointGradients:
 
     @property
     def device(self) -> torch.device:
-        """Where the norms are: with the first parameter."""
+        """The device of the norms, which is that of the first parameter."""
         first = next(parameters_held(self.optimizers), None)
         return torch.device("cpu") if first is None else first.device
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where norms and parameters are, each device once."""
+        """The devices of norms and parameters, each once."""
         return list(
             {self.device: None, **{p.device: None for p in parameters_held(self.optimizers)}}
         )
@@ -102,14 +103,18 @@ class JointGradients:
     def at_step(
         self, stepping: Optimizer, step_changes: StepChanges
     ) -> StepGradients | ClipRecord | None:
-        """Return what is to be clipped before a step.
+        """Return the gradients to clip before a step.
+
+        Args:
+            stepping: The optimizer that is about to step.
+            step_changes: The changes that last until that step ends.
 
         Returns:
-            The gradients; or the record of the clipping that has covered them; or None where
-            there is nothing to do, as at a step that GradScaler leaves out.
+            The gradients; or the record of the clipping that they have already had; or None where
+            there is nothing to do, as at a step that GradScaler skips.
 
         Raises:
-            AttachError: It cannot be clipped rightly now; nothing was written.
+            AttachError: The gradients cannot be clipped rightly; nothing was written.
             ArgumentError: A group or parameter that was added cannot be labelled.
         """
         refuse_within_backward(stepping)
@@ -122,7 +127,7 @@ class JointGradients:
         overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
             overflow = overflow > 0
-            # The scales of several optimizers were read on the host in any case.
+            # Several optimizers under a GradScaler wait for the device in any case.
             if host_may_read(overflow) or self._several is not None:
                 if overflow:
                     return None
@@ -131,12 +136,12 @@ class JointGradients:
             held, scale = self._held_by([stepping]), mark_of(stepping, "grad_scale")
             return self._step_gradients(held, scale=scale, overflow=overflow)
         choice = self._several.at_step(stepping, step_changes)
-        if not isinstance(choice, Selection):
-            return choice
-        return self._step_gradients(choice.held, partial=choice.partial)
+        if isinstance(choice, Selection):
+            return self._step_gradients(choice.held, partial=choice.partial)
+        return choice
 
     def mark_clipped(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
-        """Remember gradients as they were clipped, with the record of the clipping."""
+        """Remember gradients as they are now, clipped, with the record of the clipping."""
         if self._several is not None:
             self._several.mark_clipped(gradients, record)
 
@@ -148,10 +153,10 @@ class JointGradients:
     def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
         labels, rank_layout = self._labels, self._rank_layout
         names = rank_layout.parameter_names(held.names)
-        joint = self._one_norm_for_all or labels.has_one_norm
+        one_norm = self._one_norm_for_all or labels.has_one_norm
         return StepGradients(
             held.gradients,
-            None if joint else held.norm_indices,
+            None if one_norm else held.norm_indices,
             self._settings,
             len(labels.names),
             self.device,
@@ -171,36 +176,39 @@ class JointGradients:
             gradients = gradients_of(parameters)
             return HeldGradients(gradients, names=self._names(parameters, gradients))
         names: list[str] = []
-        held, seen = HeldGradients(names=names), set()
-        # What has a norm of its own has a threshold as well while its gradient is on other ranks.
-        idle = self._needs_weights and self._labels.kind in SCOPES_BY_NAME
+        held, ids = HeldGradients(names=names), set()
+        # The threshold of a parameter's own norm follows from its weights, also on a rank that has
+        # no gradient of it, because another rank has one.
+        weights_alone = self._needs_weights and self._labels.kind in SCOPES_BY_NAME
         for parameter in parameters:
             gradient = parameter.grad
-            if id(gradient) in seen or (gradient is None and not idle):
+            if id(gradient) in ids or (gradient is None and not weights_alone):
                 continue
-            known = self._labels.of(parameter)
-            if known.norm_indices is None:
+            labelled = self._labels.of(parameter)
+            if labelled.norm_indices is None:
                 continue
             if self._needs_weights:
-                held.weights.append(Weight(parameter, known.norm_indices, known.counts))
+                held.weights.append(Weight(parameter, labelled.norm_indices, labelled.counts))
             if gradient is not None:
-                seen.add(id(gradient))
+                ids.add(id(gradient))
                 held.gradients.append(gradient)
-                held.norm_indices.append(known.norm_indices)
-                held.counts_here.append(known.counts)
-                names.append(known.name)
+                held.norm_indices.append(labelled.norm_indices)
+                held.counts_here.append(labelled.counts)
+                names.append(labelled.name)
         return held
 
     def _names(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[str]:
-        """Return the names of the parameters that gradients belong to, where they are wanted."""
+        """Return the names of the gradients' parameters, or none if nobody asks for them."""
         if not self._rank_layout.wants_parameter_norms:
             return ()
         if len(gradients) < len(parameters):
-            held = {id(each.grad): each for each in reversed(parameters)}
-            return [self._labels.of(held[id(gradient)]).name for gradient in gradients]
+            # Reversed, so that of several parameters with one gradient the first names it.
+            by_id = {id(parameter.grad): parameter for parameter in reversed(parameters)}
+            return [self._labels.of(by_id[id(gradient)]).name for gradient in gradients]
+        # The usual case: the same parameters as at the last step, all of them with a gradient.
         named, names = self._named
         if len(named) != len(parameters) or not all(map(is_, named, parameters)):
-            names = [self._labels.of(each).name for each in parameters]
+            names = [self._labels.of(parameter).name for parameter in parameters]
             self._named = parameters, names
         return names
 

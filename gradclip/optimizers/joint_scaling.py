@@ -1,9 +1,8 @@
-"""Several optimizers under one GradScaler: their gradients are unscaled before a joint norm."""
+"""Unscales the gradients of several optimizers under one GradScaler, before their joint norm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
@@ -13,35 +12,45 @@ from ..errors import AttachError
 from ..gradients.held import gradients_held
 from .call_stack import running_scaler
 from .clipped_already import TensorVersion
-from .grad_scaler import found_inf_of, is_true, mark_of, overflowed, stage_of
-
-if TYPE_CHECKING:
-    from .step_changes import StepChanges
+from .grad_scaler import found_inf_of, is_overflow, mark_of, overflowed, stage_of
+from .step_changes import StepChanges
 
 
 class JointScaling:
     """Brings the gradients of several optimizers to one scale before their norm is taken.
 
+    GradScaler unscales an optimizer's gradients at that optimizer's step, so that at the first
+    step those of the others still carry the scale, 1 beside 65536. A joint norm needs all of them
+    at once: this unscales them early, and sees to it that nothing is added to them afterwards.
+
     Args:
-        grad_scaler: The GradScaler of all of them; None where the loss is not scaled.
-        everywhere: Whether other ranks have gradients of optimizers that have none here.
+        grad_scaler: The GradScaler that the clipper was given, or None.
+        everywhere: Whether other ranks may hold gradients of optimizers that have none here, so
+            that the scaler has to look for overflows of these as well.
     """
 
     def __init__(self, grad_scaler: GradScaler | None, *, everywhere: bool = False) -> None:
         self._given = grad_scaler
         self._everywhere = everywhere
         self._scaler: GradScaler | None = None
-        self._early: dict[int, _Early] = {}
+        """The scaler of the step that is running."""
+        self._early: dict[int, _EarlyUnscaled] = {}
+        """By id of the optimizer, until the scaler's next update."""
 
     def unscale(
         self, stepping: Optimizer, optimizers: Sequence[Optimizer], step_changes: StepChanges
     ) -> None:
-        """Unscale the gradients of all optimizers, each once for each update of the scaler.
+        """Unscale the gradients of all optimizers, once between two updates of the scaler.
 
         Host sync.
 
+        Args:
+            stepping: The optimizer that is about to step.
+            optimizers: All optimizers.
+            step_changes: The changes that last until that step ends.
+
         Raises:
-            AttachError: They carry scales that differ and can't be brought to one.
+            AttachError: Their scales differ and cannot be brought to one.
         """
         scaler = self._scaler = self._given or running_scaler()
         if self._given is None:
@@ -49,17 +58,18 @@ class JointScaling:
         elif scaler is not None and scaler.is_enabled() and scaler._scale is not None:
             self._unscale_all(scaler, stepping, optimizers)
             if mark_of(stepping, "grad_scale") is not None:
+                # A fused optimizer would unscale its gradients once more.
                 step_changes.set("grad_scale", None)
 
     def refuse_new(self, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
-        """Refuse gradients that were computed since they were unscaled early.
+        """Refuse gradients that were computed after the early unscaling.
 
         Args:
             optimizer: The optimizer that steps.
-            gradients: Those of its gradients that no clipping has covered.
+            gradients: Those of its gradients that were not clipped yet.
 
         Raises:
-            AttachError: The scaler takes them for unscaled.
+            AttachError: They are scaled, and the scaler takes them for unscaled.
         """
         early = self._early.get(id(optimizer))
         if early is not None and not all(map(early.knows, gradients)):
@@ -72,37 +82,40 @@ class JointScaling:
 
     @property
     def states(self) -> object:
-        """What the running scaler knows of optimizers since its last update; else None."""
+        """The running scaler's record of its optimizers, another object after each update."""
         return None if self._scaler is None else self._scaler._per_optimizer_states
 
     def overflowed(self, optimizer: Optimizer) -> bool:
-        """Tell whether the scaler leaves out the optimizer's step. Host sync, as it has itself."""
+        """Return whether the scaler skips the optimizer's step. Host sync, as in the scaler."""
         return self._scaler is not None and overflowed(self._scaler, optimizer)
 
     def stepped(self, optimizer: Optimizer) -> bool:
-        """Tell whether the optimizer has stepped since the scaler was updated.
+        """Return whether the optimizer has stepped since the scaler's last update.
 
-        It will not step again before that, and what was added to its gradients is still scaled.
+        It cannot step again before the next, and what is added to its gradients is still scaled.
         """
         return self._scaler is not None and stage_of(self._scaler, optimizer) is OptState.STEPPED
 
     def _unscale_all(
         self, scaler: GradScaler, stepping: Optimizer, optimizers: Sequence[Optimizer]
     ) -> None:
-        held = {each: gradients_held(each) for each in optimizers}
-        self._check(scaler, stepping, held)
+        gradients_by_optimizer = {each: gradients_held(each) for each in optimizers}
+        self._check(scaler, stepping, gradients_by_optimizer)
         updated = [key for key, early in self._early.items() if early.updated(scaler)]
         for key in updated:
             del self._early[key]
-        for optimizer, gradients in held.items():
-            asked = gradients or self._everywhere
-            if asked and stage_of(scaler, optimizer) is OptState.READY:
+        for optimizer, gradients in gradients_by_optimizer.items():
+            needed = gradients or self._everywhere
+            if needed and stage_of(scaler, optimizer) is OptState.READY:
                 scaler.unscale_(optimizer)
                 if optimizer is not stepping:
-                    self._early[id(optimizer)] = _Early(scaler, optimizer, gradients)
+                    self._early[id(optimizer)] = _EarlyUnscaled(scaler, optimizer, gradients)
 
     def _check(
-        self, scaler: GradScaler, stepping: Optimizer, held: dict[Optimizer, list[Tensor]]
+        self,
+        scaler: GradScaler,
+        stepping: Optimizer,
+        gradients_by_optimizer: dict[Optimizer, list[Tensor]],
     ) -> None:
         if stage_of(scaler, stepping) is OptState.READY and mark_of(stepping, "grad_scale") is None:
             raise AttachError(
@@ -110,13 +123,13 @@ class JointScaling:
                 "call grad_scaler.step(optimizer) instead of its own step(), or first "
                 "grad_scaler.unscale_(optimizer)."
             )
-        ids = [id(gradient) for gradients in held.values() for gradient in gradients]
+        ids = [id(gradient) for each in gradients_by_optimizer.values() for gradient in each]
         if len(set(ids)) < len(ids):
             raise AttachError(
                 "Two of the optimizers hold the same parameter, whose gradient GradScaler "
                 "unscales once for each: give it to one of them only."
             )
-        for optimizer, gradients in held.items():
+        for optimizer, gradients in gradients_by_optimizer.items():
             early = self._early.get(id(optimizer))
             if early is not None and early.mixed(scaler, gradients):
                 raise AttachError(
@@ -127,36 +140,36 @@ class JointScaling:
                 )
 
 
-class _Early:
-    """Gradients that were unscaled at the step of another optimizer."""
+class _EarlyUnscaled:
+    """Gradients of one optimizer that were unscaled at the step of another."""
 
     def __init__(
         self, scaler: GradScaler, optimizer: Optimizer, gradients: Sequence[Tensor]
     ) -> None:
-        self._gradients = {id(gradient): TensorVersion(gradient) for gradient in gradients}
+        self._versions = {id(gradient): TensorVersion(gradient) for gradient in gradients}
         self._optimizer = id(optimizer)
-        self._found = found_inf_of(scaler, optimizer)
+        self._found_inf = found_inf_of(scaler, optimizer)
         self._state = scaler._per_optimizer_states[id(optimizer)]
 
     def updated(self, scaler: GradScaler) -> bool:
-        """Tell whether the scaler was updated since."""
+        """Return whether the scaler was updated since, which makes a new state."""
         return scaler._per_optimizer_states.get(self._optimizer) is not self._state
 
     def mixed(self, scaler: GradScaler, gradients: Sequence[Tensor]) -> bool:
-        """Tell whether scaled gradients may have been added to them after an update.
+        """Return whether scaled gradients may have been added to unscaled ones after an update.
 
-        Not where the scaler has left out the optimizer's step, so that they are of no use, nor
-        after that step.
+        False after the optimizer's own step, and after an overflow that skipped it: the rest of
+        such a gradient is infinite, which the scaler finds again.
         """
         if not self.updated(scaler) or self._state["stage"] is OptState.STEPPED:
             return False
-        kept = any(seen.is_of(g) for g in gradients if (seen := self._gradients.get(id(g))))
-        return kept and not is_true(self._found)
+        kept = any(version.is_of(g) for g in gradients if (version := self._versions.get(id(g))))
+        return kept and not is_overflow(self._found_inf)
 
     def knows(self, gradient: Tensor) -> bool:
-        """Tell whether a gradient is as it was when it was unscaled."""
-        seen = self._gradients.get(id(gradient))
-        return seen is not None and seen.unchanged(gradient)
+        """Return whether a gradient is as the early unscaling has left it."""
+        version = self._versions.get(id(gradient))
+        return version is not None and version.unchanged(gradient)
 
 
 def _refuse_different_scales(

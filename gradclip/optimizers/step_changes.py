@@ -1,4 +1,4 @@
-"""What a step changes on an optimizer for its own duration, and how it was before."""
+"""Changes an optimizer for the duration of one step, and restores it exactly."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ..gradients.held import parameters_of
 from .call_stack import step_running
 
 _ABSENT = object()
+"""The earlier value of an attribute that did not exist."""
 
 
 class StepChanges:
-    """Changes for the time of one step; `undo` puts back exactly what was there.
+    """Changes that last for one step; `undo` restores exactly what was there.
 
     Args:
         optimizer: The optimizer that steps.
@@ -27,46 +28,49 @@ class StepChanges:
         self._attributes: dict[str, tuple[object, object]] = {}
 
     def __bool__(self) -> bool:
-        """Whether there is anything to undo."""
+        """Return whether there is anything to undo."""
         return bool(self._hidden or self._groups or self._attributes)
 
     def hide_gradients(self) -> None:
-        """Let the optimizer find no gradient: it leaves parameters and their state as they are."""
+        """Skip the step on the host: without gradients, an optimizer changes no parameter."""
         groups = self.optimizer.param_groups
         for parameter in parameters_of(groups):
             if parameter.grad is not None:
                 self._hidden.append((parameter, parameter.grad))
                 parameter.grad = None
-        # Some optimizers count their steps here, also without a gradient. Learning rates are
-        # others' business.
-        self._groups = [(g, {k: _kept(v) for k, v in g.items() if k != "lr"}) for g in groups]
+        # Some optimizers count steps in their groups, also without gradients. The learning rate is
+        # a scheduler's or the user's, who may set it before these changes are undone.
+        self._groups = [(g, {k: _saved(v) for k, v in g.items() if k != "lr"}) for g in groups]
 
     def set(self, name: str, value: object) -> None:
         """Set an attribute of the optimizer."""
-        earlier = vars(self.optimizer).get(name, _ABSENT)
-        self._attributes[name] = (self._attributes.get(name, (earlier,))[0], value)
+        now = vars(self.optimizer).get(name, _ABSENT)
+        earlier, _ = self._attributes.get(name, (now, None))
+        self._attributes[name] = (earlier, value)
         setattr(self.optimizer, name, value)
 
     def undo(self) -> None:
-        """Put everything back; the second call does nothing.
+        """Restore everything; the second call does nothing.
 
-        A gradient or attribute that somebody else has set since is theirs, and stays.
+        A gradient or an attribute that somebody else has set since is theirs, and stays.
         """
         if not self:
             return
         for parameter, gradient in self._hidden:
             if parameter.grad is None:
                 parameter.grad = gradient
-        for group, kept in self._groups:
-            for key in group.keys() - kept.keys() - {"lr"}:  # begun in the first step
+        for group, saved in self._groups:
+            for key in group.keys() - saved.keys() - {"lr"}:  # a counter that the step has made
                 del group[key]
-            for key, (value, copy) in kept.items():
+            for key, (value, copy) in saved.items():
                 if isinstance(value, Tensor) and isinstance(copy, Tensor):
                     value.copy_(copy)
                 if copy is not None:
                     group[key] = value
         for name, (earlier, ours) in self._attributes.items():
             if vars(self.optimizer).get(name) is ours:
+                # GradScaler deletes its attributes after the step, and fails on one that is
+                # missing or None: absent must become absent again.
                 if earlier is _ABSENT:
                     delattr(self.optimizer, name)
                 else:
@@ -74,21 +78,24 @@ class StepChanges:
         self._hidden, self._groups, self._attributes = [], [], {}
 
 
-def _kept(value: object) -> tuple[object, object]:
-    """Return a value of a group, and the number that it is now; None for anything else."""
+def _saved(value: object) -> tuple[object, object]:
+    """Return a value of a group with a copy of the number that it is, None for anything else."""
     if isinstance(value, Tensor):
         return value, value.clone() if value.numel() == 1 else None
     return value, value if isinstance(value, int | float) else None
 
 
 class GuardedArguments(dict[str, Any]):
-    """Keyword arguments of a running step, which undo its changes when the step is over.
+    """Keyword arguments of a step that undo its changes when the step is over.
 
-    No hook fires after a step that raises, but what it was called with is let go.
+    torch calls no post-hook after a step that raised. The arguments are all that a pre-hook can
+    leave in that step, and are let go when it ends, before the caller sees the error. Wrapping
+    ``optimizer.step`` instead would show in schedulers, which wrap it as well, in compiled steps
+    and in ``super().step()``.
 
     Args:
         arguments: The keyword arguments.
-        changes: What the step has changed, or is going to.
+        step_changes: The changes that the step has made or is going to make.
     """
 
     def __init__(self, arguments: dict[str, Any], step_changes: StepChanges) -> None:
@@ -96,6 +103,6 @@ class GuardedArguments(dict[str, Any]):
         self._step_changes = step_changes
 
     def __del__(self) -> None:
-        """Undo what no hook has undone, unless another hook put its own arguments in place."""
+        """Undo the changes, unless the step goes on with arguments of another hook."""
         if self._step_changes and not step_running(self._step_changes.optimizer):
             self._step_changes.undo()

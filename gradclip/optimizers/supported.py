@@ -1,4 +1,4 @@
-"""Which optimizers a clipper can take hold of, and why it refuses the others."""
+"""Says which optimizers a clipper can attach to, and why it refuses the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import sys
 import warnings
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch.optim import LBFGS, Optimizer
@@ -15,33 +14,30 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import ArgumentError, AttachError
 from ..gradients.held import parameters_of
 from ..ranks.ranks import Ranks
+from .attachment import is_attached
 
 WRAPPED_AS = ("optimizer", "base_optimizer")
-"""Attributes under which wrappers hold the optimizer that they step."""
-
-attached: WeakSet[Optimizer] = WeakSet()
-"""The optimizers that some clipper holds."""
+"""The attributes in which wrappers hold the optimizer that they step."""
 
 
 def clippable(given: object, *, skips: bool, ranks: object = None) -> list[Optimizer]:
-    """Return the optimizers whose steps are to be clipped, those inside wrappers included.
+    """Return the optimizers to attach to, without their wrappers.
 
     Warns of an optimizer that clips by itself.
 
     Args:
         given: An optimizer, a wrapper of one, or several in a list or tuple.
-        skips: Whether a policy leaves out steps.
-        ranks: Where parameters live that are not here, or None.
+        skips: Whether a policy skips steps.
+        ranks: The clipper's option: a `Ranks`, or None.
 
     Raises:
-        AttachError: One that can't be clipped, for the reason that the message gives.
-        ArgumentError: ``ranks`` is something else.
+        AttachError: An optimizer that cannot be clipped, for the reason that the message gives.
+        ArgumentError: ``ranks`` is neither a `Ranks` nor None.
     """
     if not (ranks is None or isinstance(ranks, Ranks)):
         raise ArgumentError(f"ranks is {ranks!r}: give gradclip.Ranks(group), or None.")
     sharded = ranks is not None
-    found = listed(given) or [None]
-    optimizers = [_checked(each, skips=skips, sharded=sharded) for each in found]
+    optimizers = [_checked(item, skips=skips, sharded=sharded) for item in listed(given) or [None]]
     for index, optimizer in enumerate(optimizers):
         if any(optimizer is other for other in optimizers[:index]):
             raise AttachError(
@@ -52,12 +48,12 @@ def clippable(given: object, *, skips: bool, ranks: object = None) -> list[Optim
 
 
 def listed(given: object) -> list[Any]:
-    """Return what was given as one or several, as a list."""
+    """Return one optimizer or several as a list."""
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def check_groups(optimizer: Optimizer) -> None:
-    """Refuse what a parameter group asks for and cannot get; cheap enough for every step.
+    """Refuse parameter groups that cannot be clipped. Called at every step, as groups may change.
 
     Raises:
         AttachError: A group whose step is differentiable.
@@ -77,7 +73,7 @@ def refuse_within_backward(optimizer: Optimizer) -> None:
     Raises:
         AttachError: The step runs inside ``backward()``.
     """
-    if torch._C._current_graph_task_id() != -1:  # what torch.utils.checkpoint asks, too
+    if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks, too
         raise AttachError(
             f"{type(optimizer).__name__} steps inside backward(), where the other gradients are "
             "not there yet, so that no norm over all of them is known: step after backward(), or "
@@ -86,6 +82,7 @@ def refuse_within_backward(optimizer: Optimizer) -> None:
 
 
 def _checked(given: object, *, skips: bool, sharded: bool) -> Optimizer:
+    """Return the optimizer inside all wrappers, once nothing speaks against it."""
     _refuse_deepspeed(given)
     optimizer = _innermost(given)
     if not isinstance(optimizer, Optimizer):
@@ -93,15 +90,16 @@ def _checked(given: object, *, skips: bool, sharded: bool) -> Optimizer:
     name = type(optimizer).__name__
     if "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise AttachError(
-            f"{name} has no step hooks, as wrappers have not that skip Optimizer.__init__: give "
+            f"{name} has no step hooks, as happens to wrappers that skip Optimizer.__init__: give "
             "the optimizer that it wraps."
         )
+    # Optimizer.__init__ wraps the class's step, so that it calls the hooks.
     if not getattr(type(optimizer).step, "hooked", False):
         raise AttachError(
             f"{name}.step was replaced after the optimizer was built, and calls no hooks: replace "
             "it before."
         )
-    if optimizer in attached:
+    if is_attached(optimizer):
         raise AttachError(
             f"Another GradientClipper is attached to this {name}: detach() or close() it first, "
             "or use the one that is there."
@@ -123,6 +121,31 @@ def _checked(given: object, *, skips: bool, sharded: bool) -> Optimizer:
     return optimizer
 
 
+def _innermost(given: Any) -> Any:
+    """Follow wrappers to the optimizer that is stepped in the end."""
+    inner = None if isinstance(given, LRScheduler) else _wrapped(given)
+    return given if inner is None else _innermost(inner[1])
+
+
+def _wrapped(given: object) -> tuple[str, Optimizer] | None:
+    """Return the optimizer that an object wraps, after the name of its attribute."""
+    for name in WRAPPED_AS:
+        inner = getattr(given, name, None)
+        if isinstance(inner, Optimizer) and inner is not given:
+            return name, inner
+    return None
+
+
+def _not_an_optimizer(given: object) -> str:
+    if given is None:
+        return "No optimizer was given: give a torch.optim.Optimizer."
+    kind = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+    inner = _wrapped(given)
+    if inner is not None:
+        return f"Found {kind}, which holds an optimizer: give its .{inner[0]}."
+    return f"Found {kind}: give a torch.optim.Optimizer."
+
+
 def _refuse_flat_shards(optimizer: Optimizer) -> None:
     if any(getattr(p, "_fsdp_flattened", False) for p in parameters_of(optimizer.param_groups)):
         raise AttachError(
@@ -134,27 +157,27 @@ def _refuse_flat_shards(optimizer: Optimizer) -> None:
 
 
 def _refuse_deepspeed(given: Any) -> None:
-    """Refuse what a DeepSpeed engine steps, known by its type alone: nothing is imported."""
+    """Refuse the optimizers of a DeepSpeed engine, known by type names: nothing is imported."""
     chain: list[Any] = []
-    while given is not None and not any(given is each for each in chain):
+    while given is not None and not any(given is link for link in chain):
         chain.append(given)
-        held = (getattr(given, name, None) for name in (*WRAPPED_AS, "engine"))
-        given = next((each for each in held if each is not None), None)
-    found = next(filter(_is_of_deepspeed, chain), None)
-    if found is None and "deepspeed" in sys.modules:
-        found = next(filter(_is_of_deepspeed, _holders_of(chain[-1])), None)
-    if found is not None:
+        wrapped = (getattr(given, name, None) for name in (*WRAPPED_AS, "engine"))
+        given = next((inner for inner in wrapped if inner is not None), None)
+    owner = next(filter(_is_of_deepspeed, chain), None)
+    if owner is None and "deepspeed" in sys.modules:
+        owner = next(filter(_is_of_deepspeed, _referrers(chain[-1])), None)
+    if owner is not None:
         raise AttachError(
-            f"Found a {type(found).__name__} of DeepSpeed, whose engine keeps the gradients to "
+            f"Found a {type(owner).__name__} of DeepSpeed, whose engine keeps the gradients to "
             "itself, in flat parts and scaled, and steps them piece by piece, so that no hook sees "
             "the norm of the whole: set gradient_clipping in DeepSpeed's configuration, and read "
             "engine.get_global_grad_norm()."
         )
 
 
-def _is_of_deepspeed(found: object) -> bool:
-    """Tell whether it is an engine of DeepSpeed or an optimizer of one; its schedulers are not."""
-    modules = [str(kind.__module__) for kind in type(found).__mro__]
+def _is_of_deepspeed(item: object) -> bool:
+    """Return whether it is an engine of DeepSpeed or an optimizer of one, not a scheduler."""
+    modules = [str(kind.__module__) for kind in type(item).__mro__]
     return any(
         module.startswith("deepspeed.runtime.") and module != "deepspeed.runtime.lr_schedules"
         for module in modules
@@ -162,7 +185,7 @@ def _is_of_deepspeed(found: object) -> bool:
 
 
 def _refuse_zero(optimizer: Optimizer) -> None:
-    """Refuse what ZeroRedundancyOptimizer steps out of sight, or with a part of the gradients."""
+    """Refuse a ZeroRedundancyOptimizer that steps inside backward, and the optimizer inside one."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
         return
@@ -172,8 +195,8 @@ def _refuse_zero(optimizer: Optimizer) -> None:
             "ZeroRedundancyOptimizer has overlap_with_ddp=True and steps inside backward(), where "
             "no norm over all gradients is known: build it without."
         )
-    holders = _holders_of(optimizer)
-    if any(isinstance(each, kind) and each.optim is optimizer for each in holders):
+    owners = [owner for owner in _referrers(optimizer) if isinstance(owner, kind)]
+    if any(owner.optim is optimizer for owner in owners):
         raise AttachError(
             f"This {type(optimizer).__name__} is the inner one of a ZeroRedundancyOptimizer and "
             "has the parameters of this rank alone: give the ZeroRedundancyOptimizer, whose "
@@ -181,31 +204,17 @@ def _refuse_zero(optimizer: Optimizer) -> None:
         )
 
 
-def _holders_of(held: object) -> list[Any]:
-    """Return what refers to an object, by itself or in its attributes."""
-    found = gc.get_referrers(held)
-    return found + [each for own in found if type(own) is dict for each in gc.get_referrers(own)]
-
-
-def _innermost(given: Any) -> Any:
-    """Follow wrappers to the optimizer that is stepped in the end."""
-    inner = None if isinstance(given, LRScheduler) else _inner(given)
-    return given if inner is None else _innermost(inner[1])
-
-
-def _inner(given: object) -> tuple[str, Optimizer] | None:
-    """Return the optimizer that an object holds, with the attribute's name."""
-    for name in WRAPPED_AS:
-        inner = getattr(given, name, None)
-        if isinstance(inner, Optimizer) and inner is not given:
-            return name, inner
-    return None
+def _referrers(item: object) -> list[Any]:
+    """Return the objects that refer to an object, directly or as one of their attributes."""
+    referrers = gc.get_referrers(item)
+    namespaces = [referrer for referrer in referrers if type(referrer) is dict]
+    return referrers + [owner for namespace in namespaces for owner in gc.get_referrers(namespace)]
 
 
 def _warn_of_own_clipping(optimizer: Optimizer) -> None:
-    limits = [group.get("max_grad_norm") for group in optimizer.param_groups]
-    limits.append(getattr(optimizer, "max_grad_norm", None))
-    own = next((limit for limit in limits if isinstance(limit, int | float) and limit > 0), None)
+    options = [group.get("max_grad_norm") for group in optimizer.param_groups]
+    options.append(getattr(optimizer, "max_grad_norm", None))
+    own = next((value for value in options if isinstance(value, int | float) and value > 0), None)
     if own is not None:
         warnings.warn(
             f"{type(optimizer).__name__} clips by itself with max_grad_norm={own}, after "
@@ -214,13 +223,3 @@ def _warn_of_own_clipping(optimizer: Optimizer) -> None:
             UserWarning,
             stacklevel=5,
         )
-
-
-def _not_an_optimizer(found: object) -> str:
-    if found is None:
-        return "No optimizer was given: give a torch.optim.Optimizer."
-    what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
-    inner = _inner(found)
-    if inner is not None:
-        return f"Found {what}, which holds an optimizer: give its .{inner[0]}."
-    return f"Found {what}: give a torch.optim.Optimizer."

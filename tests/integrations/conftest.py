@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
-
-from gradclip.optimizers.supported import attached
+from torch.optim import Optimizer
 
 LIGHTNING = ("lightning", "pytorch_lightning")
 collect_ignore_glob = [] if all(map(find_spec, LIGHTNING)) else ["*lightning*"]
@@ -35,7 +35,15 @@ def package(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def nothing_stays_attached() -> Iterator[None]:
-    before = {*attached}
+def nothing_stays_attached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Check at the end of a test that no optimizer has a step pre-hook any more."""
+    hooked: WeakSet[Optimizer] = WeakSet()
+    register = Optimizer.register_step_pre_hook
+
+    def note(self: Optimizer, hook: Any) -> Any:
+        hooked.add(self)
+        return register(self, hook)
+
+    monkeypatch.setattr(Optimizer, "register_step_pre_hook", note)
     yield
-    assert {*attached} <= before
+    assert not any(optimizer._optimizer_step_pre_hooks for optimizer in hooked)

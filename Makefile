@@ -6,6 +6,7 @@ NATIVE := .venv/.native
 READY := $(STAMP) $(NATIVE)
 FRAMEWORKS := .venv/.frameworks
 INTEGRATIONS := tests/integrations gradclip/integrations
+ENGINES := tests/contracts/engines tests/internals/engines
 
 # Triton looks at this when a kernel is defined: interpreted and compiled kernels need a process each.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
@@ -19,17 +20,17 @@ demo: $(READY)
 # The engines meanwhile, the interpreted kernels first. All of their output where one fails, else
 # its last lines.
 test: $(READY)
-	@log=$$(mktemp); { $(INTERPRETED) -m "interpreted and not slow" tests/engines; failed=$$?; \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" tests/engines && exit $$failed; \
+	@log=$$(mktemp); { $(INTERPRETED) -m "interpreted and not slow" $(ENGINES); failed=$$?; \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" $(ENGINES) && exit $$failed; \
 	} >$$log 2>&1 & other=$$!; \
-	$(BIN)/python -m pytest -q -m "not slow" --ignore tests/engines $(INTEGRATIONS:%=--ignore %); \
+	$(BIN)/python -m pytest -q -m "not slow" $(ENGINES:%=--ignore %) $(INTEGRATIONS:%=--ignore %); \
 	failed=$$?; \
 	wait $$other && echo "Engines:" && grep -E "^[0-9]+ (passed|skipped)" $$log || { cat $$log; failed=1; }; \
 	rm $$log; exit $$failed
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(INTEGRATIONS:%=--ignore %)
-	$(INTERPRETED) -m "interpreted and slow" tests/engines
+	$(INTERPRETED) -m "interpreted and slow" $(ENGINES)
 
 # In the frameworks themselves, slow ones as well.
 test-integrations: $(READY) $(FRAMEWORKS)
@@ -43,7 +44,7 @@ test-cuda:
 # The same kernels, with every address they touch checked.
 test-cuda-memory:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
-	    $(PYTHON_CUDA) -m pytest -q -m "cuda and not slow" tests/engines
+	    $(PYTHON_CUDA) -m pytest -q -m "cuda and not slow" $(ENGINES)
 
 bench-cuda:
 	$(PYTHON_CUDA) -m benchmarks.cuda.run

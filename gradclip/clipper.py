@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .checks import checked_count
 from .engines import engine_for
 from .engines.cuda_graphs import capturing
-from .engines.no_grad import untracked
+from .engines.no_grad import no_grad
 from .errors import ArgumentError, AttachError
 from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
@@ -167,7 +167,7 @@ class GradientClipper:
 
     # The pipeline
 
-    @untracked
+    @no_grad
     def _clip(self, optimizer: Optimizer, changes: StepChanges) -> ClipRecord | None:
         """Clip the gradients that an optimizer is about to step with."""
         if capturing():

@@ -14,7 +14,7 @@ from hypothesis import settings
 
 import gradclip
 
-pytest_plugins = ["tests.support.clippers", "tests.support.device"]
+pytest_plugins = ["tests.support.clippers", "tests.support.device", "tests.support.engines"]
 
 for _name in gradclip.__all__:  # tests replace functions in every module that has imported them
     getattr(gradclip, _name)

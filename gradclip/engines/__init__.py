@@ -1,7 +1,7 @@
-"""Engines: the arithmetic of clipping over plain tensors, and the choice of the one for a device.
+"""Engines: the arithmetic of clipping over plain tensors, and the choice of one for a device.
 
-An engine knows nothing of scopes, thresholds or ranks. ``base.py`` is the protocol,
-``reference.py`` its plainest form; ``operators/`` are torch's own operators, ``native/`` is C,
+An engine knows nothing of scopes, thresholds or ranks. ``base.py`` is the protocol and
+``reference.py`` its plainest form; ``operators/`` uses torch's own operators, ``native/`` is C,
 ``triton/`` is CUDA. ``layout.py``, ``no_grad.py`` and ``cuda_graphs.py`` deal with memory,
 autograd and captured graphs.
 
@@ -11,14 +11,14 @@ Imports: errors.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 from ..errors import ArgumentError, EngineUnavailableError
 from .base import Engine, norm_dtype
 from .native import engine as native
-from .operators.engine import OperatorsEngine
+from .operators.engine import OPERATORS
 from .reference import ReferenceEngine
 
 __all__ = [
@@ -33,35 +33,28 @@ __all__ = [
 ]
 
 OLDEST_TRITON = (3, 2)
-"""That of torch 2.6; with older ones the kernels were not tried."""
+"""The version that torch 2.6 brings; the kernels were not tried with older ones."""
 
-_ENGINES: dict[str, Engine] = {
-    engine.name: engine for engine in (OperatorsEngine(), ReferenceEngine())
-}
-_MISSING: dict[str, str] = {}
-"""Why an engine is not there."""
+_ENGINES: dict[str, Engine] = {engine.name: engine for engine in (OPERATORS, ReferenceEngine())}
+"""The engines that this installation has, one object each; Triton's is added on demand."""
 _BEST: dict[str, Engine] = {}
-"""By the type of a device, what serves it best; torch operators serve the others."""
-
-try:
-    _ENGINES["native"] = _BEST["cpu"] = native.NativeEngine(native.load())
-except EngineUnavailableError as error:
-    _MISSING["native"] = str(error)
+"""The fastest engine of a device type; torch operators serve the types that have no entry."""
 
 
 def check_engine_name(name: object) -> str:
-    """Return ``name`` if it chooses an engine that is there.
+    """Return ``name`` if it chooses an engine that this installation has.
 
     Raises:
-        ArgumentError: It names no engine.
-        EngineUnavailableError: It names an engine that this installation lacks.
+        ArgumentError: There is no engine of this name.
+        EngineUnavailableError: This installation lacks the engine.
     """
-    if name == "triton":
-        _load_triton()
-    if name == "auto" or name in _ENGINES:
-        return str(name)
-    if name in _MISSING:
-        raise EngineUnavailableError(_MISSING[str(name)])
+    if name == "auto":
+        return "auto"
+    reason = _load_native() if name == "native" else _load_triton() if name == "triton" else None
+    if reason is not None:
+        raise EngineUnavailableError(reason)
+    if isinstance(name, str) and name in _ENGINES:
+        return name
     raise ArgumentError(
         f"engine={name!r} names no engine: give 'auto' or one of "
         "'operators', 'reference', 'native', 'triton'."
@@ -72,22 +65,27 @@ def engine_for(name: str, device: torch.device) -> Engine:
     """Return the engine that serves a device; only ``"auto"`` chooses.
 
     Raises:
-        ArgumentError: There is no such engine.
-        EngineUnavailableError: The engine is not there, or does not serve such a device.
+        ArgumentError: There is no engine of this name.
+        EngineUnavailableError: This installation lacks the engine, or it does not support the
+            device.
     """
     if name != "auto":
         engine = _ENGINES[check_engine_name(name)]
-        engine.check_serves(device)
+        engine.check_supported(device)
         return engine
     if device.type == "cuda":
         _load_triton()
     best = _BEST.get(device.type)
-    return _ENGINES["operators"] if best is None or best.unserved(device) else best
+    return OPERATORS if best is None or best.unsupported(device) else best
 
 
-@lru_cache(maxsize=1)
-def _load_triton() -> None:
-    """Put the engine of Triton kernels, whose import takes a while, among the others."""
+# Cached, so that an installation without Triton does not look for it at every step.
+@cache
+def _load_triton() -> str | None:
+    """Add the engine of Triton kernels; return why this installation lacks it, or None.
+
+    Not done at import: Triton takes a second to load, and few programs need it.
+    """
     remedy = (
         "Install a newer torch with its CUDA packages, which bring Triton; or give engine='auto', "
         "which takes torch operators."
@@ -95,17 +93,30 @@ def _load_triton() -> None:
     try:
         import triton
     except ImportError as error:
-        _MISSING["triton"] = f"engine='triton' is not available: {error}. {remedy}"
-        return
+        return f"engine='triton' is not available: {error}. {remedy}"
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
-        _MISSING["triton"] = (
-            f"engine='triton' is not available: Triton {triton.__version__} is installed, needed "
-            f"is {'.'.join(map(str, OLDEST_TRITON))} or newer. {remedy}"
+        return (
+            f"engine='triton' is not available: Triton {triton.__version__} is installed, "
+            f"{'.'.join(map(str, OLDEST_TRITON))} or newer is needed. {remedy}"
         )
-        return
     from .triton.engine import TritonEngine
     from .triton.launching import INTERPRETED
 
     _ENGINES["triton"] = TritonEngine()
+    # Interpreted kernels are for tests: they serve the CPU, slowly.
     if not INTERPRETED:
         _BEST["cuda"] = _ENGINES["triton"]
+    return None
+
+
+@cache
+def _load_native() -> str | None:
+    """Add the native engine; return why this installation lacks it, or None."""
+    try:
+        _ENGINES["native"] = _BEST["cpu"] = native.NativeEngine(native.load())
+    except EngineUnavailableError as error:
+        return str(error)
+    return None
+
+
+_load_native()

@@ -19,7 +19,7 @@ from ..errors import EngineUnavailableError
 INFINITY = math.inf
 
 
-class Batch(list[Tensor]):
+class TensorList(list[Tensor]):
     """Tensors that are measured first and written after, with nothing changed between.
 
     An engine may note on it what it has found out about them.
@@ -40,17 +40,17 @@ class Engine(ABC):
     name: str
     """What a user types for ``engine=`` and reads in ``clipper.engine``."""
 
-    def unserved(self, device: torch.device) -> str | None:
+    def unsupported(self, device: torch.device) -> str | None:
         """Return why a device is not served, as an error says it; None where it is."""
         return None
 
-    def check_serves(self, device: torch.device) -> None:
+    def check_supported(self, device: torch.device) -> None:
         """Check that a device is served.
 
         Raises:
             EngineUnavailableError: It is not.
         """
-        reason = self.unserved(device)
+        reason = self.unsupported(device)
         if reason is not None:
             raise EngineUnavailableError(reason)
 

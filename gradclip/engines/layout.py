@@ -34,7 +34,7 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def rows_share_memory(tensor: Tensor) -> bool:
+def rows_overlap(tensor: Tensor) -> bool:
     """Tell whether two indices of dimension 0 may touch the same place.
 
     True may be a false alarm for exotic strides, False never is.

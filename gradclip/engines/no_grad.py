@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def untracked(function: Callable[P, R], compiled: Callable[..., R] | None = None) -> Callable[P, R]:
+def no_grad(function: Callable[P, R], compiled: Callable[..., R] | None = None) -> Callable[P, R]:
     """Run a function as ``torch.no_grad()`` would: what it writes has no history.
 
     Args:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import checked_bound, checked_order
 from ..engines import norm_dtype
-from ..engines.no_grad import untracked
+from ..engines.no_grad import no_grad
 from ..errors import ArgumentError, GradientError
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
@@ -113,7 +113,7 @@ class TimeNorms:
 def _measuring(norms: dict[int, Tensor], index: int, order: float) -> object:
     """Return a tensor hook that measures the gradient and returns nothing, which leaves it."""
 
-    @untracked
+    @no_grad
     def measure(gradient: Tensor) -> None:
         norms[index] = get_total_norm([gradient], order)
 

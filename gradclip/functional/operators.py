@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engines import norm_dtype
-from ..engines.no_grad import untracked
+from ..engines.no_grad import no_grad
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,10 +43,10 @@ def operator(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name, _, _ = schema.partition("(")
         _LIBRARY.define(schema, tags=_TAGS)
-        _LIBRARY.impl(name, untracked(function), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, no_grad(function), "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # records no history
         torch.library.register_fake(f"gradclip::{name}", result, lib=_LIBRARY)
-        return untracked(function, getattr(torch.ops.gradclip, name).default)
+        return no_grad(function, getattr(torch.ops.gradclip, name).default)
 
     return decorate
 

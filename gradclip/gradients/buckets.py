@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..engines import engine_for
-from ..engines.base import Batch
-from ..engines.layout import rows_share_memory
+from ..engines.base import TensorList
+from ..engines.layout import rows_overlap
 from ..errors import GradientError
 from ..ranks.groups import RankGroup
 from ..ranks.shards import LOCAL, Shard, common_shard_of, is_dtensor, shard_of
@@ -120,7 +120,9 @@ def buckets_of(
         bucket = buckets.get(key)
         if bucket is None:
             device = written.device
-            bucket = buckets[key] = Bucket(device, Batch(), Batch(), [], [], rows, group, counts)
+            bucket = buckets[key] = Bucket(
+                device, TensorList(), TensorList(), [], [], rows, group, counts
+            )
         bucket.indices.append(index)
         bucket.measured.append(measured)
         bucket.written.append(written)
@@ -151,7 +153,7 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
     dtype, device, layout = next(iter(facts))
     if len(facts) > 1 or dtype not in REAL or layout is not torch.strided:
         return None
-    batch = Batch(gradients)
+    batch = TensorList(gradients)
     return Bucket(device, batch, batch, group=group, counts=counts)
 
 
@@ -180,7 +182,7 @@ def _add_norm_indices(
         written = _indices_of_values(norm_indices, gradient._indices())
     elif norm_indices.rows and shard is not None:
         measured = written = _indices_of_shard(norm_indices, shard)
-    elif norm_indices.rows and rows_share_memory(gradient):
+    elif norm_indices.rows and rows_overlap(gradient):
         raise GradientError(
             f"Found a tensor of shape {tuple(gradient.shape)} and strides {gradient.stride()}, "
             "in which rows share memory and cannot be scaled apart: make it contiguous(), or "

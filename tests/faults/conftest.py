@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.engines.conftest import quick_interpreter
 from tests.sinks.conftest import read, read_steps
 
-__all__ = ["quick_interpreter", "read", "read_steps"]  # fixtures
+__all__ = ["read", "read_steps"]  # fixtures
 
 TIMEOUT = 60.0
 

@@ -22,7 +22,7 @@ from ...errors import EngineUnavailableError
 from ..base import Engine, rounded_bounds
 from ..bits import INTEGERS
 from ..layout import addresses_of, flat, flat_view, table, table_view
-from ..operators.engine import OperatorsEngine
+from ..operators.engine import OPERATORS
 
 ABI = 2
 """What the library that fits this file says of itself."""
@@ -33,7 +33,6 @@ BEST = 2
 """The highest level of instruction sets."""
 BATCH = 32
 
-_OPERATORS = OperatorsEngine()
 _NUMBERS = torch.empty(0, dtype=torch.float64, device="cpu")
 _FRESH: tuple[list[Tensor], list[Tensor]] = [], []
 """Tensors for one number that nobody has yet: of shape (1,), and 0-d."""
@@ -51,7 +50,7 @@ class NativeEngine(Engine):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def unserved(self, device: torch.device) -> str | None:
+    def unsupported(self, device: torch.device) -> str | None:
         """See `Engine.unserved`."""
         if device.type == "cpu":
             return None
@@ -67,7 +66,7 @@ class NativeEngine(Engine):
             sums = _NUMBERS.new_empty(sum(map(len, tensors)) if rows else len(tensors))
             if _done(self._library.gradclip_power_sums(request, _address(sums))):
                 return sums
-        return _OPERATORS.power_sums(tensors, order, rows=rows)
+        return OPERATORS.power_sums(tensors, order, rows=rows)
 
     def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:
         """See `Engine.norm`."""
@@ -76,7 +75,7 @@ class NativeEngine(Engine):
             norm = _new_number(scalar)
             if _done(self._library.gradclip_norm(request, _address(norm), None)):
                 return norm
-        return _OPERATORS.norm(tensors, order, scalar=scalar)
+        return OPERATORS.norm(tensors, order, scalar=scalar)
 
     def norm_and_sums(self, tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
         """See `Engine.norm_and_sums`."""
@@ -86,7 +85,7 @@ class NativeEngine(Engine):
             addresses = _address(norm), _address(sums)
             if all(addresses) and _done(self._library.gradclip_norm(request, *addresses)):
                 return norm, sums
-        return _OPERATORS.norm_and_sums(tensors, order)
+        return OPERATORS.norm_and_sums(tensors, order)
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
@@ -95,7 +94,7 @@ class NativeEngine(Engine):
         if coefficients.dtype is not torch.float64 or not coefficients.is_contiguous():
             coefficients = coefficients.to(torch.float64).contiguous()
         if not self._written(self._library.gradclip_scale, tensors, coefficients, rows):
-            _one_by_one(self.scale_, _OPERATORS.scale_, tensors, coefficients, rows)
+            _one_by_one(self.scale_, OPERATORS.scale_, tensors, coefficients, rows)
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
         """See `Engine.clamp_`."""
@@ -103,7 +102,7 @@ class NativeEngine(Engine):
         rounded = rounded_bounds(bounds, dtype).to(dtype)
         bits = rounded.view(INTEGERS[rounded.element_size()]).to(torch.int64)
         if not self._written(self._library.gradclip_clamp, tensors, bits, rows):
-            _one_by_one(self.clamp_, _OPERATORS.clamp_, tensors, bounds, rows)
+            _one_by_one(self.clamp_, OPERATORS.clamp_, tensors, bounds, rows)
 
     def _written(
         self, verb: Callable[..., int], tensors: Sequence[Tensor], numbers: Tensor, rows: bool

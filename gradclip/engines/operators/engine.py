@@ -66,3 +66,7 @@ def _without_autocast() -> AbstractContextManager[object]:
     return (
         torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
     )
+
+
+OPERATORS = OperatorsEngine()
+"""One object serves all: it has no state. The native and Triton engines fall back to it."""

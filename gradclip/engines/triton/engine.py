@@ -15,13 +15,11 @@ from torch.autograd.graph import increment_version
 
 from ..base import Engine, rounded_bounds
 from ..layout import as_it_lies, flat, flat_view, is_narrow, table, wide_table_view
-from ..operators.engine import OperatorsEngine
+from ..operators.engine import OPERATORS
 from . import launching
 from .launching import launch
 from .plan import BLOCK
 from .requests import Request, Requests
-
-_OPERATORS = OperatorsEngine()
 
 
 class TritonEngine(Engine):
@@ -34,11 +32,11 @@ class TritonEngine(Engine):
     name = "triton"
 
     def __init__(self, block: int = BLOCK) -> None:
-        self._requests = Requests(block, self.check_serves)
+        self._requests = Requests(block, self.check_supported)
 
-    def unserved(self, device: torch.device) -> str | None:
+    def unsupported(self, device: torch.device) -> str | None:
         """See `Engine.unserved`."""
-        return launching.unserved(device)
+        return launching.unsupported(device)
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
@@ -46,7 +44,7 @@ class TritonEngine(Engine):
             return self._power_sums_of_rows(tensors, order)
         request = self._requests.of(tensors, rows, table if rows else flat)
         if request is None:
-            return _OPERATORS.power_sums(tensors, order, rows=rows)
+            return OPERATORS.power_sums(tensors, order, rows=rows)
         sums = request.new(len(request.plan.pieces))
         self._measure(request, order, sums=sums)
         return _strip_sums(request, sums, order)
@@ -55,7 +53,7 @@ class TritonEngine(Engine):
         """Measure rows of which some are narrow, and put the sums into the order of the tensors."""
         narrow = [*map(is_narrow, tensors)]
         sums = {}
-        for engine, of_narrow in ((_OPERATORS, True), (self, False)):
+        for engine, of_narrow in ((OPERATORS, True), (self, False)):
             some = [*compress(tensors, [is_so is of_narrow for is_so in narrow])]
             if some:
                 found = engine.power_sums(some, order, rows=True)
@@ -66,7 +64,7 @@ class TritonEngine(Engine):
         """See `Engine.norm`."""
         request = self._requests.of(tensors, False, flat)
         if request is None:
-            return _OPERATORS.norm(tensors, order, scalar=scalar)
+            return OPERATORS.norm(tensors, order, scalar=scalar)
         norm = request.new() if scalar else request.new(1)
         self._measure(request, order, norm=norm)
         return norm
@@ -75,7 +73,7 @@ class TritonEngine(Engine):
         """See `Engine.norm_and_sums`."""
         request = self._requests.of(tensors, False, flat)
         if request is None:
-            return _OPERATORS.norm_and_sums(tensors, order)
+            return OPERATORS.norm_and_sums(tensors, order)
         norm, sums = request.new(1), request.new(len(request.plan.pieces))
         self._measure(request, order, sums=sums, norm=norm)
         return norm, _strip_sums(request, sums, order)
@@ -84,12 +82,12 @@ class TritonEngine(Engine):
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
     ) -> None:
         """See `Engine.scale_`. The version of every tensor rises, also where nothing is written."""
-        self._change(_OPERATORS.scale_, tensors, coefficients, rows, limit=False)
+        self._change(OPERATORS.scale_, tensors, coefficients, rows, limit=False)
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
         """See `Engine.clamp_`. The version of every tensor rises, also where nothing is written."""
         bounds = rounded_bounds(bounds, tensors[0].dtype)
-        self._change(_OPERATORS.clamp_, tensors, bounds, rows, limit=True)
+        self._change(OPERATORS.clamp_, tensors, bounds, rows, limit=True)
 
     def _measure(
         self,

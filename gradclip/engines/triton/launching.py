@@ -74,7 +74,7 @@ def not_captured(gradients: str) -> EngineUnavailableError:
     )
 
 
-def unserved(device: torch.device) -> str | None:
+def unsupported(device: torch.device) -> str | None:
     """Return why kernels cannot run on a device; None where they can."""
     if device.type != DEVICE:
         interpreter = " where TRITON_INTERPRET is set" if INTERPRETED else ""

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..base import Batch
+from ..base import TensorList
 from ..cuda_graphs import capturing
 from ..layout import addresses_of
 from .launching import INTERPRETED, not_captured, processors, written_by_kernels
@@ -54,9 +54,9 @@ class Requests:
         check_serves: Raises where a device is not served.
     """
 
-    def __init__(self, block: int, check_serves: Callable[[torch.device], None]) -> None:
+    def __init__(self, block: int, check_supported: Callable[[torch.device], None]) -> None:
         self._block = block
-        self._check_serves = check_serves
+        self._check_serves = check_supported
         self._work: Recent[_Work] = Recent(KEPT)
         self._addresses: Recent[Uploaded] = Recent(KEPT)
         self._arrived: dict[tuple[torch.device, int], Tensor] = {}
@@ -75,7 +75,7 @@ class Requests:
             EngineUnavailableError: Their device is not served, or a step is captured in a CUDA
                 graph before one with such gradients was taken.
         """
-        if isinstance(tensors, Batch) and isinstance(tensors.note, Request):
+        if isinstance(tensors, TensorList) and isinstance(tensors.note, Request):
             return tensors.note
         found = addresses_of(tensors, rows, seen)
         if found is None:
@@ -93,7 +93,7 @@ class Requests:
             work.tables.ready(),
             held,
         )
-        if isinstance(tensors, Batch) and held is tensors:
+        if isinstance(tensors, TensorList) and held is tensors:
             request.held = ()  # the tensors themselves
             tensors.note = request
         return request

@@ -196,12 +196,12 @@ def test_124_million_elements_keep_the_accuracy(dtype, kind):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_vector_units_keep_the_accuracy(capability):
     code = (
-        "from tests.test_numerics import worst_error_of_a_row\n"
+        "from tests.behaviour.numerics.test_numerics import worst_error_of_a_row\n"
         "error = worst_error_of_a_row(20_000)\n"
         "assert error < 5e-7, error\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=True, timeout=120)
 
 

@@ -15,7 +15,7 @@ from gradclip.engines.layout import (
     flat,
     is_plain,
     overlaps,
-    rows_share_memory,
+    rows_overlap,
     table,
 )
 
@@ -121,16 +121,16 @@ def place_count(tensor: torch.Tensor) -> int:
 def test_rows_with_places_of_their_own_raise_no_alarm(kind):
     tensor = APART[kind]()
     assert place_count(tensor) == sum(place_count(row) for row in tensor)
-    assert not rows_share_memory(tensor)
+    assert not rows_overlap(tensor)
 
 
 @pytest.mark.parametrize("kind", TOGETHER)
 def test_rows_that_share_a_place_are_found(kind):
-    assert rows_share_memory(TOGETHER[kind]())
+    assert rows_overlap(TOGETHER[kind]())
 
 
 def test_a_tensor_without_dimensions_has_no_rows_to_share():
-    assert not rows_share_memory(torch.tensor(1.0))
+    assert not rows_overlap(torch.tensor(1.0))
 
 
 @settings(max_examples=300)
@@ -143,7 +143,7 @@ def test_shared_places_are_never_overlooked(shape, strides):
     if place_count(tensor) < tensor.numel():
         assert overlaps(tensor)
     if place_count(tensor) < sum(place_count(row) for row in tensor):
-        assert rows_share_memory(tensor)
+        assert rows_overlap(tensor)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in APART if APART[kind]().numel()])

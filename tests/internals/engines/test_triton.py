@@ -13,7 +13,7 @@ from torch import nn
 
 import gradclip
 from gradclip import EngineUnavailableError, GradientClipper, engines
-from gradclip.engines.base import Batch
+from gradclip.engines.base import TensorList
 from gradclip.engines.layout import addresses_of
 from gradclip.engines.reference import ReferenceEngine
 from gradclip.engines.triton.plan import plan
@@ -182,7 +182,7 @@ def matrices():
 
 @pytest.mark.parametrize("verb", ["power_sums", "scale_"])
 def test_narrow_rows_are_left_to_torch_operators(tiny, triton, monkeypatch, verb):
-    given, operators = [], triton._OPERATORS
+    given, operators = [], triton.OPERATORS
     done = getattr(operators, verb)
     monkeypatch.setattr(
         operators, verb, lambda *of, **rows: given.extend(of[0]) or done(*of, **rows)
@@ -238,7 +238,7 @@ def test_a_batch_is_looked_at_once(tiny, monkeypatch):
         "gradclip.engines.triton.requests.addresses_of",
         lambda *given: looked.append(given) or addresses_of(*given),
     )
-    batch = Batch([random(20), random(3)])
+    batch = TensorList([random(20), random(3)])
     expected = 0.5 * batch[0]
     assert measured_alike(tiny, batch, 2.0)
     tiny.scale_(batch, vector(0.5))
@@ -247,7 +247,7 @@ def test_a_batch_is_looked_at_once(tiny, monkeypatch):
 
 
 def test_a_batch_with_gaps_is_written_where_it_lies(tiny):
-    batch = Batch([random(5, 6)[:, ::2], random(3, 4).t()])
+    batch = TensorList([random(5, 6)[:, ::2], random(3, 4).t()])
     expected = [0.5 * tensor for tensor in batch]
     tiny.norm(batch, 2.0)
     tiny.scale_(batch, vector(0.5))
@@ -255,7 +255,7 @@ def test_a_batch_with_gaps_is_written_where_it_lies(tiny):
 
 
 def test_a_batch_goes_with_its_tensors_when_nobody_holds_them(tiny):
-    batch = Batch([random(20), random(3)])
+    batch = TensorList([random(20), random(3)])
     seen = [weakref.ref(tensor) for tensor in batch]
     gc.disable()  # which would find a cycle
     try:
@@ -290,8 +290,8 @@ def test_a_tensor_that_is_given_twice_is_measured_twice(tiny):
 def test_a_device_that_is_not_served_is_refused(tiny, monkeypatch):
     other = torch.device("cuda" if INTERPRETED else "cpu")
     where = "where TRITON_INTERPRET is set" if INTERPRETED else "of type cuda,"
-    assert where in tiny.unserved(other)
-    assert tiny.unserved(torch.empty(1).device) is None
+    assert where in tiny.unsupported(other)
+    assert tiny.unsupported(torch.empty(1).device) is None
     monkeypatch.setattr("gradclip.engines.triton.launching.DEVICE", "elsewhere")
     with pytest.raises(EngineUnavailableError, match="devices of type elsewhere"):
         tiny.norm([random(3)], 2.0)

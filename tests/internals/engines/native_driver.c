@@ -4,7 +4,7 @@
  * Prints a checksum of all results, which no instruction set and no number of threads may change.
  */
 
-#include "../../gradclip/engines/native/_native.c"
+#include "../../../gradclip/engines/native/_native.c"
 
 #include <pthread.h>
 #include <stdio.h>

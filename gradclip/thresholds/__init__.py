@@ -1,8 +1,8 @@
 """Axis 2: how large a norm may be; one rule a file.
 
-`Fixed` is what a number given as ``max_norm`` means, `Schedule` what a function means. The others
-follow the gradients. A rule without memory derives from `Threshold`, one that learns from
-`AdaptiveThreshold`.
+``base.py`` has the protocol and a table of the rules. A number given as ``max_norm`` becomes a
+`Fixed`, a function becomes a `Schedule`; the other rules depend on the gradients or the weights. A
+rule without memory derives from `Threshold`, one that learns from `AdaptiveThreshold`.
 
 Called by: gradients, optimizers, functional, clipper, integrations.
 Imports: errors, checks, engines.
@@ -52,14 +52,15 @@ RULES = frozenset(
         ZScore,
     }
 )
-"""The rules of this package; a class derived from one of them is a user's own."""
+"""The rules of this package; a class derived from one of them is a user's own. The clipper trusts
+these: it passes them its own tensors and does not check what they return."""
 
 
 def threshold_from(max_norm: object) -> Threshold:
     """Return the rule that a user's ``max_norm`` means.
 
     Raises:
-        ArgumentError: It is none of number, function, `Threshold` and None.
+        ArgumentError: It is not a number, a function, a `Threshold` or None.
     """
     if isinstance(max_norm, Threshold):
         return max_norm
@@ -70,7 +71,7 @@ def threshold_from(max_norm: object) -> Threshold:
         )
     if callable(getattr(max_norm, "thresholds", None)):
         raise ArgumentError(
-            f"max_norm is a {type(max_norm).__name__}, which is no Threshold: derive its class "
+            f"max_norm is a {type(max_norm).__name__}, which is not a Threshold: derive its class "
             "from gradclip.Threshold."
         )
     if callable(max_norm):
@@ -79,10 +80,10 @@ def threshold_from(max_norm: object) -> Threshold:
 
 
 def learns(threshold: Threshold) -> bool:
-    """Return whether a threshold learns from the norms."""
+    """Return whether a rule learns from norms."""
     return type(threshold).observe is not Threshold.observe
 
 
 def is_foreign(threshold: Threshold) -> bool:
-    """Return whether a threshold is a user's own, whose tensors are copied and checked."""
+    """Return whether a rule is a user's own, whose tensors are copied and checked."""
     return type(threshold) not in RULES

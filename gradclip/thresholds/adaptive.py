@@ -1,36 +1,40 @@
-"""What rules that learn share: state per label, who may enter it, saving, loading, growing."""
+"""Rules that learn from norms: their state, what may enter it, saving, loading, added labels.
+
+One norm on the CPU is the usual case. As a Python number it is ten times as fast as as a tensor,
+so a rule turns norms and state into numbers first where that is possible (`numbers_or_tensors`)
+and then writes its arithmetic once, for both.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..engines.base import host_may_read
 from ..errors import StateError
-from .arithmetic import NumberOrTensor, is_number
 from .base import Rule, StepContext
+
+NumberOrTensor = TypeVar("NumberOrTensor", float, Tensor)
 
 
 class AdaptiveThreshold(Rule):
     """A rule that learns from the norms of each label; derive your own from it.
 
-    Three methods make a rule: `fresh` says what is kept, `limits` what is allowed, `learn`
-    what a step changes. Everything else is done here:
+    Three methods make a rule: `fresh` returns the state before the first norm, `limits` what the
+    state allows, and `learn` changes the state after a step. This class does the rest:
 
-    - The state, a dict of tensors whose dimension 0 is k, is on the norms' device. It is only
-      written in place, so that a captured CUDA graph finds it again, and saved with the rule's
-      name.
-    - A norm enters the state only where it and its clipped norm are finite and the label had a
-      gradient.
-    - Labels that appear later start fresh; the others go on bit for bit.
+    - The state, a dict of tensors whose dimension 0 is k, is on the norms' device. It is written
+      only in place, so that a captured CUDA graph finds it again, and saved with the rule's name.
+    - A norm enters the state only if it and its clipped norm are finite and it has a gradient.
+    - Labels that are added start fresh; the others go on bit for bit.
     - A skipped step is observed as if it had been scaled instead.
 
-    A rule that goes from a detached clipper to another with the same labels takes along what it
+    A rule that is passed from a detached clipper to another one with the same labels keeps what it
     has learned.
 
     Args:
@@ -40,22 +44,22 @@ class AdaptiveThreshold(Rule):
 
     observes_skipped = True
     observes_zeros: bool = True
-    """Whether norms that are 0 after clipping are observed; False for a rule that one such norm
-    would hold at 0 for ever."""
-    state: Mapping[str, Tensor] = {}  # replaced by `start`, never written
-    """What was learned, by name; the tensors are made by `fresh`."""
+    """True to observe norms that are 0 after clipping; False for a rule that one such norm would
+    hold at 0 forever."""
+    state: Mapping[str, Tensor] = {}  # shared by all rules before `start`, which replaces it
+    """What was learned, by name; the tensors come from `fresh`."""
     _labels: tuple[str, ...] = ()
 
-    # What a rule says
+    # Methods of a rule
 
     @abstractmethod
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the state of labels that have seen nothing.
+        """Return the state of labels before their first norm.
 
         Args:
-            count: k, how many they are.
-            device: Where norms will be.
-            dtype: Their dtype.
+            count: k, the number of labels.
+            device: Device of the norms.
+            dtype: Dtype of the norms.
 
         Returns:
             By name, tensors of shape (k, ...): floating-point ones of ``dtype``, or int64 counts.
@@ -64,20 +68,20 @@ class AdaptiveThreshold(Rule):
 
     @abstractmethod
     def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
-        """Change the state in place, with `put` or by operations of its tensors.
+        """Change the state in place, with `put` or in-place operations of its tensors.
 
         Args:
             norms: Shape (k,), as measured; 0 where not observed.
             clipped_norms: Shape (k,), after scaling; 0 where not observed.
-            observed: Shape (k,), bool: whose state may change; None for all of them.
+            observed: Shape (k,), bool: True where the state may change; None for everywhere.
         """
 
     def put(self, observed: Tensor | None, **learned: Tensor | float) -> None:
-        """Write new values of the state in place, where they are observed.
+        """Write values into the state in place, where norms are observed.
 
         Args:
-            observed: As `learn` got it.
-            learned: By the names in `state`, of the same shapes (k,), or one number for all.
+            observed: The argument of `learn`.
+            learned: Values by their names in `state`, of the same shapes (k,), or one number.
         """
         for name, values in learned.items():
             kept = self.state[name]
@@ -89,23 +93,23 @@ class AdaptiveThreshold(Rule):
                 kept.fill_(values)
 
     def rebuild(self) -> None:
-        """Bring what is derived from the state up to date, after a start and a loading."""
+        """Update what is derived from the state; called after `start` and `load_state_dict`."""
 
-    # What the clipper calls
+    # Methods that the clipper calls
 
     def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        """See `Threshold.start`. Labels that do not begin with the known ones all start fresh."""
-        state, known = self.fresh(len(labels), device, dtype), len(self._labels)
-        if tuple(labels[:known]) == self._labels:
+        """See `Threshold.start`. All labels start fresh unless the present ones come first."""
+        state, count = self.fresh(len(labels), device, dtype), len(self._labels)
+        if tuple(labels[:count]) == self._labels:
             for name, learned in self.state.items():
-                state[name][:known] = learned
+                state[name][:count] = learned
         self.state, self._labels = state, tuple(labels)
         self.rebuild()
 
     def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
         """See `Threshold.thresholds`."""
         limits = super().thresholds(norms, context)
-        # The record keeps it, and a tensor of the state changes.
+        # The record keeps what is returned, and a tensor of the state changes at the next step.
         return limits.clone() if any(limits is kept for kept in self.state.values()) else limits
 
     def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:
@@ -122,6 +126,7 @@ class AdaptiveThreshold(Rule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Threshold.load_state_dict`. Host sync."""
+        # Everything is checked before anything is written.
         for name, loaded in checked_state(type(self).__name__, self.state, state).items():
             self.state[name].copy_(loaded)
         self.rebuild()
@@ -134,21 +139,73 @@ class AdaptiveThreshold(Rule):
             if usable and context.present.item():
                 return None
         observed = context.present & self._usable(norms, clipped_norms)
+        # None spares `put` a torch.where for each tensor; elsewhere the host does not know.
         return None if host_may_read(observed) and bool(observed.all()) else observed
 
     def _usable(self, norms: NumberOrTensor, clipped_norms: NumberOrTensor) -> Any:
-        """Return whether norms may be observed; comparisons, which NaN never passes."""
-        finite = (norms < math.inf) & (clipped_norms < math.inf)
+        """Return whether norms may be observed."""
+        finite = (norms < math.inf) & (clipped_norms < math.inf)  # False for NaN
         return finite if self.observes_zeros else finite & (clipped_norms > 0)
 
 
+# Arithmetic for a number and for a tensor of shape (k,) alike, with the same bits: each operation
+# rounds alike. A number divided by a tensor does not: torch multiplies by the reciprocal.
+
+
+def is_number(norms: Tensor) -> bool:
+    """Return whether this is one norm that the host may read without waiting."""
+    return norms.numel() == 1 and host_may_read(norms)
+
+
+def numbers_or_tensors(norms: Tensor, *state: Tensor) -> tuple[Any, ...]:
+    """Return the tensors, all of shape (k,), as numbers if the host may read the one norm.
+
+    With several norms, or on another device, they are returned as they are.
+    """
+    if is_number(norms):
+        return (norms.item(), *(tensor.item() for tensor in state))
+    return (norms, *state)
+
+
+def as_limits(limits: Any, norms: Tensor) -> Tensor:
+    """Return limits, a number or a tensor, as a tensor like the norms."""
+    return limits if isinstance(limits, Tensor) else torch.full_like(norms, limits)
+
+
+def where(condition: Any, chosen: Any, other: Any) -> Any:
+    """Return ``chosen`` where the condition holds, else ``other``; both are computed."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, chosen, other)
+    return chosen if condition else other
+
+
+def clamped(value: Any, *, low: float | None = None, high: float | None = None) -> Any:
+    """Return a value, or the nearest bound."""
+    if isinstance(value, Tensor):
+        return value.clamp(low, high)
+    value = value if high is None else min(value, high)
+    return value if low is None else max(value, low)
+
+
+def as_floats(counts: Any, norms: Tensor) -> Any:
+    """Return counts in the dtype of the norms: torch would make them float32 in a division."""
+    return counts.to(norms.dtype) if isinstance(counts, Tensor) else float(counts)
+
+
+def square_root(value: NumberOrTensor) -> NumberOrTensor:
+    """Return the square root of numbers that are not negative."""
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+# Saved states
+
 RULE = "rule"
-"""The key under which a state names the rule that it was saved from."""
-_ENDLESS = 2**53
-"""A count that no run reaches, far from where it would overflow."""
+"""Key of a saved state under which stands the name of its rule."""
+_COUNT_LIMIT = 2**53
+"""A count that no run reaches, far from an overflow of int64."""
 
 
-def checked_state(rule: str, needed: Mapping[str, Tensor], found: object) -> dict[str, Tensor]:
+def checked_state(rule: str, needed: Mapping[str, Tensor], state: object) -> dict[str, Tensor]:
     """Return the tensors of a saved state, on the device and of the dtype of the present ones.
 
     Norms that are too large for a narrower dtype become its largest number. Host sync.
@@ -156,38 +213,39 @@ def checked_state(rule: str, needed: Mapping[str, Tensor], found: object) -> dic
     Args:
         rule: Name of the rule's class.
         needed: The present state of the rule.
-        found: What the user gave.
+        state: The state that the user gave.
 
     Raises:
         StateError: It is not what ``state_dict`` of such a rule returned.
     """
-    if not isinstance(found, Mapping):
-        raise _refused(f"The state of the threshold {rule} is a {type(found).__name__}, not a dict")
-    if found.get(RULE) != rule:
-        raise _refused(f"The threshold is {rule} and the state is of {found.get(RULE, 'no rule')}")
+    if not isinstance(state, Mapping):
+        raise _refusal(f"The state of the threshold {rule} is a {type(state).__name__}, not a dict")
+    if state.get(RULE) != rule:
+        raise _refusal(f"The threshold is {rule} and the state is of {state.get(RULE, 'no rule')}")
     keys = {RULE, *needed}
-    if set(found) != keys:
-        names = [sorted(map(str, each)) for each in (found, keys)]
-        raise _refused(f"The state of {rule} has the keys {names[0]} and needs {names[1]}")
+    if set(state) != keys:
+        names = [sorted(map(str, each)) for each in (state, keys)]
+        raise _refusal(f"The state of {rule} has the keys {names[0]} and needs {names[1]}")
     return {
-        name: _checked(f"{rule}'s {name!r}", like, found[name]) for name, like in needed.items()
+        name: _checked(f"{rule}'s {name!r}", like, state[name]) for name, like in needed.items()
     }
 
 
-def _checked(name: str, like: Tensor, found: object) -> Tensor:
-    if not isinstance(found, Tensor) or found.is_meta or found.layout is not torch.strided:
-        raise _refused(f"{name} is a {type(found).__name__}, not a dense tensor with values")
-    if found.shape != like.shape:
-        raise _refused(
-            f"{name} has the shape {tuple(found.shape)} and needs {tuple(like.shape)}, which are "
+def _checked(name: str, like: Tensor, value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        raise _refusal(f"{name} is a {type(value).__name__}, not a dense tensor with values")
+    if value.shape != like.shape:
+        raise _refusal(
+            f"{name} has the shape {tuple(value.shape)} and needs {tuple(like.shape)}, which are "
             "the number of norms and, where there is one, the size of the window"
         )
-    if _kind(found) != _kind(like):
-        raise _refused(f"{name} is of {found.dtype} and needs {like.dtype}")
+    if _kind(value) != _kind(like):
+        raise _refusal(f"{name} is of {value.dtype} and needs {like.dtype}")
     counts = not like.is_floating_point()
-    if not bool(((found >= 0) & (found < (_ENDLESS if counts else math.inf))).all()):
-        raise _refused(f"{name} holds numbers that are negative, not finite or endless counts")
-    converted = found.detach().to(like)
+    if not bool(((value >= 0) & (value < (_COUNT_LIMIT if counts else math.inf))).all()):
+        raise _refusal(f"{name} holds numbers that are negative, not finite or endless counts")
+    converted = value.detach().to(like)
+    # From float64 to float32 a large norm became infinity, which would end the rule's limits.
     return converted if counts else converted.clamp(max=torch.finfo(like.dtype).max)
 
 
@@ -197,7 +255,7 @@ def _kind(tensor: Tensor) -> str:
     return "other" if tensor.is_complex() or tensor.dtype is torch.bool else "count"
 
 
-def _refused(found: str) -> StateError:
+def _refusal(found: str) -> StateError:
     return StateError(
         f"{found}: load the state into a clipper with the labels and the threshold it was saved "
         "from. Nothing was loaded."

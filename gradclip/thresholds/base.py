@@ -1,4 +1,26 @@
-"""The protocol of a threshold: how large each norm may be at this step."""
+"""Thresholds: how large each norm may be at a step.
+
+A scope says which gradients share a norm, and a rule says how large these norms may be. A rule sees
+k norms and returns k thresholds; it never sees what is behind a norm, so every rule works with
+every scope.
+
+===================  =======================================  ================================
+rule                 threshold                                memory for k norms
+===================  =======================================  ================================
+`Fixed`              a number                                 none
+`Schedule`           a function of the step                   none
+`RelativeToWeights`  factor max(weight norm, eps)             none
+`GrowthLimit`        factor previous clipped norm             k norms
+`MovingAverage`      factor average of clipped norms          k norms, k counts
+`ZScore`             mean + z^2 std / z-score, for outliers   2 k norms, k counts
+`MeanDeviation`      mean + factor std of the last norms      k window norms, k counts
+`MedianDeviation`    median + factor MAD of the last norms    k window norms, k counts
+`Percentile`         a percentile of the last norms           k (2 window + 1) norms, k counts
+===================  =======================================  ================================
+
+`Threshold` is the protocol, called by the clipper. `Rule` adds a cap and a floor, and
+`AdaptiveThreshold` (in ``adaptive.py``) a state that is learned.
+"""
 
 from __future__ import annotations
 
@@ -22,41 +44,41 @@ class StepContext:
     step: int
     """Index of the step, from 0."""
     present: Tensor
-    """Shape (k,), bool: which labels had a gradient at all."""
+    """Shape (k,), bool: True for norms with a gradient."""
     order: float = 2.0
     """p of the norms, infinity for the largest element."""
     weight_norms: Tensor | None = None
-    """Shape (k,): norms of the parameters with a gradient, of the same order; None for a rule
+    """Shape (k,): norms of the parameters behind each norm, of the same order; None for a rule
     without ``needs_weights``."""
 
 
 class Threshold(ABC):
-    """A rule for the largest norm allowed, called by the clipper once or twice a step.
+    """A rule for the largest allowed norms, called by the clipper once or twice a step.
 
     Its state belongs in tensors, so that it stays on the device and loads with
     ``weights_only=True``. No method may wait for a CUDA device.
     """
 
     needs_weights: bool = False
-    """Whether ``context.weight_norms`` is wanted, which costs a reading of the parameters."""
+    """True to get ``context.weight_norms``, which costs a reading of the parameters."""
     observes_skipped: bool = False
-    """Whether norms of steps that were skipped are observed too, with the clipped norms that
-    scaling would have made. Without it what it skips is never followed."""
+    """True to observe the norms of skipped steps too, with the clipped norms that scaling would
+    have made. With False a rule never follows the norms that it skips."""
 
     capturable: bool = False
-    """Whether a captured CUDA graph may repeat what it does: the same operations at every step,
-    and a state that is only written in place."""
+    """True if a captured CUDA graph may repeat it: the same operations at every step, and a state
+    that is written only in place."""
 
     def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Prepare for k norms; may do nothing.
 
-        Called when the clipper is attached, and again when there are more labels: the new ones
-        come last and start fresh, the others go on as they are.
+        Called when the clipper is attached, and again when labels are added: these come last and
+        start fresh, the others go on as they are.
 
         Args:
-            labels: The k names, in the order of the norms.
-            device: Where norms will be.
-            dtype: Their dtype, float64 where the device has it.
+            labels: The k labels, in the order of the norms.
+            device: Device of the norms.
+            dtype: Dtype of the norms, float64 where the device has it.
         """
 
     @abstractmethod
@@ -68,29 +90,28 @@ class Threshold(ABC):
             context: The step.
 
         Returns:
-            Shape (k,), not negative, infinity for no limit, of the norms' device and dtype. The
-            record of the step keeps it: return a new tensor rather than change it later.
+            Shape (k,), 0 or more, infinity for no limit, of the norms' device and dtype. The
+            record of the step keeps this tensor: return another one at the next step instead of
+            changing it.
         """
 
     def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:  # noqa: B027
-        """Learn from a step, called once it was taken (or skipped, see ``observes_skipped``).
+        """Learn from a step, called after it was taken (or skipped, see ``observes_skipped``).
 
-        May do nothing.
-
-        Only entries that are finite and whose label is in ``context.present`` may enter a state.
+        May do nothing. Only norms that are finite and in ``context.present`` may enter a state.
 
         Args:
             norms: Shape (k,), as measured.
             clipped_norms: Shape (k,), after scaling.
-            context: The step, without the labels that are not to be observed.
+            context: The step; ``present`` is False for norms that must not be observed.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a dict of tensors and plain numbers; empty for a rule without any."""
+        """Return the state, a dict of tensors and plain numbers; empty for a rule without any."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that `state_dict` returned.
+        """Load a state that `state_dict` returned.
 
         Raises:
             StateError: It does not belong to this rule; nothing was changed.
@@ -104,17 +125,18 @@ class Threshold(ABC):
 
 
 class Rule(Threshold):
-    """A threshold that is held between a floor and a cap.
+    """A threshold between a floor and a cap.
 
-    A rule says in `limits` what it would allow; the threshold is
-    ``min(max(limit, floor), cap)``, also as long as a warm-up sets no limit.
+    A rule returns from `limits` what it allows by itself; the threshold is
+    ``min(max(limit, floor), cap)``, also during a warm-up, which sets no limit.
 
     Args:
         cap: The threshold is never above it; None for no cap.
         floor: The threshold is never below it; None for no floor.
 
     Raises:
-        ArgumentError: One of them is negative, NaN, infinite or no number, or they cross.
+        ArgumentError: One of them is negative, NaN, infinite or not a number, or the floor is
+            above the cap.
     """
 
     capturable = True
@@ -143,7 +165,7 @@ class Rule(Threshold):
         return limits.clamp(self.floor, self.cap)
 
     def __repr__(self) -> str:
-        """Show the call that makes this rule; cap and floor only where they are given."""
+        """Return the call that makes this rule, with cap and floor only where they are given."""
         shown: list[str] = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value, keyword = getattr(self, name, None), parameter.kind is parameter.KEYWORD_ONLY

@@ -14,7 +14,7 @@ from .base import Rule, StepContext
 class Fixed(Rule):
     """The same threshold at every step: Pascanu, Mikolov and Bengio (2013).
 
-    It observes nothing and keeps no state.
+    It learns nothing and keeps no state.
 
     Args:
         max_norm: Largest norm allowed, 0 or more; None for no limit.
@@ -22,7 +22,7 @@ class Fixed(Rule):
         floor: The threshold is never below it; None for no floor.
 
     Raises:
-        ArgumentError: ``max_norm`` is negative, NaN, infinite or no number.
+        ArgumentError: ``max_norm`` is negative, NaN, infinite or not a number.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Fixed(Rule):
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:
         """See `Rule.limits`."""
-        like = self._cached
+        like = self._cached  # the same tensor for every record: nobody writes a threshold
         if like.shape != norms.shape or like.device != norms.device or like.dtype != norms.dtype:
             limit = math.inf if self.max_norm is None else self.max_norm
             self._cached = torch.full_like(norms, limit)

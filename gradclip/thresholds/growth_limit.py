@@ -19,18 +19,18 @@ class GrowthLimit(AdaptiveThreshold):
     "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?" (2024),
     arXiv:2410.01623.
 
-    It observes clipped norms. There is no limit before the first, and no other warm-up. A norm
-    that is 0 after clipping is not observed: no growth leads away from 0.
+    It observes clipped norms. There is no limit before the first one, and no other warm-up. A norm
+    that is 0 after clipping is not observed: no multiple of 0 leads away from it.
 
     Memory: ``k`` norms.
 
     Args:
-        factor: By how much a norm may grow in a step, above 0 and usually above 1.
+        factor: Largest ratio of a norm to the previous one, above 0 and usually above 1.
         cap: The threshold is never above it; None for no cap.
         floor: The threshold is never below it; None for no floor.
 
     Raises:
-        ArgumentError: A number that cannot be meant.
+        ArgumentError: A number is out of its range.
     """
 
     observes_zeros = False
@@ -42,7 +42,7 @@ class GrowthLimit(AdaptiveThreshold):
         self.factor = checked_positive("factor", factor)
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `AdaptiveThreshold.fresh`: 0 stands for none yet."""
+        """See `AdaptiveThreshold.fresh`: 0 stands for no norm yet."""
         return {"previous": torch.zeros(count, device=device, dtype=dtype)}
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:

@@ -14,19 +14,19 @@ class RelativeToWeights(Rule):
 
     ``threshold = factor max(weight norm, eps)``: Brock, De, Smith and Simonyan, "High-Performance
     Large-Scale Image Recognition Without Normalization" (2021), arXiv:2102.06171, which has the
-    scope "unit" and leaves the last layer out. Without eps, weights that begin at 0 would stay
-    there for ever.
+    scope "unit" and excludes the last layer. Without eps, weights that start at 0 would stay
+    there forever.
 
-    It observes nothing, has no warm-up and keeps no state; it reads the parameters at every step.
+    It learns nothing, has no warm-up and keeps no state; it reads the parameters at every step.
 
     Args:
-        factor: Largest norm of a gradient in units of its weights' norm, above 0.
-        eps: Weights shorter than this count as of this norm, above 0.
+        factor: Largest norm of a gradient as a multiple of its weights' norm, above 0.
+        eps: A weight norm below it is replaced by it, above 0.
         cap: The threshold is never above it; None for no cap.
         floor: The threshold is never below it; None for no floor.
 
     Raises:
-        ArgumentError: A number that cannot be meant.
+        ArgumentError: A number is out of its range.
     """
 
     needs_weights = True

@@ -16,17 +16,20 @@ from .base import Rule, StepContext
 class Schedule(Rule):
     """A threshold given by a function of the step, for a warm-up or a decay of the threshold.
 
-    It observes nothing and keeps no state.
+    It learns nothing and keeps no state.
 
     Args:
-        function: Called once a step with its index, from 0; returns the largest norm allowed,
-            0 or more, or None for no limit at this step. What it returns is checked at every
-            step, before any gradient is touched.
+        function: Called once a step with the index of the step, from 0; returns the largest
+            allowed norm, 0 or more, or None for no limit at this step. The returned value is
+            checked at every step, before any gradient is written.
         cap: The threshold is never above it; None for no cap.
         floor: The threshold is never below it; None for no floor.
+
+    Raises:
+        ArgumentError: ``function`` is not callable, or is a class.
     """
 
-    capturable = False
+    capturable = False  # in a captured CUDA graph nobody calls the function
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class Schedule(Rule):
         """See `Rule.limits`.
 
         Raises:
-            ArgumentError: The function returned something else than a number >= 0 or None.
+            ArgumentError: The function returned neither a number >= 0 nor None.
         """
         limit = self.function(context.step)
         if limit is not None:

@@ -1,4 +1,4 @@
-"""A limit for norms that are outliers among the recent ones: ZClip."""
+"""A limit for outliers, by a moving mean and variance: ZClip."""
 
 from __future__ import annotations
 
@@ -9,39 +9,45 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_decay, checked_positive
-from .adaptive import AdaptiveThreshold
-from .arithmetic import is_number, square_root, where
+from .adaptive import (
+    AdaptiveThreshold,
+    as_floats,
+    as_limits,
+    clamped,
+    numbers_or_tensors,
+    square_root,
+    where,
+)
 from .base import StepContext
 
 
 class ZScore(AdaptiveThreshold):
     """A limit for norms that lie many standard deviations above a moving mean: ZClip.
 
-    ``z_score = (norm - mean) / (std + eps)``; where it is above z,
-    ``threshold = mean + z^2 std / z_score``, which is the lower the further the norm is out,
-    else there is no limit: Kumar and others, "ZClip: Adaptive Spike Mitigation for LLM
-    Pre-Training" (2025), arXiv:2504.02507. The authors' code has a cap of 1 besides: ``cap=1.0``.
+    ``z_score = (norm - mean) / (std + eps)``. Where it is above z,
+    ``threshold = mean + z^2 std / z_score``, which falls as the norm rises; elsewhere there is no
+    limit: Kumar and others, "ZClip: Adaptive Spike Mitigation for LLM
+    Pre-Training" (2025), arXiv:2504.02507. The authors' code also has a cap of 1: ``cap=1.0``.
 
-    It observes norms as this rule itself clips them, before cap and floor:
+    It observes norms clipped by its own limit, before cap and floor:
     ``mean = decay mean + (1 - decay) x``, ``var = decay var + (1 - decay) (x - mean)^2`` with the
     new mean. During the warm-up, which sets no limit, it takes the mean and the population
     variance of the norms as measured.
 
-    A rule that saw only norms of 0 sets no limit: a threshold of 0 would confirm itself for
-    ever.
+    There is no limit while the mean is 0: a threshold of 0 would keep the mean at 0 forever.
 
     Memory: ``2 k`` norms and ``k`` counts.
 
     Args:
-        z: How many standard deviations are too many, above 0.
-        decay: Share that mean and variance keep at a step, in [0, 1).
+        z: Z-score above which a norm is limited, above 0.
+        decay: Weight of the old mean and variance at a step, in [0, 1).
         warmup: How many norms of a label are observed before the first limit, 1 or more.
         eps: Added to the standard deviation, above 0.
         cap: The threshold is never above it; None for no cap.
         floor: The threshold is never below it; None for no floor.
 
     Raises:
-        ArgumentError: A number that cannot be meant.
+        ArgumentError: A number is out of its range.
     """
 
     def __init__(
@@ -70,37 +76,36 @@ class ZScore(AdaptiveThreshold):
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:
         """See `Rule.limits`."""
-        limit = self._limit(*self._known(norms))
-        return limit if isinstance(limit, Tensor) else torch.full_like(norms, limit)
+        return as_limits(self._limit(*self._numbers(norms)), norms)
 
     def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
         """See `AdaptiveThreshold.learn`."""
-        norm, mean, variance, count = self._known(norms)
+        norm, mean, variance, count = self._numbers(norms)
+        # Computed again: cap and floor are no part of what it observes.
         limit = self._limit(norm, mean, variance, count)
+        clipped = where(norm < limit, norm, limit)
         warm = count < self.warmup
         weight = where(warm, 1 / (count + 1.0), 1 - self.decay)
-        own = where(norm < limit, norm, limit)
-        before = own - mean
+        before = clipped - mean
         mean = mean + weight * before
-        after = own - mean
+        after = clipped - mean
         # Welford's recurrence: with a weight of 1 / count these are the mean and the population
         # variance of all norms so far, without a buffer.
         variance = (1 - weight) * variance + weight * (where(warm, before, after) * after)
         # The square of a norm can be infinite, which would end all limits.
-        largest = torch.finfo(norms.dtype).max
-        variance = where(variance < largest, variance, largest)
+        variance = clamped(variance, high=torch.finfo(norms.dtype).max)
         self.put(observed, mean=mean, variance=variance, counts=count + 1)
 
-    def _known(self, norms: Tensor) -> tuple[Any, Any, Any, Any]:
-        """Return norm, mean, variance and count, as numbers or as vectors."""
-        mean, variance, counts = self.state["mean"], self.state["variance"], self.state["counts"]
-        if is_number(norms):
-            return norms.item(), mean.item(), variance.item(), counts.item()
-        return norms, mean, variance, counts.to(norms.dtype)
+    def _numbers(self, norms: Tensor) -> tuple[Any, Any, Any, Any]:
+        """Return norm, mean, variance and count."""
+        norm, mean, variance, count = numbers_or_tensors(
+            norms, self.state["mean"], self.state["variance"], self.state["counts"]
+        )
+        return norm, mean, variance, as_floats(count, norms)
 
     def _limit(self, norm: Any, mean: Any, variance: Any, count: Any) -> Any:
         std = square_root(variance)
         score = (norm - mean) / (std + self.eps)
         limited = (score > self.z) & (mean > 0) & (count >= self.warmup)
-        score = where(limited, score, self.z)  # a score of 0 divides no number
+        score = where(limited, score, self.z)  # both results are computed: do not divide by 0
         return where(limited, mean + self.z * self.z * std / score, math.inf)

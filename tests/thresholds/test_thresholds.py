@@ -53,7 +53,7 @@ def test_a_rule_that_is_no_threshold_is_refused():
 
     with pytest.raises(
         ArgumentError,
-        match="^max_norm is a Half, which is no Threshold: derive its class from "
+        match="^max_norm is a Half, which is not a Threshold: derive its class from "
         r"gradclip\.Threshold\.$",
     ):
         threshold_from(Half())

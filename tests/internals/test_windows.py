@@ -1,0 +1,116 @@
+"""The window of a rule: its ring of norms, and the norms in ascending order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradclip.thresholds import window as windows
+from gradclip.thresholds.window import NormWindow, OrderedNorms
+
+FREE = torch.finfo(torch.float64).max
+NORMS = st.one_of(st.sampled_from([0.0, 1.0, 2.0, FREE]), st.floats(0, 1e308))
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def column(replaced: object) -> list[float]:
+    """Return what `NormWindow.add` returns, a number or a tensor, as a list."""
+    return replaced.flatten().tolist() if isinstance(replaced, torch.Tensor) else [replaced]
+
+
+def test_each_label_has_a_ring_of_its_own():
+    """The newest norm replaces the oldest of its label; others leave the ring as it is."""
+    ring = NormWindow(2)
+    ring.follow(ring.fresh(3, torch.device("cpu"), torch.float64))
+    steps = [(1.0, None, 3.0), (4.0, 5.0, None), (6.0, 7.0, None)]
+    for step in steps:
+        observed = torch.tensor([norm is not None for norm in step])
+        leaving, entering = ring.add(double(*(norm or 0.0 for norm in step)), observed)
+    assert (column(leaving), column(entering)) == ([1.0, FREE, FREE], [6.0, 7.0, FREE])
+    assert ring.norms.tolist() == [[6.0, 4.0], [5.0, 7.0], [3.0, FREE]]
+    assert ring.counts.tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_ring_tells_which_norms_left_and_entered(count):
+    """Numbers for one label on the CPU, columns for several; float32 rounds what enters."""
+    ring = NormWindow(3)
+    ring.follow(ring.fresh(count, torch.device("cpu"), torch.float32))
+    replaced = [ring.add(torch.tensor([norm] * count), None) for norm in (1.0, 2.0, 3.0, 0.1)]
+    free, rounded = torch.finfo(torch.float32).max, torch.tensor(0.1).item()
+    assert [column(leaving) for leaving, _ in replaced] == [[free] * count] * 3 + [[1.0] * count]
+    assert [column(entering) for _, entering in replaced] == [
+        [norm] * count for norm in (1.0, 2.0, 3.0, rounded)
+    ]
+
+
+def ordered(norms: torch.Tensor) -> OrderedNorms:
+    made = OrderedNorms(norms)
+    made.sort_(norms)
+    return made
+
+
+def rows_of(norms: OrderedNorms) -> torch.Tensor:
+    return norms._bounded[:, 1:-2]
+
+
+@settings(max_examples=60)
+@given(st.data(), st.integers(1, 4), st.integers(1, 6), st.sampled_from([1, 8, 10**6]))
+def test_rows_stay_in_order_as_norms_come_and_go(data, rows, length, block):
+    """As sorting them anew at each step would do, in blocks of any size."""
+    values = data.draw(st.lists(NORMS, min_size=rows * length, max_size=rows * length))
+    norms = double(*values).view(rows, length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_BLOCK", block)
+        sorted_norms = ordered(norms)
+    for _ in range(4):
+        slot = data.draw(st.integers(0, length - 1))
+        entering = double(*data.draw(st.lists(NORMS, min_size=rows, max_size=rows)))
+        leaving, entering = norms[:, slot : slot + 1].clone(), entering.clamp(max=FREE).unsqueeze(1)
+        if rows == 1 and data.draw(st.booleans()):
+            sorted_norms.replace_(leaving.item(), entering.item())
+        else:
+            sorted_norms.replace_(leaving, entering)
+        norms[:, slot] = entering.squeeze(1)
+        assert torch.equal(rows_of(sorted_norms), norms.sort(dim=1).values)
+    assert sorted_norms._bounded[:, [0, -2, -1]].tolist() == [[0.0, FREE, FREE]] * rows
+
+
+@settings(max_examples=60)
+@given(st.lists(NORMS, min_size=1, max_size=7), st.one_of(NORMS, st.just(math.inf)), st.data())
+def test_the_order_with_another_norm(values, another, data):
+    """Numbers and tensors find the two order statistics that sorting the longer row finds."""
+    rank = data.draw(st.integers(0, len(values)))
+    longer = [*sorted([*values, min(another, FREE)]), FREE]
+    norms = ordered(double(*values).unsqueeze(0))
+    assert norms.with_another(float(rank), another) == tuple(longer[rank : rank + 2])
+    pair = norms.with_another(double(rank), double(another))
+    assert [bound.tolist() for bound in pair] == [[longer[rank]], [longer[rank + 1]]]
+
+
+@pytest.mark.parametrize(
+    ("other", "fits"),
+    [
+        (torch.zeros(2, 3), True),
+        (torch.zeros(3, 3), False),
+        (torch.zeros(2, 4), False),
+        (torch.zeros(2, 3, dtype=torch.float64), False),
+        (torch.zeros(2, 3, device="meta"), False),
+    ],
+)
+def test_rows_of_the_same_kind_are_sorted_in_the_same_memory(other, fits):
+    """A captured CUDA graph reads it there."""
+    norms = ordered(torch.tensor([[2.0, 1.0, 4.0], [0.0, 0.0, 0.0]]))
+    assert norms.fits(other) == fits
+    if fits:
+        address = norms._bounded.data_ptr()
+        norms.sort_(other)
+        assert norms._bounded.data_ptr() == address
+        assert rows_of(norms).tolist() == other.tolist()

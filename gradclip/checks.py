@@ -1,4 +1,4 @@
-"""Checks of numbers that users give, in the same words everywhere."""
+"""Checks of numbers that users give, with the same words in every error."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from numbers import Real
 
 from .errors import ArgumentError
 
-ENDLESS = 2**62
-"""More than is ever counted."""
+COUNT_LIMIT = 2**62
+"""A count that no run reaches: int64 can count on from any smaller one."""
 
 
 def checked_bound(
@@ -21,26 +21,26 @@ def checked_bound(
     """Return ``value`` as a float if it can bound a magnitude: a number >= 0.
 
     Args:
-        name: What the user calls it.
-        value: What the user gave.
-        infinite: Whether infinity is allowed.
-        none: What None would mean, for the error.
+        name: Name of the option, for the error.
+        value: The value that the user gave.
+        infinite: True to allow infinity.
+        none: The meaning of None, for the error.
 
     Raises:
-        ArgumentError: It is negative, NaN, infinite (unless allowed) or no real number.
+        ArgumentError: It is negative, NaN, infinite (unless allowed) or not a real number.
     """
     number = _real(name, value, "a number >= 0")
     if number >= 0 and (infinite or number < math.inf):
-        return abs(number)  # -0.0 among them
-    mend = "a finite number >= 0" + ("" if infinite else f", or None {none}")
-    raise ArgumentError(f"{name} is {value!r}: give {mend}.")
+        return abs(number)  # -0.0 passes the comparison: no sign may reach a coefficient
+    remedy = "a finite number >= 0" + ("" if infinite else f", or None {none}")
+    raise ArgumentError(f"{name} is {value!r}: give {remedy}.")
 
 
 def checked_order(value: object) -> float:
-    """Return the p of a p-norm as a float: positive, infinity (also as ``"inf"``) included.
+    """Return the p of a p-norm as a float: positive, also infinity or ``"inf"``.
 
     Raises:
-        ArgumentError: It is 0, negative, NaN or no real number.
+        ArgumentError: It is 0, negative, NaN or not a real number.
     """
     number = math.inf if value == "inf" else _real("norm_type", value, "a number > 0 or inf")
     if number > 0:
@@ -51,25 +51,15 @@ def checked_order(value: object) -> float:
 
 
 def checked_count(name: str, value: object, least: int = 0) -> int:
-    """Return ``value`` if it is a whole number that is large enough, and an int64 can go on from.
+    """Return ``value`` if it is a whole number from ``least`` to below `COUNT_LIMIT`.
 
     Raises:
         ArgumentError: It is not.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value < ENDLESS:
+    # bool is a subclass of int, and True would pass for 1.
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value < COUNT_LIMIT:
         return value
     raise ArgumentError(f"{name} is {value!r}: give a whole number >= {least} and < 2**62.")
-
-
-def _real(name: str, value: object, needed: str) -> float:
-    if type(value) is float:
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ArgumentError(
-            f"{name} is {value!r} of type {type(value).__name__}: give {needed} "
-            "(of a tensor its float())."
-        )
-    return float(value)
 
 
 def checked_positive(name: str, value: object) -> float:
@@ -78,19 +68,19 @@ def checked_positive(name: str, value: object) -> float:
     Raises:
         ArgumentError: It is not.
     """
-    number = _number(value)
+    number = _number_or_nan(value)
     if 0 < number < math.inf:
         return number
     raise ArgumentError(f"{name} is {value!r}: give a finite number > 0.")
 
 
 def checked_decay(value: object) -> float:
-    """Return the share of its past that an average keeps at a step, as a float.
+    """Return the weight of the old value in a moving average, as a float.
 
     Raises:
         ArgumentError: It is not in [0, 1).
     """
-    number = _number(value)
+    number = _number_or_nan(value)
     if 0 <= number < 1:
         return number
     raise ArgumentError(f"decay is {value!r}: give a number >= 0 and < 1, usually above 0.9.")
@@ -102,12 +92,24 @@ def checked_percentile(value: object) -> float:
     Raises:
         ArgumentError: It is not in [0, 100].
     """
-    number = _number(value)
+    number = _number_or_nan(value)
     if 0 <= number <= 100:
         return number
     raise ArgumentError(f"percentile is {value!r}: give a number from 0 to 100.")
 
 
-def _number(value: object) -> float:
-    """Return NaN, which no comparison lets pass, for what is no number."""
+def _real(name: str, value: object, needed: str) -> float:
+    if type(value) is float:  # nearly every value, in functions that are called at every step
+        return value
+    # numpy's numbers are registered as Real; a tensor is not, and its float() may wait for a GPU.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentError(
+            f"{name} is {value!r} of type {type(value).__name__}: give {needed} "
+            "(of a tensor its float())."
+        )
+    return float(value)
+
+
+def _number_or_nan(value: object) -> float:
+    """Return ``value`` as a float, or NaN, which passes no comparison, if it is not a number."""
     return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, distributed
 
 from ..errors import ArgumentError, AttachError
-from ..scopes.selection import Chosen, Selection
+from ..scopes.naming import ParameterChoice, ParameterSelection
 from .groups import RankGroup
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class Ranks:
     """
 
     def __init__(
-        self, group: ProcessGroup | DeviceMesh | None = None, replicated: Chosen = ()
+        self, group: ProcessGroup | DeviceMesh | None = None, replicated: ParameterChoice = ()
     ) -> None:
-        self.replicated = Selection("replicated", replicated)
+        self.replicated = ParameterSelection("replicated", replicated)
         self.group = None if group is None else _process_group(group)
         self.announced = False
         """True once the clipper that is being attached has sent its message to the other ranks."""
@@ -60,7 +60,7 @@ class Ranks:
 
     def original_of(self, name: str, parameter: Tensor) -> str | None:
         """Return the name that all copies of a parameter share; None for one without copies."""
-        answer = self.replicated.of(name, parameter)
+        answer = self.replicated.answer(name, parameter)
         if isinstance(answer, str):
             return str(answer) or None  # a plain str: a message with a subclass may not unpickle
         return name if answer else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..errors import NonFiniteGradientError, SkipLimitError
-from ..scopes.naming import joined
+from ..scopes.naming import listed_nonfinite
 from .norm_history import DEVIATIONS, SHOWN, NormHistory
 from .parameter_norms import ParameterNorms
 from .record import ClipRecord
@@ -47,7 +47,7 @@ def incident_of(
 
 def _nonfinite_names(parameters: ParameterNorms) -> str:
     """Name the parameters that are not finite; only the device could have counted elements."""
-    return joined([name for name, norm in parameters.items() if not math.isfinite(norm)])
+    return listed_nonfinite([name for name, norm in parameters.items() if not math.isfinite(norm)])
 
 
 def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientError:

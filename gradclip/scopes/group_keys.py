@@ -1,4 +1,4 @@
-"""The ``max_norm`` keys of parameter groups, as they were when the groups were first seen."""
+"""The ``max_norm`` keys of parameter groups, read when a group is first met and then kept."""
 
 from __future__ import annotations
 
@@ -13,85 +13,86 @@ from ..errors import AttachError
 from .naming import group_name
 
 KEY = "max_norm"
-"""The key of a parameter group that has a norm and a threshold of its own."""
+"""The key of a parameter group with a norm and a threshold of its own."""
 ABSENT = object()
-"""What stands for the key of a group without it."""
+"""Stands for the key of a group without it: None is a value of the key."""
 
 
 class GroupKeys:
-    """Reads the keys when a group is first seen, and keeps them.
+    """Reads the keys of parameter groups once, and keeps them.
 
-    Loading the state of an optimizer replaces its groups, and with them the keys.
+    Loading the state of an optimizer replaces its groups, and with them the keys: a checkpoint
+    from before a key was set would silently drop it.
 
     Args:
-        optimizers: The optimizers, in the order in which they are counted.
+        optimizers: The optimizers, in the order in which they are numbered.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers
-        self._kept: list[list[Any]] = [[] for _ in optimizers]
+        self._keys: list[list[Any]] = [[] for _ in optimizers]
         self._warned: set[tuple[int, int, str]] = set()
 
     @property
     def given(self) -> bool:
-        """Whether any group has a key."""
-        return any(key is not ABSENT for kept in self._kept for key in kept)
+        """True if any group has a key."""
+        return any(key is not ABSENT for keys in self._keys for key in keys)
 
     def of(self, optimizer: int, group: int) -> Any:
         """Return the key of a group: a number, None for never clipped, or `ABSENT`."""
-        return self._kept[optimizer][group]
+        return self._keys[optimizer][group]
 
     def refresh(self, *, numbered: bool) -> None:
-        """Read the keys of groups that were added, and warn of keys that were changed.
+        """Read the keys of groups that were added, and warn of keys that have changed.
 
         Args:
-            numbered: Whether the numbers of the groups matter otherwise, too.
+            numbered: True if labels contain the numbers of groups.
 
         Raises:
-            ArgumentError: One of them has a key that is no number >= 0 and not None.
-            AttachError: Groups were taken away, so that it is not known which are left.
+            ArgumentError: A group that was added has a key that is neither a number >= 0 nor None.
+            AttachError: Groups were removed, so that keys or numbers no longer match the others.
         """
         for number, optimizer in enumerate(self._optimizers):
-            groups, kept = optimizer.param_groups, self._kept[number]
-            if len(groups) < len(kept):
+            groups, keys = optimizer.param_groups, self._keys[number]
+            if len(groups) < len(keys):
                 self._forget(number, len(groups), numbered=numbered)
-            while len(kept) < len(groups):
-                key = groups[len(kept)].get(KEY, ABSENT)
+            while len(keys) < len(groups):
+                key = groups[len(keys)].get(KEY, ABSENT)
                 if key is not ABSENT and key is not None:
-                    name = group_name(self._optimizers, number, len(kept))
+                    name = group_name(self._optimizers, number, len(keys))
                     key = checked_bound(f"The {KEY} of {name}", key, none="never to clip it")
-                kept.append(key)
+                keys.append(key)
             self.warn_of_lost_keys(optimizer)
 
     def warn_of_lost_keys(self, optimizer: Optimizer) -> None:
-        """Warn, once for each, of keys that are no longer what they were when they were read."""
-        groups = optimizer.param_groups
+        """Warn, once for each change, of keys that are no longer what they were when read."""
         number = self._optimizers.index(optimizer)
-        for index, (group, kept) in enumerate(zip(groups, self._kept[number], strict=False)):
-            found = group.get(KEY, ABSENT)
-            if found is kept or found == kept:
+        pairs = zip(optimizer.param_groups, self._keys[number], strict=False)
+        for index, (group, kept) in enumerate(pairs):
+            key = group.get(KEY, ABSENT)
+            if key is kept or key == kept:
                 continue
-            seen = (number, index, repr(found))
-            if seen not in self._warned:
-                self._warned.add(seen)
+            change = (number, index, repr(key))
+            if change not in self._warned:
+                self._warned.add(change)
                 warnings.warn(
                     f"{group_name(self._optimizers, number, index)} was attached with "
-                    f"{_said(kept)} and now has {_said(found)}, as after loading a checkpoint "
+                    f"{_shown(kept)} and now has {_shown(key)}, as after loading a checkpoint "
                     "without it: the clipper keeps the first. To change it, detach() and attach a "
                     "new clipper.",
                     UserWarning,
                     stacklevel=3,
                 )
 
-    def _forget(self, number: int, groups: int, *, numbered: bool) -> None:
+    def _forget(self, number: int, count: int, *, numbered: bool) -> None:
         if numbered or self.given:
             raise AttachError(
-                f"{type(self._optimizers[number]).__name__} had {len(self._kept[number])} "
-                f"parameter groups and has {groups}: which of them are left cannot be known. "
-                "detach() and attach a new clipper."
+                f"{type(self._optimizers[number]).__name__} had {len(self._keys[number])} "
+                f"parameter groups and has {count}, and nothing says which were removed: detach() "
+                "and attach a new clipper."
             )
-        del self._kept[number][groups:]
+        del self._keys[number][count:]
 
 
-def _said(key: Any) -> str:
+def _shown(key: Any) -> str:
     return f"no {KEY}" if key is ABSENT else f"{KEY}={key!r}"

@@ -1,16 +1,23 @@
-"""Names of parameters and groups, for people who have to find them."""
+"""Names of parameters: where they come from, and options and errors that speak of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import ArgumentError
+
+ParameterChoice = str | Iterable[str] | Callable[[str, Tensor], object]
 MOST_NAMED = 10
+"""Most non-finite parameters that an error names."""
+MOST_SHOWN = 5
+"""Most names that an error shows of those that an option could have meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +25,12 @@ class NamedParameter:
     """A parameter of an optimizer."""
 
     name: str
-    """The model's, else the one that the optimizer was given, else the place in the groups."""
+    """From the model, else from the optimizer, else made of its position in the groups."""
     parameter: Tensor
     optimizer: int
-    """Number of the optimizer."""
+    """Index of the optimizer."""
     group: int
-    """Number of its parameter group."""
+    """Index of its parameter group."""
     has_given_name: bool
     """True if the model or the optimizer gave the name, False if it was generated."""
 
@@ -31,24 +38,25 @@ class NamedParameter:
 def named_parameters(
     optimizers: Sequence[Optimizer], model: nn.Module | None
 ) -> Iterator[NamedParameter]:
-    """Yield every parameter of the optimizers once, under a name that no other one has."""
-    known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    named: set[int] = set()
-    taken = set(known.values())
+    """Yield every parameter of the optimizers once, under a name that no other parameter has."""
+    by_model = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    yielded: set[int] = set()
+    taken = set(by_model.values())
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.param_groups):
-            given = group.get("param_names") or []
-            for place, parameter in enumerate(group["params"]):
-                if id(parameter) in named:
+            # torch keeps the names of named_parameters() there; parameters that were appended to a
+            # group by hand have none.
+            by_optimizer = group.get("param_names") or []
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) in yielded:
                     continue
-                name = known.get(id(parameter))
+                name = by_model.get(id(parameter))
                 if name is None:
-                    name = given[place] if place < len(given) else ""
+                    name = by_optimizer[position] if position < len(by_optimizer) else ""
                     name = "" if name in taken else name
-                within = group_name(optimizers, number, index)
-                named.add(id(parameter))
+                yielded.add(id(parameter))
                 taken.add(name)
-                shown = name or f"{within}, parameter {place}"
+                shown = name or f"{group_name(optimizers, number, index)}, parameter {position}"
                 yield NamedParameter(shown, parameter, number, index, bool(name))
 
 
@@ -58,22 +66,85 @@ def group_name(optimizers: Sequence[Optimizer], optimizer: int, group: int) -> s
     return f"{several}group {group}"
 
 
+class ParameterSelection:
+    """Parameters that a user's option selects, by names or by a function.
+
+    Args:
+        option: Name of the option, for errors.
+        chosen: Names, in which ``*`` stands for any characters and ``?`` for one; or a function
+            of name and parameter that returns True for them.
+
+    Raises:
+        ArgumentError: ``chosen`` is neither.
+    """
+
+    def __init__(self, option: str, chosen: ParameterChoice) -> None:
+        self._option = option
+        self.chosen = chosen if callable(chosen) else _names(option, chosen)
+
+    def __bool__(self) -> bool:
+        return bool(self.chosen)
+
+    def __repr__(self) -> str:
+        if isinstance(self.chosen, tuple) and len(self.chosen) == 1:
+            return repr(self.chosen[0])
+        return repr(self.chosen)
+
+    def answer(self, name: str, parameter: Tensor) -> object:
+        """Return what the function returns for a parameter, or whether a name matches it."""
+        if callable(self.chosen):
+            return self.chosen(name, parameter)
+        return any(_matches(name, pattern) for pattern in self.chosen)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Check that each name or pattern matches one of these parameters.
+
+        Raises:
+            ArgumentError: One matches none of them, as after a misspelling.
+        """
+        for pattern in () if callable(self.chosen) else self.chosen:
+            if not any(_matches(name, pattern) for name in names):
+                distinct = [*dict.fromkeys(names)]
+                shown = ", ".join(distinct[:MOST_SHOWN]) or "none"
+                more = ", ..." if len(distinct) > MOST_SHOWN else ""
+                raise ArgumentError(
+                    f"{self._option}={pattern!r} matches no parameter; there are {shown}{more}. "
+                    "Names are the model's with model=."
+                )
+
+
+def _names(option: str, chosen: object) -> tuple[str, ...]:
+    names = (chosen,) if isinstance(chosen, str) else chosen
+    if isinstance(names, Iterable):
+        names = tuple(names)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise ArgumentError(
+        f"{option} is {chosen!r}: give a name or several, or a function of name and parameter."
+    )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # Brackets are part of names, as in "weights[0]", not sets of characters.
+    return fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
 def describe_nonfinite(
     names: Sequence[str], gradients: Sequence[Tensor] | None, sums: Sequence[float]
 ) -> str:
-    """List the parameters whose power sums are not finite, with how many elements. Host sync.
+    """List the parameters whose power sums are not finite, with counts of elements. Host sync.
 
     Args:
         names: Names of the parameters.
-        gradients: Their gradients; None where not all of them are here, to count no elements.
-        sums: The power sums of these.
+        gradients: Their gradients, whose elements are counted; None if not all of them are here.
+        sums: Their power sums.
     """
     culprits = [index for index, total in enumerate(sums) if not math.isfinite(total)]
-    found = [names[index] for index in culprits]
+    shown = [names[index] for index in culprits]
     if gradients is not None:
-        for place, index in enumerate(culprits[:MOST_NAMED]):
-            found[place] += f" ({_elements(gradients[index])})"
-    return joined(found)
+        for position, index in enumerate(culprits[:MOST_NAMED]):
+            shown[position] += f" ({_elements(gradients[index])})"
+    return listed_nonfinite(shown)
 
 
 def _elements(gradient: Tensor) -> str:
@@ -84,9 +155,9 @@ def _elements(gradient: Tensor) -> str:
     return f"{count} of {values.numel()} elements"
 
 
-def joined(nonfinite: Sequence[str]) -> str:
-    """Join what there is to say of parameters that are not finite."""
-    if not nonfinite:
+def listed_nonfinite(descriptions: Sequence[str]) -> str:
+    """Join descriptions of the parameters that are not finite, at most `MOST_NAMED` of them."""
+    if not descriptions:
         return "none by itself: the sum of their powers exceeds the range of float64"
-    more = len(nonfinite) - MOST_NAMED
-    return ", ".join(nonfinite[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(descriptions) - MOST_NAMED
+    return ", ".join(descriptions[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,17 @@
-"""Which gradients share a norm, as a labelling of the parameters."""
+"""Scopes: labellings of the parameters, by which gradients share a norm.
+
+===========  ================================  ===============================================
+scope        one norm for                      used by
+===========  ================================  ===============================================
+"global"     all gradients                     Pascanu 2013, AutoClip, ZClip, OLMo
+"group"      a parameter group                 tasks or stages that must not scale each other
+"parameter"  a parameter                       Keras ``clipnorm``, detectron2, AdaGC
+"unit"       an index of dimension 0           AGC of NFNets; rows of an embedding
+a function   all with the same label           models trained side by side, layers, experts
+===========  ================================  ===============================================
+
+A label is a name, so the same labels at a restart are the same norms.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +21,7 @@ from typing import cast
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .selection import Chosen, Selection
+from .naming import ParameterChoice, ParameterSelection
 
 KINDS = ("global", "group", "parameter", "unit")
 SHARED = "global"
@@ -30,33 +43,30 @@ class Scope:
     Scope('unit', exclude='head.*')
 
     Args:
-        kind: "global": all gradients. "group": those of each parameter group. "parameter": each
-            one has a norm of its own. "unit": each index of dimension 0 has, that is the row of a
-            matrix or the output filter of a convolution (of a transposed one the input filter);
-            gradients of less than two dimensions are one unit. Or a function of a parameter's
-            name and the parameter which returns its label, a string or a whole number, or None
-            for never clipped, in no norm; or a sequence, 1-d tensor or array of such labels, one
-            for each index of dimension 0. It is called once for each parameter.
-        exclude: What is never clipped and in no norm: names, in which ``*`` and ``?`` stand for
-            any letters and any letter; or a function of name and parameter that is true for them.
+        kind: "global": one norm for all gradients. "group": one for each parameter group.
+            "parameter": one for each parameter. "unit": one for each index of dimension 0, that
+            is the row of a matrix or the output filter of a convolution (of a transposed one the
+            input filter); a gradient of less than two dimensions is one unit. Or a function of a
+            parameter's name and the parameter that returns its label: a string or a whole number,
+            or None for never clipped, in no norm; or a sequence, 1-d tensor or array of such
+            labels, one for each index of dimension 0. It is called once for each parameter.
+        exclude: Parameters that are never clipped and in no norm: names, in which ``*`` stands
+            for any characters and ``?`` for one; or a function of name and parameter that returns
+            True for them.
 
     Raises:
         ArgumentError: ``kind`` or ``exclude`` is none of these.
     """
 
-    def __init__(
-        self,
-        kind: str | Labelling = "global",
-        *,
-        exclude: Chosen = (),
-    ) -> None:
+    def __init__(self, kind: str | Labelling = "global", *, exclude: ParameterChoice = ()) -> None:
+        # A class is callable too, and was given instead of an instance of it.
         if isinstance(kind, type) or not (kind in KINDS or callable(kind)):
             raise ArgumentError(
                 f"scope is {kind!r}: give one of {', '.join(map(repr, KINDS))}, a Scope, or a "
                 "function of a parameter's name and the parameter that returns a label."
             )
         self.kind = kind
-        self.exclude = Selection("exclude", exclude)
+        self.exclude = ParameterSelection("exclude", exclude)
 
     def __repr__(self) -> str:
         exclude = f", exclude={self.exclude!r}" if self.exclude else ""
@@ -64,21 +74,21 @@ class Scope:
 
     @property
     def is_everything(self) -> bool:
-        """Whether all gradients share one norm, whatever their names."""
+        """True if all gradients share one norm, whatever their names."""
         return self.kind == "global" and not self.exclude
 
     def labels(self, name: str, parameter: Tensor, group: str) -> Labels:
         """Return the label of a parameter, or those of the indices of its dimension 0.
 
         Args:
-            name: Name of the parameter, which no other one has.
+            name: Name of the parameter, which no other parameter has.
             parameter: The parameter.
             group: Name of its parameter group.
 
         Raises:
-            ArgumentError: A function returned what is no label.
+            ArgumentError: A function returned an invalid label.
         """
-        if self.exclude.of(name, parameter):
+        if self.exclude.answer(name, parameter):
             return None
         if callable(self.kind):
             return _checked(self.kind(name, parameter), name, parameter)
@@ -91,32 +101,32 @@ def scope_from(scope: object) -> Scope:
     """Return the scope that a user's ``scope`` means.
 
     Raises:
-        ArgumentError: It is none of kind, function and `Scope`.
+        ArgumentError: It is not a kind, a function or a `Scope`.
     """
     return scope if isinstance(scope, Scope) else Scope(cast("str | Labelling", scope))
 
 
-def _checked(found: object, name: str, parameter: Tensor) -> Labels:
-    to_list = getattr(found, "tolist", None)  # of a tensor or an array
-    found = found if to_list is None else to_list()
-    if isinstance(found, Sequence) and not isinstance(found, str | bytes | bytearray):
-        if parameter.dim() and len(found) == len(parameter):
-            return [_checked_one(label, name, parameter) for label in found]
-        raise _no_label(f"{len(found)} labels", name, parameter)
-    return _checked_one(found, name, parameter)
+def _checked(returned: object, name: str, parameter: Tensor) -> Labels:
+    to_list = getattr(returned, "tolist", None)  # of a tensor or an array
+    labels = returned if to_list is None else to_list()
+    if isinstance(labels, Sequence) and not isinstance(labels, str | bytes | bytearray):
+        if parameter.dim() and len(labels) == len(parameter):
+            return [_checked_label(label, name, parameter) for label in labels]
+        raise _invalid_label(f"{len(labels)} labels", name, parameter)
+    return _checked_label(labels, name, parameter)
 
 
-def _checked_one(found: object, name: str, parameter: Tensor) -> Label:
-    if found is None:
+def _checked_label(label: object, name: str, parameter: Tensor) -> Label:
+    if label is None:
         return None
-    if isinstance(found, str):
-        return str.__str__(found)  # not a subclass, which could not be loaded again
-    if isinstance(found, int) and not isinstance(found, bool):
-        return str(found)
-    raise _no_label(repr(found), name, parameter)
+    if isinstance(label, str):
+        return str.__str__(label)  # weights_only=True refuses to load a subclass from a checkpoint
+    if isinstance(label, int) and not isinstance(label, bool):
+        return str(label)
+    raise _invalid_label(repr(label), name, parameter)
 
 
-def _no_label(found: str, name: str, parameter: Tensor) -> ArgumentError:
+def _invalid_label(found: str, name: str, parameter: Tensor) -> ArgumentError:
     return ArgumentError(
         f"The scope gave {found} for {name} of shape {tuple(parameter.shape)}: give a string or a "
         "whole number, None for never clipped, or one of these for each index of dimension 0."

@@ -224,7 +224,7 @@ def test_groups_that_are_taken_away_are_an_error_where_keys_are_kept():
     optimizer = three_groups()
     GradientClipper(optimizer, 1.0)
     del optimizer.param_groups[0]
-    with pytest.raises(AttachError, match="SGD had 3 parameter groups and has 2, and .* attach a new"):
+    with pytest.raises(AttachError, match="SGD had 3 parameter groups and has 2, .* attach a new"):
         optimizer.step()
     assert norms(optimizer) == [10.0, 50.0]
 

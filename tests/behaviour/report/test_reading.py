@@ -1,0 +1,134 @@
+"""Logs that ``gradclip report`` reads, warns of or refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from gradclip import GradientClipper, JsonlSink
+from gradclip.cli import main
+from tests.support.report import log_line, log_norms, reported
+
+NORMS = (4.0, 1.0, math.nan, 8.0, 2.0)
+
+
+@pytest.fixture
+def logged(tmp_path, training):
+    """A run in both formats: a file of JSON lines and a directory of events."""
+    run, places = training(), [tmp_path / "a.jsonl", tmp_path / "a"]
+    with GradientClipper(
+        run.optimizer, 2.0, nonfinite="skip", log=[JsonlSink(places[0]), places[1]]
+    ):
+        run.take(*NORMS)
+    return places
+
+
+def test_both_formats_tell_the_same(logged):
+    for run, place in zip(reported(*logged), logged, strict=True):
+        assert run["name"] == str(place)
+        assert (run["steps"], run["first_step"], run["last_step"]) == (5, 0, 4)
+        assert (run["clip_rate"], run["nonfinite_steps"], run["skipped_steps"]) == (0.5, 1, 1)
+        assert (run["mean"], run["largest"], run["quantiles"]["50.0"]) == (3.75, 8, 3)
+
+
+def test_a_directory_is_searched_recursively(tmp_path, logged):
+    writer = SummaryWriter(str(tmp_path / "b" / "of someone else"))
+    writer.add_scalar("loss", 1.0, 0)
+    writer.close()
+    (tmp_path / "notes.txt").write_text("{}")
+    assert [run["name"] for run in reported(tmp_path)] == [str(place) for place in logged]
+
+
+def test_clippers_that_share_a_directory_are_runs_of_their_own(tmp_path, training):
+    one, other = training(), training()
+    with (
+        GradientClipper(one.optimizer, 2.0, log=tmp_path),
+        GradientClipper(other.optimizer, None, log=tmp_path),
+    ):
+        one.take(3.0)
+        other.take(5.0, 6.0)
+    first, second = reported(tmp_path)
+    assert (first["name"], first["steps"], first["clip_rate"]) == (str(tmp_path), 1, 1)
+    assert second["name"] == f"{tmp_path} (grad_norm_2)"
+    assert (second["steps"], second["clip_rate"], second["mean"]) == (2, 0, 5.5)
+
+
+@pytest.mark.parametrize("name", ["run.jsonl", "run"])
+def test_of_a_resumed_run_the_later_steps_count(tmp_path, training, name):
+    """Also where a step is skipped again."""
+    where, state = tmp_path / name, None
+    for first, norms in ((0, [4.0, 1.0, math.nan, 64.0]), (2, [math.nan, 8.0, 2.0])):
+        run = training()
+        log = JsonlSink(where) if where.suffix else where
+        with GradientClipper(run.optimizer, None, nonfinite="skip", log=log) as clipper:
+            if state is not None:
+                clipper.load_state_dict(state)
+            run.take(*norms[: 2 - first])
+            state = state or clipper.state_dict()
+            run.take(*norms[2 - first :])
+    [run] = reported(where)
+    assert (run["steps"], run["last_step"], run["mean"], run["largest"]) == (5, 4, 3.75, 8)
+    assert (run["nonfinite_steps"], run["skipped_steps"]) == (1, 1)
+
+
+def test_damaged_files_are_read_as_far_as_possible_with_a_warning(capsys, logged):
+    lines, [events] = logged[0], logged[1].iterdir()
+    content = events.read_bytes()
+    cut = [content[:-1], content[:-20], content[:-30] + b"?" + content[-29:]]
+    for damaged in cut:
+        events.write_bytes(damaged)
+        assert reported(logged[1])[0]["steps"] == 4
+        assert "cut short or damaged, and was read up to that point" in capsys.readouterr().err
+    lines.write_bytes(lines.read_bytes()[:-10])
+    assert reported(lines)[0]["steps"] == 4
+    assert "1 of its lines are not steps and were ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "foreign",
+        log_line(1, 9.0, parameter_norms=[1.0]),
+        log_line(1, 9.0, parameter_norms="text"),
+        log_line(1, 9.0, parameter_norms=3.0),
+        log_line(1, 9.0, parameter_norms={"a": [1.0]}),
+        log_line(1, 9.0, parameter_norms={"a": "text"}),
+        log_line(1, 9.0, parameter_norms={"a": 10**400}),
+        log_line(1, 9.0).replace("9.0", f"{10**400}"),
+        log_line(1, 9.0) + "," + log_line(1, 9.0),
+    ],
+)
+def test_a_foreign_line_is_ignored_whole(capsys, tmp_path, wrong):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([log_line(0, 1.0), wrong, "", log_line(2, 3.0)]))
+    [run] = reported(path)
+    assert (run["steps"], run["last_step"], run["largest"]) == (2, 2, 3.0)
+    assert "1 of its lines are not steps and were ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"[1, 2]\n", b'{"step": 1}\n', b"\x00" * 99])
+@pytest.mark.parametrize("name", ["a.jsonl", "events.out.tfevents.1.a", "notes.txt"])
+def test_a_file_without_a_run_is_refused(capsys, tmp_path, content, name):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert main(["report", str(path)]) == 2
+    assert f"{name} has no steps in it ({len(content)} bytes)" in capsys.readouterr().err
+
+
+def test_nothing_is_refused(capsys, tmp_path):
+    for path, message in (
+        (tmp_path / "nowhere", "nowhere does not exist"),
+        (tmp_path, "has no run in it (0 files)"),
+    ):
+        assert main(["report", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_every_one_of_many_steps_counts(tmp_path):
+    """More steps than are parsed and packed at once."""
+    norms = [step % 977 + 0.5 for step in range(50_000)]
+    [run] = reported(log_norms(tmp_path / "long.jsonl", norms))
+    assert (run["steps"], run["first_step"], run["last_step"]) == (50_000, 0, 49_999)
+    assert run["mean"] == pytest.approx(sum(norms) / 50_000)

@@ -1,0 +1,505 @@
+"""Pictures of runs: they show every step that matters, and everything in them can be read."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Annotation, Text
+
+from gradclip import ArgumentError
+from gradclip.report import Run
+from gradclip.report.advice import advised
+from gradclip.report.pictures import heat_map
+from gradclip.report.pictures.distribution import percent, separated
+from gradclip.report.pictures.heat_map import color_range, heat_map_of
+from gradclip.report.pictures.panels import COLUMNS, envelope, running_clip_rate, thinned, window_of
+from gradclip.report.pictures.picture import draw, figure_of
+from gradclip.report.pictures.style import drawable, log_limits, log_tick_label, log_ticks
+from gradclip.report.pictures.style import short_names as shortened
+from gradclip.report.run import LoggedParameterNorms
+from gradclip.report.summary import summarized
+
+NAN, INF = math.nan, math.inf
+OKABE_ITO = {"#0072b2", "#e69f00", "#d55e00", "#cc79a7"}
+STEPS = 400
+
+
+def run_of(norms, *, name="runs/a", threshold=NAN, skipped=(), first=0, parameters=None):
+    norms = np.asarray(norms, dtype=np.float64)
+    steps = np.arange(len(norms))
+    thresholds = np.broadcast_to(np.asarray(threshold, dtype=np.float64), norms.shape).copy()
+    clipped = np.where(np.isfinite(norms), np.fmin(norms, thresholds), 0.0)
+    is_skipped = np.isin(steps, skipped)
+    return Run(name, steps + first, norms, clipped, thresholds, is_skipped, parameters)
+
+
+def noise(count=STEPS, seed=0):
+    return np.exp(0.2 * np.random.default_rng(seed).standard_normal(count))
+
+
+def spiky():
+    norms = noise()
+    norms[[100, 101, 300]] *= [30, 100, 50]
+    return norms
+
+
+def parameters_of(norms, names, *, every=1):
+    """Norms of parameters, each with a smaller share than the one before."""
+    shares = np.sqrt(np.arange(len(names), 0, -1) / sum(range(len(names) + 1)))
+    steps = np.arange(0, len(norms), every)
+    return LoggedParameterNorms(
+        tuple(names),
+        np.repeat(steps, len(names)),
+        np.tile(np.arange(len(names), dtype=np.int32), len(steps)),
+        np.outer(np.asarray(norms, dtype=np.float64)[steps], shares).ravel(),
+    )
+
+
+def names_of(count):
+    return [f"transformer.h.{n // 4}.attn.c_proj_{n % 4}.weight" for n in range(count)]
+
+
+def of_parameters(norms, names=("a", "b"), **options):
+    return run_of(norms, parameters=parameters_of(norms, names), **options)
+
+
+def exploding():
+    norms = noise() * np.r_[np.ones(300), np.geomspace(1, 1e9, 100)]
+    norms[380:] = NAN
+    norms[20] = INF
+    parameters = parameters_of(norms, ["embedding.weight", "rnn.weight", "head.weight"], every=5)
+    return run_of(norms, threshold=1.5, skipped=[20, 380, 381], parameters=parameters)
+
+
+def cramped():
+    names = [f"encoder.layers.{n}.self_attention.projection.weight" for n in range(3)]
+    return of_parameters(spiky() * 1e13, names, threshold=1e13)
+
+
+ENDS = [1e-300, 5e-324, 1e300, 1.7e308, 1.0]
+LONG = f"experiments/lr0.001_batch512_clip1.0_{'x' * 60}_"
+PICTURES = {
+    "quiet": lambda: [run_of(noise(), threshold=5.0)],
+    "spiky": lambda: [run_of(spiky(), threshold=1.0)],
+    "many parameters": lambda: [of_parameters(spiky(), names_of(161))],
+    "exploding": lambda: [exploding()],
+    "exploding beside quiet": lambda: [run_of(noise(), threshold=1.0), exploding()],
+    "long names": lambda: [run_of(noise(seed=n), name=f"{LONG}{n}/logs/v0") for n in range(3)],
+    "one step": lambda: [of_parameters([3.0], threshold=2.0)],
+    "one step that is NaN": lambda: [run_of([NAN])],
+    "NaN only": lambda: [of_parameters([NAN] * 9)],
+    "zeros": lambda: [of_parameters([0.0] * 9)],
+    "zeros among others": lambda: [run_of([0.0] * 9 + [1.0] + [0.0] * 9, threshold=0.0)],
+    "every other one": lambda: [run_of(np.where(np.arange(60) % 2, NAN, 1.0), threshold=2.0)],
+    "the ends of the range": lambda: [of_parameters(ENDS, threshold=1e305)],
+    "a threshold out of sight": lambda: [run_of(noise(), threshold=1e30)],
+    "an infinite threshold": lambda: [run_of(noise(), threshold=INF)],
+    "odd names": lambda: [
+        of_parameters(
+            noise(),
+            ["$_$", "a\nb", "\x00<&>", "$"],
+            name="$_^$\n\x1b[31m\udc80 中文 $\\frac{-->",
+        )
+    ],
+    "little room": lambda: [cramped(), cramped()],
+    "late steps": lambda: [run_of(noise(), first=10**15)],
+}
+QUICK = ("exploding beside quiet", "odd names")
+
+
+def curve(axes, label):
+    """Return the curve whose label begins so."""
+    [line] = [line for line in axes.get_lines() if str(line.get_label()).startswith(label)]
+    return line
+
+
+def legend_texts(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+# Reading them
+
+
+def boxes_of(texts):
+    shown = [text for text in texts if text.get_visible() and text.get_text()]
+    return [Text.get_window_extent(text).padded(-0.5) for text in shown]
+
+
+def visible_labels(axis):
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
+
+
+def overlap(boxes):
+    return any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in PICTURES]
+)
+def test_every_text_can_be_read_and_every_file_opened(tmp_path, name):
+    """No two texts overlap, none is small or cut off, and no legend covers a panel."""
+    runs = PICTURES[name]()
+    figure = draw(runs, tmp_path / "a.PNG")
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    draw(runs, tmp_path / "a.svg")
+    root = ElementTree.fromstring((tmp_path / "a.svg").read_bytes())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.PNG", "a.svg"]
+    whole, around_panels = figure.bbox.padded(1), []
+    for axes in (axes for axes in figure.axes if axes.get_visible()):
+        on_x, on_y = map(visible_labels, (axes.xaxis, axes.yaxis))
+        assert not overlap(boxes_of(on_x))
+        assert not overlap(boxes_of(on_y))
+        texts = [*axes.texts, axes.xaxis.label, axes.yaxis.label]
+        if legend := axes.get_legend():
+            assert legend.get_window_extent().y0 >= axes.bbox.y1 - 1
+            texts += [*legend.get_texts(), legend.get_title()]
+        around_panels += boxes_of([*texts, *on_x])
+        for text in (text for text in [*texts, *on_x, *on_y] if text.get_text()):
+            assert text.get_fontsize() >= 9
+            box = Text.get_window_extent(text)
+            assert whole.contains(box.x0, box.y0), text
+            assert whole.contains(box.x1, box.y1), text
+    assert not overlap(around_panels)
+    for norms in figure.axes[: len(runs)]:
+        labels = [label.get_text() for label in visible_labels(norms.yaxis)]
+        assert 2 <= len({*labels}) == len(labels) <= 12
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.9, 1.1), (0.5, 3), (1, 9), (1e-3, 1e5), (1e-300, 1e300), (3e7, 4e8), (1e-307, 1e-305)],
+)
+def test_ticks_are_round_numbers_within_the_limits(low, high):
+    low, high = log_limits(np.array([low, NAN, high]))
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 10
+    assert ticks == sorted(tick for tick in ticks if low <= tick <= high)
+    assert all(tick == float(f"{tick:.1e}") for tick in ticks)
+
+
+def test_texts_of_numbers_and_names():
+    assert [log_tick_label(value, plain=True) for value in (1000.0, 0.25)] == ["1000", "0.25"]
+    assert log_tick_label(1e-12, plain=False) == "$10^{-12}$"
+    shares = (0, 0.00012, 0.0123, 0.456, 0.994, 0.9999, 1)
+    assert [*map(percent, shares)] == ["0%", "0.012%", "1.2%", "46%", "99.4%", "100%", "100%"]
+    assert drawable("a/b.weight äé…") == "a/b.weight äé…"
+    assert drawable("a\nb\x00\udc80中") == "a\\nb\\x00\\udc80\\u4e2d"
+
+
+def test_names_are_shortened_where_they_do_not_differ():
+    assert shortened(["a", "b"], 10, "/") == ["a", "b"]
+    long = [f"experiments/of/today/learning_rate_{n}/logs" for n in range(2)]
+    assert shortened(long, 24, "/") == ["…learning_rate_0/logs", "…learning_rate_1/logs"]
+    for names in (
+        [f"{'x' * 50}{n}" for n in range(3)],
+        [f"{n}{'x' * 50}" for n in range(3)],
+        [f"{'x' * 50}{n}{'y' * 50}" for n in range(3)],
+        ["same" * 20, "same" * 20, "other" * 20],
+    ):
+        short = shortened(names, 12, "/")
+        assert max(map(len, short)) <= 12
+        assert len({*short}) == len({*names})
+    assert shortened(["a/" * 20 + "end"], 12, "/")[0].endswith("end")
+
+
+def test_colours_differ_for_the_colour_blind_too():
+    figure = figure_of([exploding()])
+    colours = {to_hex(line.get_color()) for axes in figure.axes[:3] for line in axes.get_lines()}
+    grey = {colour for colour in colours if colour[1:3] == colour[3:5] == colour[5:7]}
+    assert colours - grey == OKABE_ITO
+    assert figure.axes[3].collections[0].get_cmap().name == "viridis"
+
+
+@pytest.mark.parametrize("count", [1, 9, 40])
+def test_labels_move_apart_and_no_further(count):
+    random = np.random.default_rng(count)
+    widths = random.uniform(5, 12, count)
+    centers = separated(np.sort(random.uniform(0, 600, count)), widths, 600)
+    assert (np.diff(centers) >= (widths[1:] + widths[:-1]) / 2 - 1e-9).all()
+    assert -1e-9 <= centers[0] - widths[0] / 2 < centers[-1] + widths[-1] / 2 <= 600 + 1e-9
+    apart = separated(np.array([100.0, 300.0, 500.0]), np.full(3, 50.0), 600)
+    assert apart.tolist() == [100, 300, 500]
+    assert separated(np.array([300.0, 300.0]), np.full(2, 50.0), 600).tolist() == [275, 325]
+
+
+# Norms and clip rates
+
+
+def test_norms_before_and_after_clipping_and_the_threshold():
+    norms, *_ = figure_of([run_of([1.0, 4.0, 8.0, 2.0, 3.0], threshold=3.0)]).axes
+    before, after, threshold = (curve(norms, name) for name in ("before", "after", "threshold 3"))
+    assert before.get_xdata().tolist() == [0, 1, 2, 3, 4]
+    assert before.get_ydata().tolist() == [1, 4, 8, 2, 3]
+    assert np.array_equal(after.get_ydata(), [NAN, 3, 3, NAN, NAN], equal_nan=True)
+    assert (threshold.get_linestyle(), threshold.get_ydata().tolist()) == ("--", [3] * 5)
+    assert legend_texts(norms) == ["before clipping", "after clipping", "threshold 3"]
+    low, high = norms.get_ylim()
+    assert low < 1 < 8 < high
+    norms, *_ = figure_of([run_of([1.0, 4.0, 2.0])]).axes
+    assert legend_texts(norms) == ["before clipping"]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "label", "top"),
+    [(1e9, "threshold 1e+09 (above)", 1), (900.0, "threshold 900", 900), (1.5, "threshold 1.5", 1)],
+)
+def test_a_threshold_far_away_is_named_and_not_shown(threshold, label, top):
+    norms, *_ = figure_of([run_of([1.0, 2.0], threshold=threshold)]).axes
+    assert legend_texts(norms)[-1] == label
+    assert top < norms.get_ylim()[1] < 10 * top
+
+
+def test_a_threshold_that_changes_is_a_curve():
+    norms, *_ = figure_of([run_of([1.0, 2.0, 3.0], threshold=[1.5, NAN, 2.5])]).axes
+    assert np.array_equal(curve(norms, "threshold").get_ydata(), [1.5, NAN, 2.5], equal_nan=True)
+
+
+def test_exceptional_steps_are_marked_and_counted_above_all_curves():
+    norms, *_ = figure_of([run_of([1.0, NAN, INF, 0.0, 2.0], skipped=[2])]).axes
+    marks = [curve(norms, name) for name in ("not finite (2)", "skipped (1)", "norm 0 (1)")]
+    assert [mark.get_xdata().tolist() for mark in marks] == [[1, 2], [2], [3]]
+    assert len({mark.get_marker() for mark in marks}) == 3
+    norms = figure_of([exploding()]).axes[0]
+    top = norms.transData.transform((0, np.nanmax(curve(norms, "before").get_ydata())))[1]
+    for name in ("not finite", "skipped"):
+        mark = curve(norms, name)
+        height = mark.get_transform().transform((0, mark.get_ydata()[0]))[1]
+        assert height - mark.get_markersize() / 2 > top
+
+
+def test_a_finite_norm_between_others_is_a_point():
+    norms, *_ = figure_of([run_of([NAN, 5.0, NAN, 1.0, 2.0, NAN])]).axes
+    [points] = [line for line in norms.get_lines() if line.get_marker() == "."]
+    assert (points.get_xdata().tolist(), points.get_ydata().tolist()) == ([1], [5])
+
+
+def test_the_clip_rate_is_that_of_the_last_steps():
+    run = run_of(np.where(np.arange(3000) % 10 < 3, 5.0, 1.0), threshold=2.0)
+    run.norms[100:200] = NAN
+    for window in (1, 7, 50, 3000):
+        rates = running_clip_rate(run, window)
+        for step in (0, 3, 6, 99, 130, 260, 2999):
+            last = slice(max(step + 1 - window, 0), step + 1)
+            finite = run.finite[last].sum()
+            expected = run.clipped[last].sum() / finite if finite else NAN
+            assert rates[step] == pytest.approx(expected, nan_ok=True)
+    rates = figure_of([run]).axes[1]
+    assert "clipped: share of the last 50 steps" in rates.get_xlabel()
+    assert curve(rates, "clip rate").get_ydata()[-1] == pytest.approx(0.3)
+    counts = (1, 19, 500, 2001, 10_000, 10**6)
+    windows = [window_of(run_of(np.ones(steps))) for steps in counts]
+    assert windows == [1, 19, 20, 50, 100, 10_000]
+
+
+def test_runs_beside_each_other_have_the_same_scales_and_their_names():
+    runs = [run_of(noise(), name="runs/quiet"), run_of(spiky() * 10, name="runs/spiky")]
+    axes = figure_of(runs).axes
+    for left, right in zip(axes[::2], axes[1::2], strict=True):
+        assert left.get_ylim() == right.get_ylim()
+    assert axes[4].get_xlim() == axes[5].get_xlim()
+    titles = [panel.get_legend().get_title().get_text() for panel in axes[:2]]
+    assert titles == ["runs/quiet", "runs/spiky"]
+
+
+# Distributions
+
+
+def thresholds_of(axes):
+    return [text for text in axes.texts if isinstance(text, Annotation) and "%" in text.get_text()]
+
+
+def test_the_distribution_counts_every_norm_that_has_a_logarithm():
+    [stairs] = figure_of([run_of([0.0, NAN, INF, *spiky()])]).axes[2].patches
+    counts, edges, _ = stairs.get_data()
+    assert counts[counts >= 1].sum() == STEPS
+    assert all(counts[np.searchsorted(edges, norm) - 1] >= 1 for norm in spiky()[[100, 101, 300]])
+    distribution = figure_of([run_of([NAN, 0.0])]).axes[2]
+    assert [text.get_text() for text in distribution.texts] == ["no norm is finite and above 0"]
+
+
+def test_thresholds_have_lines_and_the_share_that_they_would_clip():
+    run = run_of(spiky())
+    distribution = figure_of([run]).axes[2]
+    labels = thresholds_of(distribution)
+    lines = sorted(line.get_xdata()[0] for line in distribution.get_lines())
+    assert len(labels) == len(lines) >= 6
+    for label, threshold in zip(labels, lines, strict=True):
+        *_, number, share = label.get_text().split("\n")
+        assert float(number) == pytest.approx(threshold, rel=0.01)
+        assert (share, label.xy[0]) == (percent((run.norms > threshold).mean()), threshold)
+    [label] = [label for label in labels if label.get_text().startswith("advised\n")]
+    assert advised(run, summarized(run)).line == f"GradientClipper(optimizer, {label.xy[0]:g})"
+    assert {label.get_rotation() for label in labels} == {0}
+    narrow = figure_of([cramped(), cramped()]).axes[4]
+    assert {label.get_rotation() for label in thresholds_of(narrow)} == {90}
+
+
+# Maps of parameters
+
+
+def test_the_map_shows_the_largest_norm_of_each_interval(monkeypatch):
+    monkeypatch.setattr(heat_map, "MOST_COLUMNS", 10)
+    norms = np.ones(100)
+    norms[57] = 1000.0
+    shown = heat_map_of(run_of(norms), parameters_of(norms, ["a", "b"]))
+    assert shown.norms[:, 5].tolist() == pytest.approx([1000 * math.sqrt(2 / 3), 1000 * 3**-0.5])
+    assert (np.delete(shown.norms, 5, axis=1) < 1).all()
+    assert shown.edges.tolist() == [column * 10 - 0.5 for column in range(11)]
+
+
+def test_the_map_shows_the_largest_shares_in_the_order_of_the_log():
+    names = names_of(161)
+    sorted_norms = parameters_of(noise(), names)
+    order = np.random.default_rng(0).permutation(161).astype(np.int32)
+    indices = np.argsort(order)[sorted_norms.name_indices]
+    mixed_names = tuple(np.array(names)[order])
+    mixed = LoggedParameterNorms(mixed_names, sorted_norms.steps, indices, sorted_norms.norms)
+    shown = heat_map_of(run_of(noise()), mixed)
+    assert [*shown.names] == [name for name in mixed_names if name in names[:24]]
+    axes = figure_of([run_of(noise(), parameters=mixed)]).axes[3]
+    assert "24 of 161 logged parameters" in axes.get_legend().get_title().get_text()
+    labels = [label.get_text().lstrip("…") for label in axes.get_yticklabels()]
+    assert all(name.endswith(label) for name, label in zip(shown.names, labels, strict=True))
+
+
+def test_a_small_parameter_that_broke_a_step_is_shown():
+    norms, parameters = noise(), parameters_of(noise(), names_of(60))
+    parameters.norms[(parameters.steps == 200) & (parameters.name_indices == 59)] = NAN
+    norms[200] = NAN
+    shown = heat_map_of(run_of(norms), parameters)
+    assert shown.names[-1] == names_of(60)[59]
+    assert np.argwhere(shown.nonfinite).tolist() == [[23, 200]]
+
+
+def test_norms_that_are_not_finite_or_not_logged_have_their_own_colours():
+    steps, indices = np.array([0, 0, 4, 8]), np.array([0, 1, 0, 1], np.int32)
+    parameters = LoggedParameterNorms(("a", "b"), steps, indices, np.array([1.0, 0.0, NAN, 2.0]))
+    run = run_of(np.ones(9), parameters=parameters)
+    shown = heat_map_of(run, parameters)
+    assert np.array_equal(shown.norms, [[1, NAN, NAN], [0, NAN, 2]], equal_nan=True)
+    assert shown.nonfinite.tolist() == [[False, True, False], [False, False, False]]
+    assert shown.edges.tolist() == [-0.5, 3.5, 7.5, 11.5]
+    axes = figure_of([run]).axes[3]
+    assert legend_texts(axes) == ["not finite", "not logged"]
+    cells, marks = axes.collections
+    colors = [to_hex(color) for color in cells.to_rgba(cells.get_array()).reshape(-1, 4)]
+    assert colors[1] == colors[2] == colors[4] == "#d9d9d9"
+    assert colors[3] == colors[0]  # of 0: the lowest colour
+    assert len({colors[0], colors[5], "#d9d9d9"}) == 3
+    assert marks.get_array().mask.ravel().tolist() == [True, False, True, True, True, True]
+
+
+def test_colours_end_at_the_largest_norm_and_begin_above_a_few_tiny_ones():
+    norms = noise(1000)
+    norms[:5], norms[500] = 1e-200, 1e6
+    maps = [heat_map_of(run_of(n), parameters_of(n, ["a"])) for n in (norms, noise(1000, 1))]
+    low, high = color_range(maps)
+    assert high == pytest.approx(6)
+    assert -1 < low < 0
+
+
+def test_a_run_without_parameters_leaves_the_place_of_its_map_empty():
+    figure = figure_of([run_of(noise()), of_parameters(noise())])
+    assert [axes.get_visible() for axes in figure.axes[6:8]] == [False, True]
+    assert len(figure.axes) == 9  # with the colour bar
+    assert len(figure_of([run_of(noise())]).axes) == 3
+
+
+# Runs of any length
+
+
+@pytest.mark.parametrize("count", [2 * COLUMNS, 2 * COLUMNS + 1, 50_000])
+def test_a_long_curve_keeps_every_spike_and_gap(count):
+    values, spikes = noise(count), [0, count // 3, count - 1]
+    values[spikes], values[count // 2] = [1e3, 2e3, 3e3], 1e-3
+    values[count // 4 : count // 4 + 200] = NAN
+    shown = envelope(np.arange(count) * 3 + 7, values)
+    assert len(shown.steps) <= 2 * COLUMNS
+    assert np.isnan(shown.high).any()
+    columns = np.searchsorted(shown.steps, np.array(spikes) * 3 + 7)
+    for column, height in zip(columns, (1e3, 2e3, 3e3), strict=True):
+        assert height in shown.high[max(column - 1, 0) : column + 2]
+    assert (np.nanmax(shown.line[1]), np.nanmin(shown.line[1])) == (3e3, 1e-3)
+
+
+def test_marks_of_a_long_run_are_thinned():
+    steps = np.arange(10**6) + 5
+    kept = thinned(steps)
+    assert len(kept) <= COLUMNS + 1
+    assert (kept[0], np.diff(kept).max()) == (5, 10**6 / COLUMNS)
+    assert thinned(steps[:30]).tolist() == steps[:30].tolist()
+
+
+def test_a_million_steps_are_drawn_in_seconds():
+    norms = np.tile(noise(10_000), 100)
+    norms[777_777] = 1e5
+    run = run_of(norms, threshold=np.where(np.arange(10**6) % 2, 2.0, 3.0))
+    advice = [advised(run, summarized(run))]
+    begun = time.perf_counter()
+    figure = figure_of([run], advice)
+    assert time.perf_counter() - begun < 20  # 3 s on an idle machine
+    norms = figure.axes[0]
+    assert curve(norms, "before").get_ydata().max() == 1e5
+    assert curve(norms, "threshold").get_ydata().min() == 3
+    [lowest] = [line for line in norms.get_lines() if line.get_label() == "_"]
+    assert lowest.get_ydata().max() == 2
+
+
+# Files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_same_runs_make_the_same_bytes(tmp_path, ending):
+    for name in ("a", "b"):
+        draw([exploding()], tmp_path / f"{name}.{ending}")
+    first, second = ((tmp_path / f"{name}.{ending}").read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_a_path_of_another_type_is_refused():
+    for path in (3, b"a.png", None):
+        with pytest.raises(ArgumentError, match=f"path is a {type(path).__name__}: give a path"):
+            draw([run_of([1.0])], path)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        draw([run_of([1.0])], path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "link.png").symlink_to("target.png")
+    draw([run_of([1.0])], tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "target.png").stat().st_size > 1000
+
+
+def test_matplotlibs_global_state_is_neither_changed_nor_used(tmp_path):
+    with matplotlib.rc_context({"lines.linewidth": 9, "figure.dpi": 33, "text.usetex": True}):
+        before = dict(matplotlib.rcParams)
+        loaded = "matplotlib.pyplot" in sys.modules
+        figure = draw([run_of(noise())], tmp_path / "a.png")
+        assert dict(matplotlib.rcParams) == before
+        assert ("matplotlib.pyplot" in sys.modules) == loaded
+    assert figure.dpi == 100
+    assert curve(figure.axes[0], "before").get_linewidth() == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gradclip import thresholds
+from tests.support.reference import parameter_with
 
 OPTIONS = {
     "as it comes": {},
@@ -37,6 +38,19 @@ RULES = {
     "growth": lambda: thresholds.GrowthLimit(0.9),
     "weights": lambda: thresholds.RelativeToWeights(0.1),
 }
+
+
+def sgd(
+    *gradients: torch.Tensor | list[float], kind: Any = torch.optim.SGD, lr: float = 1.0, **options
+) -> torch.optim.Optimizer:
+    """Return an optimizer of parameters of ones with these gradients, tensors or lists."""
+    tensors = [g if isinstance(g, torch.Tensor) else torch.tensor(g) for g in gradients]
+    return kind([parameter_with(tensor, value=1.0) for tensor in tensors], lr=lr, **options)
+
+
+def weights_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """Return the parameters of an optimizer, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Training:

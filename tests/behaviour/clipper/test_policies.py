@@ -1,0 +1,249 @@
+"""What happens if a norm exceeds its threshold, or is NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gradclip import (
+    ArgumentError,
+    GradientClipper,
+    MemorySink,
+    NonFiniteGradientError,
+    SkipLimitError,
+    StateError,
+    Threshold,
+)
+from tests.support.clippers import sgd, weights_of
+from tests.support.reference import bits_of
+
+GOOD, LARGE, NAN, INF = [0.3, 0.4], [3.0, 4.0], [math.nan, 1.0], [1.0, math.inf]
+
+
+class Steps:
+    """Two parameters under momentum or Adam, stepped with given gradients of the first."""
+
+    def __init__(self, max_norm=1.0, *, kind=torch.optim.SGD, **options) -> None:
+        momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        self.optimizer = sgd(GOOD, [0.0], kind=kind, lr=0.1, **momentum)
+        self.weight, self.other = weights_of(self.optimizer)
+        self.clipper = GradientClipper(self.optimizer, max_norm, **options)
+
+    def step(self, gradient) -> None:
+        self.weight.grad = torch.tensor(gradient)
+        self.optimizer.step()
+
+    def closure(self, gradient):
+        """Return a closure that leaves a gradient and returns 7."""
+
+        def evaluate() -> float:
+            self.weight.grad = torch.tensor(gradient)
+            return 7.0
+
+        return evaluate
+
+    def state(self) -> str:
+        """Return the parameters and the optimizer's state in words."""
+        return repr((self.weight, self.other, self.optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(
+    ("options", "gradient"),
+    [
+        ({"exceed": "skip"}, LARGE),
+        ({"nonfinite": "skip"}, NAN),
+        ({"nonfinite": "skip"}, INF),
+        ({"exceed": "skip", "max_value": 2.0}, LARGE),
+    ],
+    ids=["exceed", "nan", "inf", "bounded"],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_skipped_step_changes_nothing(kind, options, gradient, first):
+    """Neither parameters nor state nor gradients; it is counted and logged."""
+    sink = MemorySink()
+    run = Steps(kind=kind, log=sink, **options)
+    if not first:
+        run.step(GOOD)
+    run.weight.grad = given = torch.tensor(gradient)
+    before = run.state()
+    run.optimizer.step()
+    assert run.state() == before
+    assert run.weight.grad is given
+    assert bits_of(given) == bits_of(torch.tensor(gradient))
+    assert (run.clipper.skipped, run.clipper.steps) == (1, 2 - first)
+    assert run.clipper.last.skipped is True
+    assert run.clipper.last.coefficient.item() == 1.0
+    run.step(GOOD)
+    assert run.state() != before
+    run.clipper.close()
+    assert [step.skipped for step in sink.steps][-2:] == [True, False]
+    assert sink.steps[-1].skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "options", "gradient", "left"),
+    [
+        (5.0, {}, LARGE, LARGE),  # at its threshold
+        (1.0, {"nonfinite": "zero"}, NAN, [0.0, 0.0]),  # no matter of exceed
+        (2.0, {"max_value": 0.5}, LARGE, [0.5, 0.5]),  # within after the bound
+    ],
+)
+def test_what_does_not_exceed_is_not_skipped(max_norm, options, gradient, left):
+    run = Steps(max_norm, exceed="skip", **options)
+    run.step(gradient)
+    assert run.clipper.skipped == 0
+    assert run.weight.grad.tolist() == left
+    norm, clipped = run.clipper.last.norm.item(), run.clipper.last.clipped_norm.item()
+    assert norm == pytest.approx(math.hypot(*gradient), nan_ok=True)
+    assert clipped == pytest.approx(math.hypot(*left))
+
+
+def test_a_skipped_norm_is_not_observed():
+    class Noting(Threshold):
+        observed = ()
+
+        def thresholds(self, norms, context):
+            return torch.ones_like(norms)
+
+        def observe(self, norms, clipped_norms, context):
+            self.observed = (*self.observed, *norms.tolist())
+
+    run = Steps(rule := Noting(), exceed="skip", nonfinite="skip")
+    for gradient in (GOOD, LARGE, NAN, GOOD):
+        run.step(gradient)
+    assert rule.observed == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_of_a_skipped_step_that_raised_come_back(detach):
+    """At the next step or when the clipper is detached; a step that raised is not counted."""
+    run = Steps(exceed="skip")
+    run.weight.grad = gradient = torch.tensor(LARGE)
+
+    def fail(*_):
+        raise OSError("no disk")
+
+    hook = run.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(OSError, match="no disk"):
+        run.optimizer.step()
+    hook.remove()
+    if detach:
+        run.clipper.detach()
+    assert run.weight.grad is gradient
+    if not detach:
+        run.optimizer.step()
+        assert run.weight.tolist() == [1.0, 1.0]
+    assert run.clipper.steps == int(not detach)
+
+
+# skip_limit
+
+
+@pytest.mark.parametrize("bad", [LARGE, NAN])
+def test_too_many_skipped_steps_in_a_row_raise(bad):
+    run = Steps(exceed="skip", nonfinite="skip", skip_limit=3)
+    for gradient in (bad, bad, GOOD, bad, bad):
+        run.step(gradient)
+    before = run.weight.tolist()
+    with pytest.raises(SkipLimitError, match="3 steps in a row were skipped, up to step 5: param"):
+        run.step(bad)
+    assert run.weight.tolist() == before
+    assert bits_of(run.weight.grad) == bits_of(torch.tensor(bad))
+    assert (run.clipper.steps, run.clipper.skipped) == (6, 5)
+    with pytest.raises(SkipLimitError, match="up to step 6"):
+        run.step(bad)
+    run.step(GOOD)
+    run.step(bad)
+    assert (run.clipper.steps, run.clipper.skipped) == (9, 7)
+
+
+def test_a_resumed_run_goes_on_counting_skips_in_a_row():
+    """A limit of 1 raises at once, and a state without the count is refused."""
+    run, resumed = (Steps(exceed="skip", skip_limit=2) for _ in range(2))
+    run.step(LARGE)
+    state = run.clipper.state_dict()
+    resumed.clipper.load_state_dict(state)
+    with pytest.raises(SkipLimitError, match="up to step 1"):
+        resumed.step(LARGE)
+    with pytest.raises(SkipLimitError, match="1 steps in a row"):
+        Steps(exceed="skip", skip_limit=1).step(LARGE)
+    del state["counters"]["skipped_in_a_row"]
+    with pytest.raises(StateError, match="skipped_in_a_row"):
+        run.clipper.load_state_dict(state)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "3"])
+def test_an_invalid_limit_is_refused(limit):
+    with pytest.raises(ArgumentError, match="skip_limit is .*: give a whole number >= 1"):
+        Steps(exceed="skip", skip_limit=limit)
+
+
+# nonfinite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_zero_erases_the_gradients_and_takes_the_step(bad):
+    optimizer = sgd([1.0, bad], [2.0], momentum=0.9)
+    clipper = GradientClipper(optimizer, 1.0)
+    optimizer.step()
+    assert [p.grad.tolist() for p in weights_of(optimizer)] == [[0.0, 0.0], [0.0]]
+    assert [p.tolist() for p in weights_of(optimizer)] == [[1.0, 1.0], [1.0]]
+    assert len(optimizer.state) == 2  # momentum acts
+    assert bool(clipper.last.nonfinite)
+    assert clipper.last.clipped_norm.item() == 0.0
+    assert (clipper.steps, clipper.skipped) == (1, 0)
+
+
+def test_raise_names_the_parameters_and_changes_nothing():
+    """The step counts as skipped and is logged, and the next one goes on."""
+    sink = MemorySink()
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    clipper = GradientClipper(optimizer, 1.0, nonfinite="raise", model=model, log=sink)
+    optimizer.step()
+    model[1].weight.grad[0, 1] = math.nan
+    before = [(bits_of(p), bits_of(p.grad)) for p in model.parameters()]
+    with pytest.raises(NonFiniteGradientError, match=r"nan at step 1.*1\.weight \(1 of 2 elem"):
+        optimizer.step()
+    assert [(bits_of(p), bits_of(p.grad)) for p in model.parameters()] == before
+    assert (clipper.steps, clipper.skipped) == (2, 1)
+    model[1].weight.grad[0, 1] = 1.0
+    optimizer.step()
+    clipper.close()
+    logged = [(step.step, step.skipped, step.nonfinite) for step in sink.steps]
+    assert logged == [(0, False, False), (1, True, True), (2, False, False)]
+
+
+def test_a_norm_that_is_not_finite_does_not_enter_the_clip_rate():
+    run = Steps()
+    for value in (3.0, math.nan, 0.1, math.inf):
+        run.step([value, value])
+    assert run.clipper.clip_rate() == 0.5
+
+
+# Closures
+
+
+@pytest.mark.parametrize(
+    ("options", "gradient"), [({"exceed": "skip"}, LARGE), ({"nonfinite": "skip"}, INF)]
+)
+def test_a_closure_is_skipped_by_its_gradients(options, gradient):
+    run = Steps(**options)
+    assert run.optimizer.step(run.closure(gradient)) == 7.0
+    assert (run.weight.tolist(), run.weight.grad.tolist()) == ([1.0, 1.0], gradient)
+    assert not run.optimizer.state
+    assert (run.clipper.steps, run.clipper.skipped) == (1, 1)
+
+
+def test_raising_in_a_closure_leaves_the_parameters():
+    run = Steps(nonfinite="raise")
+    with pytest.raises(NonFiniteGradientError):
+        run.optimizer.step(run.closure(NAN))
+    assert run.weight.tolist() == [1.0, 1.0]
+    assert (run.clipper.steps, run.clipper.skipped) == (1, 1)

@@ -1,0 +1,204 @@
+"""torch's clipping functions under the same names, and the one for plain tensors.
+
+Random gradients are held against torch and against exact norms in tests/models.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradclip
+from gradclip import ArgumentError, GradientError, NonFiniteGradientError
+from tests.support.reference import bits_of, norm_of, parameter_with
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_"]
+)
+def test_signatures_are_those_of_torch(name):
+    def signature(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.default, p.kind) for p in parameters]
+
+    assert signature(getattr(gradclip, name)) == signature(getattr(nn.utils, name))
+
+
+def clip_parameters(tensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    return gradclip.clip_grad_norm_(map(parameter_with, tensors), max_norm, norm_type)
+
+
+def clip_by_two_calls(tensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    listed = [*tensors]
+    norm = gradclip.get_total_norm(listed, norm_type)
+    gradclip.clip_grads_with_norm_(map(parameter_with, listed), max_norm, norm)
+    return norm
+
+
+WAYS = [clip_parameters, clip_by_two_calls, gradclip.clip_gradients_]
+every_way = pytest.mark.parametrize("clip", WAYS)
+
+
+@every_way
+@pytest.mark.parametrize("order", [1.0, 1.5, 2.0, 3.0, math.inf])
+def test_the_norm_is_measured_and_clipped(clip, order):
+    """Over all dtypes together; the result is a plain 0-d float64 tensor."""
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    tensors = [torch.randn(9).to(kind) for kind in kinds]
+    needed = norm_of(tensors, order)
+    norm = clip((tensor for tensor in tensors), needed / 2, order)
+    assert (type(norm), norm.shape, norm.dtype) == (Tensor, (), torch.float64)
+    assert norm.item() == pytest.approx(needed, rel=1e-6)
+    assert norm_of(tensors, order) == pytest.approx(needed / 2, rel=4e-3)  # of bfloat16
+
+
+@every_way
+@pytest.mark.parametrize(
+    ("gradient", "max_norm"),
+    [
+        ([3.0, 4.0], 5.0),
+        ([3.0, math.inf], math.inf),
+        ([3.0, 4.0], math.inf),
+        ([0.0, 0.0], 0),
+        ([1.0, -math.inf], 1e-3),
+        ([math.nan, -2.0], 1e-3),
+    ],
+)
+def test_nothing_is_written(clip, gradient, max_norm):
+    """At or below the threshold, without one, or if the norm is not finite."""
+    tensors = [torch.tensor(gradient), torch.zeros(1, dtype=torch.float16)]
+    before = [(bits_of(tensor), tensor._version) for tensor in tensors]
+    norm = clip(tensors, max_norm)
+    assert norm.item() == pytest.approx(math.hypot(*gradient), nan_ok=True)
+    assert [(bits_of(tensor), tensor._version) for tensor in tensors] == before
+
+
+@every_way
+def test_a_gradient_counts_and_is_scaled_once(clip):
+    """However often it occurs, and whoever else has it."""
+    gradient = torch.tensor([3.0, 4.0])
+    assert clip([gradient, gradient], 1.0).item() == 5.0
+    assert norm_of([gradient]) == pytest.approx(1.0, rel=2e-7)
+    weight = parameter_with(torch.tensor([3.0, 4.0]))
+    assert gradclip.clip_grad_norm_([weight, weight], 0).item() == 5.0
+    assert weight.grad.tolist() == [0.0, 0.0]
+
+
+def test_an_iterable_is_read_once():
+    values = []
+
+    def generate():
+        for value in (3.0, 4.0):
+            values.append(value)
+            yield torch.tensor([value])
+
+    assert gradclip.get_total_norm(generate()).item() == 5.0
+    assert values == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("parameters", [[], [nn.Parameter(torch.ones(2))], iter([])], ids=str)
+def test_no_gradients_have_the_norm_zero(parameters):
+    norm = gradclip.clip_grad_norm_(parameters, 1.0)
+    assert (norm.shape, norm.dtype, norm.item()) == ((), torch.float64, 0.0)
+
+
+def test_gradients_with_a_graph_are_scaled_outside_of_it():
+    weight = nn.Parameter(torch.tensor([3.0]))
+    [gradient] = torch.autograd.grad((weight**2).sum(), weight, create_graph=True)
+    weight.grad = gradient
+    assert gradient.requires_grad
+    assert not gradclip.clip_grad_norm_([weight], 1.0).requires_grad
+    assert weight.grad is gradient
+    assert gradient.item() == 1.0
+    weight.grad = None  # a cycle through the graph
+
+
+def test_complex_and_sparse_gradients():
+    """Complex elements count by their modulus, sparse duplicates by their sum."""
+    gradient = torch.tensor([3 + 4j, 0j])
+    assert gradclip.clip_gradients_([gradient.conj()], 1.0).item() == 5.0
+    torch.testing.assert_close(gradient, torch.tensor([0.6 + 0.8j, 0j]))
+    entries = torch.sparse_coo_tensor([[0, 0, 2]], [[2.0, 0.0], [1.0, 0.0], [0.0, 4.0]], (3, 2))
+    for sparse in (entries.clone(), entries.coalesce()):
+        assert gradclip.clip_gradients_(sparse, 1.0).item() == 5.0
+        expected = torch.tensor([[0.6, 0.0], [0.0, 0.0], [0.0, 0.8]])
+        torch.testing.assert_close(sparse.to_dense(), expected)
+
+
+def test_values_are_bounded():
+    """Only where one exceeds; NaN stays; sparse duplicates are summed first."""
+    tensors = [torch.tensor([0.5, math.nan]), torch.tensor([-5.0, math.inf, 0.5])]
+    sparse = torch.sparse_coo_tensor([[0, 0, 1]], [2.0, 2.0, 1.0], (3,))
+    version = tensors[0]._version
+    gradclip.clip_grad_value_(map(parameter_with, [*tensors, sparse]), 3.0)
+    assert tensors[0]._version == version
+    assert tensors[1].tolist() == [-3.0, 3.0, 0.5]
+    assert sparse.to_dense().tolist() == [3.0, 1.0, 0.0]
+
+
+# What is refused
+
+
+def test_a_norm_that_is_not_finite_can_be_an_error():
+    weight = parameter_with(torch.tensor([1.0, math.nan]))
+    with pytest.raises(NonFiniteGradientError, match="norm of the gradients is nan: it must be"):
+        gradclip.clip_grad_norm_([weight], 1.0, error_if_nonfinite=True)
+    with pytest.raises(NonFiniteGradientError):
+        gradclip.get_total_norm([weight.grad], error_if_nonfinite=True)
+    assert weight.grad[0].item() == 1.0
+
+
+UNFIT = {
+    "integers": lambda: torch.ones(2, dtype=torch.int64),
+    "booleans": lambda: torch.ones(2, dtype=torch.bool),
+    "float8": lambda: torch.ones(2).to(torch.float8_e4m3fn),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "csr": lambda: torch.eye(2).to_sparse_csr(),
+    "no tensor": lambda: 3.0,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # torch warns when half of these are made
+@pytest.mark.parametrize("kind", UNFIT)
+def test_unfit_gradients_are_refused_before_anything_is_written(kind):
+    good = torch.tensor([3.0, 4.0])
+    with pytest.raises(GradientError, match=r"Found a .*(dtype|layout|float among)"):
+        gradclip.clip_gradients_([good, UNFIT[kind]()], 1.0)
+    assert good.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (lambda p, limit=limit, way=way: way([p], limit), "max_norm is ")
+            for limit in (-1, math.nan, True, "1.0", None, torch.ones(2))
+            for way in (gradclip.clip_grad_norm_, gradclip.clip_gradients_)
+        ),
+        (lambda p: gradclip.clip_grads_with_norm_(p, -1, torch.tensor(5.0)), "max_norm is -1"),
+        *(
+            (
+                lambda p, norm=norm: gradclip.clip_grads_with_norm_(p, 1.0, norm),
+                "total_norm is .*: give the tensor of one element",
+            )
+            for norm in (5.0, torch.ones(2), None)
+        ),
+        (
+            lambda p: gradclip.clip_grad_norm_([p, "weight"], 1.0),
+            "Found a str among the parameters: give tensors",
+        ),
+        (
+            lambda p: gradclip.clip_grad_value_([p, parameter_with(torch.tensor([9j]))], 1.0),
+            "complex elements cannot be bounded",
+        ),
+    ],
+)
+def test_invalid_arguments_are_refused(call, message):
+    weight = parameter_with(torch.tensor([3.0, 4.0]))
+    with pytest.raises((ArgumentError, GradientError), match=message):
+        call(weight)
+    assert weight.grad.tolist() == [3.0, 4.0]

@@ -62,7 +62,7 @@ class Steps:
     ids=["exceed", "nan", "inf", "bounded"],
 )
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-def test_a_skipped_step_changes_nothing(kind, options, gradient, first):
+def test_a_skipped_step_changes_nothing_and_is_counted(kind, options, gradient, first):
     """Neither parameters nor state nor gradients; it is counted and logged."""
     sink = MemorySink()
     run = Steps(kind=kind, log=sink, **options)

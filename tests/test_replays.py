@@ -13,10 +13,10 @@ import gradclip
 from gradclip import AttachError, GradientClipper, thresholds
 from gradclip.records import replays
 from gradclip.records.record import ClipRecord
+from tests.support.rules import RULES
 
 WARM_UP = 3
-CAPTURABLE = ["fixed", "none", "percentile", "z-score", "median", "mean", "average"]
-CAPTURABLE += ["growth", "weights"]
+CAPTURABLE = [name for name, make in RULES.items() if make().capturable]
 
 
 class Training:

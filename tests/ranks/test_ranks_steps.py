@@ -11,8 +11,9 @@ from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError, Ranks
 from tests.ranks.test_ranks import COPY, own_part
-from tests.support.clippers import OPTIONS, RULES
+from tests.support.clippers import OPTIONS
 from tests.support.dtensors import SHAPES, Recorded, quick
+from tests.support.rules import RULES
 
 STEPS = 9
 
@@ -92,17 +93,17 @@ def test_every_rule_decides_as_in_one_process(two_ranks, layout, rule, scope):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_policy_acts_on_stages_as_in_one_process(ranks, options):
-    check(ranks, "stages", "fixed", OPTIONS[options])
+    check(ranks, "stages", "Fixed", OPTIONS[options])
 
 
 @pytest.mark.parametrize("options", sorted({*OPTIONS} - {"unit"}))
 def test_every_policy_acts_on_shards_as_in_one_process(ranks, options):
-    check(ranks, "shards 0", "fixed", OPTIONS[options])
+    check(ranks, "shards 0", "Fixed", OPTIONS[options])
 
 
 def raised(layout: str) -> str:
     with pytest.raises(NonFiniteGradientError) as caught:
-        stepped(layout, "fixed", {"nonfinite": "raise"})
+        stepped(layout, "Fixed", {"nonfinite": "raise"})
     return str(caught.value)
 
 
@@ -116,7 +117,7 @@ def logged(layout: str, on: int, many: int | str) -> Any:
     """Log on one rank; return what parameters had at the second step, and what there was to say."""
     sink = MemorySink(per_parameter=many)
     here = (distributed.is_initialized() and distributed.get_rank() == on) or layout == "alone"
-    stepped(layout, "fixed", {"log": sink if here else None})
+    stepped(layout, "Fixed", {"log": sink if here else None})
     steps = [step for step in sink.steps if step.parameter_norms]
     return [{**step.parameter_norms} for step in steps], [step.incident for step in sink.steps]
 

@@ -1,4 +1,4 @@
-"""The table of options, the table of rules, and a training whose norms are given."""
+"""The table of options, every rule as a fixture, and a training whose norms are given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from gradclip import thresholds
 from tests.support.reference import parameter_with
+from tests.support.rules import RULES
 
 OPTIONS = {
     "as it comes": {},
@@ -25,18 +25,6 @@ OPTIONS = {
     "infinity norm": {"norm_type": math.inf},
     "parameter": {"scope": "parameter"},
     "unit": {"scope": "unit"},
-}
-RULES = {
-    "fixed": lambda: 0.5,
-    "none": lambda: None,
-    "schedule": lambda: lambda step: 0.5,
-    "percentile": lambda: thresholds.Percentile(50, window=5),
-    "z-score": lambda: thresholds.ZScore(0.5, warmup=2),
-    "median": lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
-    "mean": lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
-    "average": lambda: thresholds.MovingAverage(0.9, warmup=2),
-    "growth": lambda: thresholds.GrowthLimit(0.9),
-    "weights": lambda: thresholds.RelativeToWeights(0.1),
 }
 
 
@@ -80,5 +68,5 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture(params=RULES)
 def rule(request: pytest.FixtureRequest) -> Any:
-    """What a clipper takes for ``max_norm``, a new one at each call."""
+    """Return every rule of the table, a new one at each call."""
     return RULES[request.param]

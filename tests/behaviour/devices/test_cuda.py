@@ -75,7 +75,7 @@ def batches(count: int, device) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", MANY, indirect=True)
-@pytest.mark.parametrize("rule", ["fixed", "percentile"], indirect=True)
+@pytest.mark.parametrize("rule", ["Fixed", "Percentile"], indirect=True)
 def test_no_policy_waits_for_the_device(device, rule, options):
     given = batches(8, device)
     training = Training(device, rule(), sink=gradclip.MemorySink(flush_every=2), **options)
@@ -242,7 +242,9 @@ def test_streams_do_not_disturb_each_other(device):
 @pytest.mark.parametrize("device", [CUDA], indirect=True)
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"scope": "parameter"}])
 @pytest.mark.parametrize(
-    "rule", ["fixed", "percentile", "median", "average", "weights"], indirect=True
+    "rule",
+    ["Fixed", "Percentile", "MedianDeviation", "MovingAverage", "RelativeToWeights"],
+    indirect=True,
 )
 def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options):
     given = batches(12, device)

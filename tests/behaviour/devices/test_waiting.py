@@ -48,7 +48,7 @@ def training(max_norm, fused: bool, **options):
     return step, clipper
 
 
-@pytest.mark.parametrize("rule", ["fixed", "percentile"], indirect=True)
+@pytest.mark.parametrize("rule", ["Fixed", "Percentile"], indirect=True)
 def test_no_policy_waits(rule, options, unread):
     step, clipper = training(rule(), fused=True, **options)
     for _ in range(3):  # the first makes what is kept on the device

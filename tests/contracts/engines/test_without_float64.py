@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradclip
-from gradclip import GradientClipper, thresholds
+from gradclip import GradientClipper
 from gradclip.engines.operators import device
 
 WIDE = (torch.float64, torch.complex128)
@@ -83,19 +83,6 @@ def test_the_plain_functions_do_without_float64(order, narrow):
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter", "unit"])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        lambda: 0.5,
-        lambda: thresholds.Percentile(50, window=5),
-        lambda: thresholds.ZScore(0.5, warmup=2),
-        lambda: thresholds.MedianDeviation(1.0, window=5, warmup=2),
-        lambda: thresholds.MeanDeviation(0.5, window=5, warmup=2),
-        lambda: thresholds.MovingAverage(0.9, warmup=2),
-        lambda: thresholds.GrowthLimit(0.9),
-        lambda: thresholds.RelativeToWeights(0.1),
-    ],
-)
 def test_a_clipper_does_without_float64(rule, scope, narrow):
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -1,4 +1,4 @@
-"""Lets ``python -m gradclip`` do what ``gradclip`` does."""
+"""The command line as a module: ``python -m gradclip`` is ``gradclip``."""
 
 import sys
 

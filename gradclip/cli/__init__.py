@@ -1,7 +1,7 @@
 """The command line: ``gradclip demo`` and ``gradclip report``.
 
 ``main.py`` reads the arguments. Torch, TensorBoard and matplotlib are imported by the command that
-needs them.
+needs them, so that ``--help`` and ``report`` start at once.
 
 Called by: nobody inside the package.
 Imports: errors, records, clipper, report.

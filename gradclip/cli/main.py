@@ -1,4 +1,4 @@
-"""The command line: ``gradclip demo``, ``gradclip report``."""
+"""The arguments of ``gradclip demo`` and ``gradclip report``, and the exit codes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..errors import GradClipError
 from .demo.options import CELLS, Options
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes; 130 is what shells make of Ctrl-C."""
+"""Exit codes; 130 is that of shells after Ctrl-C."""
 
 Number = TypeVar("Number", int, float)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; ``SystemExit`` is never raised.
+    """Run a command and return its exit code, without raising ``SystemExit``.
 
     Args:
         argv: The arguments; None takes those of the process.
@@ -35,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GradClipError as error:
         return _complain(f"{arguments.prog}: {error}", REFUSED)
     except OSError as error:
-        return _complain(f"{arguments.prog}: stopped, for lack of room or rights: {error}", FAILED)
+        return _complain(
+            f"{arguments.prog}: stopped, a file cannot be written or read: {error}", FAILED
+        )
 
 
-def _complain(what: str, code: int) -> int:
-    print(what, file=sys.stderr)
+def _complain(message: str, code: int) -> int:
+    """Print a message to stderr and return the exit code."""
+    print(message, file=sys.stderr)
     return code
 
 
@@ -52,20 +55,20 @@ def _demo(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     try:
-        # Only here: it takes TensorBoard's second to import, which no --help should wait for.
+        # Not at the top: it imports torch and TensorBoard, which takes seconds.
         from .demo.run import run_demo
 
         run_demo(options, sys.stdout, sys.stderr)
     except KeyboardInterrupt:
         return _complain(
-            f"{arguments.prog}: interrupted; what was logged until then is in {options.out}",
+            f"{arguments.prog}: interrupted; the logs so far are in {options.out}",
             INTERRUPTED,
         )
     return DONE
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from ..report import read_runs  # here, as above
+    from ..report import read_runs  # not at the top: it imports NumPy
     from ..report.pictures.picture import check_picture, check_runs, draw
     from ..report.printing import print_report
 
@@ -74,11 +77,11 @@ def _report(arguments: argparse.Namespace) -> int:
             check_picture(arguments.plot)
         except ImportError as error:
             return _complain(f"{arguments.prog}: {error}", REFUSED)
-    with warnings.catch_warnings(record=True) as troubles:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         runs = read_runs(arguments.run)
-    for trouble in troubles:
-        _complain(f"{arguments.prog}: {trouble.message}", DONE)
+    for warning in caught:
+        _complain(f"{arguments.prog}: {warning.message}", DONE)
     if arguments.plot is not None:
         check_runs(runs)
     advice = print_report(runs, sys.stdout, as_json=arguments.json)
@@ -89,7 +92,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line; argparse would print the usage before it."""
+    """A parser that answers a mistake with one line; argparse would print the usage as well."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(REFUSED, f"{self.prog}: {message} (see '{self.prog} --help')\n")
@@ -106,37 +109,44 @@ def _parser() -> _Parser:
 
 
 def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
-    about = "train a recurrent network on text twice, without clipping and with it"
+    about = "train a recurrent network on text twice, without and with clipping"
     demo = commands.add_parser(
         "demo",
         help=about,
-        description=f"{about.capitalize()}; log both for TensorBoard, and draw them.",
+        description=f"{about.capitalize()}; log both runs for TensorBoard and draw them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     demo.set_defaults(command=_demo, prog=demo.prog)
     start = Options()
-    demo.add_argument("--steps", type=_steps, default=start.steps, help="steps of each run")
-    demo.add_argument("--seed", type=_seed, default=start.seed, help="of weights and batches")
     demo.add_argument(
-        "--max-norm", type=_max_norm, default=start.max_norm, help="largest norm when clipping"
+        "--steps", type=_steps, default=start.steps, help="number of steps of each training"
     )
-    demo.add_argument("--cell", choices=CELLS, default=start.cell, help="kind of network")
+    demo.add_argument("--seed", type=_seed, default=start.seed, help="seed of weights and batches")
+    demo.add_argument(
+        "--max-norm",
+        type=_max_norm,
+        default=start.max_norm,
+        help="threshold of the training with clipping",
+    )
+    demo.add_argument("--cell", choices=CELLS, default=start.cell, help="kind of recurrent network")
     demo.add_argument("--out", default=start.out, help="folder for the logs and the picture")
 
 
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
-    about = "show what the norms of runs were, and which threshold to take"
+    about = "summarize the gradient norms of logged runs and advise a threshold"
     report = commands.add_parser(
         "report", help=about, description=f"{about.capitalize()}.", allow_abbrev=False
     )
     report.set_defaults(command=_report, prog=report.prog)
     report.add_argument(
-        "run", nargs="+", metavar="RUN", help="folder of TensorBoard logs, or file of JsonlSink"
+        "run", nargs="+", metavar="RUN", help="folder with TensorBoard logs, or file of JsonlSink"
     )
-    report.add_argument("--json", action="store_true", help="print JSON, for programs")
     report.add_argument(
-        "--plot", metavar="FILE", help="draw the runs side by side, as .png or .svg"
+        "--json", action="store_true", help="print JSON for programs instead of tables"
+    )
+    report.add_argument(
+        "--plot", metavar="FILE", help="draw the runs side by side into a .png or .svg file"
     )
 
 
@@ -145,7 +155,7 @@ def _steps(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    # What torch's generators take.
+    # The range of seeds that torch's generators accept.
     return _checked(text, int, lambda seed: 0 <= seed < 2**63, "a whole number, 0 to 2^63 - 1")
 
 
@@ -156,6 +166,7 @@ def _max_norm(text: str) -> float:
 def _checked(
     text: str, kind: Callable[[str], Number], fits: Callable[[Number], bool], needed: str
 ) -> Number:
+    """Return the number in a text, or raise an error that argparse prints."""
     try:
         number = kind(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The demo: a character model trained twice, without clipping and with it.
+"""The demo: one character model trained twice, without and with clipping.
 
-To read it, begin with ``run.py``, then ``training.py``.
+Begin with ``run.py``, then read ``training.py``.
 """

@@ -1,4 +1,4 @@
-"""What a user of the demo can choose."""
+"""Options of the demo, and the check that its folder can be written."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from ...errors import ArgumentError
 
 CELLS = ("rnn-tanh", "rnn-relu", "lstm", "gru")
-"""Recurrent networks to choose from."""
+"""Kinds of recurrent networks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of ``gradclip demo``, which the command line has checked."""
+    """Options of ``gradclip demo``, checked by the command line."""
 
     steps: int = 300
-    """Steps of each run."""
+    """Number of steps of each training."""
     seed: int = 2
     max_norm: float = 1.0
     cell: str = "rnn-tanh"
     out: str = "demo"
-    """Folder for everything that is written."""
+    """Folder that receives all files."""
 
     @property
     def picture(self) -> str:
@@ -32,22 +32,22 @@ class Options:
         return os.path.join(self.out, "demo.png")
 
     def logs(self, run: str) -> str:
-        """Return the folder for the TensorBoard logs of a run."""
+        """Return the folder of the TensorBoard logs of a run."""
         return os.path.join(self.out, run)
 
 
 LOG_SUFFIX = ".gradclip-demo"
-"""Ends the names of the demo's event files, so that it can tell them from others."""
+"""Ends the names of the demo's event files: only these are removed by the next demo."""
 
 
 def prepare(options: Options, runs: Sequence[str]) -> None:
-    """Make the folders of the runs, and take away what an earlier demo logged there.
+    """Make the folders of the runs, and remove the logs of an earlier demo.
 
     Raises:
-        ArgumentError: A folder or the picture cannot be written.
+        ArgumentError: A folder or the picture cannot be written. Nothing was removed.
     """
     if os.path.isdir(options.picture):
-        raise _refusal(options, f"{options.picture} is a folder, where the picture would go")
+        raise _refusal(options, f"{options.picture}, the path of the picture, is a folder")
     folders = [options.out, *(options.logs(run) for run in runs)]
     for folder in folders:
         _check_writable(options, folder)
@@ -56,7 +56,7 @@ def prepare(options: Options, runs: Sequence[str]) -> None:
 
 
 def _check_writable(options: Options, folder: str) -> None:
-    # By doing it: permissions tell little to root, on network drives and on read-only mounts.
+    # By writing: permissions say little for root, on network drives and on read-only mounts.
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -66,13 +66,13 @@ def _check_writable(options: Options, folder: str) -> None:
     except OSError as error:
         raise _refusal(options, f"{folder} cannot be written ({error.strerror})") from None
     except ValueError as error:
-        raise _refusal(options, f"it is no path ({error})") from None
+        raise _refusal(options, f"it is not a path ({error})") from None
 
 
-def _refusal(options: Options, found: str) -> ArgumentError:
+def _refusal(options: Options, trouble: str) -> ArgumentError:
     return ArgumentError(
-        f"argument --out: found {options.out!r}, but {found}: give a folder that can be made "
-        "and written, such as --out demo"
+        f"argument --out: found {options.out!r}, but {trouble}: give a folder that can be "
+        "made and written, such as --out demo"
     )
 
 

@@ -1,4 +1,4 @@
-"""Loss and norms of both runs in one picture."""
+"""The picture of the demo: losses and norms of both runs."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...report.printing import number
-from .curves import Curves
 from .options import Options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# From Okabe and Ito's palette, which the colour-blind tell apart too.
+    from .training import Curves
+
+# From Okabe and Ito's palette, whose colours differ for the colour-blind as well.
 VERMILION, BLUE = "#D55E00", "#0072B2"
 
 LARGE_LOSS = 100.0
-"""From here on losses need a logarithmic axis."""
+"""Losses above this need a logarithmic axis."""
 
 
 def draw(runs: Sequence[Curves], options: Options) -> None:
-    """Write the picture, on a canvas of its own: no figure of matplotlib's global state.
+    """Write the picture. Its figure has its own canvas and is not managed by pyplot.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # A max_norm near the end of float64 overflows in the margin of its axis.
+    # The margin of an axis overflows for a max_norm near the end of float64, harmlessly.
     with matplotlib.rc_context(), np.errstate(over="ignore"):
-        matplotlib.rcdefaults()  # the user's own style may not fit
+        matplotlib.rcdefaults()  # a style of the user may not fit
         figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         losses, norms = figure.subplots(2, 1, sharex=True)
@@ -51,7 +52,7 @@ def _title(runs: Sequence[Curves]) -> str:
 
 
 def _add_legend(losses: Axes, norms: Axes) -> None:
-    """Put the legend of both panels above the upper one, where no curve runs."""
+    """Put one legend for both panels above the upper one, where no curve runs."""
     (threshold, *handles), (name, *names) = norms.get_legend_handles_labels()
     losses.legend(
         [*handles, threshold],
@@ -77,9 +78,9 @@ def _draw_losses(axes: Axes, runs: Sequence[Curves]) -> None:
 
 def _draw_norms(axes: Axes, runs: Sequence[Curves], max_norm: float) -> None:
     axes.set_yscale("log")
-    # First: norms that are all 0 or NaN alone would leave a logarithmic axis without a range.
+    # Drawn first: norms that are all 0 or NaN would leave a logarithmic axis without a range.
     label = f"max_norm = {max_norm:g}"
-    # A logarithmic axis has no 0, and older matplotlibs no margin beyond the end of float64.
+    # A logarithmic axis has no 0, and old versions of matplotlib fail near the end of float64.
     height = min(max_norm, 1e300) or math.nan
     axes.axhline(height, color="black", linestyle="--", linewidth=1.5, zorder=3, label=label)
     for curves in runs:
@@ -95,7 +96,7 @@ def _draw_curve(axes: Axes, curves: Curves, values: Sequence[float]) -> None:
 
 
 def _mark_nonfinite(axes: Axes, values: Sequence[float], color: str, line: int) -> None:
-    """Say where a curve first stops, in the given line of text."""
+    """Mark the first value that is not finite, with a text in the given line."""
     first = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
     if first is None:
         return

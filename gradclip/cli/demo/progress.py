@@ -1,4 +1,4 @@
-"""How far the runs are, shown on stderr."""
+"""Progress of the trainings, shown on stderr as bars or lines."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Shows one run after the other; ends with its ``with`` block."""
+    """Shows the progress of one training after the other, within a ``with`` block."""
 
     def begin(self, title: str, steps: int) -> None:
-        """Called before the first step of a run."""
+        """Called before the first step of a training."""
 
     def advance(self, loss: float) -> None:
-        """Called after each of its steps."""
+        """Called after each step with its loss."""
 
 
 def progress(stream: TextIO) -> AbstractContextManager[Progress]:
-    """Return bars for a terminal where rich is installed, else plain lines."""
+    """Return bars on a terminal if rich is installed, else plain lines."""
     if stream.isatty():
         try:
             return Bars(stream)
@@ -33,7 +33,7 @@ def progress(stream: TextIO) -> AbstractContextManager[Progress]:
 
 
 class Bars:
-    """A bar for each run, drawn by rich."""
+    """A bar for each training, drawn by rich."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -66,7 +66,7 @@ class Bars:
 
 
 class Lines:
-    """A line that rewrites itself in a terminal; elsewhere four lines a run."""
+    """One line a training that is rewritten in a terminal; elsewhere, as in a file, four lines."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -81,7 +81,7 @@ class Lines:
     def advance(self, loss: float) -> None:
         """See `Progress.advance`."""
         self._step += 1
-        if self._due():
+        if self._is_due():
             line = f"{self._title}: {self._step}/{self._steps} steps, loss {number(loss)}"
             last = self._step == self._steps
             rewritten = self._rewrites and not last
@@ -90,7 +90,8 @@ class Lines:
             self._stream.flush()
             self._unfinished = rewritten
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
+        """Return whether to show this step: the last one, each quarter, or after 0.1 s."""
         if self._step == self._steps:
             return True
         if not self._rewrites:

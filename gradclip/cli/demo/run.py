@@ -1,4 +1,4 @@
-"""The demo from beginning to end."""
+"""The demo from beginning to end: two trainings, a table, a picture and logs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from ...report.printing import number, print_table
-from .curves import LAST, Curves
 from .options import Options, prepare
 from .picture import draw
 from .progress import progress
 from .task import read_text
-from .training import LEARNING_RATE, train
+from .training import FINAL_STEPS, LEARNING_RATE, Curves, train
 
 
 def run_demo(options: Options, stdout: TextIO, stderr: TextIO) -> list[Curves]:
-    """Train both models, and show what came of it.
+    """Train a model without and with clipping, and show the results.
 
     Args:
-        options: What the user has chosen.
-        stdout: Where results are printed.
-        stderr: Where progress is shown.
+        options: The options of the command.
+        stdout: Receives the results.
+        stderr: Receives the progress.
 
     Returns:
-        The curves of the runs: without clipping, with clipping.
+        The curves of both runs: without clipping, with clipping.
 
     Raises:
-        ArgumentError: The folder cannot be written; nothing was done.
+        ArgumentError: The folder cannot be written; nothing was changed.
     """
     runs = [Curves("unclipped", clips=False), Curves("clipped", clips=True)]
     prepare(options, [curves.run for curves in runs])
@@ -39,7 +38,7 @@ def run_demo(options: Options, stdout: TextIO, stderr: TextIO) -> list[Curves]:
     print(
         f"A {options.cell} network learns {len(text.characters):,} characters of Python's help, "
         f"with SGD at learning rate {LEARNING_RATE:g}:\nfirst without clipping, then with "
-        f"max_norm={options.max_norm:g}, from the same weights and with the same batches.",
+        f"max_norm={options.max_norm:g}, from the same weights and on the same batches.",
         file=stdout,
         flush=True,
     )
@@ -59,13 +58,13 @@ def _draw(runs: list[Curves], options: Options, stdout: TextIO) -> None:
     except ImportError:
         print('Picture: needs matplotlib, pip install "gradclip[report]"', file=stdout)
         if os.path.exists(options.picture):
-            print(f"         ({options.picture} is of an earlier demo)", file=stdout)
+            print(f"         ({options.picture} belongs to an earlier demo)", file=stdout)
     else:
         print(f"Picture: {options.picture}", file=stdout)
 
 
 def _tensorboard() -> str:
-    """Return how to call TensorBoard from this shell."""
+    """Return the command that starts TensorBoard from this shell."""
     if shutil.which("tensorboard"):
         return "tensorboard"
     beside = os.path.join(sysconfig.get_path("scripts"), "tensorboard")
@@ -78,13 +77,14 @@ HEADER = ("", "final loss", "largest norm", "clip rate", "steps/s")
 
 
 def show_table(runs: Sequence[Curves], max_norm: float, stream: TextIO) -> None:
-    """Print the table with rich where it is installed, else as aligned text."""
+    """Print the table of the results and its explanation."""
     rows = [_row(curves) for curves in runs]
     print_table(HEADER, rows, stream)
-    span = f"the last {LAST} steps" if len(runs[0].losses) > LAST else "all steps"
+    steps = len(runs[0].losses)
+    span = f"the last {FINAL_STEPS} steps" if steps > FINAL_STEPS else "all steps"
     print(
         f"Final loss: mean of {span}. Clip rate: share of the finite norms above "
-        f"{max_norm:g}\n(in brackets: only observed, no gradient was changed).",
+        f"{max_norm:g}\n(in brackets: observed only, no gradient was changed).",
         file=stream,
     )
 

@@ -1,4 +1,4 @@
-"""The demo's task: Python's own help texts, and a recurrent network that predicts characters."""
+"""The task of the demo: a recurrent network predicts the characters of Python's help texts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ LENGTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text as numbers, one for each character."""
+    """A text as numbers, one per character."""
 
     characters: Tensor
     """Indices into the alphabet, int64, in the order of the text."""
     alphabet: str
-    """The distinct characters."""
+    """The distinct characters of the text."""
 
 
 def read_text() -> Text:
-    """Return the texts of ``help()``, about 465,000 characters; each Python has its own."""
+    """Return the texts of ``help()``, about 465,000 characters that differ between Pythons."""
     from pydoc_data.topics import topics
 
     text = "".join(topics.values())
@@ -35,7 +35,7 @@ def read_text() -> Text:
 def batches(text: Text, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and the characters that follow them, both of shape (batch, length).
 
-    The same seed yields the same batches; torch's own random numbers are left alone.
+    The same seed yields the same batches. Torch's global random state is not used.
     """
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(LENGTH + 1)
@@ -48,7 +48,7 @@ def batches(text: Text, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]
 EMBEDDING = 8
 HIDDEN = 128
 GAIN = 1.2
-"""Of the recurrent weights: above 1 gradients can grow with every step back in time."""
+"""Gain of the recurrent weights: above 1, gradients can grow with every step back in time."""
 
 _CELLS: dict[str, Callable[[], nn.RNNBase]] = {
     "rnn-tanh": lambda: nn.RNN(EMBEDDING, HIDDEN, nonlinearity="tanh", batch_first=True),
@@ -61,11 +61,11 @@ _CELLS: dict[str, Callable[[], nn.RNNBase]] = {
 class CharacterModel(nn.Module):
     """Embedding, recurrent network, linear layer.
 
-    The embedding is small: wide ones drive the tanh into saturation, where little explodes.
-    One-hot input, the other usual choice, learns much more slowly here.
+    The embedding is small: a wide one drives the tanh into saturation, where gradients hardly
+    explode. One-hot input, the other usual choice, learns much more slowly here.
 
     Args:
-        cell: A key of the recurrent networks.
+        cell: Kind of recurrent network, one of `CELLS`.
         characters: Size of the alphabet.
     """
 
@@ -75,19 +75,20 @@ class CharacterModel(nn.Module):
         # An LSTM has four recurrent matrices in one tensor, a GRU three.
         for matrix in self.recurrent.get_parameter("weight_hh_l0").detach().split(HIDDEN):
             nn.init.orthogonal_(matrix, GAIN)
-        # Last, as their size, and so what they draw, differs between the Pythons' texts.
+        # Last: their sizes depend on the text, which differs between Pythons, and so do the random
+        # numbers they draw. The recurrent weights stay the same everywhere.
         self.head = nn.Linear(HIDDEN, characters)
         self.embedding = nn.Embedding(characters, EMBEDDING)
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Return scores of the next character, (batch, length, alphabet)."""
+        """Return the scores of the next characters, of shape (batch, length, alphabet)."""
         states, _ = self.recurrent(self.embedding(characters))
         scores: Tensor = self.head(states)
         return scores
 
 
 def seeded_model(cell: str, characters: int, seed: int) -> CharacterModel:
-    """Return a model whose weights follow from the seed; torch's own state is put back."""
+    """Return a model with weights from a seed; torch's global random state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return CharacterModel(cell, characters)

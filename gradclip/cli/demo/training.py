@@ -1,10 +1,12 @@
-"""One run: the training loop of the demo, clipped or only observed."""
+"""One training of the demo, with clipped or observed gradients, and the curves it leaves behind."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,19 +17,62 @@ from ...clipper import GradientClipper
 from ...records.logged_step import LoggedStep
 from ...records.sinks.base import Sink
 from ...records.sinks.tensorboard import TensorBoardSink
-from .curves import Curves
 from .options import LOG_SUFFIX, Options
 from .task import Text, batches, seeded_model
 
 LEARNING_RATE = 1.0
+FINAL_STEPS = 10
+"""Number of last steps whose mean loss is the final loss."""
+
+
+@dataclass(slots=True)
+class Curves:
+    """Loss and norm at every step of a training, and the counts of its clipper."""
+
+    run: str
+    """Name of the run and of its folder."""
+    clips: bool
+    """Whether gradients are clipped; if not, they are only observed."""
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    """Norms before clipping."""
+    clip_rate: float = 0.0
+    """Share of the finite norms that were above the threshold."""
+    seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """Title of the run in tables and pictures."""
+        return "with clipping" if self.clips else "without clipping"
+
+    @property
+    def final_loss(self) -> float:
+        """Mean of the last losses; NaN if one of them is NaN."""
+        last = self.losses[-FINAL_STEPS:]
+        return sum(last) / len(last)
+
+    @property
+    def largest_norm(self) -> float:
+        """Largest finite norm; NaN if there is none."""
+        return max((norm for norm in self.norms if math.isfinite(norm)), default=math.nan)
+
+    @property
+    def nonfinite_norms(self) -> int:
+        """Number of norms that are NaN or infinite."""
+        return sum(not math.isfinite(norm) for norm in self.norms)
+
+    @property
+    def steps_per_second(self) -> float:
+        """Steps per second of training, logging included."""
+        return len(self.losses) / self.seconds
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute in one thread.
 
-    Sums depend on the number of threads, and in an unstable run their last digit decides
-    everything after it. At this size a second thread is no faster.
+    The order of a sum depends on the number of threads. In an unstable training, the last digit of
+    a sum decides everything after it. At this size, a second thread is no faster.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -39,14 +84,15 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def train(options: Options, text: Text, curves: Curves, advance: Callable[[float], None]) -> None:
-    """Train a model, and fill in its curves step by step.
+    """Train a model and fill in its curves step by step.
 
-    Both runs get the same weights and batches: what differs between them is the clipping.
+    Both trainings of the demo start with the same weights and see the same batches. They differ
+    only in clipping.
 
     Args:
-        options: What the user has chosen.
-        text: What is learnt.
-        curves: Those of the run, still empty.
+        options: The options of the command.
+        text: The text to learn.
+        curves: Curves of the run, still empty.
         advance: Called after every step with its loss.
     """
     model = seeded_model(options.cell, len(text.alphabet), options.seed)
@@ -72,7 +118,7 @@ def train(options: Options, text: Text, curves: Curves, advance: Callable[[float
 
 
 class _Norms(Sink):
-    """Adds the norms to the curves of a run."""
+    """Adds the norms of a training to its curves."""
 
     def __init__(self, curves: Curves) -> None:
         self._curves = curves

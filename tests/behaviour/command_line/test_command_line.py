@@ -1,0 +1,195 @@
+"""The command line: help, refusals in one line, pictures of reports, and whole processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+
+import pytest
+
+import gradclip
+from gradclip.cli import main
+from tests.support.report import log_norms
+
+WHOLE, FINITE, SUFFIX = "a whole number >= 1", "a finite number >= 0", "ends with .png or .svg"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Return the one line on stderr with which some arguments are refused."""
+
+    def refused(*arguments):
+        capsys.readouterr()
+        assert main(list(arguments)) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.endswith("\n")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return refused
+
+
+@pytest.fixture
+def logged(tmp_path):
+    return str(log_norms(tmp_path / "run.jsonl", [1.0, 3.0] * 150, 2.0))
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gradclip {gradclip.__version__}\n"
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "demo" in printed
+    assert "report" in printed
+
+
+def test_help_of_the_demo_names_its_options_and_their_defaults(capsys):
+    assert main(["demo", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for option in ("--steps", "--seed", "--max-norm", "--out", "{rnn-tanh,rnn-relu,lstm,gru}"):
+        assert option in printed
+    for default in ("300", "1.0", "rnn-tanh", "demo"):
+        assert f"(default: {default})" in printed
+
+
+def test_the_installed_script_calls_main():
+    [script] = entry_points(group="console_scripts", name="gradclip")
+    assert script.load() is main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo --steps 0", f"--steps: found '0': give {WHOLE}"),
+        ("demo --steps -3", f"--steps: found '-3': give {WHOLE}"),
+        ("demo --steps 2.5", f"--steps: found '2.5': give {WHOLE}"),
+        ("demo --steps many", f"--steps: found 'many': give {WHOLE}"),
+        ("demo --steps=", f"--steps: found '': give {WHOLE}"),
+        ("demo --seed -1", "--seed: found '-1': give a whole number, 0 to 2^63 - 1"),
+        (f"demo --seed {2**63}", f"--seed: found '{2**63}': give a whole number"),
+        ("demo --seed x", "--seed: found 'x': give a whole number"),
+        ("demo --max-norm -1", f"--max-norm: found '-1': give {FINITE}"),
+        ("demo --max-norm nan", f"--max-norm: found 'nan': give {FINITE}"),
+        ("demo --max-norm inf", f"--max-norm: found 'inf': give {FINITE}"),
+        ("demo --max-norm=-inf", f"--max-norm: found '-inf': give {FINITE}"),
+        ("demo --max-norm big", f"--max-norm: found 'big': give {FINITE}"),
+        ("demo --cell rnn", "--cell: invalid choice: 'rnn'"),
+        ("demo --cell LSTM", "--cell: invalid choice: 'LSTM'"),
+        ("demo --step 3", "see 'gradclip --help'"),
+        ("demo --steps", "--steps: expected one argument (see 'gradclip demo --help')"),
+        ("demo extra", "see 'gradclip --help'"),
+        ("demo --out=", "found ''"),
+        ("demo --out=out\0", "it is not a path"),
+        ("demo --out=file", "file is a file: give a folder that can be made and written"),
+        ("demo --out=file/out", "cannot be written (Not a directory)"),
+        ("demo --out=taken", "clipped is a file"),
+        ("demo --out=pictured", "demo.png, the path of the picture, is a folder"),
+        ("", "COMMAND (see 'gradclip --help')"),
+        ("train", "COMMAND"),
+        ("report", "RUN"),
+        ("report nothing.jsonl --plot a.pdf", SUFFIX),
+        ("report nothing.jsonl --plot a", SUFFIX),
+        ("report nothing.jsonl --plot=", SUFFIX),
+        ("report nothing.jsonl --plot a\0.png", SUFFIX),
+        ("report nothing.jsonl --plot folder.png", "is a folder"),
+        ("report nothing.jsonl --plot nowhere/a.png", "There is no folder 'nowhere'"),
+        (
+            "report" + 13 * " run.jsonl" + " --plot a.png",
+            "Found 13 runs: a picture has room for 12",
+        ),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line(
+    refused, tmp_path, monkeypatch, logged, arguments, message
+):
+    """Before anything is read, trained or written."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("taken", "pictured/demo.png", "folder.png"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("file", "taken/clipped"):
+        (tmp_path / file).write_text("theirs")
+    line = refused(*arguments.split(" ") if arguments else ())
+    assert line.startswith("gradclip")
+    assert message in line
+    assert (tmp_path / "file").read_text() == (tmp_path / "taken/clipped").read_text() == "theirs"
+    assert not [*tmp_path.rglob("events*"), *tmp_path.rglob("a*")]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(refused, tmp_path, monkeypatch):
+    if os.path.isdir("/proc/self"):  # a file system without folders of others
+        assert "/proc" in refused("demo", "--steps", "1", "--out", "/proc/gradclip")
+
+    def read_only(*arguments, **options):  # root may write everywhere else
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    line = refused("demo", "--steps", "1", "--out", str(tmp_path))
+    assert "cannot be written (Read-only file system)" in line
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_a_report_is_drawn(capsys, logged, tmp_path, ending):
+    path = tmp_path / f"report.{ending}"
+    assert main(["report", logged, logged, "--plot", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert "50.00%" in printed.out
+    assert "    GradientClipper(optimizer, " in printed.out
+    assert printed.err == f"Picture: {path}\n"
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n" if ending == "png" else b"<?xml")
+    assert main(["report", "--json", "--plot", str(path), logged]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["steps"] == 300
+
+
+def test_a_picture_without_matplotlib_names_the_extra(refused, logged, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    line = refused("report", logged, "--plot", str(tmp_path / "a.png"))
+    assert 'pip install "gradclip[report]"' in line
+    assert main(["report", logged]) == 0
+
+
+# Whole processes
+
+WITHOUT_THE_EXTRA = """
+import sys
+sys.modules["matplotlib"] = sys.modules["rich"] = None
+from gradclip.cli import main
+sys.exit(main(["demo", "--steps", "2"]))
+"""
+# A shell that starts the tests in the background may have them ignore SIGINT.
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from gradclip.cli import main
+sys.exit(main(["demo", "--steps", "100000"]))
+"""
+
+
+def test_the_demo_runs_without_the_extra_and_without_a_warning(tmp_path):
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_THE_EXTRA]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    progress = [line for line in done.stderr.splitlines() if " clipping: " in line]
+    assert len(progress) == 4
+    assert "final loss" in done.stdout
+    assert 'pip install "gradclip[report]"' in done.stdout
+    assert sorted(path.name for path in tmp_path.glob("demo/*")) == ["clipped", "unclipped"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for other processes on Windows")
+def test_ctrl_c_ends_the_demo_with_a_line(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTIBLE]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as demo:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("demo/unclipped/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        demo.send_signal(signal.SIGINT)
+        _, printed = demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    assert printed.splitlines()[-1] == "gradclip demo: interrupted; the logs so far are in demo"
+    assert "KeyboardInterrupt" not in printed

@@ -98,7 +98,8 @@ def trained(parallel: bool, scope: str, replicated: str | tuple[()]) -> Any:
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter"])
-def test_training_is_that_of_one_process(ranks, scope):
+def test_training(ranks, scope):
+    """Norms and weights are those of one process, with one collective a step."""
     needed, weights, _ = ranks.run(trained, False, scope, ())[0]
     each = ranks.run(trained, True, scope, "norm.*")
     count = len(each)
@@ -111,8 +112,8 @@ def test_training_is_that_of_one_process(ranks, scope):
         torch.testing.assert_close(own["norm.weight"], weights["norm.weight"])
 
 
-def test_copies_that_are_not_told_count_on_every_rank(two_ranks):
-    """What `replicated` is for, so that the test above can fail."""
+def test_without_replicated(two_ranks):
+    """Copies count on every rank, which shows that the test above can fail."""
     [needed, *_], _, _ = two_ranks.run(trained, False, "global", ())[0]
     for [norms, *_], _, _ in two_ranks.run(trained, True, "global", ()):
         assert norms["global"] > 1.01 * needed["global"]
@@ -137,7 +138,7 @@ def tied_shards() -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_shards_that_are_copied_are_tied_each_with_its_own(four_ranks):
-    """Of both shards of the embedding one copy counts, and both shards of what is no copy."""
+def test_copied_shards(four_ranks):
+    """Of each shard of the embedding one copy counts, and of other parameters both shards."""
     needed = {"embed.weight": 2 * 1 + 2 * 4, "own0": 2 * 9, "own1": 2 * 9}
     assert four_ranks.run(tied_shards) == [pytest.approx(needed)] * 4

@@ -11,41 +11,9 @@ from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper
 from gradclip.thresholds import Percentile
-from tests.ranks.test_spread import SCOPES, labels_of
-from tests.support.dtensors import INF, mesh_of, quick
+from tests.support.dtensors import INF, SCOPES, mesh_of, oracle, quick
 
 LIMITS = {"global": 0.1, "parameter": 0.05, "unit": 0.02}
-
-
-def rows_of(scope: str, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Return the parts of a gradient that have a norm each, with their labels."""
-    rows = tensor.double() if scope == "unit" and tensor.dim() > 1 else [tensor.double()]
-    return [*zip(labels_of(scope, name, tuple(tensor.shape)), rows, strict=True)]
-
-
-def oracle(
-    full: dict[str, Tensor], scope: str, order: float, limit: float
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the norms and the clipped gradients, in float64; nothing need have elements."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, gradient in full.items():
-        for label, row in rows_of(scope, name, gradient):
-            parts.setdefault(label, [torch.zeros(1, dtype=torch.float64)]).append(row.flatten())
-    norms = {
-        label: torch.linalg.vector_norm(torch.cat(rows), order).item()
-        for label, rows in parts.items()
-    }
-    clipped = {
-        name: torch.cat(
-            [gradient.new_empty(0, dtype=torch.float64)]
-            + [
-                row.flatten() * (limit / max(norms[label], limit))
-                for label, row in rows_of(scope, name, gradient)
-            ]
-        ).reshape(gradient.shape)
-        for name, gradient in full.items()
-    }
-    return norms, clipped
 
 
 class Net(nn.Module):
@@ -142,6 +110,7 @@ def spread(net: nn.Module, kind: str) -> None:
     """Spread a module over the ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if kind == "tensor":
         over_tensors(net, mesh_of("one"))
     elif kind == "tensor and fsdp2":
@@ -150,17 +119,13 @@ def spread(net: nn.Module, kind: str) -> None:
     elif kind == "hsdp":
         fully_sharded(net, mesh_of("two"))
     elif kind == "mixed":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        fully_sharded(net, mesh_of("one"), mp_policy=policy)
+        fully_sharded(net, mesh_of("one"), mp_policy=bf16)
     elif kind == "offload":
-        policy = CPUOffloadPolicy(pin_memory=False)
-        fully_sharded(net, mesh_of("one"), offload_policy=policy)
+        fully_sharded(net, mesh_of("one"), offload_policy=CPUOffloadPolicy(pin_memory=False))
     elif kind == "bfloat16":
         fully_sharded(net.bfloat16(), mesh_of("one"))
-    elif kind == "experts with copies":
-        experts_over(net, mesh_of("b"))
     else:
-        experts_over(net, mesh_of_experts())
+        experts_over(net, mesh_of("b") if kind == "experts with copies" else mesh_of_experts())
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -170,7 +135,7 @@ def whole(parameter: Tensor) -> Tensor:
     return getattr(gradient, "full_tensor", gradient.clone)().detach().clone()
 
 
-def trained(kind: str, scope: str, order: float, *, alone: bool) -> Any:
+def trained(kind: str, scope: str, order: float, alone: bool = False) -> Any:
     """Train a few steps; return norms, limits, gradients before and after, and placements."""
     torch.manual_seed(0)
     net: Any = Experts() if "experts" in kind else Net()
@@ -203,13 +168,13 @@ def trained(kind: str, scope: str, order: float, *, alone: bool) -> Any:
 
 
 def check(pool: Any, kind: str, scope: str, order: float) -> list[str]:
-    found = pool.run(trained_on_ranks, kind, scope, order)
-    needed, _ = pool.run(trained_alone, kind, scope, order)[0]
+    """Compare all ranks with the oracle and with one process; return the placements of each."""
+    results = pool.run(trained, kind, scope, order)
+    needed, _ = pool.run(trained, kind, scope, order, True)[0]
     limit, clipped_once = LIMITS[scope], False
-    exact = kind not in ("mixed", "bfloat16")
-    for steps, _ in found:
+    for steps, _ in results:
         for step, (norms, _, before, after) in enumerate(steps):
-            assert repr(norms) == repr(found[0][0][step][0])  # the same bits on all ranks
+            assert repr(norms) == repr(results[0][0][step][0])  # the same bits on all ranks
             expected, clipped = oracle(before, scope, order, limit)
             assert norms == pytest.approx(expected, rel=1e-6)
             for name, gradient in after.items():
@@ -217,19 +182,11 @@ def check(pool: Any, kind: str, scope: str, order: float) -> list[str]:
                 torch.testing.assert_close(
                     gradient.double(), clipped[name], rtol=2 * eps, atol=8 * eps * most
                 )
-            if exact:
+            if kind not in ("mixed", "bfloat16"):
                 assert norms == pytest.approx(needed[step][0], rel=1e-4, abs=1e-7)
             clipped_once |= max(norms.values()) > 1.5 * limit
     assert clipped_once
-    return [placements for _, placements in found]
-
-
-def trained_on_ranks(kind: str, scope: str, order: float) -> Any:
-    return trained(kind, scope, order, alone=False)
-
-
-def trained_alone(kind: str, scope: str, order: float) -> Any:
-    return trained(kind, scope, order, alone=True)
+    return [placements for _, placements in results]
 
 
 HERE = {
@@ -250,7 +207,8 @@ ON_TWO_DIMENSIONS = {
 @pytest.mark.parametrize("order", quick([2.0, INF], 2.0))
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kind", quick(HERE, "tensor", "experts", "mixed"))
-def test_modules_are_clipped_by_the_norms_of_their_whole_gradients(ranks, kind, scope, order):
+def test_modules(ranks, kind, scope, order):
+    """Modules are clipped by the norms of their whole gradients."""
     assert any(HERE[kind] in placements for placements in check(ranks, kind, scope, order))
 
 
@@ -258,16 +216,18 @@ def test_modules_are_clipped_by_the_norms_of_their_whole_gradients(ranks, kind, 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kind", ON_TWO_DIMENSIONS)
 @pytest.mark.slow
-def test_modules_on_meshes_of_two_dimensions(four_ranks, kind, scope, order):
+def test_meshes_of_two_dimensions(four_ranks, kind, scope, order):
+    """So are modules on meshes of two dimensions."""
     for placements in check(four_ranks, kind, scope, order):
         assert ON_TWO_DIMENSIONS[kind] in placements
 
 
 @pytest.mark.parametrize("scope", ["parameter", "unit"])
-def test_rules_learn_the_same_where_a_rank_has_no_gradient_now_and_then(ranks, scope):
-    needed, _ = ranks.run(trained_alone, "resting experts", scope, 2.0)[0]
-    found = ranks.run(trained_on_ranks, "resting experts", scope, 2.0)
-    for steps, _ in found:
-        for (_, limits, *_), (_, expected, *_) in zip(steps, needed, strict=True):
-            assert limits == pytest.approx(expected, rel=1e-4, abs=1e-7)
-        assert repr([limits for _, limits, *_ in steps]) == repr([own[1] for own in found[0][0]])
+def test_rules_where_a_rank_has_no_gradient(ranks, scope):
+    """They learn the same on all ranks, and as in one process."""
+    needed, _ = ranks.run(trained, "resting experts", scope, 2.0, True)[0]
+    results = ranks.run(trained, "resting experts", scope, 2.0)
+    for steps, _ in results:
+        thresholds = [own for _, own, *_ in steps]
+        assert thresholds == [pytest.approx(own[1], rel=1e-4, abs=1e-7) for own in needed]
+        assert repr(thresholds) == repr([own[1] for own in results[0][0]])

@@ -20,7 +20,7 @@ TIED, HEAD = "embed.weight", "head.weight"
 PARAMETERS = ("weight", "bias")
 OF_THE_LAST = f"blocks.{BLOCKS - 1}.bias"
 BAD = 2
-"""The step at which it is bad, where it is."""
+"""The step with a bad gradient, in tests that have one."""
 LIMITS = {"global": 5.0, "parameter": 0.7}
 SCHEDULES = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B"]
 
@@ -163,7 +163,8 @@ def check(pool: Any, kind: str, options: dict[str, Any], *rest: Any) -> Any:
 
 @pytest.mark.parametrize("scope", LIMITS)
 @pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
-def test_training_is_that_of_one_process_with_the_whole_model(ranks, kind, scope):
+def test_training(ranks, kind, scope):
+    """Norms and weights are those of one process with the whole model, some of them clipped."""
     (found, _, _), _ = check(ranks, kind, {"scope": scope})
     exceeding = [norm > LIMITS[scope] for norms, *_ in found for norm in norms.values()]
     assert True in exceeding
@@ -171,12 +172,14 @@ def test_training_is_that_of_one_process_with_the_whole_model(ranks, kind, scope
 
 
 @pytest.mark.parametrize("scope", LIMITS)
-def test_tied_weights_of_two_names_have_one_norm(ranks, scope):
+def test_tied_weights_of_two_names(ranks, scope):
+    """A function for ``replicated=`` gives both one name, and they have one norm."""
     check(ranks, "Schedule1F1B", {"scope": scope}, HEAD)
 
 
 @pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
-def test_tied_weights_that_it_is_not_told_of_count_twice(two_ranks, kind):
+def test_without_replicated(two_ranks, kind):
+    """Tied weights count twice, which shows that the tests above can fail."""
     options = {"scope": "parameter", "max_norm": None}
     norms = two_ranks.run(trained, "whole", options)[0][0][0][0]
     for found, _, _ in two_ranks.run(trained, kind, options, ()):
@@ -190,7 +193,8 @@ def test_tied_weights_that_it_is_not_told_of_count_twice(two_ranks, kind):
 
 @pytest.mark.parametrize(("bad", "scope"), [(math.nan, "global"), (math.inf, "parameter")])
 @pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
-def test_a_bad_gradient_of_the_last_stage_leaves_the_step_out_on_all(ranks, kind, bad, scope):
+def test_a_bad_gradient_of_the_last_stage(ranks, kind, bad, scope):
+    """All ranks skip the step."""
     options = {"scope": scope, "nonfinite": "skip"}
     for found, counters, _ in check(ranks, kind, options, TIED, bad)[1]:
         assert [moved for _, _, moved, _ in found] == [step != BAD for step in range(STEPS)]
@@ -203,13 +207,15 @@ def refused(kind: str) -> str:
     return str(caught.value)
 
 
-def test_an_error_names_the_parameter_of_another_stage_on_all(two_ranks):
+def test_an_error_of_the_last_stage(two_ranks):
+    """All ranks raise, and name the parameter of the last stage."""
     for message in two_ranks.run(refused, "ScheduleGPipe"):
         assert OF_THE_LAST in message
 
 
 @pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
-def test_the_first_rank_logs_the_norms_of_all_parameters(two_ranks, kind):
+def test_parameter_norms(two_ranks, kind):
+    """Rank 0 logs the norms of the parameters of all ranks."""
     (_, _, needed), each = check(two_ranks, kind, {"log": True})
     assert [*needed[0]] == [TIED, *(f"blocks.{i}.{n}" for i in range(BLOCKS) for n in PARAMETERS)]
     assert len(each[0][2]) == len(needed) == STEPS

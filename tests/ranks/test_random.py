@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradclip import GradientClipper
-from tests.ranks.test_modules import oracle
-from tests.ranks.test_spread import SCOPES
-from tests.support.dtensors import INF, mesh_of
+from tests.support.dtensors import INF, SCOPES, mesh_of, oracle, placements_of, spread
 
 DIMENSIONS = {"one": 1, "plain": 0, "two": 2, "a": 1, "b": 1}
 DTYPES = ("float32", "bfloat16", "float64", "float16")
@@ -78,22 +76,12 @@ def cases(*meshes: str) -> st.SearchStrategy[Case]:
 
 
 def spread_as(each: Given, full: Tensor, *, is_gradient: bool) -> Tensor:
-    """Spread a tensor that every rank has; of a pending sum each has a part that is its own."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-
+    """Spread a tensor that every rank has; a parameter has no pending sum."""
     if each.mesh == "plain":
         return full.clone()
-    mesh = mesh_of(each.mesh)
-    fits = [Shard(int(word)) if word.isdecimal() else Replicate() for word in each.words]
-    local, given = distribute_tensor(full, mesh, fits).to_local(), [*fits]
-    for dimension, word in enumerate(each.words if is_gradient else ()):
-        if word == "P":
-            given[dimension] = Partial()
-            count, place = mesh.size(dimension), mesh.get_local_rank(dimension)
-            local = local * (2 if place == 0 else -1 if place == count - 1 else 0)
-    return DTensor.from_local(
-        local, mesh, given, run_check=False, shape=full.shape, stride=full.stride()
-    )
+    words = " ".join(each.words)
+    words = words if is_gradient else words.replace("P", "R")
+    return spread(full, mesh_of(each.mesh), placements_of(words))
 
 
 class Still(torch.optim.Optimizer):
@@ -115,31 +103,26 @@ def clip(case: Case) -> Any:
     options = {"scope": case.scope, "norm_type": case.order}
     with GradientClipper(optimizer, case.limit, **options) as clipper:
         optimizer.step()
-    gradients = {name: parameter.grad for name, parameter in named.items()}
-    clipped = {
-        name: None if gradient is None else getattr(gradient, "full_tensor", lambda g=gradient: g)()
-        for name, gradient in gradients.items()
-    }
-    return dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True)), clipped
+    gradients = [parameter.grad for parameter in named.values()]
+    clipped = [g if g is None else getattr(g, "full_tensor", g.clone)() for g in gradients]
+    norms = dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True))
+    return norms, dict(zip(named, clipped, strict=True))
 
 
 def check(pool: Any, case: Case) -> None:
-    full = case.full_gradients()
-    norms, expected = oracle(full, case.scope, case.order, case.limit)
-    found = pool.run(clip, case)
-    for own, clipped in found:
-        assert repr(own) == repr(found[0][0])  # the same bits on all ranks
-        assert own == pytest.approx(norms or {"global": 0.0}, rel=1e-6, abs=0)
+    needed, expected = oracle(case.full_gradients(), case.scope, case.order, case.limit)
+    results = pool.run(clip, case)
+    for norms, clipped in results:
+        assert repr(norms) == repr(results[0][0])  # the same bits on all ranks
+        assert norms == pytest.approx(needed or {"global": 0.0}, rel=1e-6, abs=0)
         for each, (name, gradient) in zip(case.parameters, clipped.items(), strict=True):
             assert (gradient is not None) == each.has_gradient
             if gradient is not None:
                 facts = torch.finfo(gradient.dtype)
                 most = max(expected[name].abs().flatten().tolist(), default=0.0)
+                atol = 8 * facts.eps * (most + facts.smallest_normal)
                 torch.testing.assert_close(
-                    gradient.double(),
-                    expected[name],
-                    rtol=2 * facts.eps,
-                    atol=8 * facts.eps * (most + facts.smallest_normal),
+                    gradient.double(), expected[name], rtol=2 * facts.eps, atol=atol
                 )
 
 
@@ -161,7 +144,8 @@ FOUND_AS_IT_IS = (Phase.explicit, Phase.generate)
 
 @settings(max_examples=40, phases=FOUND_AS_IT_IS)
 @given(case=cases("one", "one", "plain"))
-def test_any_model_on_one_mesh_is_clipped_by_its_whole_gradients(two_ranks, case):
+def test_models_on_one_mesh(two_ranks, case):
+    """Any model is clipped by its whole gradients."""
     check(two_ranks, case)
 
 
@@ -169,5 +153,6 @@ def test_any_model_on_one_mesh_is_clipped_by_its_whole_gradients(two_ranks, case
 @given(case=cases(*DIMENSIONS))
 @example(case=IN_ANOTHER_ORDER)
 @pytest.mark.slow
-def test_any_model_on_several_meshes_is_clipped_by_its_whole_gradients(four_ranks, case):
+def test_models_on_several_meshes(four_ranks, case):
+    """Any model is clipped by its whole gradients."""
     check(four_ranks, case)

@@ -1,17 +1,21 @@
-"""Gradients that are spread over ranks, and the collectives that are entered."""
+"""Gradients spread over ranks, the right norms and clipped gradients, and collectives counted."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed
 
+from tests.support.reference import coefficient_of, norm_of, wide
+
 INF = math.inf
 SHAPES = {"matrix": (7, 6), "row": (1, 5), "vector": (6,), "filters": (4, 3, 2)}
+SCOPES = ("global", "parameter", "unit")
 LIMIT = 0.7
 
 
@@ -22,33 +26,28 @@ def quick(values: Iterable[Any], *some: Any) -> list[Any]:
     ]
 
 
+@cache
 def meshes() -> dict[str, Any]:
+    """Return the meshes of this process, made once, as all ranks take part."""
     from torch.distributed.device_mesh import init_device_mesh
 
     world = distributed.get_world_size()
-    found = {"one": init_device_mesh("cpu", (world,), mesh_dim_names=("a",))}
+    meshes = {"one": init_device_mesh("cpu", (world,), mesh_dim_names=("a",))}
     if world == 4:
-        found["two"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    return found
-
-
-_meshes: dict[str, Any] = {}
+        meshes["two"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    return meshes
 
 
 def mesh_of(name: str) -> Any:
-    """Return a mesh, made once in each process."""
-    if not _meshes:
-        _meshes.update(meshes())
-    if name in ("a", "b"):
-        return _meshes["two"][name]
-    return _meshes[name]
+    """Return the mesh of all ranks, "one" or "two" dimensions; "a" and "b" are those of two."""
+    return meshes()["two"][name] if name in ("a", "b") else meshes()[name]
 
 
 def placements_of(words: str) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    kinds = {"R": Replicate(), "P": Partial(), "0": Shard(0), "1": Shard(1)}
-    return [kinds[word] for word in words.split()]
+    kinds = {"R": Replicate(), "P": Partial()}
+    return [kinds[word] if word in kinds else Shard(int(word)) for word in words.split()]
 
 
 def full_gradients(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -97,6 +96,32 @@ def spread_alone(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
     return DTensor.from_local(
         local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
     )
+
+
+def rows_of(scope: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the rows of a gradient that have a norm each, by label, in float64."""
+    if scope == "unit" and tensor.dim() > 1:
+        return {f"{name}[{index}]": row.double() for index, row in enumerate(tensor)}
+    return {"global" if scope == "global" else name: tensor.double()}
+
+
+def oracle(
+    full: dict[str, Tensor], scope: str, order: float, limit: float
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return the norms by label and the clipped gradients, in float64 and by hand."""
+    rows: dict[str, list[Tensor]] = {}
+    for name, gradient in full.items():
+        for label, row in rows_of(scope, name, gradient).items():
+            rows.setdefault(label, []).append(row.flatten())
+    norms = {label: norm_of([torch.cat(parts)], order) for label, parts in rows.items()}
+    clipped = {}
+    for name, gradient in full.items():
+        scaled = [
+            row.flatten() * coefficient_of(norms[label], limit)
+            for label, row in rows_of(scope, name, gradient).items()
+        ]
+        clipped[name] = torch.cat([*scaled, wide(gradient)[:0]]).reshape(gradient.shape)
+    return norms, clipped
 
 
 class Recorded:

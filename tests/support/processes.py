@@ -8,11 +8,14 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
+
+# Every rank is a fork of one process that has imported torch, which takes each of them seconds.
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "gradclip"])
 
 
 class Pool:
@@ -24,17 +27,15 @@ class Pool:
 
     def __init__(self, count: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = get_context("spawn")
-        self._ends: list[Connection] = []
-        self._processes = []
+        self._ends, self.processes = [], []
         for rank in range(count):
-            ours, theirs = context.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             arguments = (theirs, rank, count, str(Path(self._folder.name) / "store"))
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._ends.append(ours)
-            self._processes.append(process)
+            self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call a function of a module on all ranks at once; return what each returned.
@@ -42,26 +43,31 @@ class Pool:
         Raises:
             AssertionError: It raised on one of them, or took too long.
         """
-        for end in self._ends:
-            end.send((function, arguments))
-        found = []
-        for rank, end in enumerate(self._ends):
-            assert end.poll(TIMEOUT), f"rank {rank} is silent"
-            found.append(end.recv())
-        failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(found) if error]
+        return self.run_on([*range(len(self._ends))], function, *arguments)
+
+    def run_on(self, ranks: list[int], function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a function on some ranks alone; see `run`."""
+        for rank in ranks:
+            self._ends[rank].send((function, arguments))
+        answers = {}
+        for rank in ranks:
+            assert self._ends[rank].poll(TIMEOUT), f"rank {rank} is silent"
+            answers[rank] = self._ends[rank].recv()
+        failures = [f"rank {rank}: {error}" for rank, (error, _) in answers.items() if error]
         assert not failures, "\n".join(failures)
-        return [result for _, result in found]
+        return [result for _, result in answers.values()]
 
     def close(self) -> None:
         """End the processes."""
-        for end, process in zip(self._ends, self._processes, strict=True):
+        for end in self._ends:
             end.close()
+        for process in self.processes:
             process.join(10)
             process.kill()
         self._folder.cleanup()
 
 
-def _serve(end: Connection, rank: int, count: int, store: str) -> None:
+def _serve(end: Any, rank: int, count: int, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     from torch import distributed
@@ -78,9 +84,8 @@ def _serve(end: Connection, rank: int, count: int, store: str) -> None:
         try:
             function, arguments = end.recv()
         except EOFError:
-            break
+            return
         try:
             end.send((None, function(*arguments)))
         except BaseException:  # noqa: BLE001  # whoever called hears of it
             end.send((traceback.format_exc(), None))
-    distributed.destroy_process_group()

@@ -1,0 +1,86 @@
+"""The shard of a DTensor on each rank, and the process group that its rank group has."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from gradclip import get_total_norm
+from gradclip.ranks.shards import groups_of, shard_of
+from tests.support.processes import CONTEXT
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, CONTEXT) as pool:
+        yield pool
+
+
+def part(rows: Tensor, count: int, place: int) -> Tensor:
+    """Return what `torch.chunk` gives the rank at a place."""
+    parts = rows.chunk(count)
+    return parts[place] if len(rows) and place < len(parts) else rows[:0]
+
+
+def rows_by_rank(data: int, tensor: int, height: int) -> list[tuple[list[int], list[int]]]:
+    """Shard by tensor parallelism, then by FSDP2; return the rows of shards and the true ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    results = []
+    for rank in range(data * tensor):
+        distributed.init_process_group(
+            "fake", store=FakeStore(), rank=rank, world_size=data * tensor
+        )
+        mesh = init_device_mesh("cpu", (data, tensor))
+        first, second = mesh.get_coordinate()
+        rows = part(part(torch.arange(height), tensor, second), data, first)
+        placements = [_StridedShard(0, split_factor=tensor), Shard(0)]
+        local = rows.float().unsqueeze(1)
+        shape = {"shape": (height, 1), "stride": (1, 1)}
+        spread = DTensor.from_local(local, mesh, placements, run_check=False, **shape)
+        results.append((shard_of(spread).rows.tolist(), rows.tolist()))
+        distributed.destroy_process_group()
+    return results
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "height"), [(2, 2, 5), (3, 2, 7), (4, 2, 9), (4, 4, 19), (2, 4, 3)]
+)
+def test_rows_of_fsdp2_on_tensor_parallelism(process, data, tensor, height):
+    """The rows of a shard are those that its local tensor has."""
+    for rows, needed in process.submit(rows_by_rank, data, tensor, height).result(60):
+        assert rows == needed
+
+
+def begun_again() -> list[Any]:
+    """Leave the group, join another one, and clip on a mesh that is equal to the one before."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    results = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+            )
+            mesh = init_device_mesh("cpu", (1,))
+            gradient = distribute_tensor(torch.tensor([3.0, 4.0]), mesh)
+            [group] = groups_of([gradient])
+            norm = get_total_norm([gradient]).item()
+            results.append((norm, group.process_groups == (mesh.get_group(),)))
+            distributed.destroy_process_group()
+    return results
+
+
+def test_a_group_that_is_joined_after_another_one(process):
+    """A group that was left and made again is not confused with the earlier one."""
+    assert process.submit(begun_again).result(60) == [(5.0, True)] * 2

@@ -160,8 +160,8 @@ def test_no_path_or_command_in_brackets_goes_unseen():
     "wrong",
     [
         "tests/test_nothing.py",
-        "tests/test_clipper.py -k nothing_of_the_kind",
-        "tests/test_clipper.py -m closure",
+        "tests/behaviour/clipper/test_step.py -k nothing_of_the_kind",
+        "tests/behaviour/clipper/test_step.py -m closure",
         "tests/conftest.py",
         "python -m benchmarks.nothing",
         "python -m benchmarks.common.shapes",

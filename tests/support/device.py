@@ -79,6 +79,11 @@ def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
             device.clamp_(tensors, bounds, rows=rows)
 
     monkeypatch.setattr(engines, "_BEST", {"cpu": DeviceEngine()})
+    take_the_device_route(monkeypatch)
+
+
+def take_the_device_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no step read a value where it need not, as on a CUDA device."""
     for module in _modules_with("host_may_read"):
         monkeypatch.setattr(module, "host_may_read", lambda tensor: False)
 

@@ -1,0 +1,313 @@
+"""Several optimizers under one GradScaler: one scale, one norm, and overflows of some of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from gradclip import AttachError, GradientClipper, Threshold
+from tests.support.device import take_the_device_route
+from tests.support.several import (
+    LIMIT,
+    Twins,
+    assert_close,
+    assert_within,
+    clip_by_hand,
+    either_order,
+    fused_or_not,
+    gradients_of,
+    has_marks,
+    joint_norm,
+    loss_of,
+    mixed,
+    parameters_of,
+    scaled_round,
+    scaler_of,
+    values_of,
+    watch,
+    weights,
+)
+
+scaling = pytest.mark.parametrize(
+    ("unscale", "given"),
+    [(False, True), (True, True), (True, False)],
+    ids=["grad_scaler=", "grad_scaler= and unscale_", "unscale_"],
+)
+
+
+class PlannedError(Exception):
+    """An error that a hook or a function raises here."""
+
+
+@pytest.mark.parametrize("raising", [None, "max_norm", "a hook"])
+@scaling
+@either_order
+@fused_or_not
+def test_the_true_joint_norm(fused, order, unscale, given, raising):
+    """Overflows and errors leave no trace: the others train as clipped by hand."""
+    broken, overflows, now = (1, 4, 5, 8) if raising else (), (2, 6), 0
+
+    def fail(*_: object) -> None:
+        if now in broken:
+            raise PlannedError
+
+    scaler, scales = scaler_of(), []
+    twins = Twins(
+        lambda: mixed(fused),
+        (lambda _: fail() or 1.0) if raising == "max_norm" else 1.0,
+        grad_scaler=scaler if given else None,
+    )
+    if raising == "a hook":
+        twins.ours[order[0]].register_step_pre_hook(fail)
+    for now in range(11):
+        twins.zero_grad()
+        try:
+            infinite = now in overflows
+            scaled_round(twins.ours, scaler, order, step=now, unscale=unscale, infinite=infinite)
+        except PlannedError:
+            assert now in broken
+        else:
+            assert now not in broken
+        # A hook that raises leaves GradScaler's own marks, as without a clipper.
+        assert raising == "a hook" or not has_marks(*twins.ours)
+        scales.append(scaler.get_scale())
+        scaler.update()
+        if now not in (*broken, *overflows):
+            loss_of(now, twins.theirs).backward()
+            twins.take_by_hand()
+    assert twins.clipper.steps == 9 - len(broken)
+    assert {0.5, 2.0} <= {after / before for before, after in itertools.pairwise(scales)}
+    twins.check()
+
+
+@pytest.mark.parametrize("route", ["host", "device"])
+@scaling
+@pytest.mark.parametrize("overflow", [0, 1])
+@either_order
+@fused_or_not
+def test_an_overflow_in_one(fused, order, overflow, unscale, given, route, monkeypatch):
+    """It skips that one alone; the other is clipped by its own norm."""
+    if route == "device":
+        take_the_device_route(monkeypatch)
+    optimizers, scaler = mixed(fused), scaler_of()
+    policy = {} if route == "device" else {"nonfinite": "raise"}
+    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler if given else None, **policy)
+    scaled_round(optimizers, scaler, order, unscale=unscale)  # makes the state
+    scaler.update()
+    clipper.zero_grad()
+    before, twins = values_of(*optimizers), mixed(fused)
+    for optimizer, twin in zip(optimizers, twins, strict=True):
+        parameters_of(twin)[0].data.copy_(parameters_of(optimizer)[0].data)
+        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    loss_of(1, twins).backward()
+    good, twin = optimizers[1 - overflow], twins[1 - overflow]
+    norm = clip_by_hand(twin)
+    assert norm > 1.2
+    scaled_round(optimizers, scaler, order, step=1, unscale=unscale, overflow=overflow)
+    scaler.update()
+    twin.step()
+    assert joint_norm(good) == pytest.approx(1.0, rel=1e-6)
+    assert_close(parameters_of(good), parameters_of(twin))
+    assert torch.equal(parameters_of(optimizers[overflow])[0], before[overflow])
+    assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-5)
+    clipper.zero_grad()
+    scaled_round(optimizers, scaler, order, step=2, unscale=unscale)
+    assert joint_norm(*optimizers) == pytest.approx(1.0, rel=1e-6)
+    assert (clipper.steps, clipper.skipped) == (3, 0)
+    assert clipper.state_dict()["counters"]["nonfinite_steps"] == 0
+
+
+class Learning(Threshold):
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def thresholds(self, norms, context):
+        return torch.full_like(norms, 1.0)
+
+    def observe(self, norms, clipped_norms, context):
+        if context.present:
+            self.norms.append(norms.item())
+
+
+@pytest.mark.parametrize("overflow", [0, 1])
+@either_order
+@fused_or_not
+def test_a_rule_learns_nothing_from_the_norm_of_a_part(fused, order, overflow):
+    rule, whole = Learning(), []
+    optimizers, scaler = mixed(fused), scaler_of()
+    clipper = GradientClipper(optimizers, rule, grad_scaler=scaler)
+    for step in range(4):
+        clipper.zero_grad()
+        partial = step in (1, 2)
+        scaled_round(optimizers, scaler, order, step=step, overflow=overflow if partial else None)
+        scaler.update()
+        if not partial:
+            whole.append(clipper.last.norm.item())
+    assert rule.norms == whole
+    assert clipper.steps == 4
+
+
+@either_order
+@fused_or_not
+def test_accumulated_gradients_under_a_growing_scale(fused, order):
+    scaler = scaler_of(growth_interval=1)
+    twins = Twins(lambda: mixed(fused), grad_scaler=scaler)
+    for step in range(9):
+        scaler.scale(loss_of(step, twins.ours)).backward()
+        loss_of(step, twins.theirs).backward()
+        if step % 3 < 2:
+            continue
+        for number in order:
+            scaler.step(twins.ours[number])
+        scaler.update()
+        twins.take_by_hand()
+        twins.zero_grad()
+    assert twins.clipper.steps == 3
+    twins.check()
+
+
+@pytest.mark.parametrize(
+    ("given", "unscaled"),
+    [(True, None), (True, 0), (True, 1), (False, None), (False, 0)],
+    ids=["given", "given, first unscaled", "given, last unscaled", "none", "none, first unscaled"],
+)
+@either_order
+@fused_or_not
+def test_scales_that_differ(fused, order, given, unscaled):
+    """The clipper needs the scaler to unscale the others; else nothing is stepped."""
+    scaler = scaler_of()
+    twins = Twins(lambda: mixed(fused), grad_scaler=scaler if given else None)
+    before = values_of(*twins.ours)
+    scaler.scale(loss_of(0, twins.ours)).backward()
+    loss_of(0, twins.theirs).backward()
+    if unscaled is not None:
+        scaler.unscale_(twins.ours[order[unscaled]])
+    if given:
+        for number in order:
+            scaler.step(twins.ours[number])
+        twins.take_by_hand()
+        twins.check()
+        return
+    with pytest.raises(AttachError, match="scales differ: give the clipper grad_scaler="):
+        scaler.step(twins.ours[order[0]])
+    assert all(map(torch.equal, values_of(*twins.ours), before))
+    assert twins.clipper.steps == 0
+    assert not has_marks(*twins.ours)
+
+
+@either_order
+@fused_or_not
+def test_direct_steps(fused, order):
+    """Scaled gradients are refused, and clipped once they were unscaled by hand."""
+    optimizers, scaler = mixed(fused), scaler_of()
+    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    before = values_of(*optimizers)
+    scaler.scale(loss_of(0, optimizers)).backward()
+    gradients = gradients_of(*optimizers)
+    with pytest.raises(AttachError, match="still scaled by grad_scaler: call grad_scaler.step"):
+        optimizers[order[0]].step()
+    assert all(map(torch.equal, values_of(*optimizers), before))
+    assert all(map(torch.equal, gradients_of(*optimizers), gradients))
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    for number in order:
+        optimizers[number].step()
+    assert joint_norm(*optimizers) == pytest.approx(1.0, rel=1e-6)
+    assert clipper.steps == 1
+
+
+def test_one_optimizer_may_be_given_its_scaler():
+    optimizers, scaler = mixed((True, True)), scaler_of()
+    clipper = GradientClipper(optimizers[0], 1.0, grad_scaler=scaler)
+    scaler.scale(loss_of(0, optimizers, 30.0)).backward()
+    norm = joint_norm(optimizers[0]) / scaler.get_scale()
+    scaler.step(optimizers[0])
+    assert norm > 1
+    assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
+    assert joint_norm(optimizers[0]) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["stepped one first", "other one first"])
+@pytest.mark.parametrize("unscale", [True, False], ids=["unscale_", "step"])
+@fused_or_not
+def test_gradients_added_to_those_of_another_scale_are_refused(fused, unscale, first):
+    optimizers, scaler = mixed(fused), scaler_of()
+    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    scaler.scale(loss_of(0, optimizers)).backward()
+    scaler.step(optimizers[0])  # unscales both
+    scaler.update()
+    optimizers[0].zero_grad()
+    before = values_of(*optimizers)
+    scaler.scale(loss_of(1, optimizers)).backward()
+    if unscale:
+        scaler.unscale_(optimizers[first])
+    with pytest.raises(AttachError, match="another scale"):
+        scaler.step(optimizers[first])
+    assert all(map(torch.equal, values_of(*optimizers), before))
+    assert clipper.steps == 1
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@fused_or_not
+def test_gradients_computed_after_the_unscaling(fused, set_to_none):
+    """They are refused, as GradScaler takes them for unscaled, unless it was updated."""
+    optimizers, scaler = mixed(fused), scaler_of()
+    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    scaler.scale(loss_of(0, optimizers)).backward()
+    scaler.step(optimizers[0])  # unscales both
+    optimizers[1].zero_grad(set_to_none=set_to_none)
+    scaler.scale(loss_of(1, optimizers)).backward()
+    with pytest.raises(AttachError, match="SGD were computed after they had been unscaled"):
+        scaler.step(optimizers[1])
+    clipper.zero_grad()
+    scaler.update()
+    for step in (1, 2):  # optimizers with losses of their own, an update after each
+        scaled_round(optimizers, scaler, [step % 2], step=step)
+        scaler.update()
+        clipper.zero_grad()
+    assert clipper.steps == 3
+
+
+@fused_or_not
+def test_a_parameter_that_both_hold_is_not_unscaled_twice(fused):
+    first, second = weights()
+    optimizers = [
+        torch.optim.Adam([first, second], lr=0.05, fused=fused[0]),
+        torch.optim.SGD([second], lr=0.05, fused=fused[1]),
+    ]
+    scaler = scaler_of()
+    GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    scaler.scale((first**2).sum() + (second**2).sum()).backward()
+    before = values_of(*optimizers)
+    with pytest.raises(AttachError, match="Two of the optimizers hold the same parameter"):
+        scaler.step(optimizers[0])
+    assert all(map(torch.equal, values_of(*optimizers), before))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["accumulated", "set to None"])
+@either_order
+@fused_or_not
+def test_one_skipped_for_its_overflow_or_without_gradients(fused, order, kept):
+    """Its gradients of another scale are not refused, as they are infinite or absent."""
+    optimizers, scaler = mixed(fused), scaler_of()
+    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    scaled_round(optimizers, scaler, order)
+    scaler.update()
+    clipper.zero_grad()
+    scaled_round(optimizers, scaler, order, step=1, overflow=1)
+    scaler.update()
+    steps = watch(*optimizers)
+    for step in range(2, 5):
+        optimizers[0].zero_grad()
+        if not kept:
+            optimizers[1].zero_grad()
+        scaled_round(optimizers, scaler, order, step=step)
+        scaler.update()
+        assert joint_norm(optimizers[0]) <= LIMIT
+    assert_within(steps)
+    assert clipper.steps == 5
+    assert math.isfinite(joint_norm(optimizers[1])) is not kept

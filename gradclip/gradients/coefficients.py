@@ -41,6 +41,10 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
         # Not full_like(norms): a norm that a user gives may be of a subclass of Tensor, and the
         # default device may be another one.
         return torch.full((1,), coefficient, dtype=norms.dtype, device="cpu")
+    if isinstance(thresholds, float):
+        # torch takes number / tensor for number * (1 / tensor), which is infinite for the smallest
+        # norms. A 0-d tensor on the CPU is a number to every device, and is divided.
+        thresholds = torch.tensor(thresholds, dtype=norms.dtype, device="cpu")
     # Where norm and threshold are 0 the quotient is NaN, but not chosen.
     exceeded = torch.where(norms > thresholds, thresholds / norms, 1.0)
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class RecordBuffer:
             self._send()
         self._waiting.append(record)
         count = len(self._waiting)
-        numbers = record.norms.numel() + len(record.parameter_sums or ())
+        sums = record.parameter_sums
+        numbers = record.norms.numel() + (0 if sums is None else len(sums.names))
         if count >= self._capacity or count * numbers >= MOST_NORMS:
             self._send()
 
@@ -82,8 +84,10 @@ class Batch:
             ]
         # One tensor, so that one copy brings everything but the sums of parameters.
         values = torch.stack([torch.stack(row) for row in rows])
-        steps = [record.parameter_sums.sums for record in records if record.parameter_sums]
-        vectors = [vector.to(values.device) for sums in steps for vector in sums]
+        measured = [sums for record in records if (sums := record.parameter_sums) is not None]
+        vectors = [vector for sums in measured for vector in sums.sums]
+        if any(vector.device != values.device for vector in vectors):
+            vectors = [vector.to(values.device) for vector in vectors]
         self._host = _on_host(values)
         self._sums = _on_host(torch.cat(vectors)) if vectors else None
         self._event = None
@@ -112,27 +116,36 @@ class Batch:
         """Return which steps GradScaler skipped, as `skipped` does; None if the host knows none."""
         return self._arrived()[4, :, 0] > 0 if self.has_device_flags else None
 
-    def parameter_norms(self, order: float) -> list[ParameterNorms | None]:
-        """Return the parameter norms of each step, None if unknown. Waits for the copy.
+    def parameter_norms(self, order: float) -> list[Callable[[], ParameterNorms | None]]:
+        """Return what makes the parameter norms of each step, None if unknown. Waits for the copy.
+
+        Most steps are usual ones, whose parameter norms nobody asks for.
 
         Args:
             order: p of the norms.
         """
         if self._sums is None:
-            return [None] * len(self.records)
+            return [_unknown] * len(self.records)
         self._arrived()
         sums, end = self._sums.to(torch.float64), 0
-        norms: list[ParameterNorms | None] = []
+        norms: list[Callable[[], ParameterNorms | None]] = []
         for record in self.records:
             of_step = record.parameter_sums
-            norms.append(None if of_step is None else ParameterNorms(of_step, sums, end, order))
-            end += len(of_step or ())
+            if of_step is None:
+                norms.append(_unknown)
+            else:
+                norms.append(partial(ParameterNorms, of_step, sums, end, order))
+                end += len(of_step.names)
         return norms
 
     def _arrived(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
         return self._host.to(torch.float64)
+
+
+def _unknown() -> None:
+    """Return no parameter norms."""
 
 
 def _on_host(values: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class StepCounter:
             (clipped.double() / finite.clamp(min=1)).tolist(),
             nonfinite_steps.tolist(),
             skipped_steps.tolist(),
-            by_parameter if parameter_norms else [None] * len(steps.indices),
+            [norms() if parameter_norms else None for norms in by_parameter],
             incidents,
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]

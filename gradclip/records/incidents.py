@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..errors import NonFiniteGradientError, SkipLimitError
 from ..scopes.naming import listed_nonfinite
@@ -15,19 +16,22 @@ CARRIED = 0.9
 
 
 def incident_of(
-    step: int, norm: float, parameters: ParameterNorms | None, before: NormHistory
+    step: int,
+    norm: float,
+    parameter_norms: Callable[[], ParameterNorms | None],
+    before: NormHistory,
 ) -> str | None:
     """Return a sentence about a step that stands out; None for a usual step.
 
     Args:
         step: Index of the step.
         norm: Total norm of the step.
-        parameters: Norms of the parameters; None if unknown.
+        parameter_norms: Returns the norms of the parameters, None if they are unknown.
         before: The norms before the step.
     """
     if not math.isfinite(norm):
         incident = f"The norm was {norm} at step {step}"
-        if parameters is not None:
+        if (parameters := parameter_norms()) is not None:
             incident += f", from {parameters.nonfinite or _nonfinite_names(parameters)}"
     elif before.is_spike(norm):
         line = before.median + DEVIATIONS * before.deviation()
@@ -36,7 +40,7 @@ def incident_of(
             f"{len(before)} norms above 0, {before.median:.7g}, plus {DEVIATIONS:g} median "
             "deviations"
         )
-        if parameters:
+        if parameters := parameter_norms():
             largest = parameters.carrying(CARRIED, SHOWN).items()
             names = ", ".join(f"{name} ({value:.4g})" for name, value in largest)
             incident += f"; most of it in {names}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engines.base import root
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ParameterSums:
     """The power sum of each parameter's gradient at one step, on the device that measured it."""
 
@@ -22,9 +22,6 @@ class ParameterSums:
     nonfinite: str | None = None
     """Names of the parameters that hold NaN or infinity, with the number of these elements; None
     if the host did not look."""
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class ParameterNorms(Mapping[str, float]):

@@ -21,6 +21,7 @@ from gradclip import GradientClipper, JsonlSink, TensorBoardSink
 from gradclip.records.sinks import event_files
 from gradclip.report import read_runs
 from tests.faults.lives import Life, sinks
+from tests.support.curves import steps_in
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return disk
 
 
-def test_a_full_disk(tmp_path: Path, training: Any, read_steps: Any, disk: Disk) -> None:
+def test_a_full_disk(tmp_path, training, disk):
     run = training()
     clipper = GradientClipper(run.optimizer, 1.0, log=TensorBoardSink(tmp_path, flush_every=10))
     with one_warning("No space left on device", str(tmp_path)):
@@ -87,16 +88,14 @@ def test_a_full_disk(tmp_path: Path, training: Any, read_steps: Any, disk: Disk)
         run.take(*[1.0] * 5)
         clipper.close()
     # Of the batch that met the full disk, readers see what came before the end.
-    steps = read_steps(tmp_path)["grad_norm/pre"]
+    steps = steps_in(tmp_path)["grad_norm/pre"]
     assert len(os.listdir(tmp_path)) == 3
     assert steps[:10] == list(range(10))
     assert [step for step in steps if step >= 20] == [*range(40, 50), *range(60, 65)]
     assert steps == sorted(set(steps))
 
 
-def test_a_disk_that_is_full_from_the_beginning(
-    tmp_path: Path, training: Any, read_steps: Any, disk: Disk
-) -> None:
+def test_a_disk_that_is_full_from_the_beginning(tmp_path, training, disk):
     run = training()
     disk.free = 20
     with (
@@ -107,12 +106,12 @@ def test_a_disk_that_is_full_from_the_beginning(
         assert os.listdir(tmp_path) == []
         disk.free = 1 << 40
         run.take(*[1.0] * 2)
-    assert read_steps(tmp_path)["grad_norm/pre"] == [6, 7]
+    assert steps_in(tmp_path)["grad_norm/pre"] == [6, 7]
 
 
-def test_an_interrupt_within_a_write_leaves_no_half_record_before_others(
-    tmp_path: Path, training: Any, read_steps: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_within_a_write_leaves_no_half_record_before_others(
+    tmp_path, training, monkeypatch
+):
     class File(io.FileIO):
         def write(self, content: Any) -> int:
             if run.interrupts:
@@ -134,7 +133,7 @@ def test_an_interrupt_within_a_write_leaves_no_half_record_before_others(
             run.take(1.0)
         clipper.steps = 200
         run.take(*[1.0] * 100)
-    assert read_steps(tmp_path)["grad_norm/pre"][-100:] == list(range(200, 300))
+    assert steps_in(tmp_path)["grad_norm/pre"][-100:] == list(range(200, 300))
 
 
 def write_up_to_a_limit(folder: Path) -> None:
@@ -151,10 +150,10 @@ def write_up_to_a_limit(folder: Path) -> None:
     assert "File too large" in texts[1]
 
 
-def test_a_write_that_the_system_refuses(tmp_path: Path, children: Any, read_steps: Any) -> None:
+def test_a_write_that_the_system_refuses(tmp_path, children):
     """With a limit on the size of files, as a quota: Python sees OSError, the file is cut off."""
     children.run(write_up_to_a_limit, tmp_path)
-    steps = read_steps(tmp_path / "events")["grad_norm/pre"]
+    steps = steps_in(tmp_path / "events")["grad_norm/pre"]
     assert steps == sorted(set(steps))
     assert set(steps) >= {*range(10), *range(40, 55)}
     with pytest.warns(UserWarning, match="1 of its lines are not steps and were ignored"):
@@ -174,7 +173,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk: Path, read_steps: Any) -> None:
+def test_a_disk_that_is_really_full(small_disk):
     """A disk that fills while training, with the logs themselves, and has room again later."""
     (small_disk / "ballast").write_bytes(bytes(32 << 10))
     life, alone = Life(*sinks(small_disk, 10)), Life()
@@ -193,7 +192,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, read_steps: Any) -> None:
     assert torch.equal(life.weight, alone.weight)
     assert repr(life.clipper.state_dict()) == repr(alone.clipper.state_dict())
 
-    steps = read_steps(small_disk / "events")["grad_norm/pre"]
+    steps = steps_in(small_disk / "events")["grad_norm/pre"]
     assert steps == sorted(set(steps))
     assert set(steps) >= {*range(10), *range(200, 215)}
     with pytest.warns(UserWarning, match="of its lines are not steps and were ignored"):
@@ -201,7 +200,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, read_steps: Any) -> None:
     assert {*run.steps.tolist()} >= {*range(10), *range(200, 215)}
 
 
-def test_a_directory_below_a_file(tmp_path: Path, training: Any, read_steps: Any) -> None:
+def test_a_directory_below_a_file(tmp_path, training):
     run = training()
     blocking = tmp_path / "file"
     blocking.write_text("in the way")
@@ -216,13 +215,11 @@ def test_a_directory_below_a_file(tmp_path: Path, training: Any, read_steps: Any
         clipper.flush()
         blocking.unlink()
         run.take(1.0)
-    assert read_steps(directory)["grad_norm/pre"] == [3]
+    assert steps_in(directory)["grad_norm/pre"] == [3]
 
 
 @pytest.mark.parametrize("removed", ["directory", "file"])
-def test_what_is_removed_while_training_is_made_again(
-    tmp_path: Path, training: Any, read_steps: Any, removed: str
-) -> None:
+def test_what_is_removed_while_training_is_made_again(tmp_path, training, removed):
     run = training()
     directory = tmp_path / "run"
     with (
@@ -238,12 +235,10 @@ def test_what_is_removed_while_training_is_made_again(
         run.take(1.0)
         clipper.flush()
         run.take(1.0)
-    assert read_steps(directory)["grad_norm/pre"] == [2, 3]
+    assert steps_in(directory)["grad_norm/pre"] == [2, 3]
 
 
-def test_a_file_of_lines_whose_directory_is_removed_is_made_again(
-    tmp_path: Path, training: Any
-) -> None:
+def test_a_file_of_lines_whose_directory_is_removed_is_made_again(tmp_path, training):
     """Nobody is told: each batch opens the file anew, and none is lost after the removal."""
     run, path = training(), tmp_path / "run" / "steps.jsonl"
     with GradientClipper(run.optimizer, 1.0, log=JsonlSink(path, flush_every=2)):
@@ -254,13 +249,11 @@ def test_a_file_of_lines_whose_directory_is_removed_is_made_again(
     assert found.steps.tolist() == [4, 5, 6, 7, 8]
 
 
-def test_a_directory_that_is_moved_takes_its_curves_along(
-    tmp_path: Path, training: Any, read_steps: Any
-) -> None:
+def test_a_directory_that_is_moved_takes_its_curves_along(tmp_path, training):
     run = training()
     with GradientClipper(run.optimizer, 1.0, log=tmp_path / "here") as clipper:
         run.take(1.0)
         clipper.flush()
         (tmp_path / "here").rename(tmp_path / "there")
         run.take(1.0)
-    assert read_steps(tmp_path / "there")["grad_norm/pre"] == [0, 1]
+    assert steps_in(tmp_path / "there")["grad_norm/pre"] == [0, 1]

@@ -16,6 +16,7 @@ import torch
 from gradclip import LoggedStep, MemorySink
 from gradclip.report import Run, read_runs
 from tests.faults.lives import FLUSH_EVERY, Life, live, said
+from tests.support.curves import curves_in
 
 KILLS = 20
 LONGEST = 100
@@ -83,9 +84,7 @@ def kill(children: Any, folder: Path, until: int, pause: float) -> int:
         return number[0]
 
 
-def test_a_training_that_is_killed_loses_a_batch_at_most_and_goes_on(
-    tmp_path: Path, children: Any, read: Any
-) -> None:
+def test_a_training_that_is_killed_loses_a_batch_at_most_and_goes_on(tmp_path, children):
     moments = random.Random(0)
     whole = Uninterrupted()
     state, lengths, resumed = tmp_path / "state.pt", {"events": 0, "steps.jsonl": 0}, []
@@ -101,7 +100,7 @@ def test_a_training_that_is_killed_loses_a_batch_at_most_and_goes_on(
             assert before - FLUSH_EVERY < length
             lengths[name] = length
         if lengths["events"]:
-            seen = [point.step for point in read(tmp_path / "events")["grad_norm/pre"]]
+            seen = [point.step for point in curves_in(tmp_path / "events")["grad_norm/pre"]]
             assert seen == [*range(lengths["events"])]
         if state.exists():
             steps = torch.load(state, weights_only=True)["clipper"]["steps"]
@@ -115,7 +114,7 @@ def test_a_training_that_is_killed_loses_a_batch_at_most_and_goes_on(
     expected = whole.steps(last)
     for name, rel in (("events", 1e-6), ("steps.jsonl", 0.0)):
         assert check_run(logged(tmp_path / name), expected, rel) == last
-    curves = read(tmp_path / "events")
+    curves = curves_in(tmp_path / "events")
     for tag in ("clip_rate", "nonfinite_steps", "skipped_steps"):
         points = curves[f"grad_norm/{tag}"]
         assert [point.step for point in points] == [*range(last)]

@@ -24,6 +24,7 @@ from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep, Tens
 from gradclip.cli.main import DONE, REFUSED, main
 from gradclip.records.sinks.tfrecord import framed, header_of
 from gradclip.report import Run, read_runs
+from tests.support.curves import steps_in
 
 STEPS = 30
 DAMAGES = 60
@@ -106,7 +107,7 @@ WAYS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_of_a_damaged_file_what_is_whole_is_read(log: Path, kind: str, way: str) -> None:
+def test_of_a_damaged_file_what_is_whole_is_read(log, kind, way):
     """Of an event file that is what comes before the damage, else all lines that are whole."""
     chance, content = random.Random(way), log.read_bytes()
     for _ in range(DAMAGES):
@@ -150,13 +151,13 @@ def whole_before(content: bytes, end: int, kind: str) -> int:
     return whole
 
 
-def test_an_empty_file_is_no_run_and_says_so(log: Path, capsys: Any) -> None:
+def test_an_empty_file_is_no_run_and_says_so(log, capsys):
     log.write_bytes(b"")
     assert main(["report", str(log)]) == REFUSED
     assert "has no steps in it (0 bytes)" in capsys.readouterr().err
 
 
-def test_a_damaged_file_hides_no_other_run(log: Path, tmp_path: Path, kind: str) -> None:
+def test_a_damaged_file_hides_no_other_run(log, tmp_path, kind):
     other = log.with_name(f"other-{log.name}")
     other.write_bytes(random.Random(0).randbytes(500))
     assert steps_read(tmp_path) == [*range(STEPS)]
@@ -164,9 +165,7 @@ def test_a_damaged_file_hides_no_other_run(log: Path, tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=" ".join)
 @pytest.mark.parametrize("way", ["cut short", "flipped", "garbage at the end"])
-def test_the_report_of_a_damaged_file_says_so(
-    log: Path, way: str, arguments: list[str], capsys: Any
-) -> None:
+def test_the_report_of_a_damaged_file_says_so(log, way, arguments, capsys):
     content, chance = log.read_bytes(), random.Random(3)
     log.write_bytes(content[:-7] if way == "cut short" else WAYS[way](content, chance))
     assert main(["report", str(log), *arguments]) == DONE
@@ -176,9 +175,7 @@ def test_the_report_of_a_damaged_file_says_so(
 
 
 @pytest.mark.parametrize("way", ["cut short", "flipped", "garbage", "overwritten"])
-def test_a_run_that_continues_beside_a_damaged_file_is_logged(
-    log: Path, tmp_path: Path, kind: str, way: str, training: Any, read_steps: Any
-) -> None:
+def test_a_run_that_continues_beside_a_damaged_file_is_logged(log, tmp_path, kind, way, training):
     content, chance = log.read_bytes(), random.Random(way)
     for _ in range(5):
         log.write_bytes(WAYS[way](content, chance))
@@ -189,7 +186,7 @@ def test_a_run_that_continues_beside_a_damaged_file_is_logged(
         found = steps_read(where(tmp_path, kind))
         assert found[-15:] == [*range(STEPS, STEPS + 15)]
         if kind == "events":
-            steps = read_steps(log.parent)["grad_norm/pre"]
+            steps = steps_in(log.parent)["grad_norm/pre"]
             assert steps[-15:] == [*range(STEPS, STEPS + 15)]
             for file in log.parent.iterdir():
                 file.unlink()
@@ -214,9 +211,7 @@ LENGTHS = [1 << 31, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1]
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", ["events"], indirect=True)
-def test_a_record_that_claims_to_be_huge_takes_no_memory(
-    log: Path, length: int, little_memory: None, capsys: Any
-) -> None:
+def test_a_record_that_claims_to_be_huge_takes_no_memory(log, length, little_memory, capsys):
     """Its length is right by its checksum."""
     with log.open("ab") as file:
         file.write(header_of(length) + b"little")
@@ -262,9 +257,7 @@ A_STEP = st.fixed_dictionaries(
 
 @settings(max_examples=40)
 @given(st.lists(st.one_of(A_STEP, JSON), max_size=6))
-def test_whatever_a_line_holds_the_report_answers(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[Any]
-) -> None:
+def test_whatever_a_line_holds_the_report_answers(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "hostile.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     answered(path)
@@ -285,7 +278,7 @@ def test_whatever_a_line_holds_the_report_answers(
     ],
     ids=lambda line: repr(line[:12]),
 )
-def test_a_hostile_line_is_passed_over(tmp_path: Path, line: bytes) -> None:
+def test_a_hostile_line_is_passed_over(tmp_path, line):
     path = tmp_path / "steps.jsonl"
     step = LoggedStep(0, 0.0, 1.0, 1.0, None, 1.0, False, False, 0.0, 0, 0)
     for index in range(2):
@@ -300,9 +293,7 @@ INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(INT64, st.floats(width=32), st.booleans()), max_size=8))
-def test_whatever_an_event_holds_the_report_answers(
-    tmp_path_factory: pytest.TempPathFactory, events: list[tuple[int, float, bool]]
-) -> None:
+def test_whatever_an_event_holds_the_report_answers(tmp_path_factory, events):
     path = tmp_path_factory.getbasetemp() / "events.out.tfevents.0.hostile"
     contents = []
     for step, number, named in events:
@@ -317,9 +308,7 @@ def test_whatever_an_event_holds_the_report_answers(
 
 @settings(max_examples=40)
 @given(st.lists(st.binary(max_size=60), max_size=5))
-def test_records_of_bytes_that_are_no_events_are_answered(
-    tmp_path_factory: pytest.TempPathFactory, contents: list[bytes]
-) -> None:
+def test_records_of_bytes_that_are_no_events_are_answered(tmp_path_factory, contents):
     path = tmp_path_factory.getbasetemp() / "events.out.tfevents.0.bytes"
     path.write_bytes(framed(contents))
     answered(path)

@@ -7,13 +7,13 @@ import gc
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tests.faults.lives import Life, sinks
+from tests.support.curves import steps_in
 
 BEFORE, EPOCHS, LENGTH = 5, 2, 8
 STEPS = BEFORE + EPOCHS * LENGTH
@@ -105,11 +105,11 @@ def train_without_close(folder: Path) -> None:
     begun(folder)
 
 
-def check_written_once(folder: Path, steps: int, read_steps: Any) -> None:
+def check_written_once(folder, steps):
     """Check that each step is in the logs once, and that one process wrote them."""
     lines = (folder / "steps.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(steps)]
-    assert read_steps(folder / "events")["grad_norm/pre"] == [*range(steps)]
+    assert steps_in(folder / "events")["grad_norm/pre"] == [*range(steps)]
     assert len(os.listdir(folder / "events")) == 1
 
 
@@ -125,43 +125,31 @@ def close_in_a_child(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_write_nothing(
-    tmp_path: Path, children: Any, read_steps: Any, persistent: bool
-) -> None:
+def test_workers_write_nothing(tmp_path, children, persistent):
     children.run(train, tmp_path, persistent)
-    check_written_once(tmp_path, STEPS, read_steps)
+    check_written_once(tmp_path, STEPS)
 
 
-def test_a_worker_that_fails_leaves_the_logs_to_the_training(
-    tmp_path: Path, children: Any, read_steps: Any
-) -> None:
+def test_a_worker_that_fails_leaves_the_logs_to_the_training(tmp_path, children):
     children.run(train_and_fail, tmp_path)
-    check_written_once(tmp_path, STEPS, read_steps)
+    check_written_once(tmp_path, STEPS)
 
 
-def test_a_worker_that_collects_an_old_clipper_writes_nothing(
-    tmp_path: Path, children: Any, read_steps: Any
-) -> None:
+def test_a_worker_that_collects_an_old_clipper_writes_nothing(tmp_path, children):
     children.run(train_after_another, tmp_path)
-    check_written_once(tmp_path, BEFORE, read_steps)
+    check_written_once(tmp_path, BEFORE)
 
 
-def test_a_forked_child_that_exits_writes_nothing(
-    tmp_path: Path, children: Any, read_steps: Any
-) -> None:
+def test_a_forked_child_that_exits_writes_nothing(tmp_path, children):
     children.run(fork_and_exit, tmp_path)
-    check_written_once(tmp_path, STEPS, read_steps)
+    check_written_once(tmp_path, STEPS)
 
 
-def test_a_forked_process_that_trains_has_written_all_at_its_end(
-    tmp_path: Path, children: Any, read_steps: Any
-) -> None:
+def test_a_forked_process_that_trains_has_written_all_at_its_end(tmp_path, children):
     children.run(train_without_close, tmp_path)
-    check_written_once(tmp_path, BEFORE, read_steps)
+    check_written_once(tmp_path, BEFORE)
 
 
-def test_a_child_that_closes_what_it_has_inherited_has_written_it(
-    tmp_path: Path, children: Any, read_steps: Any
-) -> None:
+def test_a_child_that_closes_what_it_has_inherited_has_written_it(tmp_path, children):
     children.run(close_in_a_child, tmp_path)
-    check_written_once(tmp_path, BEFORE, read_steps)
+    check_written_once(tmp_path, BEFORE)

@@ -1,29 +1,31 @@
-"""What TensorBoard draws of a demo run, in a browser."""
+"""Charts, curves and settings that TensorBoard draws of a demo run, in a browser."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gradclip import GradientClipper
+from gradclip.cli import main
 from gradclip.cli.demo.options import Options
-from gradclip.cli.main import main
-from gradclip.records.sinks.charts import CHARTS
-from tests.support.browser import Page, chromium, missing
-from tests.support.tensorboard import Server, eventually, tensorboard
+from tests.support.browser import chromium, missing
+from tests.support.curves import NAMES, curves_in, log_run, steps_in
+from tests.support.tensorboard import eventually, tensorboard
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 STEPS = 40
 RUNS = ("unclipped", "clipped")
 OVERLAY = "norm before and after, threshold"
+CHARTS = {
+    OVERLAY: ("pre", "post", "threshold"),
+    "clip rate": ("clip_rate",),
+    "steps not finite, steps skipped": ("nonfinite_steps", "skipped_steps"),
+}
 WINDOW = (1400, 900)
 SAMPLE = 1000
 """Points of a curve that TensorBoard keeps when it is not told otherwise."""
@@ -32,49 +34,49 @@ ARTEFACTS = Path(__file__).parents[2] / "build" / "artefacts"
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def page():
     with chromium(*WINDOW) as page:
         yield page
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     assert main(["demo", "--steps", str(STEPS), "--out", str(folder)]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(demo: Path) -> Iterator[Server]:
+def server(demo):
     with tensorboard(demo, demo / "messages") as server:
         wait_for(server, *RUNS, last=STEPS - 1)
         yield server
 
 
-def wait_for(server: Server, *runs: str, last: int) -> None:
+def wait_for(server, *runs, last):
     """Wait until a server has read some runs up to a step."""
 
-    def newest(run: str, tag: str) -> bool:
+    def newest(run, tag):
         points = server.ask("data/plugin/scalars/scalars", run=run, tag=tag)
         return bool(points) and points[-1][1] == last
 
     for run in runs:
-        for name in ("pre", "post", "threshold", "clip_rate", "skipped_steps", "nonfinite_steps"):
+        for name in NAMES:
             eventually(lambda run=run, tag=f"grad_norm/{name}": newest(run, tag))
 
 
-def names_in(title: str, *runs: str) -> set[str]:
+def names_in(title, *runs):
     """Return what TensorBoard calls the curves of a chart."""
-    return {f"grad_norm/{name} ({run})" for run in runs for name in CHARTS[title].split("|")}
+    return {f"grad_norm/{name} ({run})" for run in runs for name in CHARTS[title]}
 
 
-def in_the_log(folder: Path, runs: Any, title: str, read: Any) -> dict[str, Any]:
+def in_the_log(folder, runs, title):
     """Return the curves that a chart should show."""
-    logs = {run: read(folder / run) for run in runs}
+    logs = {run: curves_in(folder / run) for run in runs}
     return {
         f"grad_norm/{name} ({run})": [(p.step, p.value) for p in log[f"grad_norm/{name}"]]
         for run, log in logs.items()
-        for name in CHARTS[title].split("|")
+        for name in CHARTS[title]
     }
 
 
@@ -90,8 +92,8 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(page: Page, server: Server) -> Seen:
-    curves = sum(len(RUNS) * len(names.split("|")) for names in CHARTS.values())
+def seen(page, server):
+    curves = sum(len(RUNS) * len(names) for names in CHARTS.values())
     page.show(server.address, OVERLAY, names_in(OVERLAY, *RUNS))
     charts = page.until(
         page.curves,
@@ -109,24 +111,24 @@ def seen(page: Page, server: Server) -> Seen:
     return Seen(charts, lines, page.labels(OVERLAY), path, place)
 
 
-def test_every_chart_shows_each_point_of_the_log(seen: Seen, demo: Path, read: Any) -> None:
-    assert seen.charts == {title: in_the_log(demo, RUNS, title, read) for title in CHARTS}
+def test_every_chart_shows_each_point_of_the_log(seen, demo):
+    assert seen.charts == {title: in_the_log(demo, RUNS, title) for title in CHARTS}
     assert {len(points) for chart in seen.charts.values() for points in chart.values()} == {STEPS}
 
 
-def test_every_point_is_drawn_in_the_colour_of_its_run(seen: Seen) -> None:
+def test_every_point_is_drawn_in_the_colour_of_its_run(seen):
     assert seen.lines.keys() == names_in(OVERLAY, *RUNS)
     assert {vertices for _, vertices in seen.lines.values()} == {STEPS}
     colours = {colour_of(run, seen) for run in RUNS}
     assert len(colours) == len(RUNS)
 
 
-def colour_of(run: str, seen: Seen) -> str:
+def colour_of(run, seen):
     [colour] = {colour for name, (colour, _) in seen.lines.items() if f"({run})" in name}
     return colour
 
 
-def test_the_labels_can_be_read(seen: Seen) -> None:
+def test_the_labels_can_be_read(seen):
     texts = [text for text, _, _ in seen.labels]
     assert OVERLAY in texts
     legend = [text for text in texts if text.endswith(")")]
@@ -143,14 +145,14 @@ def test_the_labels_can_be_read(seen: Seen) -> None:
         assert apart(place, others_place), f"{text!r} lies on {other!r}"
 
 
-def apart(one: list[float], other: list[float]) -> bool:
+def apart(one, other):
     return any(
         one[side] + one[side + 2] <= other[side] or other[side] + other[side + 2] <= one[side]
         for side in (0, 1)
     )
 
 
-def test_a_screenshot_shows_the_curves(seen: Seen) -> None:
+def test_a_screenshot_shows_the_curves(seen):
     from PIL import Image
 
     left, top, width, height = seen.chart
@@ -162,7 +164,7 @@ def test_a_screenshot_shows_the_curves(seen: Seen) -> None:
         assert pixels.get(tuple(bytes.fromhex(colour_of(run, seen)[1:])), 0) > 200, run
 
 
-def test_the_settings_are_a_table_under_text(page: Page, server: Server) -> None:
+def test_the_settings_are_a_table_under_text(page, server):
     page.open(f"{server.address}#text")
     tables = page.until(
         lambda: page.run("""return all("tf-text-loader")
@@ -182,11 +184,9 @@ def test_the_settings_are_a_table_under_text(page: Page, server: Server) -> None
         assert settings["exceed"] == {"unclipped": "observe", "clipped": "scale"}[run]
 
 
-def test_the_curves_are_listed_under_scalars_and_time_series(
-    page: Page, server: Server, demo: Path, read: Any
-) -> None:
+def test_the_curves_are_listed_under_scalars_and_time_series(page, server, demo):
     # Of many tags only the first groups are open.
-    tags = {tag for tag in read(demo / "clipped") if not tag.startswith("parameter_norm/")}
+    tags = {tag for tag in steps_in(demo / "clipped") if not tag.startswith("parameter_norm/")}
     page.open(f"{server.address}#scalars")
     page.until(
         lambda: page.run("return all('tf-scalar-card').map(card => card.tag)"),
@@ -208,14 +208,10 @@ def test_the_curves_are_listed_under_scalars_and_time_series(
 @pytest.mark.parametrize(
     ("options", "kept"), [((), SAMPLE), (("--samples_per_plugin=scalars=9999",), 1500)]
 )
-def test_of_a_long_run_a_sample_is_shown_unless_all_is_asked_for(
-    page: Page, tmp_path: Path, training: Any, read: Any, options: tuple[str, ...], kept: int
-) -> None:
+def test_of_a_long_run_a_sample_is_shown_unless_all_is_asked_for(page, tmp_path, options, kept):
+    log_run(tmp_path / "logs" / "long", *map(float, range(1500)), max_norm=700.0)
     assert Options().steps < SAMPLE  # the demo is shown in full
-    run = training()
-    with GradientClipper(run.optimizer, 700.0, log=tmp_path / "logs" / "long"):
-        run.take(*map(float, range(1500)))
-    logged = in_the_log(tmp_path / "logs", ["long"], OVERLAY, read)
+    logged = in_the_log(tmp_path / "logs", ["long"], OVERLAY)
     assert {len(points) for points in logged.values()} == {1500}
     with tensorboard(tmp_path / "logs", tmp_path / "messages", *options) as server:
         wait_for(server, "long", last=1499)

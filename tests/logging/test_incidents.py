@@ -81,7 +81,7 @@ def test_the_norms_just_before_are_shown():
 
 
 def test_a_usual_step_has_no_sentence():
-    assert incident_of(3, 1.0, None, history(*[1.0, 1.1] * 50)) is None
+    assert incident_of(3, 1.0, lambda: None, history(*[1.0, 1.1] * 50)) is None
 
 
 # In a training

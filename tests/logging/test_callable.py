@@ -1,17 +1,18 @@
+"""Any logger that takes a dict of numbers."""
+
 from __future__ import annotations
 
 import pytest
 
 from gradclip import ArgumentError, CallableSink, GradientClipper
+from tests.support.curves import log_run
 
 
-def test_a_logger_gets_the_numbers_of_each_step(training):
-    run, logged = training(), []
-    sink = CallableSink(lambda numbers, step: logged.append((step, numbers)))
-    with GradientClipper(run.optimizer, 2.0, log=sink):
-        run.take(4.0, 1.0)
-    assert [step for step, _ in logged] == [0, 1]
-    assert logged[0][1] == {
+def test_logger_gets_the_numbers_of_each_step():
+    logged = {}
+    log_run(CallableSink(lambda numbers, step: logged.update({step: numbers})), 4.0, 1.0)
+    assert [*logged] == [0, 1]
+    assert logged[0] == {
         "grad_norm/step": 0,
         "grad_norm/pre": 4.0,
         "grad_norm/post": 2.0,
@@ -22,30 +23,16 @@ def test_a_logger_gets_the_numbers_of_each_step(training):
     }
 
 
-def test_names_and_cadence_can_be_chosen(training):
-    run, logged = training(), []
-    sink = CallableSink(
-        lambda numbers, step: logged.append(numbers), every=2, flush_every=1, prefix="norms"
-    )
-    with GradientClipper(run.optimizer, None, log=sink):
-        run.take(4.0, 1.0, 3.0)
-        assert [numbers["norms/pre"] for numbers in logged] == [4.0, 3.0]
-    assert "norms/threshold" not in logged[0]
-
-
-def test_a_logger_that_fails_is_reported_once_and_training_goes_on(training):
-    def log(numbers, step):
-        raise ConnectionError("no route")
-
-    run = training()
-    clipper = GradientClipper(run.optimizer, 2.0, log=CallableSink(log))
-    run.take(1.0)
-    with pytest.warns(RuntimeWarning, match="CallableSink failed .* ConnectionError: no route"):
-        clipper.close()
+def test_prefix():
+    logged = []
+    sink = CallableSink(lambda numbers, step: logged.append(numbers), prefix="d", per_parameter=1)
+    log_run(sink, 3.0, max_norm=None)
+    assert logged[0]["d/pre"] == logged[0]["d/parameter_norm/group 0, parameter 0"] == 3.0
+    assert "d/threshold" not in logged[0]
 
 
 @pytest.mark.parametrize("log", [None, 3, "wandb", dict])
-def test_what_cannot_be_called_is_refused(log):
+def test_invalid_loggers_are_refused(log):
     with pytest.raises(ArgumentError, match="give a function of a dict of numbers and the index"):
         CallableSink(log)
 

@@ -1,0 +1,102 @@
+"""Lines of JSON in a file that several processes and several runs may write to."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import fcntl
+import json
+import os
+from unittest.mock import Mock
+
+import pytest
+
+from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep
+from tests.support.curves import lines_in, log_run
+
+
+def step(index, norm=1.0):
+    return LoggedStep(index, 0.0, norm, norm, None, 1.0, False, False, 0.0, 0, 0)
+
+
+def test_line_has_all_numbers_of_a_step(tmp_path, training):
+    run, path = training(), tmp_path / "deep" / "run.jsonl"
+    with GradientClipper(run.optimizer, 2.0, log=JsonlSink(path)) as clipper:
+        run.take(4.0, 1.0)
+        clipper.flush()
+        first, second = lines_in(path)
+    fields = step(0, 4.0)._asdict()
+    del fields["parameter_norms"], fields["incident"]
+    changes = {"clipped_norm": 2.0, "threshold": 2.0, "coefficient": 0.5, "clip_rate": 1.0}
+    assert first | {"wall_time": 0} == fields | changes
+    assert set(second) == set(fields)
+    assert second["wall_time"] >= first["wall_time"] > 1e9
+    assert lines_in(path) == [first, second]
+
+
+def test_run_that_continues_appends(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for first in (0, 2):
+        JsonlSink(path).write([step(first), step(first + 1)])
+    assert [line["step"] for line in lines_in(path)] == [0, 1, 2, 3]
+
+
+def test_line_that_was_cut_off_is_ended_before_the_next(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"step": 0}\n{"ste')
+    JsonlSink(path).write([step(7)])
+    first, torn, last = path.read_text().splitlines()
+    assert (first, torn, json.loads(last)["step"]) == ('{"step": 0}', '{"ste', 7)
+
+
+def test_sink_waits_for_a_line_of_another_process(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with (
+        open(path, "a", encoding="utf-8") as other,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        fcntl.flock(other, fcntl.LOCK_EX)
+        print('{"step":', end="", file=other, flush=True)
+        written = pool.submit(JsonlSink(path).write, [step(7)])
+        with pytest.raises(concurrent.futures.TimeoutError):
+            written.result(timeout=0.1)
+        print(" 0}", file=other, flush=True)
+        fcntl.flock(other, fcntl.LOCK_UN)
+        written.result(timeout=60)
+    assert [line["step"] for line in lines_in(path)] == [0, 7]
+
+
+def write_batches(path, number):
+    sink = JsonlSink(path)
+    for _ in range(50):
+        sink.write([step(number)] * 20)
+
+
+def test_batches_of_several_processes_stay_whole(tmp_path, children):
+    path = tmp_path / "run.jsonl"
+    processes = [children.begin(write_batches, path, number) for number in range(3)]
+    for process in processes:
+        process.join(60)
+    found = [line["step"] for line in lines_in(path)]
+    assert len(found) == 3000
+    assert all(len(set(found[at : at + 20])) == 1 for at in range(0, 3000, 20))
+
+
+@pytest.mark.parametrize("locks", [None, Mock(flock=Mock(side_effect=OSError(errno.ENOLCK, "")))])
+def test_file_systems_without_locks(locks, monkeypatch, tmp_path):
+    monkeypatch.setattr("gradclip.records.sinks.jsonl.fcntl", locks)
+    JsonlSink(tmp_path / "run.jsonl").write([step(7)])
+    assert [line["step"] for line in lines_in(tmp_path / "run.jsonl")] == [7]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_full_disk_is_reported_and_training_goes_on(tmp_path):
+    (tmp_path / "run.jsonl").symlink_to("/dev/full")
+    with pytest.warns(RuntimeWarning, match="JsonlSink failed and may miss steps: OSError"):
+        assert log_run(JsonlSink(tmp_path / "run.jsonl"), 1.0, 1.0).steps == 2
+
+
+@pytest.mark.parametrize("path", [None, 3, "", b"run.jsonl", "."])
+def test_invalid_paths_are_refused(path):
+    with pytest.raises(ArgumentError, match="give the path of a file"):
+        JsonlSink(path)

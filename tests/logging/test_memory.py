@@ -1,0 +1,81 @@
+"""Steps in memory, and the table and the picture of them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from gradclip import ArgumentError, LoggedStep, MemorySink
+from tests.support.curves import log_run
+
+COLUMNS = [name for name in LoggedStep._fields[1:] if name != "parameter_norms"]
+
+
+def kept(*norms, **options):
+    """Return a sink that keeps steps with these norms."""
+    sink = MemorySink(**options)
+    log_run(sink, *norms)
+    return sink
+
+
+def test_table_has_a_row_for_each_step():
+    table = kept(4.0, 1.0).to_pandas()
+    assert table.index.name == "step"
+    assert list(table.columns) == COLUMNS == list(MemorySink().to_pandas().columns)
+    assert table["norm"].tolist() == [4.0, 1.0]
+    assert table.loc[1, "threshold"] == 2.0
+
+
+def test_table_has_a_column_for_each_parameter():
+    table = kept(5.0, 3.0, 4.0, per_parameter=1, per_parameter_every=2).to_pandas()
+    assert list(table.columns) == [*COLUMNS, "parameter_norm/group 0, parameter 0"]
+    assert table.iloc[:, -1].fillna(-1).tolist() == [5.0, -1, 4.0]
+
+
+def test_without_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pandas"):
+        kept(1.0).to_pandas()
+
+
+def test_picture_shows_the_steps_with_parameter_norms(tmp_path):
+    sink = kept(4.0, 1.0, 3.0, per_parameter="all", per_parameter_every=2)
+    before = "matplotlib.pyplot" in sys.modules
+    figure = sink.plot()
+    norms, rates, _, parameters, *_ = figure.axes
+    before_clipping = norms.get_lines()[0]
+    assert before_clipping.get_xdata().tolist() == [0, 1, 2]
+    assert before_clipping.get_ydata().tolist() == [4.0, 1.0, 3.0]
+    assert norms.get_legend().get_title().get_text() == "3 steps in memory"
+    assert rates.get_lines()[0].get_ydata().tolist() == pytest.approx([1, 1 / 2, 2 / 3])
+    assert parameters.collections[0].get_array().shape == (1, 2)
+    assert ("matplotlib.pyplot" in sys.modules) == before
+    # What a notebook asks for that has not loaded pyplot.
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert [*tmp_path.iterdir()] == []
+    figure.savefig(tmp_path / "by hand.pdf")
+    sink.plot(tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_picture_takes_the_later_of_steps_that_come_again():
+    sink = MemorySink()
+    log_run(sink, 1.0, 5.0)
+    log_run(sink, 2.0, 6.0, first=1)
+    assert sink.plot().axes[0].get_lines()[0].get_ydata().tolist() == [1.0, 2.0, 6.0]
+
+
+def test_picture_of_nothing_or_at_another_path(tmp_path):
+    with pytest.raises(ArgumentError, match="no steps to draw yet.*flush"):
+        MemorySink().plot(tmp_path / "a.png")
+    with pytest.raises(ArgumentError, match="ends with .png or .svg"):
+        kept(4.0).plot(tmp_path / "a.pdf")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_without_matplotlib(monkeypatch):
+    sink = kept(4.0)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "gradclip\[report\]"'):
+        sink.plot()

@@ -1,0 +1,204 @@
+"""A resumed run continues its curves, and those of others stay as they are."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+
+import pytest
+import torch
+from tensorboard.summary.writer import event_file_writer
+from torch.utils.tensorboard import SummaryWriter
+
+from gradclip import GradientClipper, TensorBoardSink
+from tests.support.clippers import Training
+from tests.support.curves import NAMES, curves_in, log_run, steps_in
+
+PRE = "grad_norm/pre"
+
+
+@pytest.fixture(autouse=True)
+def numbers_of_three_digits(monkeypatch):
+    """Number the writers from 100: files of one second sort by this number, as a string."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
+
+
+def norm_at(step):
+    return math.nan if step % 10 == 9 else 4.0 if step < 40 else 1.0
+
+
+def norms(first, last):
+    return [norm_at(step) for step in range(first, last)]
+
+
+def check_continued(curves):
+    for name in NAMES:
+        assert [point.step for point in curves[f"grad_norm/{name}"]] == [*range(90)], name
+    counts = [point.value for point in curves["grad_norm/nonfinite_steps"]]
+    assert counts == [(step + 1) // 10 for step in range(90)]
+    rates = [point.value for point in curves["grad_norm/clip_rate"]]
+    finite = [1 + step - (step + 1) // 10 for step in range(90)]
+    assert rates == pytest.approx([min(count, 36) / count for count in finite])
+
+
+def live(logs, state, first, last):
+    """Log up to a step beside a user's writer; the first life saves at step 50 and dies."""
+    run, writer = Training(), SummaryWriter(logs)
+    clipper = GradientClipper(run.optimizer, 2.0, log=logs)
+    if first:
+        clipper.load_state_dict(torch.load(state, weights_only=True))
+    for step in range(first, last):
+        run.take(norm_at(step))
+        writer.add_scalar("samples", step, 100 * step)
+        writer.add_scalar("epochs", step, step // 10)
+        if clipper.steps == 50:
+            torch.save(clipper.state_dict(), state)
+    writer.flush()
+    clipper.flush()
+    os._exit(3)
+
+
+def test_run_that_died_continues_in_another_process(tmp_path, children):
+    logs, state = tmp_path / "logs", tmp_path / "state.pt"
+    children.run(live, logs, state, 0, 70, exitcode=3)
+    assert steps_in(logs)[PRE] == [*range(70)]
+    children.run(live, logs, state, 50, 90, exitcode=3)
+    curves = curves_in(logs)
+    check_continued(curves)
+    # Their own curves count otherwise: TensorBoard's mark for a restart would have dropped them.
+    steps = [*range(70), *range(50, 90)]
+    assert [point.step for point in curves["samples"]] == [100 * step for step in steps]
+    assert [point.step for point in curves["epochs"]] == [step // 10 for step in steps]
+
+
+@pytest.mark.parametrize(
+    "kind", ["directory", "same clipper", "not closed", "same writer", "other writer"]
+)
+def test_run_continues_in_the_same_process(tmp_path, training, kind):
+    count = {"same writer": 1, "other writer": 2}.get(kind, 0)
+    writers = [SummaryWriter(str(tmp_path)) for _ in range(count)]
+    run = training()
+    clipper = GradientClipper(run.optimizer, 2.0, log=writers[0] if writers else tmp_path)
+    run.take(*norms(0, 50))
+    state = clipper.state_dict()
+    run.take(*norms(50, 70))
+    if kind != "same clipper":
+        if kind != "not closed":
+            clipper.close()
+        del clipper
+        run = training()  # the old optimizer goes, and its clipper with it
+        gc.collect()
+        clipper = GradientClipper(run.optimizer, 2.0, log=writers[-1] if writers else tmp_path)
+    clipper.load_state_dict(state)
+    run.take(*norms(50, 90))
+    clipper.close()
+    for writer in writers:
+        writer.close()
+    check_continued(curves_in(tmp_path))
+
+
+def test_users_points_after_a_restart(tmp_path, training):
+    """They stay as they are, also where they go back in a file that holds our marks."""
+    for first in (0, 5):
+        run = training()
+        with (
+            SummaryWriter(str(tmp_path)) as writer,
+            GradientClipper(run.optimizer, 2.0, log=writer) as clipper,
+        ):
+            writer.add_scalar("before", first, 100)
+            clipper.steps = first
+            run.take(*[1.0] * 10)
+            clipper.flush()
+            for step in (20, 10):
+                writer.add_scalar("after", first, step)
+    steps = steps_in(tmp_path)
+    assert steps[PRE] == [*range(15)]
+    assert (steps["before"], steps["after"]) == ([100, 100], [20, 10, 20, 10])
+
+
+def test_two_clippers_resume_at_their_own_steps(tmp_path, training):
+    """As the two of a GAN, of which one steps more often."""
+    for first, last in ((0, 7), (5, 9)):
+        runs = training(), training()
+        clippers = [GradientClipper(run.optimizer, 2.0, log=tmp_path) for run in runs]
+        for run, clipper, factor in zip(runs, clippers, (1, 5), strict=True):
+            clipper.steps = first * factor
+            run.take(*[1.0] * (last - first) * factor)
+            clipper.flush()
+        for clipper in clippers:
+            clipper.close()
+    steps = steps_in(tmp_path)
+    assert (steps[PRE], steps["grad_norm_2/pre"]) == ([*range(9)], [*range(45)])
+
+
+def test_run_that_begins_again_replaces_the_curves(tmp_path):
+    log_run(tmp_path, *[4.0] * 30)
+    log_run(tmp_path, *[1.0] * 20)
+    points = curves_in(tmp_path)[PRE]
+    assert [(point.step, point.value) for point in points] == [(step, 1.0) for step in range(20)]
+
+
+def test_steps_that_are_set(tmp_path, training):
+    """Set back within a batch they replace what follows; set forward they leave a gap."""
+    run = training()
+    with GradientClipper(run.optimizer, 2.0, log=tmp_path) as clipper:
+        run.take(1.0, 1.0, 1.0, 1.0)
+        clipper.steps = 2
+        run.take(3.0)
+        clipper.steps = 10
+        run.take(5.0)
+    points = curves_in(tmp_path)[PRE]
+    assert [(p.step, p.value) for p in points] == [(0, 1.0), (1, 1.0), (2, 3.0), (10, 5.0)]
+
+
+def test_run_that_wrote_only_some_steps(tmp_path):
+    for first, last in ((0, 38), (23, 45)):
+        sink = TensorBoardSink(tmp_path, every=5, flush_every=3)
+        log_run(sink, *[1.0] * (last - first), first=first)
+    assert steps_in(tmp_path)[PRE] == [*range(0, 45, 5)]
+
+
+def test_first_run_writes_no_marks_of_a_restart(tmp_path, training, caplog):
+    """TensorBoard says something in its log about each of them."""
+    runs = training(), training()
+    writer = SummaryWriter(str(tmp_path))
+    clippers = [GradientClipper(run.optimizer, 2.0, log=tmp_path) for run in runs]
+    for run in runs:
+        run.take(1.0, 1.0)
+    for closing in (*clippers, writer):
+        closing.close()
+    curves_in(tmp_path)
+    assert not caplog.records
+
+
+def test_files_of_a_machine_whose_clock_is_ahead(tmp_path, monkeypatch):
+    """A run that continues on another machine writes a file that still sorts last."""
+    for first, ahead in ((0, 10_000), (5, 0)):
+        name = "gradclip.records.sinks.tensorboard._LOADED_AT"
+        monkeypatch.setattr(name, 1_700_000_000 + ahead)
+        log_run(tmp_path, *[1.0] * 10, first=first)
+    assert steps_in(tmp_path)[PRE] == [*range(15)]
+
+
+def test_saved_state_loads_with_weights_only(tmp_path):
+    clipper = log_run(None, 4.0, math.nan)
+    torch.save(clipper.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["counters"] == {
+        "clipped": 1,
+        "finite": 1,
+        "nonfinite_steps": 1,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+    }
+
+
+def test_parameter_norms_of_a_run_that_begins_again(tmp_path):
+    """They replace those of the earlier run from the first step on that has some again."""
+    log_run(TensorBoardSink(tmp_path, per_parameter="all"), *[1.0] * 20, math.nan)
+    sink = TensorBoardSink(tmp_path, per_parameter="all", per_parameter_every=3)
+    log_run(sink, *[2.0] * 5, first=2)
+    curves = curves_in(tmp_path)
+    points = curves["parameter_norm/group 0, parameter 0"]
+    assert [(p.step, p.value) for p in points] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (6, 2.0)]
+    assert [point.step for point in curves[PRE]] == [*range(7)]

@@ -1,0 +1,238 @@
+"""Rows of plain numbers, counted and handed to the sinks in batches."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from contextlib import contextmanager
+from unittest.mock import ANY
+
+import pytest
+import torch
+from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
+
+from gradclip import ArgumentError, GradientClipper, LoggedStep, MemorySink, Sink, __version__
+
+NAN, INF = math.nan, math.inf
+
+
+class Kept(Sink):
+    """Keeps the batches it gets, and the names of the methods that are called."""
+
+    def __init__(self, flush_every=100):
+        self.flush_every, self.batches, self.calls = flush_every, [], []
+
+    def write(self, steps):
+        self.batches.append([step.step for step in steps])
+        self.calls.append("write")
+
+    def flush(self):
+        self.calls.append("flush")
+
+    def close(self):
+        self.calls.append("close")
+
+
+def logged(*steps, thresholds=(1.0,), order=2.0, nonfinite="zero"):
+    """Take a step with each tuple of norms, which have a threshold each; return the rows."""
+    sink, parameters = MemorySink(), [nn.Parameter(torch.zeros(1)) for _ in thresholds]
+    groups = [
+        {"params": [parameter], "max_norm": threshold}
+        for parameter, threshold in zip(parameters, thresholds, strict=True)
+    ]
+    options = {"norm_type": order, "nonfinite": nonfinite, "log": sink}
+    if len(groups) == 1:
+        options["max_norm"] = groups[0].pop("max_norm")
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    with GradientClipper(optimizer, **{"max_norm": 1.0, **options}):
+        for norms in steps:
+            for parameter, norm in zip(parameters, norms, strict=True):
+                parameter.grad = torch.tensor([norm])
+            optimizer.step()
+    return sink.steps
+
+
+def test_row_of_one_norm():
+    (row,) = logged((4.0,))
+    assert row == LoggedStep(
+        step=0,
+        wall_time=ANY,
+        norm=4.0,
+        clipped_norm=1.0,
+        threshold=1.0,
+        coefficient=0.25,
+        nonfinite=False,
+        skipped=False,
+        clip_rate=1.0,
+        nonfinite_steps=0,
+        skipped_steps=0,
+    )
+    assert [type(value) for value in row] == (
+        [int] + [float] * 5 + [bool] * 2 + [float] + [int] * 2 + [type(None)] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("order", "before", "after"),
+    [(2.0, 7.0, math.sqrt(1 + 9 + 9)), (1.0, 11.0, 7.0), (INF, 6.0, 3.0)],
+)
+def test_row_of_several_norms(order, before, after):
+    """The totals are in the order of the norms."""
+    (row,) = logged((2.0, 3.0, 6.0), thresholds=(1.0, 5.0, 3.0), order=order)
+    assert row.norm == pytest.approx(before, rel=1e-15)
+    assert row.clipped_norm == pytest.approx(after, rel=1e-15)
+    assert row.threshold is None, "there is more than one"
+    assert (row.coefficient, row.clip_rate) == (0.5, 2 / 3)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_threshold(threshold):
+    assert logged((1.0,), thresholds=(threshold,))[0].threshold == threshold
+
+
+@pytest.mark.parametrize("policy", ["zero", "skip"])
+def test_norms_that_are_not_finite(policy):
+    """They are counted apart and enter no rate, which is 0 before the first finite norm."""
+    rows = logged((NAN,), (4.0,), (INF,), (1.0,), nonfinite=policy)
+    assert [row.clip_rate for row in rows] == [0.0, 1.0, 1.0, 0.5]
+    assert [row.nonfinite for row in rows] == [True, False, True, False]
+    assert [row.nonfinite_steps for row in rows] == [1, 1, 2, 2]
+    skips = policy == "skip"
+    assert [row.skipped for row in rows] == [skips, False, skips, False]
+    assert [row.skipped_steps for row in rows] == [skips, skips, 2 * skips, 2 * skips]
+    assert math.isnan(rows[0].norm)
+    assert rows[2].norm == INF
+    if policy == "zero":
+        assert [row.clipped_norm for row in rows] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_one_of_two_norms_that_is_not_finite():
+    (row,) = logged((NAN, 2.0), thresholds=(1.0, 1.0))
+    assert (row.nonfinite, row.nonfinite_steps, row.clip_rate) == (True, 1, 1.0)
+    assert (row.clipped_norm, row.coefficient) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("log", [None, MemorySink()], ids=["no sink", "a sink"])
+def test_counters_go_on_from_a_state(training, log):
+    run = training()
+    with GradientClipper(run.optimizer, 1.0, nonfinite="skip", log=log) as clipper:
+        run.take(4.0)
+        state = clipper.state_dict()
+        assert (state["counters"]["clipped"], state["counters"]["finite"]) == (1, 1)
+        run.take(4.0)
+        state["counters"] |= {"clipped": 3, "finite": 10, "nonfinite_steps": 2}
+        clipper.load_state_dict(state)
+        run.take(1.0, NAN)
+        assert clipper.state_dict()["counters"] == {
+            "clipped": 3,
+            "finite": 11,
+            "nonfinite_steps": 3,
+            "skipped_steps": 1,
+            "skipped_in_a_row": 1,
+        }
+
+
+def test_surroundings_do_not_enter_the_numbers(training):
+    """Default dtype and device, and autocast, where a batch is counted."""
+    rows = []
+    for surrounded in (False, True):
+        run, sink = training(), MemorySink()
+        with GradientClipper(run.optimizer, 0.3, log=sink) as clipper:
+            run.take(1e30, 5.0)
+            if surrounded:
+                torch.set_default_dtype(torch.float16)
+                try:
+                    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+                        clipper.flush()
+                finally:
+                    torch.set_default_dtype(torch.float32)
+        rows.append([step._replace(wall_time=0.0) for step in sink.steps])
+    assert rows[0] == rows[1]
+
+
+def test_batches_have_the_length_of_the_smallest_flush_every(training):
+    run, often, seldom = training(), Kept(flush_every=2), Kept(flush_every=5)
+    with GradientClipper(run.optimizer, 1.0, log=[seldom, often]) as clipper:
+        run.take(*[1.0] * 5)
+        assert often.batches == seldom.batches == [[0, 1], [2, 3]]
+        clipper.flush()
+        assert often.batches == seldom.batches == [[0, 1], [2, 3], [4]]
+        assert often.calls == ["write", "write", "write", "flush"]
+
+
+def test_close_writes_the_rest_once(training):
+    run, sink = training(), Kept()
+    clipper = GradientClipper(run.optimizer, 1.0, log=sink)
+    run.take(1.0)
+    clipper.close()
+    clipper.close()
+    clipper.flush()
+    assert sink.calls == ["write", "flush", "close"]
+    assert clipper.state_dict()["counters"]["finite"] == 1
+
+
+@pytest.mark.parametrize("flush_every", [0, -1, 2.0, "10", None, True])
+def test_invalid_flush_every_is_refused(training, flush_every):
+    with pytest.raises(ArgumentError) as caught:
+        GradientClipper(training().optimizer, 1.0, log=Kept(flush_every))
+    needed = f"Kept.flush_every is {flush_every!r}: give a whole number >= 1 and < 2**62."
+    assert str(caught.value) == needed
+
+
+def test_collected_clipper_writes_the_rest(training):
+    run, sink = training(), Kept()
+    clipper = weakref.ref(GradientClipper(run.optimizer, 1.0, log=sink))
+    run.take(1.0)
+    gc.collect()
+    assert clipper() is not None, "the optimizer holds it"
+    del run
+    gc.collect()
+    assert clipper() is None
+    assert (sink.batches, sink.calls) == ([[0]], ["write", "flush", "close"])
+
+
+@contextmanager
+def within_a_fake_kernel():
+    """As torch.compile is where it asks a kernel for the shape of its result."""
+    with FakeTensorMode() as mode, enable_python_dispatcher(), in_kernel_invocation_manager(mode):
+        yield
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, within_a_fake_kernel])
+def test_clipper_that_is_collected_under_a_mode(training, mode):
+    run, sink = training(), MemorySink()
+    clipper = GradientClipper(run.optimizer, 1.0, log=sink)
+    run.take(5.0)
+    del clipper, run
+    with mode():
+        gc.collect()
+    assert [step.norm for step in sink.steps] == [5.0]
+
+
+def test_sinks_get_the_settings_once():
+    class Listening(Kept):
+        def begin(self, settings):
+            self.settings = dict(settings)
+
+    class Deaf(Listening):
+        def begin(self, settings):
+            raise ValueError("deaf")
+
+    listening = Listening()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2)) for _ in range(3)])
+    with pytest.warns(RuntimeWarning, match="Deaf failed and may miss steps: ValueError: deaf"):
+        GradientClipper(optimizer, 2.5, scope="parameter", log=[Deaf(), listening])
+    assert (
+        listening.settings
+        | {
+            "max_norm": "Fixed(2.5)",
+            "optimizer": "SGD",
+            "scope": "parameter",
+            "norms": "3: group 0, parameter 0, group 0, parameter 1, group 0, parameter 2",
+            "gradclip": __version__,
+        }
+        == listening.settings
+    )

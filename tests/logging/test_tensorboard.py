@@ -1,0 +1,264 @@
+"""Curves in TensorBoard: tags, values, batches, and which sink writes under which prefix."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from contextlib import nullcontext
+
+import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+
+from gradclip import GradientClipper, TensorBoardSink
+from tests.support.curves import SECOND_TAGS, TAGS, curves_in, log_run, steps_in, values_in
+
+PRE = "grad_norm/pre"
+
+
+def test_values_and_times(tmp_path, training):
+    """Every step is written, with its values and its own wall time."""
+    run, times = training(), []
+    with GradientClipper(run.optimizer, 2.0, log=tmp_path):
+        for norm in (4.0, 1.0, math.nan, 8.0):
+            begin = time.time()
+            run.take(norm)
+            times.append((begin, time.time()))
+    curves = curves_in(tmp_path)
+    assert {tag: [point.value for point in points] for tag, points in curves.items()} == {
+        PRE: [4.0, 1.0, pytest.approx(math.nan, nan_ok=True), 8.0],
+        "grad_norm/post": [2.0, 1.0, 0.0, 2.0],
+        "grad_norm/threshold": [2.0] * 4,
+        "grad_norm/clip_rate": pytest.approx([1.0, 0.5, 0.5, 2 / 3]),
+        "grad_norm/nonfinite_steps": [0, 0, 1, 1],
+        "grad_norm/skipped_steps": [0] * 4,
+    }
+    for points in curves.values():
+        assert [point.step for point in points] == [0, 1, 2, 3]
+        for point, (begin, end) in zip(points, times, strict=True):
+            assert begin <= point.wall_time <= end
+
+
+def test_skipped_steps(tmp_path):
+    log_run(tmp_path, 1.0, math.inf, 1.0, nonfinite="skip")
+    values = values_in(tmp_path)
+    assert values["grad_norm/skipped_steps"] == values["grad_norm/nonfinite_steps"] == [0, 1, 1]
+
+
+def test_threshold(tmp_path):
+    """The curve of the threshold has a point where there is a threshold, and none elsewhere."""
+    log_run(tmp_path / "none", 4.0, max_norm=None)
+    assert set(steps_in(tmp_path / "none")) == TAGS - {"grad_norm/threshold"}
+    log_run(tmp_path / "odd", *[1.0] * 4, max_norm=lambda step: 2.0 if step % 2 else None)
+    steps = steps_in(tmp_path / "odd")
+    assert (steps["grad_norm/threshold"], steps[PRE]) == ([1, 3], [0, 1, 2, 3])
+
+
+def test_batches(tmp_path, training):
+    """A batch is written when it is full, and at flush."""
+    run, sink = training(), TensorBoardSink(tmp_path, flush_every=3)
+    with GradientClipper(run.optimizer, 1.0, log=sink) as clipper:
+        run.take(1.0, 1.0)
+        assert os.listdir(tmp_path) == []
+        run.take(1.0, 1.0)
+        assert steps_in(tmp_path)[PRE] == [0, 1, 2]
+        clipper.flush()
+        assert steps_in(tmp_path)[PRE] == [0, 1, 2, 3]
+        assert len(os.listdir(tmp_path)) == 1
+
+
+def test_every(tmp_path):
+    """Each step whose index is a multiple of ``every`` is written, with the counts of all."""
+    norms = [4.0] * 5 + [math.nan] * 5 + [1.0] * 11
+    log_run(TensorBoardSink(tmp_path / "a", every=10), *norms)
+    assert all(steps == [0, 10, 20] for steps in steps_in(tmp_path / "a").values())
+    values = values_in(tmp_path / "a")
+    assert values["grad_norm/nonfinite_steps"] == [0, 5, 5]
+    assert values["grad_norm/clip_rate"] == [1.0, pytest.approx(5 / 6), 0.3125]
+    log_run(TensorBoardSink(tmp_path / "b", every=10, flush_every=3), *[1.0] * 20, first=7)
+    assert steps_in(tmp_path / "b")[PRE] == [10, 20]
+
+
+def test_norm_beyond_float32(tmp_path):
+    """Scalars in event files are float32: such a norm is infinite, and the curve goes on."""
+    log_run(tmp_path, 1e100, 1.0)
+    assert values_in(tmp_path)[PRE] == [math.inf, 1.0]
+
+
+AGAIN = {
+    "same": str,
+    "trailing slash": lambda path: f"{path}/",
+    "relative": os.path.relpath,
+    "dots": lambda path: path / ".." / path.name,
+    "link": lambda path: path.with_name("link"),
+    "writer": lambda path: SummaryWriter(str(path)),
+}
+
+
+@pytest.mark.parametrize("again", AGAIN)
+def test_second_clipper_in_the_same_place(tmp_path, training, again):
+    """However the place is given, the second clipper writes under a second prefix."""
+    path, runs = tmp_path / "run", (training(), training())
+    (tmp_path / "link").symlink_to(path)
+    where = AGAIN[again](path)
+    with where if again == "writer" else nullcontext():
+        clippers = [
+            GradientClipper(run.optimizer, 1.0, log=log)
+            for run, log in zip(runs, (path, where), strict=True)
+        ]
+        runs[0].take(1.0)
+        runs[1].take(1.0, 1.0)
+        clippers[0].close()
+        runs[1].take(1.0)
+        clippers[1].close()
+    # TensorBoard without its data server follows only one file in a directory.
+    assert len(os.listdir(path)) == (2 if again == "writer" else 1)
+    steps = steps_in(path)
+    assert set(steps) == TAGS | SECOND_TAGS
+    assert (steps[PRE], steps["grad_norm_2/pre"]) == ([0], [0, 1, 2])
+
+
+def test_two_clippers_on_one_writer(tmp_path, training):
+    with SummaryWriter(str(tmp_path)) as writer:
+        runs = training(), training()
+        clippers = [GradientClipper(run.optimizer, 1.0, log=writer) for run in runs]
+        for run, clipper in zip(runs, clippers, strict=True):
+            run.take(1.0)
+            clipper.flush()
+        for clipper in clippers:
+            clipper.close()
+    assert set(steps_in(tmp_path)) == TAGS | SECOND_TAGS
+
+
+def test_two_directories(tmp_path, training):
+    runs = {name: training() for name in ("a", "b")}
+    clippers = [
+        GradientClipper(run.optimizer, 1.0, log=tmp_path / name) for name, run in runs.items()
+    ]
+    runs["a"].take(1.0)
+    runs["b"].take(1.0, 1.0)
+    for clipper in clippers:
+        clipper.close()
+    assert steps_in(tmp_path / "a") == {tag: [0] for tag in TAGS}
+    assert steps_in(tmp_path / "b") == {tag: [0, 1] for tag in TAGS}
+
+
+@pytest.mark.parametrize("end", ["close", "collection"])
+def test_prefix_is_free_after_the_end(tmp_path, training, end):
+    run = training()
+    clipper = GradientClipper(run.optimizer, 1.0, log=tmp_path)
+    run.take(1.0, 1.0)
+    if end == "close":
+        clipper.close()
+    del clipper, run
+    gc.collect()
+    log_run(tmp_path, 1.0, first=2)
+    assert steps_in(tmp_path) == {tag: [0, 1, 2] for tag in TAGS}
+
+
+def test_second_close_leaves_the_next_sink_its_prefix(tmp_path):
+    first = TensorBoardSink(tmp_path)
+    first.close()
+    with_the_prefix = TensorBoardSink(tmp_path)
+    first.close()
+    log_run(TensorBoardSink(tmp_path), 1.0)
+    assert set(steps_in(tmp_path)) == SECOND_TAGS
+    with_the_prefix.close()
+
+
+def test_users_writer(tmp_path, training, monkeypatch):
+    """The writer stays open, and has everything after each flush, however slow its thread is."""
+    write = RecordWriter.write
+
+    def write_late(self, content):
+        time.sleep(0.02)
+        write(self, content)
+
+    monkeypatch.setattr(RecordWriter, "write", write_late)
+    run, writer = training(), SummaryWriter(str(tmp_path))
+    writer.add_scalar("loss", 5.0, 0)
+    clipper = GradientClipper(run.optimizer, 2.0, log=writer)
+    times = []
+    for norm in (4.0, 1.0):
+        begin = time.time()
+        run.take(norm)
+        times.append((begin, time.time()))
+        clipper.flush()
+        points = curves_in(tmp_path)[PRE]
+        assert len(points) == len(times)
+    assert all(a <= point.wall_time <= b for point, (a, b) in zip(points, times, strict=True))
+    run.take(3.0)
+    clipper.close()
+    writer.add_scalar("loss", 4.0, 1)
+    writer.close()
+    values = values_in(tmp_path)
+    assert set(values) == TAGS | {"loss"}
+    assert (values[PRE], values["loss"]) == ([4.0, 1.0, 3.0], [5.0, 4.0])
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_writer_that_its_user_has_closed(tmp_path, training):
+    """The last steps reach it all the same."""
+    run = training()
+    with (
+        SummaryWriter(str(tmp_path)) as writer,
+        GradientClipper(run.optimizer, 2.0, log=writer),
+    ):
+        run.take(4.0)
+        writer.close()
+    assert steps_in(tmp_path)[PRE] == [0]
+    writer.close()
+
+
+def test_writer_to_no_local_directory(tmp_path, monkeypatch):
+    with SummaryWriter(str(tmp_path)) as writer:
+        monkeypatch.setattr(writer, "get_logdir", lambda: "s3://bucket/run")
+        log_run(writer, 4.0)
+    assert steps_in(tmp_path)[PRE] == [0]
+
+
+def test_list_logs_to_all(tmp_path):
+    with SummaryWriter(str(tmp_path / "c")) as writer:
+        log_run([tmp_path / "a", TensorBoardSink(str(tmp_path / "b"), every=2), writer], 1.0, 1.0)
+    assert [steps_in(tmp_path / name)[PRE] for name in "abc"] == [[0, 1], [0], [0, 1]]
+
+
+def test_relative_directory_stays_where_it_was(tmp_path, training, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = training()
+    with GradientClipper(run.optimizer, 2.0, log="run"):
+        run.take(1.0)
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+    assert steps_in(tmp_path / "run")[PRE] == [0]
+
+
+def test_file_sorts_before_that_of_a_later_writer(tmp_path, training):
+    """TensorBoard without its data server follows the last file, which is the user's."""
+    run = training()
+    clipper = GradientClipper(run.optimizer, 2.0, log=tmp_path)
+    with SummaryWriter(str(tmp_path)), clipper:
+        run.take(1.0)
+    assert sorted(os.listdir(tmp_path))[0].endswith("-gradclip")
+
+
+@pytest.mark.parametrize("of_writer", [False, True])
+def test_parameter_norms_of_two_clippers(tmp_path, training, of_writer):
+    """They stay apart, by the prefix of their clipper."""
+    with SummaryWriter(str(tmp_path)) if of_writer else nullcontext(tmp_path) as where:
+        runs = training(), training()
+        sinks = [TensorBoardSink(where, per_parameter="all") for _ in runs]
+        clippers = [
+            GradientClipper(run.optimizer, 1.0, log=sink)
+            for run, sink in zip(runs, sinks, strict=True)
+        ]
+        for norm, (run, clipper) in enumerate(zip(runs, clippers, strict=True), 1):
+            run.take(norm)
+            clipper.flush()
+        for clipper in clippers:
+            clipper.close()
+    values = values_in(tmp_path)
+    for norm, prefix in enumerate(("parameter_norm", "parameter_norm_2"), 1):
+        assert values[f"{prefix}/group 0, parameter 0"] == [norm]

@@ -1,0 +1,59 @@
+"""Short runs that are logged, and their logs, read back as their readers do."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gradclip import GradientClipper
+
+from .clippers import Training
+
+NAMES = ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
+TAGS = {f"grad_norm/{name}" for name in NAMES}
+SECOND_TAGS = {f"grad_norm_2/{name}" for name in NAMES}
+
+
+def log_run(
+    log: Any, *norms: float, max_norm: Any = 2.0, first: int = 0, **options: Any
+) -> GradientClipper:
+    """Take a step with each norm, from an index on; the returned clipper is closed."""
+    run = Training()
+    with GradientClipper(run.optimizer, max_norm, log=log, **options) as clipper:
+        clipper.steps = first
+        run.take(*norms)
+    return clipper
+
+
+def curves_in(directory: os.PathLike[str]) -> dict[str, list[Any]]:
+    """Return every point of every scalar in a directory, as TensorBoard reads it."""
+    reader = EventAccumulator(os.fspath(directory), size_guidance={"scalars": 0}).Reload()
+    return {tag: reader.Scalars(tag) for tag in reader.Tags()["scalars"]}
+
+
+def values_in(directory: os.PathLike[str]) -> dict[str, list[float]]:
+    """Return the values of every scalar in a directory."""
+    return {tag: [p.value for p in points] for tag, points in curves_in(directory).items()}
+
+
+def steps_in(directory: os.PathLike[str]) -> dict[str, list[int]]:
+    """Return the steps of every scalar in a directory."""
+    return {tag: [p.step for p in points] for tag, points in curves_in(directory).items()}
+
+
+def texts_in(directory: os.PathLike[str], tag: str) -> dict[int, str]:
+    """Return the texts under a tag by step."""
+    reader = EventAccumulator(os.fspath(directory), size_guidance={"tensors": 0}).Reload()
+    return {p.step: p.tensor_proto.string_val[0].decode() for p in reader.Tensors(tag)}
+
+
+def lines_in(path: os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the lines of a `JsonlSink`, each of which has to be whole and strict JSON."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]

@@ -1,0 +1,172 @@
+"""Every benchmark runs on a toy and prints its tables."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from benchmarks.common.timing import interleaved_medians
+from benchmarks.cost import bandwidth, clip, distributed, instructions, logging, thresholds
+from benchmarks.cuda import run as cuda
+from benchmarks.experiments.spikes import run as spikes
+from benchmarks.experiments.spikes import training as spike_training
+from benchmarks.experiments.spikes.training import ARMS as SPIKE_ARMS
+from benchmarks.experiments.spikes.training import CORRUPTIONS
+from benchmarks.experiments.temporal_order import run as temporal_order
+from benchmarks.experiments.temporal_order import training as temporal_training
+from benchmarks.peers import run as peers
+from benchmarks.peers.packages import PEERS
+from benchmarks.peers.ways import adaptive_ways, fixed_ways
+
+
+@pytest.fixture(autouse=True)
+def torch_as_before():
+    """No benchmark changes torch's state for what runs after it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.compiler.reset()
+    assert torch.is_grad_enabled()
+    assert torch.get_num_threads() == threads
+
+
+def test_clip(capsys):
+    clip.main(["--sets", "small", "--seconds", "0.1"])
+    printed = capsys.readouterr().out
+    for words in ("| small | bfloat16 | clipping |", "| gradclip, torch operators |"):
+        assert words in printed
+    assert "clipping small by its inf-norm takes" in printed
+    assert "logging adds" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not instructions.available(), reason="there is no valgrind")
+def test_instructions_repeat_exactly_and_are_fewer_than_torchs():
+    counted = instructions.count(calls=32)
+    assert counted["function"] < counted["function, torch operators"] < counted["torch"]
+    assert instructions.count(calls=32)["function"] == counted["function"]
+
+
+def test_bandwidth(monkeypatch):
+    """Memory is read by a loop in C where there is a compiler."""
+    monkeypatch.setattr(bandwidth, "BYTES", 1 << 20)
+    assert ("a loop in C" in bandwidth.readers()) == bool(shutil.which("gcc"))
+    assert bandwidth.read_bandwidth(0.01)[0] > 0
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert list(bandwidth.readers()) == ["torch.dot"]
+
+
+def test_every_timed_call_is_prepared_for():
+    calls = []
+    rivals = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    interleaved_medians(rivals, lambda: calls.append("prepare"), 0.0)
+    assert calls[:8] == ["prepare", "a", "prepare", "b", "prepare", "b", "prepare", "a"]
+
+
+def test_thresholds(capsys):
+    options = "--seconds 0.01 --steps 3 30 --counts 1 7 --sets small"
+    thresholds.main(options.split())
+    printed = capsys.readouterr().out
+    for rule in thresholds.RULES:
+        assert f"| {rule} | 1 |" in printed
+        assert f"| {rule} | 7 |" in printed
+    for scope in ("global", "parameter", "unit"):
+        assert f"| {scope} | bfloat16 |" in printed
+    assert all(f"| {peer} |" in printed for peer in PEERS)
+
+
+@pytest.mark.slow
+def test_logging(capsys):
+    logging.main(["--seconds", "0.01"])
+    printed = capsys.readouterr().out
+    for name in ("no log", "default", "5 largest", "all, JSON", "by hand, all"):
+        assert name in printed
+
+
+@pytest.mark.slow
+def test_distributed(capsys, tmp_path):
+    """Of gradclip, one collective a step."""
+    saved = tmp_path / "results" / "distributed.md"
+    distributed.main(f"--ranks 2 --parameters 8 --rounds 2 --save {saved}".split())
+    printed = capsys.readouterr().out
+    assert printed == saved.read_text()
+    rows = [line.split("|") for line in printed.splitlines() if re.match(r"\| *\d", line)]
+    assert [[cell.strip() for cell in row[1:4]] for row in rows] == [
+        ["2", "8", "under"],
+        ["2", "8", "clipping"],
+    ]
+    assert all([int(cell) for cell in row[8:10]] == [1, 1] for row in rows)
+
+
+@pytest.mark.slow
+def test_peers(capsys, tmp_path):
+    """Every way to clip is in every table."""
+    saved = tmp_path / "results" / "peers.md"
+    options = ["--hard", "1e4 elements of 1e20", "--hazards", "one NaN", "--backend", "eager"]
+    peers.main(["--sets", "small", "--seconds", "0.01", "--save", str(saved), *options])
+    printed = capsys.readouterr().out
+    assert saved.read_text() in printed
+    heads = re.findall(r"^\| (?:set|gradients|hazard) \|.*", printed, re.M)
+    for way in (*fixed_ways("eager"), *adaptive_ways()):
+        assert sum(f" {way.name} |" in head for head in heads) == 3 - (way.name == "torch")
+
+
+def test_cuda_without_a_device(capsys, tmp_path, monkeypatch):
+    """Toys on the CPU, whose report says that its numbers mean nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    output = tmp_path / "results" / "toy.md"
+    options = ["--seconds", "0.01", "--no-compile"]
+    cuda.main([*options, "--sets", "tiny", "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert printed == output.read_text()
+    assert "These numbers mean nothing" in printed.splitlines()[0]
+    assert all(f"| tiny | {regime} |" in printed for regime in cuda.NORMS)
+    assert "| clip and log, added to a training step | <= 0.01 |" in printed
+    cuda.main([*options, "--sets", "llama3-8b", "--no-training", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["machine"]["meaningless"] is True
+    assert [row["regime"] for row in result["rows"]] == [*cuda.NORMS]
+    assert all(row["error"]["gradclip"] < 1e-7 for row in result["rows"])
+
+
+def test_spikes(capsys, tmp_path, monkeypatch):
+    spike_training.text.cache_clear()
+    for name, value in {"BATCH": 2, "LENGTH": 4, "EVALUATED": 3}.items():
+        monkeypatch.setattr(spike_training, name, value)
+    monkeypatch.setattr(spikes, "LONGEST", 12 - spikes.first_corrupted(12))
+    saved = tmp_path / "results" / "spikes.md"
+    options = f"--seeds 2 --steps 12 --models rnn --processes 1 --save {saved}"
+    spikes.main(options.split())
+    spike_training.text.cache_clear()
+    printed = capsys.readouterr().out
+    assert printed == saved.read_text()
+    for corruption in CORRUPTIONS:
+        for arm in SPIKE_ARMS:
+            assert printed.count(f"\n| {corruption} | {arm} | ") == 1
+    assert "| 1 NaN | no clipping | diverged |" in printed
+    assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_temporal_order(capsys, tmp_path, monkeypatch):
+    """The same command with more updates goes on where it ended."""
+    monkeypatch.setattr(temporal_training, "TEST", 200)
+    monkeypatch.setattr(temporal_training, "VALIDATION", 50)
+    saved = tmp_path / "results" / "order.md"
+    options = "--lengths 10 20 --seeds 2 --check-every 2"
+    options = [*options.split(), "--checkpoint", str(tmp_path / "kept"), "--save", str(saved)]
+    temporal_order.main([*options, "--updates", "2"])
+    capsys.readouterr()
+    temporal_order.main([*options, "--updates", "4"])
+    printed = capsys.readouterr()
+    assert printed.err.count("4 updates") == 2
+    assert "2 updates" not in printed.err
+    text = saved.read_text()
+    assert text.startswith(printed.out)
+    for length in (10, 20):
+        for arm in temporal_training.ARMS:
+            assert f"| {length} | {arm} | 0/2 | 0.00 to 0.66 |" in text
+    assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -51,6 +51,16 @@ def test_a_ring_tells_which_norms_left_and_entered(count):
     ]
 
 
+def test_free_slots_hold_the_largest_number_whatever_was_loaded():
+    """A state that was saved in float32 has another number there."""
+    ring = NormWindow(3)
+    state = ring.fresh(1, torch.device("cpu"), torch.float64)
+    state["window"].copy_(double(1.0, 2.0, 0.25))
+    state["counts"].fill_(2)
+    ring.follow(state)
+    assert state["window"].tolist() == [[1.0, 2.0, FREE]]
+
+
 def ordered(norms: torch.Tensor) -> OrderedNorms:
     made = OrderedNorms(norms)
     made.sort_(norms)

@@ -1,0 +1,432 @@
+"""What every rule keeps to, whatever its formula."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import math
+
+import pytest
+import torch
+
+from gradclip import thresholds
+from gradclip.errors import ArgumentError, StateError
+from gradclip.thresholds import (
+    AdaptiveThreshold,
+    Fixed,
+    GrowthLimit,
+    MeanDeviation,
+    MedianDeviation,
+    MovingAverage,
+    Percentile,
+    RelativeToWeights,
+    Threshold,
+    ZScore,
+    is_foreign,
+)
+from tests.support.rules import RULES, Driver
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+ADAPTIVE = [name for name, make in RULES.items() if isinstance(make(), AdaptiveThreshold)]
+MEMORY = {  # elements for each label, as the table of gradclip/thresholds/base.py has it
+    "Percentile": 2 * 5 + 1 + 1,
+    "ZScore": 2 + 1,
+    "MovingAverage": 1 + 1,
+    "MeanDeviation": 5 + 1,
+    "MedianDeviation": 5 + 1,
+    "GrowthLimit": 1,
+}
+STEPS = (torch.rand(60, 3, generator=torch.Generator().manual_seed(1)).double() * 4 + 0.1).tolist()
+STEPS[20][0] = STEPS[41][2] = 90.0
+STEPS[13][1] = None
+STEPS[30] = [math.nan, 1.0, math.inf]
+
+every = pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+adaptive = pytest.mark.parametrize("make", [RULES[name] for name in ADAPTIVE], ids=ADAPTIVE)
+labels = pytest.mark.parametrize("count", [1, 3])
+
+
+def steps_of(count, start=0, stop=60):
+    return [step[:count] for step in STEPS[start:stop]]
+
+
+def saved(rule):
+    buffer = io.BytesIO()
+    torch.save(rule.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def tensors_of(rule):
+    """Return every tensor that a rule keeps, by name, the derived ones too."""
+    tensors = dict(rule.state) if isinstance(rule, AdaptiveThreshold) else {}
+    if isinstance(rule, Percentile):
+        tensors["ordered"] = rule._ordered._bounded
+    return tensors
+
+
+def copies(rule):
+    return {name: tensor.clone() for name, tensor in tensors_of(rule).items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_shared_limit(rule):
+    """Return a rule whose labels do not depend on each other, as those of AdaGC's warm-up do."""
+    if isinstance(rule, MovingAverage):
+        rule.warmup_norm = 1e9
+    return rule
+
+
+def test_the_table_has_every_rule_and_none_is_foreign():
+    """A rule that is missing in `gradclip.thresholds.RULES` would be copied and checked."""
+    public = (getattr(thresholds, name) for name in thresholds.__all__)
+    rules = {
+        kind
+        for kind in public
+        if inspect.isclass(kind) and issubclass(kind, Threshold) and not inspect.isabstract(kind)
+    }
+    assert {type(make()) for make in RULES.values()} == rules
+    assert not any(is_foreign(make()) for make in RULES.values())
+    assert is_foreign(type("Own", (Fixed,), {})(1.0))
+
+
+@every
+@labels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [0.0, 1e-300, 1.0, 1e20, 1e307])
+def test_thresholds_are_numbers_from_zero_to_infinity(make, count, dtype, scale):
+    """Of the shape, dtype and device of the norms; the state stays finite."""
+    run = Driver(make(), count, dtype)
+    largest = torch.finfo(dtype).max
+    for step in steps_of(count, 31, 45):
+        limits = run.step([min((norm or 0.0) * scale, largest) for norm in step])
+        assert (limits.shape, limits.dtype, limits.device.type) == ((count,), dtype, "cpu")
+        assert bool((limits >= 0).all()), limits
+    for name, tensor in tensors_of(run.rule).items():
+        assert bool(tensor.isfinite().all()), name
+
+
+@every
+@labels
+def test_no_norm_makes_a_threshold_nan(make, count):
+    """Neither at the first step nor later."""
+    run = Driver(make(), count)
+    unusable = [[math.nan] * count, [math.inf] * count]
+    for step in [*unusable, *steps_of(count, 0, 9), *unusable]:
+        assert bool((run.step(step) >= 0).all())
+
+
+@every
+@labels
+def test_later_steps_do_not_change_what_was_returned(make, count):
+    """Records keep the tensors; a rule that learns returns another one at every step."""
+    run = Driver(make(), count)
+    returned = [run.step(step) for step in steps_of(count)]
+    assert [limits.tolist() for limits in returned] == Driver(make(), count).run(steps_of(count))
+    if isinstance(run.rule, AdaptiveThreshold):
+        taken = {tensor.untyped_storage().data_ptr() for tensor in run.rule.state.values()}
+        assert len({limits.data_ptr() for limits in returned}) == len(returned)
+        assert not taken & {limits.untyped_storage().data_ptr() for limits in returned}
+
+
+@adaptive
+@labels
+@pytest.mark.parametrize("unusable", [math.nan, math.inf, None, "clipped NaN", "clipped inf"])
+def test_an_unusable_norm_leaves_the_state_bit_for_bit(make, count, unusable):
+    """A norm that is not finite, or without a gradient, or not finite after clipping."""
+    run = Driver(make(), count)
+    run.run(steps_of(count, 0, 20))
+    before = copies(run.rule)
+    if isinstance(unusable, str):
+        norms = run.tensor([2.0] * count)
+        factor = float(unusable.removeprefix("clipped "))
+        run.rule.observe(norms, norms * factor, run.context([2.0] * count))
+    else:
+        run.step([unusable] * count)
+    assert same(tensors_of(run.rule), before)
+    run.step(STEPS[1][:count])
+    assert not same(tensors_of(run.rule), before)
+
+
+@adaptive
+@pytest.mark.parametrize("unusable", [math.nan, math.inf, None])
+def test_an_unusable_norm_of_one_label_leaves_the_others_alone(make, unusable):
+    """Their state moves on as if that label were not there."""
+    run, alone = (Driver(without_shared_limit(make()), 3) for _ in range(2))
+    run.run(steps_of(3, 0, 12))
+    alone.run(steps_of(3, 0, 12))
+    before = copies(run.rule)
+    run.step([STEPS[15][0], unusable, STEPS[15][2]])
+    alone.step(STEPS[15])
+    for name, tensor in tensors_of(run.rule).items():
+        assert torch.equal(tensor[1], before[name][1]), name
+        assert torch.equal(tensor[::2], tensors_of(alone.rule)[name][::2]), name
+
+
+@every
+@labels
+@pytest.mark.parametrize("at", [0, 2, 7, 31, 50])
+def test_a_resumed_run_decides_bit_for_bit_as_one_that_never_stopped(make, count, at):
+    """Whatever the state before loading; what was saved stays as it is."""
+    whole, first, second = (Driver(make(), count) for _ in range(3))
+    expected = whole.run(steps_of(count))
+    first.run(steps_of(count, 0, at))
+    second.run(steps_of(count, 3, 17))
+    second.step_index = at
+    state = saved(first.rule)
+    second.rule.load_state_dict(state)
+    assert same(tensors_of(second.rule), tensors_of(first.rule))
+    assert second.run(steps_of(count, at)) == expected[at:]
+    kept = first.rule.state_dict()
+    before = copy.deepcopy(kept)
+    first.run(steps_of(count, 12, 30))
+    assert repr(kept) == repr(before)
+    assert repr(state) == repr(before)
+
+
+@every
+def test_labels_together_are_bit_for_bit_as_each_alone(make):
+    """One label takes the way of numbers, several that of tensors."""
+    together = Driver(without_shared_limit(make()), 3).run(STEPS)
+    for label in range(3):
+        alone = Driver(without_shared_limit(make()))
+        alone.weights = [label + 1]
+        limits = [limit for [limit] in alone.run([[step[label]] for step in STEPS])]
+        expected = [step[label] for step in together]
+        if isinstance(
+            alone.rule, MeanDeviation
+        ):  # a sum of numbers is not rounded like that of a row
+            expected = pytest.approx(expected, rel=1e-12)
+        assert limits == expected
+
+
+@adaptive
+def test_added_labels_start_fresh_and_leave_the_others_bit_for_bit(make):
+    """Where the first labels are others, all start fresh."""
+    run, fresh = Driver(without_shared_limit(make()), 2), Driver(without_shared_limit(make()), 1)
+    run.run(steps_of(2, 0, 25))
+    before = copies(run.rule)
+    run.rule.start([*run.labels, "new"], CPU, torch.float64)
+    for name, tensor in tensors_of(run.rule).items():
+        assert torch.equal(tensor[:2], before[name]), name
+        assert torch.equal(tensor[2:], tensors_of(fresh.rule)[name]), name
+    fresh.run([[step[2]] for step in steps_of(3, 25)])
+    run.run(steps_of(3, 25))
+    for name, tensor in tensors_of(run.rule).items():
+        assert torch.equal(tensor[2:], tensors_of(fresh.rule)[name]), name
+    run.rule.start(["label 1", "label 0", "new"], CPU, torch.float64)
+    assert same(tensors_of(run.rule), tensors_of(Driver(make(), 3).rule))
+
+
+def wrong_states(state):
+    """Yield what is wrong, a state, and words of the error that refuses it."""
+    rule, tensors = state["rule"], [name for name in state if name != "rule"]
+    first, last = tensors[0], tensors[-1]
+    floating = next(name for name in tensors if state[name].is_floating_point())
+    one = f"{rule}'s '{{}}'".format
+    kind = f"{one(floating)} is of torch.{{}} and needs torch.float64".format
+    yield "another rule", {**state, "rule": "Other"}, f"threshold is {rule} and the state is of Oth"
+    yield "no rule", {name: state[name] for name in tensors}, "the state is of no rule"
+    yield "missing key", {name: state[name] for name in state if name != last}, "and needs ["
+    yield "extra key", {**state, "more": torch.zeros(3)}, f"The state of {rule} has the keys ["
+    yield "empty", {}, f"The threshold is {rule} and the state is of no rule"
+    yield "no mapping", [1], f"The state of the threshold {rule} is a list, not a dict"
+    yield "no tensor", {**state, last: 1.0}, f"{one(last)} is a float, not a dense tensor with val"
+    on_meta = state[last].to("meta")
+    yield "no values", {**state, last: on_meta}, "is a Tensor, not a dense tensor with values"
+    yield "sparse", {**state, last: state[last].to_sparse()}, "not a dense tensor with values"
+    yield "wrong shape", {**state, last: state[last][:-1]}, f"{one(last)} has the shape (0,) and n"
+    twice = torch.cat([state[first], state[first]])
+    yield "more labels", {**state, first: twice}, "the number of norms and, where there is one, th"
+    yield "bool", {**state, last: state[last] > 0}, f"{one(last)} is of torch.bool and needs torch."
+    yield "complex", {**state, floating: state[floating] + 0j}, kind("complex128")
+    yield "integers", {**state, floating: state[floating].long()}, kind("int64")
+    for value in (math.nan, math.inf, -1.0):
+        wrong = state[floating].clone()
+        wrong.view(-1)[-1] = value
+        said = f"{one(floating)} holds numbers that are negative, not finite or endless counts"
+        yield str(value), {**state, floating: wrong}, said
+    if "counts" in state:
+        counts = state["counts"]
+        for value in (-1, 2**53):
+            yield (
+                f"count {value}",
+                {**state, "counts": torch.full_like(counts, value)},
+                "endless co",
+            )
+        yield "fractions", {**state, "counts": counts.double()}, "float64 and needs torch.int64"
+        yield "complex counts", {**state, "counts": counts + 0j}, "complex64 and needs torch.int64"
+
+
+@adaptive
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(make):
+    """The error says what was found, what is needed, and the remedy."""
+    run = Driver(make())
+    run.run(steps_of(1, 0, 20))
+    state, before = saved(run.rule), copies(run.rule)
+    run.rule.load_state_dict(state)
+    remedy = (
+        ": load the state into a clipper with the labels and the threshold it was saved from. "
+        "Nothing was loaded."
+    )
+    for wrong, found, said in wrong_states(state):
+        with pytest.raises(StateError) as refused:
+            run.rule.load_state_dict(found)
+        message = str(refused.value)
+        assert said in message, wrong
+        assert message.endswith(remedy), wrong
+        assert same(tensors_of(run.rule), before), wrong
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ADAPTIVE])
+def test_a_rule_without_state_saves_nothing_and_refuses_that_of_another(name):
+    """The error shows the beginning of what was found."""
+    run = Driver(RULES[name](), 3)
+    run.run(steps_of(3, 0, 5))
+    assert run.rule.state_dict() == {}
+    run.rule.load_state_dict({})
+    with pytest.raises(
+        StateError,
+        match=rf"(?s)^{type(run.rule).__name__} keeps no state, found {{'rule': 'Percentile', .*: "
+        r"load the state into a clipper with the threshold it was saved from\. Nothing was loaded",
+    ):
+        run.rule.load_state_dict(Driver(Percentile(), 3).rule.state_dict())
+
+
+@pytest.mark.parametrize("make", [lambda n: MeanDeviation(window=n), lambda n: Percentile(9, n)])
+def test_a_window_of_another_size_is_refused(make):
+    """The number of norms that it kept would be another."""
+    state = Driver(make(20)).rule.state_dict()
+    with pytest.raises(StateError, match=r"'window' has the shape .* the size of the window: load"):
+        Driver(make(30)).rule.load_state_dict(state)
+
+
+@adaptive
+def test_a_state_loads_on_a_device_without_float64_and_back(make):
+    """Free slots of a window are free there too, and norms beyond its range are its largest."""
+    whole, narrow = Driver(make(), 3), Driver(make(), 3, torch.float32)
+    whole.run(steps_of(3, 0, 4))
+    narrow.rule.load_state_dict(whole.rule.state_dict())
+    for name, tensor in tensors_of(narrow.rule).items():
+        assert bool(tensor.isfinite().all()), name
+    limits = narrow.run(steps_of(3, 5, 12))
+    assert limits == [pytest.approx(step, rel=1e-5) for step in whole.run(steps_of(3, 5, 12))]
+    back = Driver(make(), 3)
+    back.rule.load_state_dict(narrow.rule.state_dict())
+    assert back.run(steps_of(3, 12, 29)) == [
+        pytest.approx(step, rel=1e-4) for step in narrow.run(steps_of(3, 12, 29))
+    ]
+    state = whole.rule.state_dict()
+    [floating] = [name for name in state if name != "rule" and name != "counts"][:1]
+    narrow.rule.load_state_dict({**state, floating: torch.full_like(state[floating], 1e300)})
+    assert bool((narrow.rule.state[floating] == torch.finfo(torch.float32).max).all())
+
+
+@every
+@labels
+def test_cap_and_floor_hold_the_threshold(make, count):
+    """From the first step, and as keywords alone."""
+    free = Driver(make(), count).run(steps_of(count))
+    both = {"cap": 2.0, "floor": 0.5}
+    for bounds in ({"cap": 1.5}, {"floor": 2.5}, both, {"cap": 0, "floor": 0}):
+        low, high = bounds.get("floor", 0.0), bounds.get("cap", math.inf)
+        limits = Driver(make(**bounds), count).run(steps_of(count))
+        assert all(low <= limit <= high for step in limits for limit in step), bounds
+        assert limits[0] == [min(max(limit, low), high) for limit in free[0]], bounds
+    for name in ("cap", "floor"):
+        parameter = inspect.signature(type(make())).parameters[name]
+        assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, None)
+
+
+@every
+@pytest.mark.parametrize("bound", ["cap", "floor"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, True, "1", torch.ones(2)])
+def test_an_invalid_cap_or_floor_is_refused(make, bound, value):
+    """Also a floor above the cap."""
+    with pytest.raises(ArgumentError, match=f"^{bound} is .*: give "):
+        make(**{bound: value})
+    with pytest.raises(ArgumentError, match="floor is 2 and cap is 1.0: give a floor that is not"):
+        make(cap=1.0, floor=2)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@labels
+def test_the_state_has_the_documented_size_and_stays_where_it_is(name, count):
+    """As a captured CUDA graph needs it, also after loading."""
+    run = Driver(RULES[name](), count)
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors_of(run.rule).items()}
+    for _ in range(2):
+        sizes = [tensor.numel() for tensor in tensors_of(run.rule).values()]
+        assert sum(sizes) == MEMORY[name] * count
+        run.run(steps_of(count))
+        run.rule.load_state_dict(saved(run.rule))
+    assert {name: t.data_ptr() for name, t in tensors_of(run.rule).items()} == addresses
+
+
+@every
+@labels
+@pytest.mark.parametrize("bounds", [{}, {"cap": 3.0, "floor": 1.0}], ids=["free", "bounded"])
+def test_the_host_reads_nothing_of_another_device(make, count, bounds):
+    """Tensors of the device "meta" have no values: reading one raises."""
+    rule = make(**bounds)
+    rule.start([str(index) for index in range(count)], META, torch.float64)
+    norms = torch.ones(count, dtype=torch.float64, device=META)
+    context = thresholds.StepContext(
+        0, torch.ones(count, dtype=torch.bool, device=META), 2.0, norms
+    )
+    for _ in range(3):
+        limits = rule.thresholds(norms, context)
+        rule.observe(norms, norms, context)
+    assert (limits.device, limits.dtype, limits.shape) == (META, torch.float64, (count,))
+
+
+@every
+def test_another_default_device_or_dtype_changes_nothing(make):
+    """A rule can be made where no tensor can be, and its state is where the norms are."""
+    expected = Driver(make(), 3).run(STEPS)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("hpu"):
+            rule = make()
+        run = Driver(rule, 3)
+        with META:
+            rule.start(run.labels, CPU, torch.float64)
+        assert run.run(STEPS) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@every
+def test_the_repr_is_the_call_that_makes_the_rule(make):
+    """With cap and floor only where they are given."""
+    for bounds in ({}, {"cap": 3.0}, {"floor": 0.5}, {"cap": 3.0, "floor": 0.5}):
+        shown = repr(make(**bounds))
+        for name in ("cap", "floor"):
+            assert (f"{name}={bounds.get(name)}" in shown) == (name in bounds)
+        if "Schedule" not in shown:
+            assert repr(eval(shown, vars(thresholds))) == shown
+
+
+@pytest.mark.parametrize(
+    ("rule", "shown"),
+    [
+        (Fixed(1), "Fixed(1.0)"),
+        (Fixed(None), "Fixed(None)"),
+        (Percentile(), "Percentile(10.0, window=1000)"),
+        (ZScore(cap=1), "ZScore(2.5, decay=0.97, warmup=25, eps=1e-06, cap=1.0)"),
+        (MovingAverage(), "MovingAverage(1.05, decay=0.98, warmup=100, warmup_norm=1.0)"),
+        (MeanDeviation(), "MeanDeviation(6.0, window=128, warmup=64)"),
+        (MedianDeviation(), "MedianDeviation(10.0, window=100, warmup=50)"),
+        (MedianDeviation(window=31), "MedianDeviation(10.0, window=31, warmup=15)"),
+        (RelativeToWeights(), "RelativeToWeights(0.01, eps=0.001)"),
+        (GrowthLimit(floor=0.0), "GrowthLimit(1.01, floor=0.0)"),
+    ],
+    ids=repr,
+)
+def test_the_defaults_are_those_of_the_sources(rule, shown):
+    """And the repr shows them as they are used."""
+    assert repr(rule) == shown

@@ -1,0 +1,296 @@
+"""Each rule against its paper, written down by hand for one label or several."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from gradclip.errors import ArgumentError
+from gradclip.thresholds import (
+    GrowthLimit,
+    MeanDeviation,
+    MedianDeviation,
+    MovingAverage,
+    Percentile,
+    RelativeToWeights,
+    StepContext,
+    ZScore,
+)
+from tests.support.rules import Driver, agree, is_usable, per_label
+
+# AutoClip: the percentile of the last norms, the current one included
+
+
+def autoclip(percentile, window):
+    def limits(norms):
+        past, expected = [], []
+        for norm in norms:
+            past += [norm] if is_usable(norm) else []
+            last = past[-window:] if is_usable(norm) else past[-(window - 1) :]
+            expected.append(float(np.percentile(last, percentile)) if last else math.inf)
+        return expected
+
+    return per_label(limits)
+
+
+@pytest.mark.parametrize(
+    ("percentile", "window"), [(0, 3), (5, 100), (10.0, 7), (50, 2), (73.21, 5), (100, 4)]
+)
+def test_percentile_is_autoclip(percentile, window):
+    """With linear interpolation, as numpy has it."""
+    agree(lambda: Percentile(percentile, window), autoclip(percentile, window))
+
+
+def test_labels_of_many_blocks_are_the_same_as_of_one(monkeypatch):
+    """The CPU reorders a block of labels at once."""
+    steps = torch.rand(30, 5, dtype=torch.float64).tolist()
+    whole = Driver(Percentile(30, window=9), 5).run(steps)
+    monkeypatch.setattr("gradclip.thresholds.window._BLOCK", 2 * 8)
+    assert Driver(Percentile(30, window=9), 5).run(steps) == whole
+
+
+# ZClip: a list of the warm-up's norms, then moving averages
+
+
+def zclip(z=2.5, decay=0.97, warmup=25, eps=1e-6, cap=math.inf):
+    def limits(norms):
+        first, mean, variance, expected = [], None, None, []
+        for norm in norms:
+            limit, usable = math.inf, is_usable(norm)
+            if usable and mean is not None and mean > 0:
+                score = (norm - mean) / (math.sqrt(variance) + eps)
+                if score > z:
+                    limit = mean + z * z * math.sqrt(variance) / score
+            expected.append(min(limit, cap) if usable else None)
+            if usable and mean is None:
+                first.append(norm)
+                if len(first) == warmup:
+                    mean, variance = statistics.fmean(first), statistics.pvariance(first)
+            elif usable:
+                clipped = min(norm, limit)
+                mean = decay * mean + (1 - decay) * clipped
+                variance = decay * variance + (1 - decay) * (clipped - mean) ** 2
+        return expected
+
+    return per_label(limits)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"z": 2.5, "warmup": 25},
+        {"z": 1.5, "warmup": 3, "decay": 0.9},
+        {"z": 0.5, "warmup": 1, "decay": 0.5, "eps": 0.1},
+        {"z": 2.0, "warmup": 5, "cap": 1.5},
+    ],
+    ids=str,
+)
+def test_zscore_is_zclip(arguments):
+    """The averages observe the limit before the cap."""
+    agree(lambda: ZScore(**arguments), zclip(**arguments))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_zscore_limits_what_is_more_than_z_deviations_out(count):
+    """Not what is just as many."""
+    run = Driver(ZScore(z=1.0, warmup=2, eps=1.0), count)
+    run.run([[1.0] * count, [3.0] * count])  # the mean is 2, the deviation 1
+    assert run.ask([4.0] * count).tolist() == [math.inf] * count
+    assert run.ask([6.0] * count).tolist() == [2.5] * count
+
+
+def test_zscore_keeps_its_limits_after_extreme_norms():
+    """Neither zeros nor a norm whose square overflows end them."""
+    assert Driver(ZScore(warmup=3)).run([[0.0]] * 4 + [[5.0]])[-1] == [math.inf]
+    run = Driver(ZScore(warmup=2, decay=0.5))
+    run.run([[1e200], [3e200]] + [[1.0]] * 1100)
+    assert run.run([[1e200]])[0][0] < 1e3
+
+
+# AdaGC: clipped together to a fixed norm first, then each by its own average
+
+
+def adagc(factor=1.05, decay=0.98, warmup=100, warmup_norm=1.0, order=2.0):
+    def limits(steps):
+        averages, counts, expected = [0.0] * len(steps[0]), [0] * len(steps[0]), []
+        for step in steps:
+            usable = [norm for norm in step if is_usable(norm)]
+            total = max(usable, default=0.0)
+            if order < math.inf:
+                total = sum(norm**order for norm in usable) ** (1 / order)
+            row = []
+            for label, norm in enumerate(step):
+                limit = None
+                if is_usable(norm):
+                    shared = norm / total * warmup_norm if total > warmup_norm else math.inf
+                    warm, average = counts[label] < warmup, averages[label]
+                    limit = shared if warm else factor * average
+                    clipped = min(norm, limit)
+                    if clipped > 0:
+                        smallest = min(average, clipped) if counts[label] else clipped
+                        moved = decay * average + (1 - decay) * clipped
+                        averages[label] = smallest if warm else moved
+                        counts[label] += 1
+                row.append(limit)
+            expected.append(row)
+        return expected
+
+    return limits
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"warmup": 5, "warmup_norm": 2.0},
+        {"factor": 1.5, "decay": 0.5, "warmup": 1, "warmup_norm": 1e9},
+        {"factor": 0.9, "decay": 0.0, "warmup": 3},
+    ],
+    ids=str,
+)
+def test_moving_average_is_adagc(arguments):
+    """A norm of 0 never enters an average: it would erase its label forever."""
+    agree(lambda: MovingAverage(**arguments), adagc(**arguments))
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.5, math.inf])
+def test_the_warm_up_takes_the_norm_of_all_in_the_order_of_the_norms(order):
+    """A norm that is not finite has no limit and does not count."""
+    steps = [[3.0, 4.0, 0.0], [1.0, 2.0, 2.0], [0.1, 0.2, 0.1], [5.0, math.nan, 7.0]]
+    run = Driver(MovingAverage(warmup=9), 3, order=order)
+    for limits, needed in zip(run.run(steps), adagc(warmup=9, order=order)(steps), strict=True):
+        for limit, value in zip(limits, needed, strict=True):
+            assert limit == (math.inf if value is None else pytest.approx(value, rel=1e-12))
+
+
+@pytest.mark.parametrize("norm", [1e-300, 1e200, 1.7e308])
+def test_the_warm_up_clips_norms_whose_squares_leave_the_range(norm):
+    """Powers are taken relative to the largest norm."""
+    [limits] = Driver(MovingAverage(warmup_norm=1e-301), 3).run([[norm] * 3])
+    assert limits == [pytest.approx(1e-301 / math.sqrt(3), rel=1e-12)] * 3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_norms_that_were_clipped_to_zero_are_not_observed(count):
+    """Whatever they were as measured."""
+    run = Driver(MovingAverage(cap=0.0), count)
+    run.run([[3.0] * count] * 2)
+    assert run.rule.state["counts"].tolist() == [0] * count
+
+
+# OLMo's rule, and the same with medians: the last norms, without the current one
+
+
+def of_last_norms(centre_and_deviation):
+    def oracle(factor, window, warmup):
+        def limits(norms):
+            past, expected = [], []
+            for norm in norms:
+                limit = math.inf
+                if len(past) + 1 >= max(warmup, 3):
+                    centre, deviation = centre_and_deviation(past[-window:])
+                    limit = centre + factor * deviation
+                expected.append(limit)
+                past += [norm] if is_usable(norm) else []
+            return expected
+
+        return per_label(limits)
+
+    return oracle
+
+
+def median_and_distance(norms):
+    median = statistics.median(norms)
+    distance = statistics.median(abs(norm - median) for norm in norms)
+    return median if median > 0 else math.inf, distance
+
+
+OF_LAST_NORMS = {
+    MeanDeviation: of_last_norms(lambda n: (statistics.fmean(n), statistics.stdev(n))),
+    MedianDeviation: of_last_norms(median_and_distance),
+}
+both = pytest.mark.parametrize("rule", OF_LAST_NORMS)
+
+
+@both
+@pytest.mark.parametrize(
+    "arguments", [(1.0, 2, 0), (6.0, 5, 3), (1.5, 6, 20), (3.0, 100, 4)], ids=str
+)
+def test_deviations_are_those_of_the_last_norms(rule, arguments):
+    """Mean and sample deviation, or median and median distance."""
+    agree(lambda: rule(*arguments), OF_LAST_NORMS[rule](*arguments))
+
+
+@both
+def test_there_is_no_limit_before_the_warm_up_is_over(rule):
+    """Half the window, and never before the third norm, since a deviation needs two."""
+    for warmup in (0, 1, 2, 3):
+        limits = Driver(rule(window=4, warmup=warmup)).run([[1.0], [1.0], [9.0]])
+        assert limits == [[math.inf], [math.inf], [1.0]]
+    limits = Driver(rule(window=20)).run([[1.0 + step % 2] for step in range(12)])
+    assert [limit == math.inf for [limit] in limits] == [True] * 9 + [False] * 3
+
+
+def test_large_norms_that_hardly_differ_keep_their_deviation():
+    """A sum of squares would lose it."""
+    norms = [1e8 + step % 2 for step in range(1000)]
+    for count in (1, 2):
+        run = Driver(MeanDeviation(6.0, window=64), count)
+        limit = run.run([[norm] * count for norm in norms])[-1][0]
+        deviation = statistics.stdev(norms[-65:-1])
+        assert limit - statistics.fmean(norms[-65:-1]) == pytest.approx(6 * deviation, rel=1e-6)
+
+
+def test_a_distance_larger_than_that_of_a_free_slot_keeps_its_rank():
+    """And a median of 0 sets no limit."""
+    run = Driver(MedianDeviation(1.0, window=10, warmup=3))
+    run.run([[0.0], [1.2e308], [1.2e308], [0.0], [0.0]])
+    assert run.run([[1.0]]) == [[math.inf]]
+    run.run([[1.2e308]] * 3)  # now the median is 1.2e308 and three of eight are that far away
+    assert run.run([[1.0]])[0][0] == pytest.approx(1.2e308)
+
+
+# Fira's limiter, and AGC
+
+
+def fira(factor):
+    def limits(norms):
+        limit, expected = math.inf, []
+        for norm in norms:
+            expected.append(limit)
+            if is_usable(norm) and norm > 0:
+                limit = factor * min(norm, limit)
+        return expected
+
+    return per_label(limits)
+
+
+@pytest.mark.parametrize("factor", [1.01, 2.0, 0.9])
+def test_growth_limit_is_fira(factor):
+    """A multiple of the last clipped norm that was not 0."""
+    agree(lambda: GrowthLimit(factor), fira(factor))
+
+
+@pytest.mark.parametrize(("factor", "eps"), [(0.01, 1e-3), (0.5, 2.0)])
+def test_relative_to_weights_is_agc(factor, eps):
+    """A share of the weights' norm, which is at least eps."""
+    weights = torch.tensor([0.0, 1e-5, 1.0, 2.0, 300.0], dtype=torch.float64)
+    context = StepContext(0, torch.ones(5, dtype=torch.bool), 2.0, weights)
+    limits = RelativeToWeights(factor, eps).thresholds(torch.ones_like(weights), context)
+    assert limits.tolist() == [factor * max(weight, eps) for weight in weights.tolist()]
+
+
+def test_relative_to_weights_asks_for_weight_norms_and_misses_them():
+    """The error is for those who call a rule by themselves."""
+    assert RelativeToWeights.needs_weights
+    context = StepContext(0, torch.ones(1, dtype=torch.bool))
+    with pytest.raises(
+        ArgumentError,
+        match="^RelativeToWeights got a step without weight norms: the caller has to measure them "
+        r"for a rule with needs_weights, as GradientClipper does\.$",
+    ):
+        RelativeToWeights().thresholds(torch.ones(1), context)

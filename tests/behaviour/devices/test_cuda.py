@@ -1,12 +1,11 @@
-"""What only a CUDA device can show: no host sync, graphs, streams, scaled losses, sizes.
+"""What only a CUDA device can show: graphs, streams, scaled losses, sizes.
 
-Where a test can be run on the CPU as well it is, so that it is known to be right itself.
+A test that can run on the CPU does so too, which shows that the test itself is right.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,36 +13,25 @@ from torch import nn
 
 import gradclip
 from gradclip import GradientClipper
-from gradclip.engines import engine_for
-from gradclip.records.sinks.tensorboard import TensorBoardSink
+from tests.support.reference import gradient_norm, norm_of
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
-BOTH = ["cpu", CUDA]
-MANY = [pytest.param("cpu", marks=pytest.mark.slow), CUDA]
+on_cuda = pytest.mark.parametrize("device", [CUDA], indirect=True)
+on_both = pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)
+on_many = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA], indirect=True
+)
 
 
 @pytest.fixture
-def device(request):
+def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-@contextmanager
-def no_sync(device):
-    """Let whatever waits for a CUDA device raise."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-class Training:
+class Net:
     """A small network, whose batches are copied into one tensor, as a graph needs it."""
 
-    def __init__(self, device, max_norm, *, sink=None, fused=True, **options) -> None:
+    def __init__(self, device, max_norm, *, fused=True, **options) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
         capturable = {"capturable": True} if device.type == "cuda" else {}
@@ -51,7 +39,7 @@ class Training:
             self.model.parameters(), lr=0.1, fused=fused, **capturable
         )
         self.batch = torch.zeros(5, 4, device=device)
-        self.sink = gradclip.MemorySink() if sink is None else sink
+        self.sink = gradclip.MemorySink()
         self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
 
     def step(self) -> None:
@@ -71,55 +59,16 @@ def batches(count: int, device) -> list[torch.Tensor]:
     return [batch.to(device) for batch in made]
 
 
-# Waiting
-
-
-@pytest.mark.parametrize("device", MANY, indirect=True)
-@pytest.mark.parametrize("rule", ["Fixed", "Percentile"], indirect=True)
-def test_no_policy_waits_for_the_device(device, rule, options):
-    given = batches(8, device)
-    training = Training(device, rule(), sink=gradclip.MemorySink(flush_every=2), **options)
-    if "skip" in options.values():
-        training.learn(given[:1])  # which makes the state without which no step is skipped there
-    with no_sync(device):
-        training.learn(given)
-
-
-@pytest.mark.parametrize("device", MANY, indirect=True)
-@pytest.mark.parametrize("scope", ["global", "parameter"])
-def test_no_threshold_waits_for_the_device(device, rule, scope, tmp_path):
-    sink = TensorBoardSink(tmp_path, flush_every=2)
-    training = Training(device, rule(), sink=sink, scope=scope)
-    given = batches(8, device)
-    with no_sync(device):
-        training.learn(given)
-    training.clipper.close()
-
-
-@pytest.mark.parametrize("device", BOTH, indirect=True)
-def test_no_function_waits_for_the_device(device):
-    weights = [nn.Parameter(torch.ones(size, device=device)) for size in (3, 500, 70_000)]
-    weights.append(nn.Parameter(torch.ones(9, 70, device=device)[:, ::2]))
-    for weight in weights:
-        weight.grad = torch.ones_like(weight)
-    with no_sync(device):
-        gradclip.clip_grad_norm_(weights, 1.0)
-        gradclip.clip_gradients_([weight.grad for weight in weights], 1.0, 3.0)
-        gradclip.clip_grad_value_(weights, 1e-4)
-        norm = gradclip.get_total_norm([weight.grad for weight in weights])
-        gradclip.clip_grads_with_norm_(weights, 1.0, norm)
-        gradclip.clip_grad_units_(weights)
-        gradclip.clip_backward(weights[0] * 1, 1.0, 0.5).sum().backward()
-
-
 # The same as on the CPU
 
 
-@pytest.mark.parametrize("device", MANY, indirect=True)
+@on_many
 def test_a_device_clips_as_the_cpu_does(device, rule, options):
     given = batches(10, "cpu")
-    here = Training(torch.device("cpu"), rule(), **options)
-    there = Training(device, rule(), **options)
+    here = Net(torch.device("cpu"), rule(), **options)
+    there = Net(device, rule(), **options)
+    engines = ("triton",) if device.type == "cuda" else ("native", "operators")
+    assert there.clipper.engine in engines
     here.learn(given)
     there.learn([batch.to(device) for batch in given])
     for training in (here, there):
@@ -130,28 +79,18 @@ def test_a_device_clips_as_the_cpu_does(device, rule, options):
         assert (other.step, other.skipped) == (one.step, one.skipped)
 
 
-@pytest.mark.parametrize("device", BOTH, indirect=True)
-def test_the_engine_says_what_serves(device):
-    training = Training(device, 1.0)
-    assert (
-        training.clipper.engine
-        in {"cpu": ("native", "operators"), "cuda": ("triton",)}[device.type]
-    )
-
-
-@pytest.mark.parametrize("device", BOTH, indirect=True)
+@on_both
 @pytest.mark.parametrize("value", [1e20, 3e38, 1e-25, 1e-40])
-def test_elements_of_any_magnitude_have_their_norm_and_are_clipped_to_the_threshold(device, value):
+def test_elements_of_any_magnitude(device, value):
     weight = nn.Parameter(torch.ones(10_000, device=device))
     weight.grad = torch.full_like(weight, value)
     norm = gradclip.clip_grad_norm_([weight], 1e-30)
     exact = torch.tensor(value).double().item() * 100
     assert norm.item() == pytest.approx(exact, rel=1e-6)
-    after = weight.grad.double().norm().item()
-    assert after == pytest.approx(min(exact, 1e-30), rel=1e-5)
+    assert gradient_norm([weight]) == pytest.approx(min(exact, 1e-30), rel=1e-5)
 
 
-@pytest.mark.parametrize("device", BOTH, indirect=True)
+@on_both
 def test_gradients_on_two_devices_share_a_norm(device):
     weights = [
         nn.Parameter(torch.ones(3)),
@@ -163,14 +102,14 @@ def test_gradients_on_two_devices_share_a_norm(device):
             weight.grad = torch.full_like(weight, 2.0)
         norm = gradclip.clip_grad_norm_(weights[::order], 1.0)
         assert norm.item() == pytest.approx(2 * math.sqrt(12))
-        after = math.sqrt(sum(w.grad.double().square().sum().item() for w in weights))
+        after = norm_of([weight.grad.cpu() for weight in weights])
         assert after == pytest.approx(1.0, rel=2e-3)
 
 
-@pytest.mark.parametrize("device", BOTH, indirect=True)
+@on_both
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
-    training = Training(device, 0.01, fused=fused)
+    training = Net(device, 0.01, fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=100)
     given = batches(6, device)
     given[3] *= math.inf
@@ -181,7 +120,7 @@ def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
         if bool(loss.isfinite()):
             parameters = [*training.model.parameters()]
             plain = torch.autograd.grad(loss, parameters, retain_graph=True)
-            norms.append(math.sqrt(sum(g.double().square().sum().item() for g in plain)))
+            norms.append(norm_of(plain))
         scaler.scale(loss).backward()
         scaler.step(training.optimizer)
         scaler.update()
@@ -191,7 +130,7 @@ def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
     assert training.clipper.skipped == 0
 
 
-@pytest.mark.parametrize("device", BOTH, indirect=True)
+@on_both
 def test_autocast_and_other_defaults_change_nothing(device):
     given = [torch.full((5_000,), 2.0**8, device=device) for _ in range(3)]
     needed = gradclip.get_total_norm(given)
@@ -203,8 +142,7 @@ def test_autocast_and_other_defaults_change_nothing(device):
 # More than the CPU can
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@on_cuda
 def test_one_launch_measures_and_one_returns_at_once(device):
     weights = [nn.Parameter(torch.ones(size, device=device)) for size in range(1, 1000, 7)]
     for weight in weights:
@@ -219,8 +157,7 @@ def test_one_launch_measures_and_one_returns_at_once(device):
     assert len(names) < 16
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@on_cuda
 def test_streams_do_not_disturb_each_other(device):
     streams = [torch.cuda.Stream() for _ in range(4)]
     given = [
@@ -238,8 +175,7 @@ def test_streams_do_not_disturb_each_other(device):
         assert [norm.item() for norm in found] == pytest.approx([needed] * 50, rel=1e-6)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@on_cuda
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"scope": "parameter"}])
 @pytest.mark.parametrize(
     "rule",
@@ -249,7 +185,7 @@ def test_streams_do_not_disturb_each_other(device):
 def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options):
     given = batches(12, device)
     given[7][0, 0] = math.nan if options else given[7][0, 0]
-    eager, replayed = (Training(device, rule(), **options) for _ in range(2))
+    eager, replayed = (Net(device, rule(), **options) for _ in range(2))
     eager.learn(given)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -274,27 +210,25 @@ def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options
         torch.testing.assert_close(other, one)
 
 
-@pytest.mark.cuda
 @pytest.mark.slow
-@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@on_cuda
 @pytest.mark.parametrize("rows", [1, 5])
-def test_more_than_two_to_the_31_elements_in_one_tensor(device, rows):
-    gradient = torch.full((rows, 2**31 // rows + 3), 0.5, device=device, dtype=torch.bfloat16)
-    engine = engine_for("triton", gradient.device)
-    length = gradient.shape[1]
-    assert engine.norm([gradient], 2.0).item() == pytest.approx(0.5 * math.sqrt(rows * length))
-    sums = engine.power_sums([gradient], 2.0, rows=True)
-    assert sums.tolist() == pytest.approx([0.25 * length] * rows, rel=1e-9)
-    coefficients = torch.linspace(0.5, 1.0, rows, device=device, dtype=torch.float64)
-    engine.scale_([gradient], coefficients, rows=True)
-    assert gradient[:, -1].tolist() == pytest.approx((0.5 * coefficients).tolist(), rel=1e-2)
-    assert gradient[-1, -4:].unique().numel() == 1
-    engine.clamp_([gradient], coefficients.new_full((1,), 0.125))
-    assert gradient.amax().item() == gradient.amin().item() == 0.125
+def test_more_than_two_to_the_31_elements(device, rows):
+    """In one tensor: its norm, those of its rows, scaled and bounded elements."""
+    shape = rows, 2**31 // rows + 3
+    weight = nn.Parameter(torch.ones(shape, device=device, dtype=torch.bfloat16))
+    weight.grad = torch.full(shape, 0.5, device=device, dtype=torch.bfloat16)
+    norm = 0.5 * math.sqrt(rows * shape[1])
+    assert gradclip.get_total_norm([weight.grad]).item() == pytest.approx(norm)
+    assert gradclip.clip_grad_units_([weight], 0.125).item() == pytest.approx(norm)
+    assert weight.grad.amax().item() == weight.grad.amin().item() == 0.125
+    assert gradclip.clip_grad_norm_([weight], norm / 8).item() == pytest.approx(norm / 4)
+    assert weight.grad.amax().item() == weight.grad.amin().item() == 0.0625
+    gradclip.clip_grad_value_([weight], 0.03125)
+    assert weight.grad.amax().item() == weight.grad.amin().item() == 0.03125
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@on_cuda
 def test_a_compiled_step_clips_as_an_eager_one(device):
     def step(weights, gradients):
         norm = gradclip.clip_gradients_(gradients, 1.0)

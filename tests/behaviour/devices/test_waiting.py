@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
@@ -12,21 +13,38 @@ import gradclip
 from gradclip import GradientClipper
 
 
+@pytest.fixture(params=["like a device", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request) -> torch.device:
+    if request.param == "cuda":
+        return torch.device("cuda")
+    request.getfixturevalue("like_a_device")
+    return torch.device("cpu")
+
+
 @pytest.fixture
-def unread(tape):
-    """A block in which no way leads to a value: neither one the tape sees, nor another."""
+def unread(device, request) -> Callable:
+    """A block in which a host that waits for a value raises."""
+    tape = None if device.type == "cuda" else request.getfixturevalue("tape")
 
     @contextmanager
     def block():
+        if tape is None:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            return
         with pytest.MonkeyPatch.context() as patch, tape:
-            for name in ("tolist", "numpy"):
+            for name in ("tolist", "numpy"):  # which the tape does not see
                 patch.setattr(torch.Tensor, name, refusing(getattr(torch.Tensor, name)))
             yield
 
     return block
 
 
-def refusing(way):
+def refusing(way: Callable) -> Callable:
     def refuse(tensor, *args):
         assert not tensor.is_floating_point(), "the host would wait for a value"
         return way(tensor, *args)
@@ -34,38 +52,43 @@ def refusing(way):
     return refuse
 
 
-def training(max_norm, fused: bool, **options):
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+def training(device, max_norm, *, fused: bool, **options):
+    """Return a clipper and a function that takes a step; three steps have been taken."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
     kind = torch.optim.AdamW if fused else torch.optim.SGD  # others read their count of steps
     optimizer = kind(model.parameters(), lr=0.01, fused=fused)
-    clipper = GradientClipper(optimizer, max_norm, log=gradclip.MemorySink(), **options)
+    # On a device a batch is read once its copy has arrived; here it would be read at once.
+    sink = gradclip.MemorySink(flush_every=2 if device.type == "cuda" else 100)
+    clipper = GradientClipper(optimizer, max_norm, log=sink, **options)
+    batches = {factor: torch.randn(5, 4, device=device) * factor for factor in FACTORS}
 
     def step(factor: float = 1.0) -> None:
         optimizer.zero_grad()
-        model(torch.randn(5, 4) * factor).square().mean().backward()
+        model(batches[factor]).square().mean().backward()
         optimizer.step()
 
+    for _ in range(3):  # a step that is not skipped makes the state
+        step(0.01)
     return step, clipper
 
 
+FACTORS = (1.0, 100.0, float("nan"), 0.01)
+
+
 @pytest.mark.parametrize("rule", ["Fixed", "Percentile"], indirect=True)
-def test_no_policy_waits(rule, options, unread):
-    step, clipper = training(rule(), fused=True, **options)
-    for _ in range(3):  # the first makes what is kept on the device
-        step()
+def test_no_policy_waits(device, rule, options, unread):
+    step, clipper = training(device, rule(), fused=True, **options)
     with unread():
-        for factor in (1.0, 100.0, float("nan"), 1.0):
+        for factor in FACTORS:
             step(factor)
     assert clipper.steps == 7
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter"])
-def test_no_threshold_waits(rule, scope, unread):
-    step, clipper = training(rule(), fused=False, scope=scope)
-    for _ in range(3):
-        step()
+def test_no_threshold_waits(device, rule, scope, unread):
+    step, clipper = training(device, rule(), fused=False, scope=scope)
     with unread():
-        for factor in (1.0, 100.0, float("nan"), 1.0):
+        for factor in FACTORS:
             step(factor)
     assert clipper.steps == 7
 
@@ -74,23 +97,23 @@ def test_no_threshold_waits(rule, scope, unread):
     ("fused", "options"),
     [(True, {"nonfinite": "raise"}), (False, {"nonfinite": "skip"}), (False, {"exceed": "skip"})],
 )
-def test_what_says_that_it_waits_does(fused, options, unread):
-    step, _ = training(0.5, fused=fused, **options)
-    for _ in range(3):
-        step()
-    with unread(), pytest.raises(AssertionError, match="the host would wait for a value"):
+def test_what_says_that_it_waits_does(device, fused, options, unread):
+    step, _ = training(device, 0.5, fused=fused, **options)
+    reason = "would wait for a value|synchronizing"
+    with unread(), pytest.raises((AssertionError, RuntimeError), match=reason):
         step()
 
 
-def test_plain_functions_do_not_wait(unread):
-    weights = [nn.Parameter(torch.ones(3, 4)) for _ in range(3)]
+def test_functions_do_not_wait(device, unread):
+    weights = [nn.Parameter(torch.ones(size, device=device)) for size in (3, 500, 70_000)]
+    weights.append(nn.Parameter(torch.ones(9, 70, device=device)[:, ::2]))
     for weight in weights:
-        weight.grad = torch.ones(3, 4)
+        weight.grad = torch.ones_like(weight)
     gradclip.clip_grad_units_(weights)  # keeps where units are
     with unread():
         gradclip.clip_grad_norm_(weights, 1.0)
-        gradclip.clip_gradients_([torch.ones(3)], 1.0)
-        gradclip.clip_grad_value_(weights, 1.0)
+        gradclip.clip_gradients_([weight.grad for weight in weights], 1.0, 3.0)
+        gradclip.clip_grad_value_(weights, 1e-4)
         norm = gradclip.get_total_norm([weight.grad for weight in weights])
         gradclip.clip_grads_with_norm_(weights, 1.0, norm)
         gradclip.clip_grad_units_(weights)

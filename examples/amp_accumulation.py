@@ -1,9 +1,9 @@
-"""Mixed precision and gradient accumulation: the clipper needs nothing to know of either.
+"""Mixed precision and gradient accumulation, which need no option of the clipper.
 
-GradScaler multiplies the loss so that small gradients survive half precision. The clipper measures
-and records the true norm, whether the optimizer is a fused one (whose gradients are still scaled
-when it steps) or not, whether ``unscale_`` is called or not, and a step that GradScaler leaves out
-for its overflow is not seen at all. Accumulated gradients are clipped once, at the step.
+GradScaler multiplies the loss so that small gradients survive half precision. The clipper always
+measures and records the true norm: with a fused optimizer, whose gradients are still scaled at its
+step, with any other optimizer, and with or without ``unscale_``. It does not count a step that
+GradScaler skips because of an overflow. Accumulated gradients are clipped once, at the step.
 
     python examples/amp_accumulation.py [LOGS]
 """
@@ -19,7 +19,7 @@ MICRO_BATCHES, STEPS = 4, 60
 
 
 def main(logs: str = "runs/amp_accumulation") -> None:
-    """Train in half precision, with four micro-batches to a step."""
+    """Train in half precision, with four micro-batches a step."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = torch.float16 if device == "cuda" else torch.bfloat16
@@ -28,7 +28,7 @@ def main(logs: str = "runs/amp_accumulation") -> None:
 
     model = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 1)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    # Begins too high, so that it is seen to overflow and to find its scale.
+    # The first scale is too high on purpose: the first steps overflow until the scale fits.
     scaler = torch.amp.GradScaler(device, init_scale=2.0**127, growth_interval=20)
     clipper = GradientClipper(optimizer, 1.0, log=logs)
 
@@ -46,7 +46,7 @@ def main(logs: str = "runs/amp_accumulation") -> None:
             print(f"scale {scaler.get_scale():8.2g}  norm before {norm:.3f}, after {after:.3f}")
 
     clipper.close()
-    print(f"{STEPS - clipper.steps} of {STEPS} steps overflowed and were not seen;", end=" ")
+    print(f"{STEPS - clipper.steps} of {STEPS} steps overflowed and were not counted;", end=" ")
     print(f"of the others {clipper.clip_rate():.0%} were clipped.")
     print(f"Curves: tensorboard --logdir {logs}")
 

@@ -2,13 +2,13 @@
 
     python examples/char_gpt.py --log runs/letters
 
-Causal self-attention, AdamW with a warm-up of the learning rate and a cosine down from it. The
-gradients of several batches can be accumulated (``--accumulate``), and ``--amp`` computes in half
-precision, with a GradScaler where that is float16; the clipper needs to know of neither. ``--clip``
+The model has causal self-attention; AdamW trains it with a warm-up and a cosine decay of the
+learning rate. ``--accumulate`` adds up the gradients of several batches, and ``--amp`` computes in
+half precision, with a GradScaler for float16. Neither needs an option of the clipper. ``--clip``
 takes a number or one of the rules in rules.py.
 
-With the defaults, 40 seconds of one core, the loss was 2.97 nats per letter in the first hundred
-steps and 2.20 in the last, in validation 1.98 at the end; 9 % of the steps were clipped.
+With the defaults, in 40 seconds of one core, the loss was 2.97 nats per letter in the first hundred
+steps, 2.20 in the last hundred, and 1.98 in validation at the end; 9 % of the steps were clipped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from gradclip import GradientClipper, TensorBoardSink
 
 
 class Block(nn.Module):
-    """Attention to the letters before, and a layer for each letter alone."""
+    """Attention to earlier letters, then two layers for each letter alone."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -38,30 +38,30 @@ class Block(nn.Module):
         self.inner, self.outer = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Add to what is passed on."""
-        parts = self.attend(self.norm_1(inputs)).chunk(3, dim=-1)
-        parts = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-        seen = F.scaled_dot_product_attention(*parts, is_causal=True)
-        inputs = inputs + self.join(seen.transpose(1, 2).flatten(2))
+        """Return the inputs plus the outputs of both parts."""
+        chunks = self.attend(self.norm_1(inputs)).chunk(3, dim=-1)  # queries, keys, values
+        heads = [chunk.unflatten(-1, (self.heads, -1)).transpose(1, 2) for chunk in chunks]
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        inputs = inputs + self.join(attended.transpose(1, 2).flatten(2))
         return inputs + self.outer(F.gelu(self.inner(self.norm_2(inputs))))
 
 
 class GPT(nn.Module):
-    """Embedding of letters and places, blocks, linear layer."""
+    """Embedding of letters and positions, blocks, linear layer."""
 
     def __init__(self, args: argparse.Namespace, letters: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(letters, args.width)
-        self.places = nn.Embedding(args.context, args.width)
+        self.positions = nn.Embedding(args.context, args.width)
         self.blocks = nn.Sequential(*(Block(args.width, args.heads) for _ in range(args.layers)))
         self.norm = nn.LayerNorm(args.width)
         self.head = nn.Linear(args.width, letters)
-        for each in (self.embed, self.places, self.head):
-            nn.init.normal_(each.weight, std=0.02)
+        for layer in (self.embed, self.positions, self.head):
+            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, letters: Tensor) -> Tensor:
-        """Return scores of the next letters, (batch, time, letters)."""
-        embedded = self.embed(letters) + self.places.weight[: letters.shape[1]]
+        """Return the scores of the next letters, of shape (batch, time, letters)."""
+        embedded = self.embed(letters) + self.positions.weight[: letters.shape[1]]
         return self.head(self.norm(self.blocks(embedded)))
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class GPT(nn.Module):
 
 
 def read_letters() -> tuple[Tensor, Tensor, str]:
-    """Return the letters for training and for validation as numbers, and all that there are."""
+    """Return the text for training and for validation as numbers, and the alphabet."""
     text = "\n".join(topics.values())
     letters = "".join(sorted(set(text)))
     numbers = {letter: number for number, letter in enumerate(letters)}
@@ -81,7 +81,7 @@ def read_letters() -> tuple[Tensor, Tensor, str]:
 
 
 def batches(text: Tensor, size: int, context: int, seed: int) -> Iterator[Tensor]:
-    """Yield random stretches of the text, (size, context + 1), without end."""
+    """Yield random pieces of the text, of shape (size, context + 1), without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(text) - context, (size, 1), generator=generator)
@@ -89,14 +89,14 @@ def batches(text: Tensor, size: int, context: int, seed: int) -> Iterator[Tensor
 
 
 def rate_at(step: int, args: argparse.Namespace) -> float:
-    """Return the learning rate: up in a straight line, then a cosine down to a tenth."""
+    """Return the learning rate: a linear warm-up, then a cosine down to a tenth."""
     warm = min(1.0, step / max(1, args.warmup))
     done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
 def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """Return AdamW, whose weight decay spares biases and the gains of the norms."""
+    """Return AdamW with weight decay for matrices only, not for biases and norms."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -104,15 +104,15 @@ def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, several: Sequence[Tensor], autocast: torch.autocast) -> float:
+def mean_loss(model: GPT, batches: Sequence[Tensor], autocast: torch.autocast) -> float:
     """Return the mean loss over batches."""
     with autocast:
-        return torch.stack([model.loss(batch) for batch in several]).mean().item()
+        return torch.stack([model.loss(batch) for batch in batches]).mean().item()
 
 
 @torch.no_grad()
 def sample(model: GPT, count: int, context: int, letters: str) -> str:
-    """Return letters that the model draws one by one, after an empty line."""
+    """Return letters that the model draws one by one, after a line break."""
     device = model.head.weight.device
     drawn = torch.full((1, 1), letters.index("\n"), device=device)
     for _ in range(count):
@@ -129,14 +129,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=positive, default=2)
     parser.add_argument("--heads", type=positive, default=4)
     parser.add_argument(
-        "--context", type=positive, default=64, help="letters that are seen at once"
+        "--context", type=positive, default=64, help="letters that the model sees at once"
     )
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=20, help="steps of a growing learning rate")
     parser.add_argument("--clip", type=clipping, default="1.0", help=CHOICES)
     parser.add_argument("--steps", type=positive, default=500)
     parser.add_argument("--batch-size", type=positive, default=16)
-    parser.add_argument("--accumulate", type=positive, default=1, help="batches to a step")
+    parser.add_argument("--accumulate", type=positive, default=1, help="batches a step")
     parser.add_argument("--amp", choices=("off", "bfloat16", "float16"), default="off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-interval", type=positive, default=50)
@@ -149,20 +149,20 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def backward(
-    model: GPT, several: Sequence[Tensor], autocast: torch.autocast, scaler: torch.amp.GradScaler
+    model: GPT, batches: Sequence[Tensor], autocast: torch.autocast, scaler: torch.amp.GradScaler
 ) -> Tensor:
-    """Add up the gradient of the mean loss of several batches; return that loss."""
-    total = torch.zeros((), device=several[0].device)
-    for batch in several:
+    """Accumulate the gradient of the mean loss of some batches; return the loss."""
+    total = torch.zeros((), device=batches[0].device)
+    for batch in batches:
         with autocast:
-            loss = model.loss(batch) / len(several)
+            loss = model.loss(batch) / len(batches)
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, and show the losses and a sample."""
+    """Train, and print losses and a sample."""
     args = parsed(arguments)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,14 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scaler.step(optimizer)  # clips first
         scaler.update()
         if step % args.log_interval == 0:
-            found = {
+            means = {
                 "training": torch.stack(losses[-args.log_interval :]).mean().item(),
                 "validation": mean_loss(model, validation, autocast),
             }
-            shown = ", ".join(f"{part} {loss:.3f}" for part, loss in found.items())
+            shown = ", ".join(f"{part} {loss:.3f}" for part, loss in means.items())
             clipped = f"{clipper.clip_rate():.0%} of the norms clipped"
             print(f"step {step:5}  nats per letter: {shown}  {clipped}", flush=True)
-            for part, loss in found.items():
+            for part, loss in means.items():
                 if writer:
                     writer.add_scalar(f"loss/{part}", loss, step)
 

@@ -1,13 +1,13 @@
-"""Why gradients explode: the norm of the state's gradient on its way back through time.
+"""Why gradients explode: the norm of a recurrent state's gradient on its way back through time.
 
     python examples/explosion.py [--out explosion.png] [--steps 60]
 
-The gradient of the loss by an early state is that by the last one, multiplied by the Jacobian of
-every step between them. With h = tanh(W h + U x) that of one step is diag(1 - h^2) W: it stretches
-where the spectral radius of W is above 1, and shrinks where it is below, until tanh saturates
+The gradient of an early state is the gradient of the last state multiplied by the Jacobian of every
+step between them. With h = tanh(W h + U x) the Jacobian of one step is diag(1 - h^2) W. Gradients
+grow if the spectral radius of W is above 1 and shrink if it is below, until tanh saturates
 (Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013). The
-picture shows what `gradclip.through_time` measured beside the product of these Jacobians, and what
-clipping changes: the gradient of the weights, not its cause.
+picture shows the norms that `gradclip.through_time` measures beside the product of the Jacobians,
+and the effect of clipping: it limits the gradient of the weights and leaves the cause.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from torch import Tensor, nn
 
 from gradclip import clip_backward, clip_grad_norm_, through_time
 
-RADII = {0.9: "#0072B2", 1.0: "#009E73", 1.1: "#E69F00", 1.3: "#D55E00"}  # told apart by all
+RADII = {0.9: "#0072B2", 1.0: "#009E73", 1.1: "#E69F00", 1.3: "#D55E00"}  # Okabe and Ito's palette
 HIDDEN, INPUTS, BATCH = 64, 4, 8
 MAX_NORM = 1.0
 
 
 @dataclass
 class Passage:
-    """One pass forward and back."""
+    """Norms of one forward and backward pass."""
 
     measured: list[float]
-    """Norms of the gradient of the state, in the order of time."""
+    """Gradient norms of the states, in the order of time."""
     theory: list[float]
-    """The same by the product of the Jacobians."""
+    """The same norms by the product of the Jacobians."""
     weights: float
-    """Norm of the gradient of all weights."""
+    """Gradient norm of all weights."""
     clipped: float
-    """The same after clipping."""
+    """Gradient norm of all weights after clipping."""
 
 
 def pass_through(radius: float, steps: int, *, through: bool = False) -> Passage:
-    """Go forward and back through a network whose recurrent matrix has a spectral radius.
+    """Run a network whose recurrent matrix has a given spectral radius, forward and backward.
 
     Args:
         radius: The spectral radius.
-        steps: Time steps.
-        through: Whether the state's gradient is clipped at every step.
+        steps: Number of time steps.
+        through: Whether to clip the gradient of the state at every step.
     """
     torch.manual_seed(0)
     cell = nn.RNNCell(INPUTS, HIDDEN, dtype=torch.float64)
@@ -61,17 +61,17 @@ def pass_through(radius: float, steps: int, *, through: bool = False) -> Passage
         if through:
             state = clip_backward(state, MAX_NORM)
         states.append(state)
-    watched = through_time(states)
+    time_norms = through_time(states)
     last = torch.randn_like(state)
     (state * last / last.norm()).sum().backward()
     theory = product_of_jacobians(cell.weight_hh, states, last / last.norm())
     weights = clip_grad_norm_(cell.parameters(), MAX_NORM).item()
-    return Passage(watched.norms.tolist(), theory, weights, min(weights, MAX_NORM))
+    return Passage(time_norms.norms.tolist(), theory, weights, min(weights, MAX_NORM))
 
 
 @torch.no_grad()
 def product_of_jacobians(recurrent: Tensor, states: list[Tensor], last: Tensor) -> list[float]:
-    """Return the norms of ``last`` multiplied by the Jacobian of one step after the other."""
+    """Return the norms of the last gradient times the Jacobian of one step after another."""
     norms, gradient = [last.norm().item()], last
     for state in states[:0:-1]:
         gradient = gradient * (1 - state**2) @ recurrent
@@ -80,7 +80,7 @@ def product_of_jacobians(recurrent: Tensor, states: list[Tensor], last: Tensor) 
 
 
 def draw(passages: dict[float, Passage], through: Passage, path: str) -> None:
-    """Draw growth over time beside the theory, and what clipping does to it."""
+    """Draw the measured growth beside the theory, and the effect of clipping."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,7 +124,7 @@ def draw(passages: dict[float, Passage], through: Passage, path: str) -> None:
 
 
 def main() -> None:
-    """Measure, print, and draw."""
+    """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="explosion.png")
     parser.add_argument("--steps", type=int, default=60)

@@ -1,10 +1,10 @@
-"""Training that is sharded over processes by FSDP2, clipped by one norm over all of them.
+"""Training sharded over processes by FSDP2, clipped by one norm over all of them.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py [LOGS]
 
-Runs on GPUs with nccl, and without them on CPUs with gloo; with plain `python` in one process. The
-clipper sees that gradients are spread over ranks: each rank measures what it holds, and a single
-collective of a few bytes makes of that the norm of the whole, the same on all of them.
+Runs on GPUs with nccl or on CPUs with gloo; with plain `python` in a single process. The clipper
+needs no option: it finds gradients that are sharded over ranks. Each rank measures its shard, and
+one collective of a few bytes returns the norm of the whole gradient to every rank.
 """
 
 import os
@@ -21,7 +21,7 @@ CONTEXT, WIDTH, BATCH, STEPS = 16, 64, 128, 80
 
 
 class Block(nn.Module):
-    """Two layers, and a way around them."""
+    """Two layers with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class Block(nn.Module):
         self.outer = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Add to what is passed on."""
+        """Return the inputs plus the outputs of the layers."""
         return inputs + self.outer(self.inner(self.norm(inputs)).relu())
 
 
 def start() -> torch.device:
-    """Join the processes that torchrun started; return this one's device."""
+    """Join the processes that torchrun started; return the device of this one."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
     if kind == "cuda":
@@ -49,9 +49,9 @@ def start() -> torch.device:
 
 
 def main(logs: str = "runs/fsdp2") -> None:
-    """Train a model of the letters in Python's own documentation."""
+    """Train a model of the letters in Python's documentation."""
     device = start()
-    torch.set_num_threads(1)  # such small layers are none for several
+    torch.set_num_threads(1)  # the layers are too small for several threads
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     text = torch.tensor(list("\n".join(topics.values()).encode("ascii", "ignore")), device=device)
 
@@ -63,9 +63,9 @@ def main(logs: str = "runs/fsdp2") -> None:
         *[Block() for _ in range(3)],
         nn.Linear(WIDTH, 128),
     ).to(device)
-    for part in model:
-        if isinstance(part, Block):
-            fully_shard(part)
+    for layer in model:
+        if isinstance(layer, Block):
+            fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     clipper = GradientClipper(optimizer, 1.0, model=model, log=logs)  # the first process writes
@@ -86,8 +86,8 @@ def main(logs: str = "runs/fsdp2") -> None:
                 )
 
     rate, norm = clipper.clip_rate(), clipper.last.norm.item()
-    whole = [parameter.full_tensor() for parameter in model.parameters()]
-    checksum = sum(parameter.double().abs().sum().item() for parameter in whole)
+    parameters = [parameter.full_tensor() for parameter in model.parameters()]
+    checksum = sum(parameter.double().abs().sum().item() for parameter in parameters)
     clipper.close()
     print(
         f"rank {rank} of {ranks}: {rate:.0%} of the steps were clipped, the last norm was {norm}, "

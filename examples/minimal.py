@@ -1,4 +1,4 @@
-"""Clip the gradients of a training loop, and log their norms: python examples/minimal.py [LOGS]."""
+"""Clip the gradients of a training loop and log their norms: python examples/minimal.py [LOGS]."""
 
 import sys
 
@@ -13,11 +13,11 @@ def main(logs: str = "runs/minimal") -> None:
     torch.manual_seed(0)
     inputs = torch.randn(1024, 10)
     targets = inputs.sum(dim=1, keepdim=True)
-    targets[::256] *= 100  # four bad labels, whose gradients are far too long
+    targets[::256] *= 100  # four bad labels, with gradients that are far too large
 
     model = nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    clipper = GradientClipper(optimizer, 1.0, log=logs)  # this line is all it takes
+    clipper = GradientClipper(optimizer, 1.0, log=logs)  # the only line that clipping adds
 
     for step in range(200):
         batch = torch.randint(len(inputs), (32,))

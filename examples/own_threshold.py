@@ -1,7 +1,7 @@
-"""A threshold of one's own: python examples/own_threshold.py [LOGS].
+"""A rule of your own for the threshold: python examples/own_threshold.py [LOGS].
 
-A rule says what it keeps for each norm, what it allows and what it learns. Where its state lives,
-which norms may enter it, saving and loading are done by the class that it derives from.
+A rule defines its state for each norm, its thresholds, and what it learns from a step. Its base
+class places the state on the device, keeps invalid norms out of it, saves it and loads it.
 """
 
 import sys
@@ -17,11 +17,11 @@ class TwiceTheAverage(AdaptiveThreshold):
     """Allows twice the moving average of the clipped norms."""
 
     def fresh(self, count, device, dtype):
-        """Keep one average for each norm, 0 as long as there is none."""
+        """Return one average for each norm, 0 before the first step."""
         return {"average": torch.zeros(count, device=device, dtype=dtype)}
 
     def limits(self, norms, context):
-        """Allow twice the average; anything at the first step."""
+        """Return twice the average; infinity at the first step."""
         average = self.state["average"]
         return torch.where(average > 0, 2 * average, torch.inf)
 
@@ -37,7 +37,7 @@ def main(logs: str = "runs/own_threshold") -> None:
     torch.manual_seed(0)
     inputs = torch.randn(1024, 10)
     targets = inputs.sum(dim=1, keepdim=True)
-    targets[::256] *= 100  # four bad labels, whose gradients are far too long
+    targets[::256] *= 100  # four bad labels, with gradients that are far too large
 
     model = nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -50,8 +50,8 @@ def main(logs: str = "runs/own_threshold") -> None:
         loss.backward()
         optimizer.step()
         if step % 20 == 0:
-            norm, limit = clipper.last.norm.item(), clipper.last.threshold.item()
-            print(f"step {step:3}  loss {loss:8.2f}  norm {norm:6.2f}, threshold {limit:.2f}")
+            norm, threshold = clipper.last.norm.item(), clipper.last.threshold.item()
+            print(f"step {step:3}  loss {loss:8.2f}  norm {norm:6.2f}, threshold {threshold:.2f}")
 
     print(f"{clipper.clip_rate():.0%} of the steps were clipped by {clipper}")
     clipper.close()

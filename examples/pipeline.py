@@ -1,12 +1,12 @@
-"""Training that is split into the stages of a pipeline, clipped by one norm over all of them.
+"""Training split into the stages of a pipeline, clipped by one norm over all of them.
 
     torchrun --nproc-per-node 2 examples/pipeline.py [LOGS [STEPS]]
 
-Runs on GPUs with nccl, and without them on CPUs with gloo; with up to four ranks, and with plain
-`python` in one process. Each rank has other parameters. `Ranks` says that they belong together: a
-single collective of a few bytes makes of what each measures the norm of the whole, the same on all
-of them. The letters' embedding is the first stage's input and, transposed, the last one's output:
-both have a copy and its whole gradient, which counts once.
+Runs on GPUs with nccl or on CPUs with gloo, on up to four ranks; with plain `python` in a single
+process. Each rank has other parameters. `Ranks` tells the clipper that they belong together: one
+collective of a few bytes returns the norm of the whole gradient to every rank. The embedding of the
+letters is the input of the first stage and, transposed, the output of the last stage. Both hold a
+copy with the whole gradient, which counts once.
 """
 
 import os
@@ -23,7 +23,7 @@ CONTEXT, WIDTH, BLOCKS, BATCH, MICROBATCHES = 16, 64, 4, 128, 4
 
 
 class Block(nn.Module):
-    """Two layers, and a way around them."""
+    """Two layers with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,16 +32,16 @@ class Block(nn.Module):
         self.outer = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Add to what is passed on."""
+        """Return the inputs plus the outputs of the layers."""
         return inputs + self.outer(self.inner(self.norm(inputs)).relu())
 
 
 class Letters(nn.Module):
-    """Tells the next letter: a stage of the model, whose parameters have the names of the whole.
+    """One stage of a model that predicts letters; its parameters are named as in the whole model.
 
     Args:
-        stage: Which one.
-        stages: Of how many.
+        stage: Index of the stage.
+        stages: Number of stages.
     """
 
     def __init__(self, stage: int, stages: int) -> None:
@@ -52,7 +52,8 @@ class Letters(nn.Module):
         self.context = nn.Linear(CONTEXT * WIDTH, WIDTH)
         self.blocks = nn.ModuleDict({str(index): Block() for index in range(BLOCKS)})
         self.norm = nn.LayerNorm(WIDTH)
-        # All begin as the whole model with the same weights; each keeps what it computes.
+        # Every stage first makes the whole model, so that all draw the same weights, and then keeps
+        # only the layers that it computes.
         for index in range(BLOCKS):
             if index * stages // BLOCKS != stage:
                 del self.blocks[str(index)]
@@ -64,7 +65,7 @@ class Letters(nn.Module):
             del self.embed
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Take letters or what the stage before returned; the last one returns logits."""
+        """Return the outputs of this stage; the first takes letters, the last returns logits."""
         if self.first:
             inputs = self.context(self.embed(inputs).flatten(1))
         for block in self.blocks.values():
@@ -73,7 +74,7 @@ class Letters(nn.Module):
 
 
 def start() -> torch.device:
-    """Join the processes that torchrun started; return this one's device."""
+    """Join the processes that torchrun started; return the device of this one."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
     if kind == "cuda":
@@ -87,9 +88,9 @@ def start() -> torch.device:
 
 
 def main(logs: str = "runs/pipeline", steps: str = "80") -> None:
-    """Train a model of the letters in Python's own documentation."""
+    """Train a model of the letters in Python's documentation."""
     device = start()
-    torch.set_num_threads(1)  # such small layers are none for several
+    torch.set_num_threads(1)  # the layers are too small for several threads
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     text = torch.tensor(list("\n".join(topics.values()).encode("ascii", "ignore")), device=device)
 
@@ -97,7 +98,7 @@ def main(logs: str = "runs/pipeline", steps: str = "80") -> None:
     model = Letters(rank, ranks).to(device)
     stage = PipelineStage(model, rank, ranks, device)
     schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=nn.functional.cross_entropy)
-    ends = distributed.new_group([*{0, ranks - 1}])  # those that have the embedding
+    ends = distributed.new_group([*{0, ranks - 1}])  # the ranks that hold the embedding
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     copies = Ranks(replicated="embed.weight")
     clipper = GradientClipper(optimizer, 1.0, model=model, ranks=copies, log=logs)
@@ -109,7 +110,7 @@ def main(logs: str = "runs/pipeline", steps: str = "80") -> None:
         losses: list[Tensor] = []
         inputs = (letters[:, :-1],) if model.first else ()
         schedule.step(*inputs, target=letters[:, -1] if model.last else None, losses=losses)
-        if model.first or model.last:  # the gradient of the input and that of the output
+        if model.first or model.last:  # sum the gradients of input and output
             distributed.all_reduce(model.embed.weight.grad, group=ends)
         optimizer.step()  # clips first
         if step % 10 == 0 and model.last:

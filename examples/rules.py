@@ -1,7 +1,7 @@
-"""What options of the other examples mean; the words of ``--clip``: python examples/rules.py.
+"""Options of the other examples, among them the rules of ``--clip``: python examples/rules.py.
 
-A rule says how large a norm may be, a scope which gradients share one. The scopes here are those
-that the rules were published with; any other pair works as well.
+A rule limits a norm; a scope decides which gradients share one. Each rule here has the scope it was
+published with. Any other pair works as well.
 """
 
 from argparse import ArgumentTypeError
@@ -25,7 +25,7 @@ def warm_up(max_norm: float = 1.0) -> Schedule:
     return Schedule(lambda step: max_norm * (step + 1) / 100, cap=max_norm)
 
 
-RULES = {  # the number after the word is the rule's first argument
+RULES = {  # a number after the name is the first argument of the rule
     "warmup": (warm_up, "global"),
     "percentile": (Percentile, "global"),  # AutoClip
     "zscore": (ZScore, "global"),  # ZClip
@@ -39,10 +39,10 @@ CHOICES = f"a number, none, or a rule as in zscore or zscore:2.5; rules: {', '.j
 
 
 def clipping(text: str) -> dict[str, Any]:
-    """Return what a `GradientClipper` is given for a value of ``--clip``.
+    """Return the arguments of a `GradientClipper` for a value of ``--clip``.
 
     Raises:
-        ArgumentTypeError: It is no such value; argparse shows why.
+        ArgumentTypeError: The value is invalid; argparse prints why.
     """
     word, colon, number = text.partition(":")
     try:
@@ -56,10 +56,10 @@ def clipping(text: str) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
-    """Return the number of an option that counts something.
+    """Return the value of an option that is a count.
 
     Raises:
-        ArgumentTypeError: It is no whole number above 0.
+        ArgumentTypeError: The value is not a whole number above 0.
     """
     if not text.isdecimal() or int(text) == 0:
         raise ArgumentTypeError(f"{text!r}: give a whole number above 0.")

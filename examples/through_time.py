@@ -1,9 +1,9 @@
-"""Clip through time: limit the gradient of a recurrent network's state at every time step.
+"""Clipping through time: the gradient of a recurrent state is clipped at every time step.
 
-The loss reaches an early state through the matrices of all steps between them, and where these
-stretch it, the gradient explodes on its way. Clipping the weights' gradient comes after that, when
-the early steps drown out all others; clipping the state's gradient stops it at every step (Graves,
-"Generating sequences with recurrent neural networks", 2013).
+The gradient of an early state is multiplied by the recurrent matrix of every later step. If the
+matrix stretches it, it explodes on the way. Clipping the gradient of the weights comes too late:
+the early steps already dominate it. Clipping the gradient of the state stops the growth at every
+step (Graves, "Generating sequences with recurrent neural networks", 2013).
 """
 
 import torch
@@ -18,25 +18,25 @@ MAX_NORM = 0.5
 def recall(
     cell: nn.RNNCell, head: nn.Linear, inputs: Tensor, max_norm: float | None
 ) -> list[float]:
-    """Go backward from recalling the first input at the end; return the states' gradient norms."""
+    """Train to recall the first input at the end; return the gradient norm of every state."""
     state, states = torch.zeros(BATCH, HIDDEN), []
     for values in inputs:
         state = cell(values, state)
         states.append(state)
         if max_norm is not None:
             state = clip_backward(state, max_norm)
-    watched = through_time(states)
+    time_norms = through_time(states)
     loss = nn.functional.mse_loss(head(state), inputs[0].sign())
     cell.zero_grad()
     loss.backward()
-    return watched.norms.tolist()
+    return time_norms.norms.tolist()
 
 
 def main() -> None:
     """Print the norms with and without clipping through time."""
     torch.manual_seed(0)
     cell, head = nn.RNNCell(1, HIDDEN), nn.Linear(HIDDEN, 1)
-    nn.init.orthogonal_(cell.weight_hh, gain=2.0)  # stretches what flows back
+    nn.init.orthogonal_(cell.weight_hh, gain=2.0)  # stretches the gradient
     inputs = torch.randn(STEPS, BATCH, 1)
 
     columns, totals = [], []

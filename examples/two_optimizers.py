@@ -1,9 +1,9 @@
-"""Several optimizers for one model, and one norm over the gradients of all of them.
+"""Two optimizers for one model, clipped by one joint norm.
 
-Muon takes the matrices of the hidden layers and AdamW everything else. Clipped one by one, each
-would be held to its own norm, and their balance would change with every spike; one clipper for
-both scales all gradients of a backward pass by one factor. Under a GradScaler, give it to the
-clipper as ``grad_scaler=``. The two losses of a GAN want two clippers.
+Muon updates the matrices of the hidden layers and AdamW everything else. With one clipper each,
+every spike would change the balance between them. One clipper for both scales all gradients of a
+backward pass by one factor. A GradScaler is passed to the clipper as ``grad_scaler=``. The two
+losses of a GAN need two clippers.
 
     python examples/two_optimizers.py [LOGS]
 """
@@ -34,10 +34,10 @@ def main(logs: str = "runs/two_optimizers") -> None:
     for step in range(100):
         batch = torch.randint(len(tokens), (64,))
         loss = nn.functional.cross_entropy(model(tokens[batch]), targets[batch])
-        clipper.zero_grad()  # all of them
+        clipper.zero_grad()  # of both optimizers
         loss.backward()
         for optimizer in optimizers:  # or clipper.step()
-            optimizer.step()  # the first one's step clips the gradients of both
+            optimizer.step()  # the first step clips the gradients of both
         if step % 20 == 0:
             norm, after = clipper.last.norm.item(), clipper.last.clipped_norm.item()
             print(f"step {step:2}  loss {loss:.3f}  norm before {norm:.3f}, after {after:.3f}")

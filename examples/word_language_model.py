@@ -2,16 +2,16 @@
 
     python examples/word_language_model.py --model LSTM --log runs/words
 
-The text is Python's own documentation, the topics of ``help()``: 80,000 words and signs to learn
-from and 9,000 to be tested on, 3,272 different ones. Recurrent models are trained by truncated
-backpropagation through time: the state goes on from piece to piece, the gradient ends at each.
+The text is Python's documentation, the topics of ``help()``: 80,000 words and signs for training
+and 9,000 for validation, 3,272 different ones. Recurrent models are trained by truncated
+backpropagation through time: the state passes from piece to piece, the gradient does not.
 
-``--clip`` takes a number or one of the rules in rules.py. With torch 2.13 and Python 3.11 the LSTM
-came in six epochs, 40 seconds of one core, to a perplexity of 96 in training and 103 in validation
-with the default, 0.25, which clipped 12 % of the steps; without clipping it was above 50,000 after
-two epochs. ``--clip zscore`` was no better than none: at so high a learning rate everything is
-decided in the first steps, and rules that compare a norm with those before set no limit there.
-(On cores with other work, ``OMP_NUM_THREADS=1`` is much faster.)
+``--clip`` takes a number or one of the rules in rules.py. With torch 2.13 and Python 3.11, the LSTM
+reached a perplexity of 96 in training and 103 in validation in six epochs (40 seconds of one core)
+with the default of 0.25, which clipped 12 % of the steps. Without clipping the perplexity was above
+50,000 after two epochs. ``--clip zscore`` was no better: at so high a learning rate the first steps
+decide, and a rule that compares a norm with earlier norms has no threshold yet.
+(On busy cores ``OMP_NUM_THREADS=1`` is much faster.)
 """
 
 import argparse
@@ -34,7 +34,7 @@ State = Tensor | tuple[Tensor, ...] | None
 
 
 class LanguageModel(nn.Module):
-    """The first and the last layer, which begin small; the layers between are a subclass's."""
+    """The first and the last layer, with small weights; a subclass adds the layers between."""
 
     def __init__(self, args: argparse.Namespace, words: int, width: int) -> None:
         super().__init__()
@@ -60,56 +60,56 @@ class Recurrent(LanguageModel):
         self.layers = layers(args.emsize, args.nhid, args.nlayers, dropout=between, **options)
 
     def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """Return scores of the next words, (time, batch, words), and the state after them."""
+        """Return scores of the next words, of shape (time, batch, words), and the last state."""
         outputs, state = self.layers(self.drop(self.embed(inputs)), state)
         return self.head(self.drop(outputs)), state
 
 
 class Transformer(LanguageModel):
-    """Embedding of words and places, encoder layers with a causal mask, linear layer."""
+    """Embedding of words and positions, encoder layers with a causal mask, linear layer."""
 
     def __init__(self, args: argparse.Namespace, words: int) -> None:
         super().__init__(args, words, args.emsize)
         layer = nn.TransformerEncoderLayer(args.emsize, args.nhead, args.nhid, args.dropout)
-        self.places = nn.Parameter(torch.empty(args.bptt, 1, args.emsize).uniform_(-0.1, 0.1))
+        self.positions = nn.Parameter(torch.empty(args.bptt, 1, args.emsize).uniform_(-0.1, 0.1))
         self.layers = nn.TransformerEncoder(layer, args.nlayers, enable_nested_tensor=False)
 
     def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """Return scores of the next words, (time, batch, words), and the state: there is none."""
-        embedded = self.drop(self.embed(inputs) + self.places[: len(inputs)])
+        """Return the scores of the next words, of shape (time, batch, words), and no state."""
+        embedded = self.drop(self.embed(inputs) + self.positions[: len(inputs)])
         mask = nn.Transformer.generate_square_subsequent_mask(len(inputs), device=inputs.device)
         return self.head(self.layers(embedded, mask, is_causal=True)), state
 
 
 def read_words() -> tuple[Tensor, Tensor, int]:
-    """Return the words for training and for validation as numbers, and how many there are."""
+    """Return the words for training and for validation as numbers, and the vocabulary's size."""
     text = re.findall(r"\w+|[^\w\s]+", "\n".join(topics.values()))
     cut = len(text) * 9 // 10
-    often = [word for word, count in Counter(text[:cut]).items() if count > 1]
-    numbers = {word: number for number, word in enumerate(often, start=1)}  # 0: all others
+    frequent = [word for word, count in Counter(text[:cut]).items() if count > 1]
+    numbers = {word: number for number, word in enumerate(frequent, start=1)}  # 0: all others
     indices = torch.tensor([numbers.get(word, 0) for word in text])
-    return indices[:cut], indices[cut:], len(often) + 1
+    return indices[:cut], indices[cut:], len(frequent) + 1
 
 
 def columns(words: Tensor, count: int) -> Tensor:
-    """Lay the text out in columns that are read side by side, (time, count)."""
+    """Return the text in columns that are read side by side, of shape (time, count)."""
     return words[: len(words) // count * count].view(count, -1).T.contiguous()
 
 
 def pieces(text: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return pieces of the text with the words that follow each of theirs."""
+    """Return pieces of the text, each with the words that follow its own."""
     return zip(text[:-1].split(length), text[1:].split(length), strict=True)
 
 
 def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of a word."""
+    """Return the mean loss of a word, in nats."""
     return F.cross_entropy(scores.flatten(0, 1), targets.flatten())
 
 
 def detached(state: State) -> State:
-    """Return the state without what it was computed from."""
+    """Return the state detached from its graph."""
     if isinstance(state, tuple):
-        return tuple(part.detach() for part in state)
+        return tuple(tensor.detach() for tensor in state)
     return state if state is None else state.detach()
 
 
@@ -120,7 +120,7 @@ def train(
     batches: Iterable[tuple[Tensor, Tensor]],
     interval: int,
 ) -> Tensor:
-    """Take a step for each piece of the text; return the mean loss."""
+    """Take one step for each piece of the text; return the mean loss."""
     state, losses = None, []
     for inputs, targets in batches:
         scores, state = model(inputs, detached(state))
@@ -152,19 +152,23 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=RATES, default="LSTM")
-    parser.add_argument("--emsize", type=positive, default=128, help="size of an embedded word")
-    parser.add_argument("--nhid", type=positive, default=128, help="units of a layer")
+    parser.add_argument(
+        "--emsize", type=positive, default=128, help="size of the embedding of a word"
+    )
+    parser.add_argument("--nhid", type=positive, default=128, help="hidden units of a layer")
     parser.add_argument("--nlayers", type=positive, default=2)
     parser.add_argument("--nhead", type=positive, default=2, help="heads of the Transformer")
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items())
-    parser.add_argument("--lr", type=float, help=f"if not given, {rates}")
+    parser.add_argument("--lr", type=float, help=f"default: {rates}")
     parser.add_argument("--clip", type=clipping, default="0.25", help=CHOICES)
     parser.add_argument("--epochs", type=positive, default=6)
-    parser.add_argument("--steps", type=positive, help="stop after so many of them")
+    parser.add_argument("--steps", type=positive, help="stop after this number of steps")
     parser.add_argument("--batch-size", type=positive, default=20)
-    parser.add_argument("--bptt", type=positive, default=35, help="words of a piece")
+    parser.add_argument("--bptt", type=positive, default=35, help="words in a piece")
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--tied", action="store_true", help="one matrix embeds and predicts")
+    parser.add_argument(
+        "--tied", action="store_true", help="share one matrix for embedding and output"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-interval", type=positive, default=50)
     parser.add_argument("--log", metavar="DIR", help="folder for TensorBoard")
@@ -179,7 +183,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, and show the perplexity after every epoch."""
+    """Train, and print the perplexity after every epoch."""
     args = parsed(arguments)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,17 +200,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clipper = GradientClipper(optimizer, **args.clip, model=model, log=log)
 
     for epoch in range(1, args.epochs + 1):
-        left = None if args.steps is None else args.steps - clipper.steps
+        remaining = None if args.steps is None else args.steps - clipper.steps
         rate = optimizer.param_groups[0]["lr"]
-        batches = islice(pieces(text, args.bptt), left)
+        batches = islice(pieces(text, args.bptt), remaining)
         trained = train(model, clipper, optimizer, batches, args.log_interval)
         validated = evaluate(model, held_out, args.bptt)
         annealing.step(validated)
-        found = {"training": trained.exp().item(), "validation": validated.exp().item()}
-        shown = ", ".join(f"{part} {value:.2f}" for part, value in found.items())
+        perplexities = {"training": trained.exp().item(), "validation": validated.exp().item()}
+        shown = ", ".join(f"{part} {value:.2f}" for part, value in perplexities.items())
         print(f"epoch {epoch}  lr {rate:g}  perplexity: {shown}", flush=True)
         if writer:
-            for part, value in found.items():
+            for part, value in perplexities.items():
                 writer.add_scalar(f"perplexity/{part}", value, clipper.steps)
         if clipper.steps == args.steps:
             break

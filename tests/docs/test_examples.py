@@ -1,0 +1,140 @@
+"""The short examples, run as a newcomer runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.torchrun import torchrun
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name, *arguments, cwd):
+    """Run an example; return its output. It ends well and without a warning."""
+    cleaning_up = "ignore:Implicitly cleaning up:ResourceWarning"
+    command = [sys.executable, "-W", "error", "-W", cleaning_up, EXAMPLES / name, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def norms_in(printed):
+    """Return the norms before and after clipping; the threshold is 1."""
+    rows = re.findall(r"norm before +([\d.]+), after ([\d.]+)", printed)
+    norms = [(float(before), float(after)) for before, after in rows]
+    assert all(after == min(before, 1.0) for before, after in norms)
+    return norms
+
+
+def clip_rate_in(printed):
+    [rate] = re.findall(r"(\d+)% (?:of the steps )?were clipped", printed)
+    return int(rate)
+
+
+def assert_logs(folder):
+    [events] = folder.iterdir()
+    assert "tfevents" in events.name
+
+
+def test_minimal(tmp_path):
+    printed = run("minimal.py", cwd=tmp_path)
+    assert len(norms_in(printed)) == 10
+    assert {before > 1 for before, _ in norms_in(printed)} == {True, False}
+    assert 5 < clip_rate_in(printed) < 95
+    assert "--logdir runs/minimal" in printed
+    assert_logs(tmp_path / "runs/minimal")
+    assert len((EXAMPLES / "minimal.py").read_text().splitlines()) < 40
+
+
+@pytest.mark.slow
+def test_through_time(tmp_path):
+    """The gradient of the state explodes without a threshold, and stays below it with one."""
+    printed = run("through_time.py", cwd=tmp_path)
+    rows = re.findall(r"^state at step +(\d+) +(\S+) +(\S+)$", printed, re.M)
+    steps, without, clipped = (list(map(float, column)) for column in zip(*rows, strict=True))
+    assert steps == sorted(steps, reverse=True)
+    assert without == sorted(without)
+    assert without[-1] > 1e4 * without[0]
+    assert clipped[0] == without[0] < 0.5  # below the threshold nothing is changed
+    assert max(clipped) == 0.5
+    [(weights, weights_clipped)] = re.findall(r"all weights +(\S+) +(\S+)", printed)
+    assert float(weights) > 1000 * float(weights_clipped)
+
+
+@pytest.mark.slow
+def test_amp_accumulation(tmp_path):
+    """Norms are the true ones, whatever the scale; steps that overflow are not counted."""
+    printed = run("amp_accumulation.py", cwd=tmp_path)
+    norms = norms_in(printed)
+    assert len(norms) == 6
+    assert all(0 < before < 100 for before, _ in norms)
+    assert len({*re.findall(r"scale +(\S+)", printed)}) > 1
+    [overflowed] = re.findall(r"(\d+) of 60 steps overflowed", printed)
+    assert 0 < int(overflowed) < 30
+    assert 5 < clip_rate_in(printed) < 95
+
+
+@pytest.mark.slow
+def test_two_optimizers(tmp_path):
+    printed = run("two_optimizers.py", cwd=tmp_path)
+    assert len(norms_in(printed)) == 5
+    assert "100 steps with" in printed
+    assert re.search(r"GradientClipper\((Muon|SGD), AdamW, Fixed", printed)
+
+
+@pytest.mark.slow
+def test_own_threshold(tmp_path):
+    """The rule has at most twelve lines of code, and learns."""
+    printed = run("own_threshold.py", cwd=tmp_path)
+    source = (EXAMPLES / "own_threshold.py").read_text()
+    body = re.search(r"^class \w+\(\w+\):\n(.*?)^\S", source, re.DOTALL | re.MULTILINE)[1]
+    code = re.sub(r'""".*?"""', "", body, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    first, *others = re.findall(r"norm +[\d.]+, threshold (\S+)", printed)
+    assert first == "inf"
+    assert len(others) == 9
+    assert all(0.5 <= float(threshold) < 100 for threshold in others)
+    assert 0 < clip_rate_in(printed) < 60
+
+
+@pytest.mark.slow
+def test_explosion(tmp_path):
+    """The measured norms are those of the theory."""
+    printed = run("explosion.py", "--out", "picture.png", cwd=tmp_path)
+    rows = re.findall(r"^([\d.]+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.M)
+    assert [row[0] for row in rows] == ["0.9", "1", "1.1", "1.3"]
+    for radius, measured, theory, growth, before, clipped in rows:
+        assert float(measured) == pytest.approx(float(theory), rel=1e-3)
+        assert float(growth) == pytest.approx(float(radius), rel=0.1)
+        assert float(clipped) == min(float(before), 1.0)
+    assert float(rows[0][1]) < 0.1 < 100 < float(rows[3][1])
+    [most] = re.findall(r"the state's gradient is at most ([\d.]+)", printed)
+    assert float(most) < 2
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "steps", "count"), [("fsdp2", 80, 2), ("pipeline", 31, 2), ("pipeline", 31, 4)]
+)
+def test_several_ranks_train_as_one_process(tmp_path, name, steps, count):
+    """Norms and parameters at the end are the same on all ranks, to the last digit."""
+    options = [str(steps)] if name == "pipeline" else []
+    alone = run(f"{name}.py", "alone", *options, cwd=tmp_path)
+    printed = torchrun(EXAMPLES / f"{name}.py", "logs", *options, processes=count, cwd=tmp_path)
+    losses = []
+    for shown in (printed[-1] if name == "pipeline" else printed[0], alone):
+        losses.append([float(loss) for loss in re.findall(r"loss (\S+)", shown)])
+        assert len(losses[-1]) == len(norms_in(shown)) == len(range(0, steps, 10))
+    # Later, rounding errors have grown.
+    assert losses[0][:4] == pytest.approx(losses[1][:4], rel=2e-3)
+    assert losses[0][-1] < 0.7 * losses[0][0]
+    ends = [re.findall(r"^rank \d of \d: (.+)$", shown, re.M) for shown in printed]
+    ends = ends if name == "fsdp2" else [ends[0], ends[-1]]
+    assert ends[0] == ends[1] != []
+    assert_logs(tmp_path / "logs")

@@ -1,0 +1,232 @@
+"""The examples that train language models: every model, every rule of ``--clip``."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gradclip.cli.demo.training import one_thread
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODULES = ("rules", "word_language_model", "char_gpt")
+MODELS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")
+RULES = ("warmup", "percentile", "zscore", "mean", "median", "average", "growth", "agc")
+WORDS, LETTERS = SCRIPTS = MODULES[1:]
+TINY = {
+    WORDS: "--emsize 16 --nhid 16 --nlayers 1 --batch-size 8 --bptt 8 --dropout 0",
+    LETTERS: "--width 16 --layers 1 --heads 2 --context 16 --batch-size 8 --sample 5 --lr 0.02",
+}
+ROWS = {
+    WORDS: r"^step +(\d+)  perplexity +(\S+)  (\d+)% of the norms clipped$",
+    LETTERS: r"^step +(\d+)  nats per letter: training (\S+), validation \S+  (\d+)% of ",
+}
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The scripts as modules, imported where they lie."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield {name: importlib.import_module(name) for name in MODULES}
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(modules, capsys):
+    """Run a script on a tiny model; return what it printed."""
+
+    @one_thread()
+    def run(name, options, *, steps=30, interval=10):
+        arguments = f"{TINY[name]} --steps {steps} --log-interval {interval} {options}"
+        modules[name].main(arguments.split())
+        printed, complaints = capsys.readouterr()
+        assert complaints == ""
+        return printed
+
+    return run
+
+
+def rows_in(name, printed):
+    """Return the steps, the perplexities or losses, and the shares of clipped steps in percent."""
+    rows = re.findall(ROWS[name], printed, re.MULTILINE)
+    return [list(map(float, column)) for column in zip(*rows, strict=True)]
+
+
+def assert_learns(name, printed):
+    steps, values, _ = rows_in(name, printed)
+    assert steps == [10, 20, 30]
+    assert all(map(math.isfinite, values))
+    assert values[-1] < 0.95 * values[0]
+
+
+def curves_in(folder):
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = reader.Tags()["scalars"]
+    return {tag: {point.step: point.value for point in reader.Scalars(tag)} for tag in tags}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_model_of_words_learns_and_is_clipped(run, tmp_path, model):
+    """The log has the norms before and after clipping, and the perplexities beside them."""
+    printed = run(WORDS, f"--model {model} --clip 0.25 --log {tmp_path}")
+    assert_learns(WORDS, printed)
+    assert rows_in(WORDS, printed)[2][-1] > 0
+    assert f"Curves: tensorboard --logdir {tmp_path}" in printed
+    curves = curves_in(tmp_path)
+    before, after = curves["grad_norm/pre"], curves["grad_norm/post"]
+    assert [*before] == [*after] == [*range(30)]
+    assert max(after.values()) <= 0.25 < max(before.values())
+    for step, norm in before.items():
+        assert after[step] == pytest.approx(min(norm, 0.25), rel=1e-6)
+    [values] = re.findall(r"training (\S+), validation (\S+)$", printed, re.MULTILINE)
+    for part, value in zip(("training", "validation"), values, strict=True):
+        assert curves[f"perplexity/{part}"] == {30: pytest.approx(float(value), abs=0.01)}
+    assert "parameter_norm/embed.weight" in curves
+
+
+def test_the_gpt_is_clipped_and_writes_letters(run, tmp_path):
+    printed = run(LETTERS, f"--clip 0.25 --sample 40 --log {tmp_path}")
+    curves = curves_in(tmp_path)
+    before, after = curves["grad_norm/pre"].values(), curves["grad_norm/post"].values()
+    assert len(before) == 30
+    assert max(after) <= 0.25 < max(before)
+    assert {*curves["loss/training"]} == {*curves["loss/validation"]} == {10, 20, 30}
+    written = printed.partition("--logdir")[2].partition("\n")[2]
+    assert len(written) == 41  # print() ends the line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", ["0.25", "none", *RULES])
+@pytest.mark.parametrize(("name", "options"), [(WORDS, "--lr 4"), (LETTERS, "")])
+def test_models_learn_with_each_rule(run, name, options, clip):
+    assert_learns(name, run(name, f"{options} --clip {clip}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_only_a_threshold_that_norms_reach_changes_the_training(run, name):
+    free, loose, tight = (
+        rows_in(name, run(name, f"--lr 0.5 --clip {clip}")) for clip in ("none", "1e6", "0.1")
+    )
+    assert free == loose
+    assert free[2] == [0, 0, 0]
+    assert tight[1] != free[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_half_precision_and_accumulation(run, tmp_path, amp):
+    """Norms are the true ones, whatever the scale."""
+    options = f"--amp {amp} --accumulate 2 --clip 0.25 --log {tmp_path}"
+    assert_learns(LETTERS, run(LETTERS, options))
+    curves = curves_in(tmp_path)
+    assert 0.25 < max(curves["grad_norm/pre"].values()) < 100
+    assert max(curves["grad_norm/post"].values()) <= 0.25
+
+
+def test_accumulated_batches_count_as_their_mean(run, tmp_path):
+    for count in (1, 4):
+        run(LETTERS, f"--accumulate {count} --log {tmp_path / str(count)}", steps=1, interval=1)
+    one, four = (curves_in(tmp_path / count)["grad_norm/pre"][0] for count in ("1", "4"))
+    assert four == pytest.approx(one, rel=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["LSTM", "Transformer"])
+def test_tied_layers_learn(run, model):
+    assert_learns(WORDS, run(WORDS, f"--model {model} --tied"))
+
+
+def test_epochs_end_with_the_steps_and_lower_the_learning_rate(run, modules, monkeypatch):
+    """Where the validation does not improve; an epoch of this text has 20 steps."""
+    monkeypatch.setattr(modules[WORDS], "topics", {"": "a b, c d. " * 238})
+    printed = run(WORDS, "--epochs 9", steps=50)
+    assert re.findall(r"^epoch (\d)", printed, re.MULTILINE) == ["1", "2", "3"]
+    assert "of the norms in 50 steps were clipped" in printed
+    printed = run(WORDS, "--epochs 4 --lr 1e-6", steps=100)
+    rates = re.findall(r"^epoch \d  lr (\S+)", printed, re.MULTILINE)
+    assert [*map(float, rates)] == [1e-6, 1e-6, 2.5e-7, 6.25e-8]
+    assert "of the norms in 80 steps were clipped" in printed
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recurrent_models_pass_their_state_from_piece_to_piece(modules, model):
+    words = modules[WORDS]
+    options = words.parsed([*TINY[WORDS].split(), f"--model={model}", "--bptt=40"])
+    kind = words.Transformer if model == "Transformer" else words.Recurrent
+    network, text = kind(options, 10), torch.randint(10, (81, 2))
+    short, long = (words.evaluate(network, text, length).item() for length in (5, 40))
+    assert (short == pytest.approx(long, rel=1e-6)) is (model != "Transformer")
+
+
+def test_the_same_seed_trains_the_same_model(run):
+    first, again, other = (run(WORDS, f"--seed {seed} --dropout 0.2") for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_the_rules_of_clip_are_those_that_are_tested(modules, capsys):
+    runpy.run_path(str(EXAMPLES / "rules.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert re.findall(r"^--clip (\S+)", printed, re.MULTILINE) == ["1.0", "none", *RULES]
+    for clip, rule, scope in (
+        ("0.25", "Fixed(0.25)", "global"),
+        ("percentile:5", "Percentile(5.0, window=1000)", "global"),
+        ("agc:0.02", "RelativeToWeights(0.02, eps=0.001)", "unit"),
+    ):
+        options = modules["rules"].clipping(clip)
+        assert (repr(options["max_norm"]), options["scope"]) == (rule, scope)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "reason"),
+    [
+        (WORDS, "--tied --nhid 20", "--tied needs an --nhid that equals --emsize"),
+        (WORDS, "--model Transformer --nhead 3", "--emsize has to be a multiple"),
+        (WORDS, "--steps 0", "argument --steps: '0': give a whole number above 0"),
+        (WORDS, "--bptt 3.5", "argument --bptt: '3.5': give a whole number"),
+        (LETTERS, "--heads 3", "--width has to be a multiple of --heads"),
+        (LETTERS, "--accumulate -2", "argument --accumulate: '-2': give a whole number above 0"),
+        *(
+            (name, f"--clip={clip}", f"argument --clip: '{clip}': {reason}")
+            for name in SCRIPTS
+            for clip, reason in (
+                ("zscoer", "could not convert string to float: 'zscoer'"),
+                ("-1", "max_norm is -1.0"),
+                ("zscore:many", "could not convert"),
+                ("percentile:101", "percentile is 101.0"),
+                ("none:1", "could not convert"),
+            )
+        ),
+    ],
+)
+def test_an_invalid_option_is_an_error(modules, capsys, name, option, reason):
+    with pytest.raises(SystemExit) as stopped:
+        modules[name].main(option.split())
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert reason in message
+    if "--clip" in option:
+        assert "a number, none, or a rule" in message
+        assert all(rule in message for rule in RULES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_runs_from_the_command_line_without_a_warning(name):
+    options = f"{TINY[name]} --steps 30 --log-interval 10"
+    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_learns(name, done.stdout)

@@ -1,4 +1,4 @@
-"""Logs that are damaged or hostile: what is whole in them is read, and a run that continues logs.
+"""Of damaged and hostile logs, everything that is whole is read, and a run that continues logs.
 
 `gradclip report` is called as a user calls it: it answers, whatever a file holds.
 """
@@ -11,90 +11,75 @@ import random
 import resource
 import struct
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.compat.proto.event_pb2 import Event
 
-from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep, TensorBoardSink
-from gradclip.cli.main import DONE, REFUSED, main
-from gradclip.records.sinks.tfrecord import framed, header_of
-from gradclip.report import Run, read_runs
-from tests.support.curves import steps_in
+from gradclip import ArgumentError, JsonlSink, LoggedStep, TensorBoardSink
+from gradclip.cli import main
+from gradclip.report import read_runs
+from tests.support.curves import framed, header_of, log_run, steps_in
 
+DONE, REFUSED = 0, 2
 STEPS = 30
-DAMAGES = 60
-KINDS = ("events", "jsonl")
 WARNED = "(?s).*(cut short or damaged|not events of TensorBoard|of its lines are not steps)"
 
 
-def where(folder: Path, kind: str) -> Path:
+def place_of(folder, kind):
     return folder / ("events" if kind == "events" else "steps.jsonl")
 
 
-def sink(folder: Path, kind: str) -> TensorBoardSink | JsonlSink:
-    place = where(folder, kind)
-    if kind == "events":
-        return TensorBoardSink(place, flush_every=10, per_parameter=1)
-    return JsonlSink(place, flush_every=10, per_parameter=1)
+def log_to(folder, kind, *norms, first=0):
+    make = TensorBoardSink if kind == "events" else JsonlSink
+    sink = make(place_of(folder, kind), flush_every=10, per_parameter=1)
+    log_run(sink, *norms, first=first)
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["events", "jsonl"])
+def kind(request):
     return request.param
 
 
 @pytest.fixture
-def log(tmp_path: Path, training: Any, kind: str) -> Path:
+def log(tmp_path, kind):
     """The file of a run."""
-    run = training()
-    with GradientClipper(run.optimizer, 2.0, log=sink(tmp_path, kind)):
-        run.take(*(1.0 + step % 5 for step in range(STEPS)))
-    place = where(tmp_path, kind)
+    log_to(tmp_path, kind, *(1.0 + step % 5 for step in range(STEPS)))
+    place = place_of(tmp_path, kind)
     return next(place.iterdir()) if kind == "events" else place
 
 
-def run_read(path: Path) -> Run | None:
-    """Return the run that is read, None where there is none; warn only of what is known."""
+def norms_read(path):
+    """Return the norms by step, none if there is no run; warn only of damages."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", WARNED, UserWarning)
         try:
-            return read_runs([path])[0]
+            [run, *_] = read_runs([path])
         except ArgumentError:
-            return None
+            return {}
+    return dict(zip(run.steps.tolist(), run.norms.tolist(), strict=True))
 
 
-def steps_read(path: Path) -> list[int]:
-    run = run_read(path)
-    return [] if run is None else run.steps.tolist()
-
-
-def flipped(content: bytes, chance: random.Random) -> bytes:
+def flipped(content, chance):
     octets = bytearray(content)
     for _ in range(chance.choice((1, 2, 9))):
         octets[chance.randrange(len(octets))] ^= 0x80  # which makes no other number of a digit
     return bytes(octets)
 
 
-def overwritten(content: bytes, chance: random.Random) -> bytes:
+def overwritten(content, chance):
     begin = chance.randrange(len(content))
     return content[:begin] + chance.randbytes(50) + content[begin + 50 :]
 
 
-def with_a_hole(content: bytes, chance: random.Random) -> bytes:
+def with_a_hole(content, chance):
     begin = chance.randrange(len(content))
     return content[:begin] + content[begin + chance.randrange(1, 200) :]
 
 
-def twice(content: bytes, chance: random.Random) -> bytes:
-    return content[: chance.randrange(len(content))] + content
-
-
-WAYS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+WAYS = {
     "cut short": lambda content, chance: content[: chance.randrange(len(content))],
     "flipped": flipped,
     "overwritten": overwritten,
@@ -102,40 +87,39 @@ WAYS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "garbage at the end": lambda content, chance: content + chance.randbytes(chance.randrange(99)),
     "garbage": lambda content, chance: chance.randbytes(chance.randrange(999)),
     "zeros at the end": lambda content, chance: content + bytes(chance.randrange(1, 9999)),
-    "two beginnings": twice,
+    "two beginnings": lambda content, chance: content[: chance.randrange(len(content))] + content,
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_of_a_damaged_file_what_is_whole_is_read(log, kind, way):
-    """Of an event file that is what comes before the damage, else all lines that are whole."""
+def test_damaged_file(log, kind, way):
+    """Of an event file everything before the damage is read, else every line that is whole."""
     chance, content = random.Random(way), log.read_bytes()
-    for _ in range(DAMAGES):
+    for _ in range(40):
         spoilt = WAYS[way](content, chance)
         log.write_bytes(spoilt)
-        found = steps_read(log)
-        whole = whole_before(content, same_at_first(content, spoilt), kind)
+        norms = norms_read(log)
         if way != "two beginnings":
-            assert found[:whole] == [*range(whole)]
-        if kind == "events" and found:
-            assert run_read(log).norms.tolist() == [1.0 + step % 5 for step in found]
-        if kind == "jsonl":
+            whole = whole_before(content, same_at_first(content, spoilt), kind)
+            assert [*norms][:whole] == [*range(whole)]
+        if kind == "events":
+            assert [*norms.values()] == [1.0 + step % 5 for step in norms]
+            assert len(norms) <= STEPS or "at the end" in way
+        else:
             left = {*spoilt.splitlines()}
             lines = content.splitlines()
-            assert {*found} >= {step for step, line in enumerate(lines) if line in left}
-        if kind == "events" and way not in ("garbage at the end", "zeros at the end"):
-            assert len(found) <= STEPS
+            assert {*norms} >= {step for step, line in enumerate(lines) if line in left}
         if "at the end" in way:
-            assert found == [*range(STEPS)]
+            assert [*norms] == [*range(STEPS)]
 
 
-def same_at_first(one: bytes, other: bytes) -> int:
+def same_at_first(one, other):
     """Return how many bytes two files have alike before the first that differs."""
     pairs = zip(one, other, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def whole_before(content: bytes, end: int, kind: str) -> int:
+def whole_before(content, end, kind):
     """Return how many steps are whole before a place in a file."""
     if kind == "jsonl":
         return content[:end].count(b"\n")
@@ -151,40 +135,35 @@ def whole_before(content: bytes, end: int, kind: str) -> int:
     return whole
 
 
-def test_an_empty_file_is_no_run_and_says_so(log, capsys):
+def test_empty_file_is_no_run_and_says_so(log, capsys):
     log.write_bytes(b"")
     assert main(["report", str(log)]) == REFUSED
     assert "has no steps in it (0 bytes)" in capsys.readouterr().err
 
 
-def test_a_damaged_file_hides_no_other_run(log, tmp_path, kind):
-    other = log.with_name(f"other-{log.name}")
-    other.write_bytes(random.Random(0).randbytes(500))
-    assert steps_read(tmp_path) == [*range(STEPS)]
+def test_damaged_file_hides_no_other_run(log, tmp_path):
+    log.with_name(f"other-{log.name}").write_bytes(random.Random(0).randbytes(500))
+    assert [*norms_read(tmp_path)] == [*range(STEPS)]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=" ".join)
 @pytest.mark.parametrize("way", ["cut short", "flipped", "garbage at the end"])
-def test_the_report_of_a_damaged_file_says_so(log, way, arguments, capsys):
+def test_report_of_a_damaged_file_says_so(log, way, arguments, capsys):
     content, chance = log.read_bytes(), random.Random(3)
     log.write_bytes(content[:-7] if way == "cut short" else WAYS[way](content, chance))
     assert main(["report", str(log), *arguments]) == DONE
     printed = capsys.readouterr()
     assert f"gradclip report: {log}: " in printed.err
-    assert "damaged" in printed.err or "no steps" in printed.err
+    assert "damaged" in printed.err or "not steps" in printed.err
 
 
 @pytest.mark.parametrize("way", ["cut short", "flipped", "garbage", "overwritten"])
-def test_a_run_that_continues_beside_a_damaged_file_is_logged(log, tmp_path, kind, way, training):
+def test_run_that_continues_beside_a_damaged_file(log, tmp_path, kind, way):
     content, chance = log.read_bytes(), random.Random(way)
     for _ in range(5):
         log.write_bytes(WAYS[way](content, chance))
-        run = training()
-        with GradientClipper(run.optimizer, 2.0, log=sink(tmp_path, kind)) as clipper:
-            clipper.steps = STEPS
-            run.take(*[1.0] * 15)
-        found = steps_read(where(tmp_path, kind))
-        assert found[-15:] == [*range(STEPS, STEPS + 15)]
+        log_to(tmp_path, kind, *[1.0] * 15, first=STEPS)
+        assert [*norms_read(place_of(tmp_path, kind))][-15:] == [*range(STEPS, STEPS + 15)]
         if kind == "events":
             steps = steps_in(log.parent)["grad_norm/pre"]
             assert steps[-15:] == [*range(STEPS, STEPS + 15)]
@@ -192,12 +171,9 @@ def test_a_run_that_continues_beside_a_damaged_file_is_logged(log, tmp_path, kin
                 file.unlink()
 
 
-# Hostile ones
-
-
 @pytest.fixture
-def little_memory() -> Iterator[None]:
-    """Let this process take no more than half a gigabyte on top of what it has."""
+def little_memory():
+    """Let this process take no more than half a gigabyte on top of its memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
     most = pages * resource.getpagesize() + (1 << 29)
@@ -206,12 +182,9 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-LENGTHS = [1 << 31, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1]
-
-
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1 << 31, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1])
 @pytest.mark.parametrize("kind", ["events"], indirect=True)
-def test_a_record_that_claims_to_be_huge_takes_no_memory(log, length, little_memory, capsys):
+def test_record_that_claims_to_be_huge_takes_no_memory(log, length, little_memory, capsys):
     """Its length is right by its checksum."""
     with log.open("ab") as file:
         file.write(header_of(length) + b"little")
@@ -221,8 +194,8 @@ def test_a_record_that_claims_to_be_huge_takes_no_memory(log, length, little_mem
     assert "cut short or damaged" in printed.err
 
 
-def answered(path: Path) -> None:
-    """Check that the report answers, and that its JSON is some."""
+def check_answered(path):
+    """Check that the report answers, and that its JSON is strict."""
     for arguments in (["--json"], []):
         printed = io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
@@ -234,33 +207,36 @@ def answered(path: Path) -> None:
             json.loads(printed.getvalue(), parse_constant=pytest.fail)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hostile")
+
+
 NUMBERS = st.one_of(
     st.floats(),
     st.integers(),
     st.sampled_from([0, -1, 1 << 53, 1 << 63, -(1 << 63), 1 << 64, 10**400, 1e308, 5e-324]),
 )
+SHORT = st.text(max_size=3)
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5)),
-    lambda inside: st.one_of(
-        st.lists(inside, max_size=3), st.dictionaries(st.text(max_size=3), inside, max_size=3)
-    ),
+    st.one_of(st.none(), st.booleans(), NUMBERS, SHORT),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(SHORT, inside, max_size=3),
     max_leaves=4,
 )
+FIELDS = ("step", "norm", "clipped_norm", "threshold", "skipped")
 A_STEP = st.fixed_dictionaries(
-    {
-        name: st.one_of(NUMBERS, st.none(), JSON)
-        for name in ("step", "norm", "clipped_norm", "threshold", "skipped")
-    },
-    optional={"parameter_norms": st.one_of(JSON, st.dictionaries(st.text(max_size=3), NUMBERS))},
+    {name: st.one_of(NUMBERS, st.none(), JSON) for name in FIELDS},
+    optional={"parameter_norms": JSON | st.dictionaries(SHORT, NUMBERS)},
 )
+few = settings(max_examples=40)
 
 
-@settings(max_examples=40)
-@given(st.lists(st.one_of(A_STEP, JSON), max_size=6))
-def test_whatever_a_line_holds_the_report_answers(tmp_path_factory, lines):
-    path = tmp_path_factory.getbasetemp() / "hostile.jsonl"
+@few
+@given(st.lists(A_STEP | JSON, max_size=6))
+def test_any_lines_are_answered(folder, lines):
+    path = folder / "steps.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    answered(path)
+    check_answered(path)
 
 
 @pytest.mark.parametrize(
@@ -278,37 +254,36 @@ def test_whatever_a_line_holds_the_report_answers(tmp_path_factory, lines):
     ],
     ids=lambda line: repr(line[:12]),
 )
-def test_a_hostile_line_is_passed_over(tmp_path, line):
+def test_hostile_line_is_ignored(tmp_path, line):
     path = tmp_path / "steps.jsonl"
     step = LoggedStep(0, 0.0, 1.0, 1.0, None, 1.0, False, False, 0.0, 0, 0)
     for index in range(2):
         JsonlSink(path).write([step._replace(step=index)])
         with path.open("ab") as file:
             file.write(line + b"\n")
-    assert steps_read(path) == [0, 1]
+    assert [*norms_read(path)] == [0, 1]
 
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 
 
-@settings(max_examples=40)
+@few
 @given(st.lists(st.tuples(INT64, st.floats(width=32), st.booleans()), max_size=8))
-def test_whatever_an_event_holds_the_report_answers(tmp_path_factory, events):
-    path = tmp_path_factory.getbasetemp() / "events.out.tfevents.0.hostile"
+def test_any_events_are_answered(folder, events):
     contents = []
     for step, number, named in events:
         tag = f"parameter_norm/{chr(abs(step) % 0xD800)}" if named else "grad_norm/threshold"
-        values = [{"tag": "grad_norm/pre", "simple_value": number}]
-        values += [{"tag": "grad_norm/post", "simple_value": 1.0}]
-        values += [{"tag": tag, "simple_value": number}]
+        numbers = {"grad_norm/pre": number, "grad_norm/post": 1.0, tag: number}
+        values = [{"tag": tag, "simple_value": value} for tag, value in numbers.items()]
         contents.append(Event(step=step, summary={"value": values}).SerializeToString())
+    path = folder / "events.out.tfevents.0.hostile"
     path.write_bytes(framed(contents))
-    answered(path)
+    check_answered(path)
 
 
-@settings(max_examples=40)
+@few
 @given(st.lists(st.binary(max_size=60), max_size=5))
-def test_records_of_bytes_that_are_no_events_are_answered(tmp_path_factory, contents):
-    path = tmp_path_factory.getbasetemp() / "events.out.tfevents.0.bytes"
+def test_records_that_are_not_events_are_answered(folder, contents):
+    path = folder / "events.out.tfevents.0.bytes"
     path.write_bytes(framed(contents))
-    answered(path)
+    check_answered(path)

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tests.faults.lives import Life, sinks
-from tests.support.curves import steps_in
+from tests.support.curves import lines_in, steps_in
 
 BEFORE, EPOCHS, LENGTH = 5, 2, 8
 STEPS = BEFORE + EPOCHS * LENGTH
 
 
-class Data(Dataset[int]):
+class Data(Dataset):
     """Says which process read an item; may raise at one of them, or collect garbage."""
 
-    def __init__(self, raises_at: int | None = None, *, collects: bool = False) -> None:
+    def __init__(self, raises_at=None, *, collects=False):
         self._raises_at, self._collects = raises_at, collects
 
-    def __len__(self) -> int:
+    def __len__(self):
         return LENGTH
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index):
         if self._collects and not index:
             gc.collect()
         if index == self._raises_at:
@@ -36,17 +34,12 @@ class Data(Dataset[int]):
         return os.getpid()
 
 
-def loader(data: Data, *, persistent: bool = False) -> DataLoader[int]:
-    return DataLoader(
-        data,
-        batch_size=None,
-        num_workers=2,
-        multiprocessing_context="fork",
-        persistent_workers=persistent,
-    )
+def loader(data, *, persistent=False):
+    options = {"num_workers": 2, "multiprocessing_context": "fork"}
+    return DataLoader(data, batch_size=None, persistent_workers=persistent, **options)
 
 
-def begun(folder: Path) -> Life:
+def begun(folder):
     """Return a training that has taken steps which wait to be written."""
     torch.set_num_threads(1)
     life = Life(*sinks(folder))
@@ -55,7 +48,13 @@ def begun(folder: Path) -> Life:
     return life
 
 
-def train(folder: Path, persistent: bool) -> None:
+def end(life):
+    while life.clipper.steps < STEPS:
+        life.step()
+    life.clipper.close()
+
+
+def train(folder, persistent=False):
     life, data = begun(folder), loader(Data(), persistent=persistent)
     readers = set()
     for _ in range(EPOCHS):
@@ -67,7 +66,11 @@ def train(folder: Path, persistent: bool) -> None:
     life.clipper.close()
 
 
-def train_and_fail(folder: Path) -> None:
+def train_with_persistent_workers(folder):
+    train(folder, persistent=True)
+
+
+def train_with_a_worker_that_fails(folder):
     life = begun(folder)
     items = iter(loader(Data(raises_at=3)))
     for _ in range(3):
@@ -75,46 +78,35 @@ def train_and_fail(folder: Path) -> None:
         life.step()
     with pytest.raises(KeyError, match="no such item"):
         next(items)
-    while life.clipper.steps < STEPS:
-        life.step()
-    life.clipper.close()
+    end(life)
 
 
-def train_after_another(folder: Path) -> None:
-    """Leave a clipper to the garbage collector, which may run first in a worker."""
+def leave_a_clipper_to_a_worker(folder):
+    """Leave a clipper to the garbage collector, which runs first in a worker."""
     gc.disable()
     begun(folder)
     list(loader(Data(collects=True)))
     gc.collect()
 
 
-def fork_and_exit(folder: Path) -> None:
-    """Fork as a program may without a data loader: the child ends as programs do."""
+def fork_without_a_loader(folder):
+    """The child ends as programs do."""
     life = begun(folder)
     child = os.fork()
     if child == 0:
         atexit._run_exitfuncs()
         os._exit(0)
     os.waitpid(child, 0)
-    while life.clipper.steps < STEPS:
-        life.step()
-    life.clipper.close()
+    end(life)
 
 
-def train_without_close(folder: Path) -> None:
+def train_without_close(folder):
+    """A forked process that trains writes everything at its end."""
     begun(folder)
 
 
-def check_written_once(folder, steps):
-    """Check that each step is in the logs once, and that one process wrote them."""
-    lines = (folder / "steps.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [*range(steps)]
-    assert steps_in(folder / "events")["grad_norm/pre"] == [*range(steps)]
-    assert len(os.listdir(folder / "events")) == 1
-
-
-def close_in_a_child(folder: Path) -> None:
-    """Fork and let the child alone go on, which then owns the logs."""
+def close_in_a_child(folder):
+    """The child alone goes on, which then owns the logs."""
     life = begun(folder)
     child = os.fork()
     if child == 0:
@@ -124,32 +116,21 @@ def close_in_a_child(folder: Path) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-def test_workers_write_nothing(tmp_path, children, persistent):
-    children.run(train, tmp_path, persistent)
-    check_written_once(tmp_path, STEPS)
-
-
-def test_a_worker_that_fails_leaves_the_logs_to_the_training(tmp_path, children):
-    children.run(train_and_fail, tmp_path)
-    check_written_once(tmp_path, STEPS)
-
-
-def test_a_worker_that_collects_an_old_clipper_writes_nothing(tmp_path, children):
-    children.run(train_after_another, tmp_path)
-    check_written_once(tmp_path, BEFORE)
-
-
-def test_a_forked_child_that_exits_writes_nothing(tmp_path, children):
-    children.run(fork_and_exit, tmp_path)
-    check_written_once(tmp_path, STEPS)
-
-
-def test_a_forked_process_that_trains_has_written_all_at_its_end(tmp_path, children):
-    children.run(train_without_close, tmp_path)
-    check_written_once(tmp_path, BEFORE)
-
-
-def test_a_child_that_closes_what_it_has_inherited_has_written_it(tmp_path, children):
-    children.run(close_in_a_child, tmp_path)
-    check_written_once(tmp_path, BEFORE)
+@pytest.mark.parametrize(
+    ("life", "steps"),
+    [
+        (train, STEPS),
+        (train_with_persistent_workers, STEPS),
+        (train_with_a_worker_that_fails, STEPS),
+        (leave_a_clipper_to_a_worker, BEFORE),
+        (fork_without_a_loader, STEPS),
+        (train_without_close, BEFORE),
+        (close_in_a_child, BEFORE),
+    ],
+)
+def test_each_step_is_written_once(tmp_path, children, life, steps):
+    """By one process, whichever forks there are."""
+    children.run(life, tmp_path)
+    assert [line["step"] for line in lines_in(tmp_path / "steps.jsonl")] == [*range(steps)]
+    assert steps_in(tmp_path / "events")["grad_norm/pre"] == [*range(steps)]
+    assert len(os.listdir(tmp_path / "events")) == 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
 
 from gradclip import GradientClipper
 
@@ -57,3 +61,17 @@ def lines_in(path: os.PathLike[str]) -> list[dict[str, Any]]:
         text = file.read()
     assert text.endswith("\n")
     return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def header_of(length: int) -> bytes:
+    """Return the header of a record of an event file, its checksum included."""
+    header = struct.pack("<Q", length)
+    return header + struct.pack("<I", masked_crc32c(header))
+
+
+def framed(contents: Sequence[bytes]) -> bytes:
+    """Return contents as the records of an event file, as TensorBoard's own writer does."""
+    stream = io.BytesIO()
+    for content in contents:
+        RecordWriter(stream).write(content)
+    return stream.getvalue()

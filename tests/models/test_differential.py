@@ -1,14 +1,15 @@
 """The functions that torch has too, against torch's own and against exact norms.
 
-In float64 both have to agree wherever torch is right; in narrower dtypes as far as torch's own
-rounding goes. `EXCLUDED` lists where torch is no measure, each with a proof that it still is so:
-where the proof fails torch has changed, and the entry can go.
+In float64 both agree wherever torch is right, in narrower dtypes as far as torch's own rounding
+goes. `EXCLUDED` lists where torch is no measure, each with a proof that it still is so: if a proof
+fails, torch has changed and the entry can go.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,12 +21,13 @@ from torch.nn import utils
 
 import gradclip
 from gradclip import ArgumentError, GradientError, NonFiniteGradientError
+from tests.support.reference import bits_of, parameter_with
+from tests.support.tolerances import ROUNDOFF
 
 INF, NAN = math.inf, math.nan
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 C128, C64 = torch.complex128, torch.complex64
 REAL = {C128: F64, C64: F32}
-UNIT = {F64: 2.0**-53, F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}
 SMALLEST = {F64: 2.0**-1074, F32: 2.0**-149, F16: 2.0**-24, BF16: 2.0**-133}
 EPSILON = 1e-6
 """What torch adds to a norm before it divides by it."""
@@ -42,8 +44,8 @@ class Exclusion(NamedTuple):
     reason: str
     proof: Callable[[], bool]
     """True as long as torch does so."""
-    fuzzed: bool = True
-    """Whether the tests with random gradients meet it."""
+    refused: tuple[Callable[[], Any], ...] = ()
+    """What torch takes without sense, and gradclip refuses; random gradients have none of it."""
 
 
 def fails(call: Callable[[], Any], error: type[Exception] = RuntimeError) -> bool:
@@ -54,16 +56,8 @@ def fails(call: Callable[[], Any], error: type[Exception] = RuntimeError) -> boo
     return False
 
 
-def parameter(gradient: Tensor | None) -> nn.Parameter:
-    """Make a parameter with this very gradient."""
-    shape, dtype = (() if gradient is None else gradient.shape), F32
-    made = nn.Parameter(torch.zeros(shape, dtype=dtype if gradient is None else gradient.dtype))
-    made.grad = gradient
-    return made
-
-
 def after(clip: Callable[..., Any], gradient: Tensor, *arguments: Any) -> list[Any]:
-    clip([parameter(gradient)], *arguments)
+    clip([parameter_with(gradient)], *arguments)
     return gradient.tolist()
 
 
@@ -103,7 +97,7 @@ EXCLUDED = {
     ),
     "no gradients": Exclusion(
         "torch's clip_grad_value_ fails where there is no gradient; gradclip does nothing",
-        lambda: fails(lambda: utils.clip_grad_value_([parameter(None)], 1.0)),
+        lambda: fails(lambda: utils.clip_grad_value_([parameter_with(None)], 1.0)),
     ),
     "no generator": Exclusion(
         "torch warns of an empty generator",
@@ -116,7 +110,7 @@ EXCLUDED = {
     "sparse": Exclusion(
         "torch does not clip sparse gradients",
         lambda: all(
-            fails(lambda clip=clip: clip([parameter(entries())], 1.0), NotImplementedError)
+            fails(lambda clip=clip: clip([parameter_with(entries())], 1.0), NotImplementedError)
             for clip in (utils.clip_grad_norm_, utils.clip_grad_value_)
         ),
     ),
@@ -155,12 +149,18 @@ EXCLUDED = {
             and norm_by_torch(3.0, 4.0, order=-INF).item() == 3.0
             and math.isnan(norm_by_torch(3.0, 4.0, order=NAN).item())
         ),
-        fuzzed=False,
+        tuple(
+            lambda order=order: gradclip.get_total_norm([torch.ones(1)], order)
+            for order in (0.0, -1.0, -INF, NAN, "2")
+        ),
     ),
     "threshold": Exclusion(
         "torch takes a negative threshold and turns the gradients round",
         lambda: after(utils.clip_grad_norm_, torch.tensor([3.0, 4.0]), -5.0)[0] < 0,
-        fuzzed=False,
+        tuple(
+            lambda limit=limit: after(gradclip.clip_grad_norm_, torch.ones(1), limit)
+            for limit in (-5.0, NAN, "2")
+        ),
     ),
     "bound": Exclusion(
         "torch takes a negative bound, and NaN, and sets every element to it",
@@ -168,12 +168,10 @@ EXCLUDED = {
             after(utils.clip_grad_value_, torch.tensor([3.0, -4.0]), -1.0) == [-1.0, -1.0]
             and math.isnan(after(utils.clip_grad_value_, torch.tensor([3.0]), NAN)[0])
         ),
-        fuzzed=False,
-    ),
-    "number in words": Exclusion(
-        "torch takes whatever float() takes for a number",
-        lambda: utils.get_total_norm([torch.ones(4)], "2").item() == 2.0,  # type: ignore[arg-type]
-        fuzzed=False,
+        tuple(
+            lambda bound=bound: after(gradclip.clip_grad_value_, torch.ones(1), bound)
+            for bound in (-1.0, NAN, "2")
+        ),
     ),
 }
 met: set[str] = set()
@@ -192,33 +190,9 @@ def overlapping(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", EXCLUDED)
 def test_torch_is_still_no_measure(name):
+    """What torch takes without sense is refused."""
     assert EXCLUDED[name].proof(), f"torch has changed: {EXCLUDED[name].reason}"
-
-
-REFUSED = {
-    "order": [
-        lambda order=order: gradclip.get_total_norm([torch.ones(1)], order)
-        for order in (0.0, -1.0, -INF, NAN)
-    ],
-    "threshold": [
-        lambda limit=limit: after(gradclip.clip_grad_norm_, torch.ones(1), limit)
-        for limit in (-5.0, NAN)
-    ],
-    "bound": [
-        lambda bound=bound: after(gradclip.clip_grad_value_, torch.ones(1), bound)
-        for bound in (-1.0, NAN)
-    ],
-    "number in words": [
-        lambda: gradclip.get_total_norm([torch.ones(4)], "2"),  # type: ignore[arg-type]
-        lambda: after(gradclip.clip_grad_norm_, torch.ones(1), "2"),
-        lambda: after(gradclip.clip_grad_value_, torch.ones(1), "2"),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", [name for name, each in EXCLUDED.items() if not each.fuzzed])
-def test_what_torch_takes_without_sense_is_refused(name):
-    for call in REFUSED[name]:
+    for call in EXCLUDED[name].refused:
         with pytest.raises(ArgumentError, match="give "):
             call()
 
@@ -287,11 +261,11 @@ class Case(NamedTuple):
     foreach: bool | None
 
     def parameters(self) -> list[nn.Parameter]:
-        found = [parameter(None if each is None else each.tensor()) for each in self.gradients]
+        found = [parameter_with(None if each is None else each.tensor()) for each in self.gradients]
         if self.twice == "parameter":
             return [*found, *found[:1]]
         if self.twice == "gradient":
-            return [*found, *(parameter(each.grad) for each in found[:1])]
+            return [*found, *(parameter_with(each.grad) for each in found[:1])]
         return found
 
 
@@ -418,20 +392,20 @@ def norm_margin(case: Case, gradients: list[Tensor]) -> float:
     if not narrow(gradients):
         return 1e-12
     count = sum(gradient.numel() for gradient in gradients)
-    unit = max(UNIT[real(gradient.dtype)] for gradient in gradients)
-    parts = (len(gradients) + 3) * unit + (count + 8) * UNIT[F32]
+    unit = max(ROUNDOFF[real(gradient.dtype)] for gradient in gradients)
+    parts = (len(gradients) + 3) * unit + (count + 8) * ROUNDOFF[F32]
     return 2 * parts / min(1.0, case.order)
 
 
-def bits(gradient: Tensor) -> tuple[Any, ...]:
+def bits(gradient: Tensor) -> tuple[bytes, int]:
     values = gradient._values() if gradient.is_sparse else gradient
-    return values.detach().flatten().tolist().__repr__(), gradient._version
+    return bits_of(values.resolve_conj().resolve_neg()), gradient._version
 
 
 def assert_scaled(found: Tensor, original: Tensor, factor: float, accuracy: float) -> None:
     """Check that a gradient is another times a factor, up to the rounding of its dtype."""
     dtype = real(found.dtype)
-    margin = original.abs() * factor * (3 * UNIT[dtype] + accuracy) + 2 * SMALLEST[dtype]
+    margin = original.abs() * factor * (3 * ROUNDOFF[dtype] + accuracy) + 2 * SMALLEST[dtype]
     assert bool(((wide(found) - original * factor).abs() <= margin).all())
 
 
@@ -473,19 +447,6 @@ def check_norm(case: Case) -> None:
         margin = norm_margin(case, tensors)
         assert norm.item() == pytest.approx(theirs.item(), rel=margin, nan_ok=True)
     assert [bits(tensor) for tensor in tensors] == before
-
-
-@settings(max_examples=150)
-@given(case=cases())
-def test_the_norm_is_exact_and_torchs_where_that_is(case):
-    check_norm(case)
-
-
-@pytest.mark.slow
-@settings(max_examples=700)
-@given(case=cases())
-def test_many_norms_are_exact_and_torchs_where_those_are(case):
-    check_norm(case)
 
 
 # Clipping it
@@ -558,22 +519,8 @@ def beside(gradient: Tensor | None, each: Given | None) -> Tensor | None:
     return gradient.as_strided(gradient.shape, gradient.stride(), 1).clone()
 
 
-@settings(max_examples=200)
-@given(case=cases(), apart=st.booleans(), raises=st.booleans())
-def test_any_gradients_are_clipped_and_as_torch_does_where_it_can(case, apart, raises):
-    check_clipping(case, apart=apart, raises=raises)
-
-
-@pytest.mark.slow
-@settings(max_examples=900)
-@given(case=cases(), apart=st.booleans(), raises=st.booleans())
-def test_many_gradients_are_clipped_and_as_torch_does_where_it_can(case, apart, raises):
-    check_clipping(case, apart=apart, raises=raises)
-
-
-@settings(max_examples=150)
-@given(case=ordinary, apart=st.booleans())
-def test_ordinary_gradients_end_as_torchs_do_but_for_the_epsilon(case, apart):
+def check_ordinary(case: Case, *, apart: bool) -> None:
+    """Let both clip; gradients end alike but for the epsilon."""
     ours, theirs = case.parameters(), case.parameters()
     excluded = exclusions(case, ours)
     if excluded & {"empty", "no generator"}:
@@ -590,14 +537,10 @@ def test_ordinary_gradients_end_as_torchs_do_but_for_the_epsilon(case, apart):
         torch.testing.assert_close(one, other * mend, rtol=1e-12, atol=0)
 
 
-@given(
-    case=ordinary,
-    norm=st.sampled_from([0.0, 1e-30, 0.5, 1.0, 7.0, 1e30, NAN, INF]),
-    dtype=st.sampled_from([F64, F32, BF16]),
-    shape=st.sampled_from([(), (1,)]),
-    limit=st.sampled_from([0.0, 0.25, 1.0, 1e9, INF]),
-)
-def test_gradients_are_scaled_by_any_norm_that_is_given(case, norm, dtype, shape, limit):
+def check_given_norm(
+    case: Case, norm: float, dtype: torch.dtype, shape: tuple[int, ...], limit: float
+) -> None:
+    """Scale by any norm that is given."""
     ours, theirs = case.parameters(), case.parameters()
     total = torch.full(shape, norm, dtype=dtype)
     norm = total.item()
@@ -608,7 +551,7 @@ def test_gradients_are_scaled_by_any_norm_that_is_given(case, norm, dtype, shape
     scaled = norm < INF and norm > limit
     for gradient, bit, original in zip(gradients_of(ours), before, originals, strict=True):
         assert scaled or bits(gradient) == bit
-        assert_scaled(gradient, original, limit / norm if scaled else 1.0, 2 * UNIT[dtype])
+        assert_scaled(gradient, original, limit / norm if scaled else 1.0, 2 * ROUNDOFF[dtype])
     if shape:
         met.add("one element")
         return
@@ -617,12 +560,12 @@ def test_gradients_are_scaled_by_any_norm_that_is_given(case, norm, dtype, shape
     utils.clip_grads_with_norm_(contained(theirs, case.container), *call)
     for gradient, original in zip(gradients_of(theirs), originals, strict=True):
         factor = min(1.0, limit / (norm + EPSILON))
-        assert_scaled(gradient, original, factor, 4 * UNIT[dtype])
+        assert_scaled(gradient, original, factor, 4 * ROUNDOFF[dtype])
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32])
 def test_the_dtype_of_a_norm_that_is_given_rounds_nothing(dtype):
-    weight = parameter(torch.tensor([3e4, 4e4]))
+    weight = parameter_with(torch.tensor([3e4, 4e4]))
     gradclip.clip_grads_with_norm_([weight], 1e-3, torch.tensor(5e4, dtype=dtype))
     norm = torch.tensor(5e4, dtype=dtype).item()
     assert_scaled(weight.grad, torch.tensor([3e4, 4e4], dtype=F64), 1e-3 / norm, 1e-6)
@@ -661,25 +604,58 @@ def check_bounding(case: Case, bound: float) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-bounds = st.sampled_from([0.0, 1e-3, 0.1, 0.7, 1.0, 250.0, 1e20, INF])
+# Random gradients, few in every run and many in the slow one
+
+real_cases = cases([F64, F32, F16, BF16] * 4 + [C64])
+CHECKS = {
+    "norm": (check_norm, {"case": cases()}, 150, 700),
+    "clipping": (
+        check_clipping,
+        {"case": cases(), "apart": st.booleans(), "raises": st.booleans()},
+        200,
+        900,
+    ),
+    "ordinary": (check_ordinary, {"case": ordinary, "apart": st.booleans()}, 150, 150),
+    "given norm": (
+        check_given_norm,
+        {
+            "case": ordinary,
+            "norm": st.sampled_from([0.0, 1e-30, 0.5, 1.0, 7.0, 1e30, NAN, INF]),
+            "dtype": st.sampled_from([F64, F32, BF16]),
+            "shape": st.sampled_from([(), (1,)]),
+            "limit": st.sampled_from([0.0, 0.25, 1.0, 1e9, INF]),
+        },
+        100,
+        100,
+    ),
+    "bounding": (
+        check_bounding,
+        {
+            "case": real_cases,
+            "bound": st.sampled_from([0.0, 1e-3, 0.1, 0.7, 1.0, 250.0, 1e20, INF]),
+        },
+        150,
+        700,
+    ),
+}
 
 
-@settings(max_examples=150)
-@given(case=cases([F64, F32, F16, BF16] * 4 + [C64]), bound=bounds)
-def test_any_elements_are_bounded_as_torch_does_it(case, bound):
-    check_bounding(case, bound)
+@cache
+def checked(name: str, *, many: bool) -> frozenset[str]:
+    """Run a check on random gradients, once; return the exclusions that these meet."""
+    check, strategies, few, more = CHECKS[name]
+    met.clear()
+    settings(max_examples=more if many else few)(given(**strategies)(check))()
+    return frozenset(met)
 
 
-@pytest.mark.slow
-@settings(max_examples=700)
-@given(case=cases([F64, F32, F16, BF16] * 4 + [C64]), bound=bounds)
-def test_many_elements_are_bounded_as_torch_does_it(case, bound):
-    check_bounding(case, bound)
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CHECKS)
+def test_random_gradients(name, many):
+    """The norm is exact, gradients are scaled or bounded exactly, and torch agrees where it can."""
+    checked(name, many=many)
 
 
 def test_random_gradients_meet_all_that_is_excluded():
-    met.clear()
-    test_any_gradients_are_clipped_and_as_torch_does_where_it_can()
-    test_any_elements_are_bounded_as_torch_does_it()
-    test_gradients_are_scaled_by_any_norm_that_is_given()
-    assert met >= {name for name, each in EXCLUDED.items() if each.fuzzed}
+    found = {name for check in CHECKS for name in checked(check, many=False)}
+    assert found == {name for name, exclusion in EXCLUDED.items() if not exclusion.refused}

@@ -51,4 +51,5 @@ def parameter_with(gradient: Tensor | None, *, value: Tensor | float = 0.0) -> n
 
 def bits_of(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor's elements, so that NaN equals itself and 0 is not -0."""
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    copy = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)
+    return copy.view(torch.uint8).numpy().tobytes()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradclip.cli.demo.training import one_thread
+from tests.support.curves import curves_in
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODULES = ("rules", "word_language_model", "char_gpt")
@@ -71,10 +71,10 @@ def assert_learns(name, printed):
     assert values[-1] < 0.95 * values[0]
 
 
-def curves_in(folder):
-    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = reader.Tags()["scalars"]
-    return {tag: {point.step: point.value for point in reader.Scalars(tag)} for tag in tags}
+def points_in(folder):
+    """Return the value of each curve by step."""
+    curves = curves_in(folder).items()
+    return {tag: {point.step: point.value for point in curve} for tag, curve in curves}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -84,7 +84,7 @@ def test_each_model_of_words_learns_and_is_clipped(run, tmp_path, model):
     assert_learns(WORDS, printed)
     assert rows_in(WORDS, printed)[2][-1] > 0
     assert f"Curves: tensorboard --logdir {tmp_path}" in printed
-    curves = curves_in(tmp_path)
+    curves = points_in(tmp_path)
     before, after = curves["grad_norm/pre"], curves["grad_norm/post"]
     assert [*before] == [*after] == [*range(30)]
     assert max(after.values()) <= 0.25 < max(before.values())
@@ -98,7 +98,7 @@ def test_each_model_of_words_learns_and_is_clipped(run, tmp_path, model):
 
 def test_the_gpt_is_clipped_and_writes_letters(run, tmp_path):
     printed = run(LETTERS, f"--clip 0.25 --sample 40 --log {tmp_path}")
-    curves = curves_in(tmp_path)
+    curves = points_in(tmp_path)
     before, after = curves["grad_norm/pre"].values(), curves["grad_norm/post"].values()
     assert len(before) == 30
     assert max(after) <= 0.25 < max(before)
@@ -131,7 +131,7 @@ def test_half_precision_and_accumulation(run, tmp_path, amp):
     """Norms are the true ones, whatever the scale."""
     options = f"--amp {amp} --accumulate 2 --clip 0.25 --log {tmp_path}"
     assert_learns(LETTERS, run(LETTERS, options))
-    curves = curves_in(tmp_path)
+    curves = points_in(tmp_path)
     assert 0.25 < max(curves["grad_norm/pre"].values()) < 100
     assert max(curves["grad_norm/post"].values()) <= 0.25
 
@@ -139,7 +139,7 @@ def test_half_precision_and_accumulation(run, tmp_path, amp):
 def test_accumulated_batches_count_as_their_mean(run, tmp_path):
     for count in (1, 4):
         run(LETTERS, f"--accumulate {count} --log {tmp_path / str(count)}", steps=1, interval=1)
-    one, four = (curves_in(tmp_path / count)["grad_norm/pre"][0] for count in ("1", "4"))
+    one, four = (points_in(tmp_path / count)["grad_norm/pre"][0] for count in ("1", "4"))
     assert four == pytest.approx(one, rel=0.5)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gradclip
-from tests.test_readme import EVERY, FRAMEWORKS
+from tests.support.readme import FRAMEWORKS, SNIPPETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the frameworks have to say is theirs
 
@@ -60,7 +60,7 @@ MADE = {"lightning": of_lightning, "transformers": of_transformers, "accelerate"
 @pytest.mark.parametrize("framework", MADE)
 def test_the_snippet_runs(framework, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = {match.group(): code for code in EVERY if (match := FRAMEWORKS.search(code))}
+    found = {match.group(): code for code in SNIPPETS if (match := FRAMEWORKS.search(code))}
     names = MADE[framework]()
     exec(found[framework], names)
     clippers = names["callback"].clippers if "callback" in names else [names.get("clipper")]

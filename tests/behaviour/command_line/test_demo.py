@@ -17,7 +17,6 @@ import matplotlib
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradclip.cli import main
 from gradclip.cli.demo.options import CELLS, LOG_SUFFIX, Options
@@ -26,6 +25,7 @@ from gradclip.cli.demo.progress import Bars, Lines, progress
 from gradclip.cli.demo.run import show_table
 from gradclip.cli.demo.task import GAIN, HIDDEN, Text, batches, read_text, seeded_model
 from gradclip.cli.demo.training import Curves
+from tests.support.curves import curves_in, values_in
 
 NAN, INF = math.nan, math.inf
 TAGS = {
@@ -35,17 +35,6 @@ TAGS = {
     *(f"parameter_norm/{name}" for name, _ in seeded_model("rnn-tanh", 9, 0).named_parameters()),
 }
 text = functools.cache(read_text)
-
-
-def values_in(folder: Path) -> dict[str, list[float]]:
-    """Read the values of every curve in a folder, at the steps from 0 on."""
-    reader = EventAccumulator(os.fspath(folder), size_guidance={"scalars": 0}).Reload()
-    values = {}
-    for tag in reader.Tags()["scalars"]:
-        points = reader.Scalars(tag)
-        assert [point.step for point in points] == [*range(len(points))]
-        values[tag] = [point.value for point in points]
-    return values
 
 
 def is_picture(path: Path) -> bool:
@@ -107,6 +96,9 @@ def test_it_logs_every_step_and_says_where(demo):
         assert run.keys() == TAGS
         assert {len(values) for values in run.values()} == {5}
         assert set(run["grad_norm/threshold"]) == {1.0}
+    for run in ("unclipped", "clipped"):
+        curves = curves_in(done.folder / run).values()
+        assert all([point.step for point in curve] == [0, 1, 2, 3, 4] for curve in curves)
     unclipped, clipped = done.curves
     for tag in ("loss", "grad_norm/pre"):
         assert unclipped[tag][0] == clipped[tag][0]  # the same weights and batch

@@ -1,0 +1,194 @@
+"""The README's snippets run, and the tests and commands that it names for its claims exist."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import gradclip
+from tests.support.readme import (
+    BRACKETS,
+    FRAMEWORKS,
+    HEADING,
+    PROSE,
+    ROOT,
+    SNIPPETS,
+    pointers_in,
+    sections_of,
+)
+
+PLAIN = [code for code in SNIPPETS if not FRAMEWORKS.search(code)]
+
+
+@contextmanager
+def alone_in_a_group():
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("snippet", PLAIN, ids=lambda code: code.split("\n")[0])
+def test_the_snippets_run(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    model = nn.Sequential(OrderedDict(body=nn.Linear(3, 2), head=nn.Linear(2, 1)))
+    stage = nn.ModuleDict({"embed": nn.Embedding(3, 2)})
+    across_ranks = "ranks=" in snippet
+    names = {
+        "stage": stage,
+        "gradclip": gradclip,
+        "GradientClipper": gradclip.GradientClipper,
+        "model": model,
+        "optimizer": torch.optim.SGD((stage if across_ranks else model).parameters(), lr=0.1),
+        "data": [torch.ones(2, 3)] * 3,
+        "loss": lambda model, batch: model(batch).sum(),
+    }
+    with alone_in_a_group() if across_ranks else nullcontext():
+        exec(snippet, names)
+    if "clipper" in names:
+        names["clipper"].close()
+    if snippet == PLAIN[0]:
+        assert list((tmp_path / "runs/a").iterdir())
+
+
+def test_the_options_are_those_of_the_clipper():
+    shown = set(re.findall(r"^    (\w+)=", PLAIN[1], flags=re.MULTILINE))
+    assert shown <= set(inspect.signature(gradclip.GradientClipper).parameters)
+
+
+# Tests and commands in square brackets
+
+
+@cache
+def names_of_tests(path: Path) -> list[str]:
+    """Return the names of the tests in a file or a folder, as pytest collects them."""
+    files = path.rglob("test_*.py") if path.is_dir() else [path]
+    trees = [ast.parse(file.read_text()) for file in files if file.name.startswith("test_")]
+    functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in functions if node.name.startswith("test_")]
+
+
+def missing(pointer: str) -> str | None:
+    """Return the part of a command that does not exist; None if all of it does."""
+    words = shlex.split(pointer)
+    if words[0].startswith("tests"):
+        words = ["python", "-m", "pytest", *words]
+    while "=" in words[0]:
+        del words[0]
+    match words:
+        case ["python", "-m", "pytest", path, *options]:
+            if not (ROOT / path).exists():
+                return f"file {path}"
+            names = names_of_tests(ROOT / path)
+            match options:
+                case [] if names:
+                    return None
+                case ["-k", word] if any(word in name for name in names):
+                    return None
+            return "test"
+        case ["python", "-m", module, *_]:
+            file = ROOT / f"{module.replace('.', '/')}.py"
+            return None if file.exists() and "__main__" in file.read_text() else f"module {module}"
+        case ["make", target]:
+            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            return None if target in targets else f"target {target}"
+        case ["python", script, *_] | [script]:
+            return None if (ROOT / script).is_file() else f"script {script}"
+    return "command"
+
+
+@pytest.mark.parametrize("pointer", sorted(set(pointers_in(PROSE))))
+def test_a_command_for_a_claim_exists(pointer):
+    assert missing(pointer) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "tests/test_nothing.py",
+        "tests/docs/test_readme.py -k nothing_of_the_kind",
+        "tests/docs/test_readme.py -m snippets",
+        "tests/conftest.py",
+        "python -m benchmarks.nothing",
+        "python -m benchmarks.common.shapes",
+        "python examples/nothing.py",
+        "make nothing",
+        ".ci/nothing",
+    ],
+)
+def test_a_wrong_command_is_found(wrong):
+    assert missing(wrong) is not None
+
+
+def test_every_section_and_bullet_has_a_command():
+    assert [name for name, text in sections_of(PROSE).items() if not pointers_in(text)] == []
+    bullets = re.findall(r"^- .*(?:\n  .*)*", PROSE, flags=re.MULTILINE)
+    assert len(bullets) > 30
+    assert [bullet for bullet in bullets if not pointers_in(bullet)] == []
+
+
+def test_no_command_in_brackets_is_overlooked():
+    """One in another spelling than `BRACKETS` would be checked by nobody."""
+    opened = re.findall(r"\[`[^\]]*\](?!\()", PROSE)
+    assert len(opened) == len(BRACKETS.findall(PROSE))
+    assert re.findall(r"[^\[,\s]\s*`tests/[^`]*`", PROSE) == []
+
+
+def test_links_lead_somewhere():
+    headings = [re.sub(r"[^\w -]", "", name).lower() for name in HEADING.findall(PROSE)]
+    anchors = {name.replace(" ", "-") for name in headings}
+    for link in re.findall(r"\]\(([^)]+)\)", PROSE):
+        if link.startswith("#"):
+            assert link[1:] in anchors
+        elif not link.startswith("https://"):
+            assert (ROOT / link).is_file(), link
+
+
+# How it is installed and run
+
+
+def test_the_library_knows_neither_torch_nor_python():
+    """Therefore it is tied to no version of them. An extension of torch's knows both."""
+    library = Path(gradclip.__file__).with_name("engines") / "native/_native.so"
+    if not library.exists():
+        pytest.skip("the native engine was not built")
+    known = re.compile(rb"libtorch|libc10|libpython|\0_?Py[A-Z_]\w*\0")
+    assert known.findall(library.read_bytes()) == []
+    assert len(known.findall(Path(torch._C.__file__).read_bytes())) > 1
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "bench"])
+def test_make_makes_a_venv_with_the_versions_of_the_constraints(target, tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "--dry-run", f"PYTHON={sys.executable}", target]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    made = done.stdout.index(f"{sys.executable} -m venv .venv")
+    installed = done.stdout.index("-m pip install --quiet --constraint constraints.txt --editable")
+    assert 0 <= made < installed
+
+
+def test_the_oldest_versions_are_those_of_the_project():
+    text = (ROOT / "pyproject.toml").read_text()
+    [torch_version] = re.findall(r'"torch>=([\d.]+)"', text)
+    [python_version] = re.findall(r'^requires-python = ">=([\d.]+)"', text, re.MULTILINE)
+    section = " ".join(sections_of(PROSE)["Versions"].split())
+    assert f"from torch {torch_version} and Python {python_version} on" in section
+    [tested] = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert f"with torch {tested} and" in section

@@ -1,0 +1,20 @@
+"""Numbers of the README that are constants of the package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradclip.engines.layout import is_narrow
+from gradclip.records import replays
+
+
+@pytest.mark.parametrize(("rows", "elements", "narrow"), [(65, 63, 1), (64, 63, 0), (65, 64, 0)])
+def test_more_than_64_rows_shorter_than_64_are_left_to_torch_operators(rows, elements, narrow):
+    assert is_narrow(torch.zeros(rows, elements)) == bool(narrow)
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 300, 9_999])
+def test_of_a_graph_as_many_records_are_kept_as_the_readme_says(count):
+    kept = replays.ReplayedRecords(torch.zeros(count)).capacity
+    assert kept >= min(10_000, 100_000 // count)

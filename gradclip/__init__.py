@@ -17,7 +17,7 @@ warm-up of the threshold                              "global"     ``Schedule(fu
 AutoClip, Seetharaman 2020                            "global"     ``Percentile(10)``
 ZClip, Kumar 2025                                     "global"     ``ZScore(2.5)``
 AdaGC, Wang 2025                                      "parameter"  ``MovingAverage(1.05)``
-spike detection that one spike cannot blind           "global"     ``MedianDeviation(10)``
+robust spike detection                                "global"     ``MedianDeviation(10)``
 OLMo's skipped steps, with ``exceed="skip"``          "global"     ``MeanDeviation(6)``
 AGC of NFNets, Brock 2021                             "unit"       ``RelativeToWeights()``
 ====================================================  ===========  ========================
@@ -25,10 +25,10 @@ AGC of NFNets, Brock 2021                             "unit"       ``RelativeToW
 Read the code in this order:
 
 1. ``examples/minimal.py``, then ``clipper.py``: one step from gradients to record;
-2. ``scopes/`` and ``thresholds/``: the two answers, one rule a file;
-3. ``gradients/``: the step between them, with the formula in ``coefficients.py``;
+2. ``scopes/`` and ``thresholds/``: the two answers, one rule per module;
+3. ``gradients/``: the arithmetic of one step, with the formula in ``coefficients.py``;
 4. ``engines/``: the arithmetic, first in plain torch (``reference.py``), then in C and Triton;
-5. ``optimizers/`` and ``ranks/``: the hooks of an optimizer, and many processes;
+5. ``optimizers/`` and ``ranks/``: the hooks of an optimizer, and distributed training;
 6. ``records/`` and ``report/``: the record of a step, and reading it back.
 """
 

@@ -1,4 +1,4 @@
-"""The command line as a module: ``python -m gradclip`` is ``gradclip``."""
+"""Runs the ``gradclip`` command as ``python -m gradclip``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checks of numbers that users give, with the same words in every error."""
+"""Checks of numeric arguments, with uniform error messages."""
 
 from __future__ import annotations
 

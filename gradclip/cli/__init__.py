@@ -3,7 +3,7 @@
 ``main.py`` reads the arguments. Torch, TensorBoard and matplotlib are imported by the command that
 needs them, so that ``--help`` and ``report`` start at once.
 
-Called by: nobody inside the package.
+Called by: no other room.
 Imports: errors, records, clipper, report.
 """
 

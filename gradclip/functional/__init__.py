@@ -4,7 +4,7 @@
 gradient clipping, ``backward.py`` clipping and measuring during the backward pass. ``operators.py``
 makes each function one operator for ``torch.compile``.
 
-Called by: nobody inside the package.
+Called by: no other room.
 Imports: errors, checks, engines, thresholds, scopes, ranks, gradients.
 """
 

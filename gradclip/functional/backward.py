@@ -1,4 +1,4 @@
-"""Clips or measures gradients during the backward pass, as backpropagation through time needs."""
+"""Functions that clip or measure the gradient of a tensor while ``backward()`` runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes a clipping function one operator in code compiled by ``torch.compile``.
+"""The registration of a clipping function as one operator for ``torch.compile``.
 
 The compiler cannot trace the native engine. It sees an operator by its schema: the arguments,
 those that are written, and the result. Gradients are passed to it without a copy. Eager code calls

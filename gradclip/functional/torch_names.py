@@ -1,4 +1,4 @@
-"""The clipping functions of ``torch.nn.utils`` under torch's names, and one for plain tensors.
+"""The clipping functions of ``torch.nn.utils`` by the same names, and `clip_gradients_`.
 
 All norms are accumulated in float64, whatever the dtype of the gradients, and returned as plain
 0-d float64 tensors (float32 if the device has no float64) on the device of the first gradient.

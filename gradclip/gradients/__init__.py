@@ -1,4 +1,4 @@
-"""Between scope and threshold: measures the gradients of one step, decides and scales.
+"""The gradients of one step: norms, thresholds, coefficients and scaling.
 
 ``held.py`` collects gradients, ``forms.py`` converts them for the engines, ``buckets.py`` sorts
 them so that one engine call takes many, ``norms.py`` measures, ``norm_thresholds.py`` applies the

@@ -1,4 +1,4 @@
-"""Sorts gradients into buckets, each of which one engine call measures or scales.
+"""Buckets: gradients grouped by device and dtype, so that one engine call takes many.
 
 An engine call takes tensors of one device and dtype. Sorting by Python costs microseconds for each
 gradient, which the usual case, all gradients in one bucket, avoids.

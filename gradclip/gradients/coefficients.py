@@ -1,4 +1,4 @@
-"""The clipping formula and what happens to norms that are NaN or infinite.
+"""The clipping formula ``min(1, threshold / norm)``, for norms that are not finite as well.
 
 Every other module calls these functions, so that the formula is in one place. Here and elsewhere
 "finite" is tested as ``norm < inf``: one comparison, false for NaN as well as for infinity.

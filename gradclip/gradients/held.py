@@ -1,4 +1,4 @@
-"""Collects the gradients and parameters of optimizers, each object once."""
+"""The parameters and gradients that optimizers hold, without duplicates."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Computes the threshold of every norm, from the clipper's rule and from parameter groups.
+"""The threshold of every norm, from its parameter group or from the clipper's rule.
 
 A parameter group with a ``max_norm`` of its own has a constant threshold. The rule of the clipper
-sets the thresholds of all other norms and learns from those alone.
+sets the thresholds of all other norms, and learns only from these norms.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures the norms of buckets of gradients, on one rank or across ranks.
 
-Engines measure power sums ``sum |g|^p``, one for each gradient or row, and power sums add up:
-those of gradients to that of their norm, those of ranks to that of all. The root is taken last.
+Engines measure power sums ``sum |g|^p``, one for each gradient or row. Power sums of the gradients
+that share a norm are added, then those of all ranks; the root is taken last.
 For p = inf the largest element stands for the power sum, and the maximum for the sum.
 """
 

@@ -1,4 +1,4 @@
-"""The options of a clipper: checks them once, answers what they allow, and describes them."""
+"""The options of a clipper, such as its actions on excessive and non-finite norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradients of one step: measures their norms, decides what happens, bounds and scales them."""
+"""The clipping of one step's gradients: norms, decision, element-wise bound, scaling."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""gradclip in the trainers of frameworks, one a file, each of which imports its framework.
+"""Callbacks for the trainers of frameworks; each module imports its own framework alone.
 
 ``lightning``: a callback for the ``Trainer`` of PyTorch Lightning. ``transformers``: one for that
 of Transformers.
 
-Called by: nobody inside the package.
+Called by: no other room.
 Imports: errors, checks, thresholds, scopes, records, gradients, optimizers, clipper.
 """
 

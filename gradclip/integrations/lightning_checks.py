@@ -1,4 +1,4 @@
-"""What of a Lightning ``Trainer`` and module would clip beside the callback, or instead of it."""
+"""Checks that nothing else in a Lightning ``Trainer`` or module clips the gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callbacks are given before there is an optimizer."""
+"""The options of a callback, checked before an optimizer exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a hook: all that happens around one step of an optimizer.
+"""The hooks of a clipper on an optimizer, and everything they do around one step.
 
 ``supported.py`` says which optimizers can be clipped. ``attachment.py`` holds the hooks, with
 ``closures.py`` for the closure of a step and ``step_changes.py`` for what is set on an optimizer

@@ -1,4 +1,4 @@
-"""Finds running functions on the call stack, for hooks that torch does not tell who calls them.
+"""A search of the call stack for the functions that are running when a hook is called.
 
 The package's docstring says why each of them is needed.
 """

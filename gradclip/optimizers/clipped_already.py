@@ -1,4 +1,4 @@
-"""Remembers which gradients a clipping has dealt with, by object and version."""
+"""A memory of the gradients that are clipped already, by tensor and version counter."""
 
 from __future__ import annotations
 

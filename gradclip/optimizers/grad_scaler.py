@@ -1,4 +1,4 @@
-"""Reads the scale and the overflow that a GradScaler keeps for an optimizer.
+"""The loss scale and the overflow flag that a GradScaler keeps for an optimizer.
 
 Of an optimizer that unscales by itself, as torch's fused ones, GradScaler sets the attributes
 ``grad_scale`` and ``found_inf`` before the step and deletes them after it: the marks of a step. Of

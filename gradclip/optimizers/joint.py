@@ -1,4 +1,4 @@
-"""Collects the gradients that are clipped when an optimizer steps."""
+"""The choice of the gradients that are clipped when an optimizer steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chooses the gradients that are clipped together when one of several optimizers steps."""
+"""The same choice for several optimizers: new gradients of all at the first step, then none."""
 
 from __future__ import annotations
 

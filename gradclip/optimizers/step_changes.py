@@ -1,4 +1,4 @@
-"""Changes an optimizer for the duration of one step, and restores it exactly."""
+"""Changes to an optimizer during one step, such as hidden gradients, and their reversal."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ Four caches live as long as the process, since what they hold is asked for at ea
 change while its process group exists: the group made for ranks that have none of their own
 (``groups.py``); the rank group of a device mesh, one for all meshes of the same ranks; the shard
 of a DTensor by mesh, placements and shape; the common shard of the newest few lists of DTensors
-(``shards.py``). After ``destroy_process_group()`` a program may make groups again, and a device
-mesh of then is equal to one of before. So the first three have the process group of all ranks in
+(``shards.py``). After ``destroy_process_group()`` a program may make groups again, and a new
+device mesh compares equal to an old one. So the first three have the process group of all ranks in
 their keys, and the last one has the very objects that describe the DTensors. A key keeps its
 objects alive, so that a later object never has the address of an earlier one.
 

@@ -1,4 +1,4 @@
-"""The agreement of all ranks on their norms, the copies of parameters, and the names of all.
+"""The agreement that all ranks reach on norms, parameter names and replicated parameters.
 
 Clippers whose DTensors lie on the same ranks have the same parameters, and only confirm it
 (`confirm_alike`). Clippers with ``ranks=`` have different ones: each rank merges the messages of

@@ -1,4 +1,4 @@
-"""The layout of a clipper's norms over ranks, settled when the clipper attaches."""
+"""The ranks that contribute to the norms of one clipper, settled when it attaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``ranks=`` option: the processes that hold parts of one model, and which parts are copies."""
+"""The ``ranks=`` option: the processes that share one model, and its replicated parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks that refuse clippers which do not fit together across ranks.
+"""Checks that the clippers of all ranks are compatible.
 
 All ranks hold the same messages and make the same checks in the same order, so that all of them
 raise, and none waits in a collective for one that has raised.

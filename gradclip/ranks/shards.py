@@ -1,4 +1,4 @@
-"""DTensors: the ranks that one is spread over, and the shard of it that is on this rank."""
+"""The rank group of a DTensor, and its shard on this rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step leaves behind: a record on the device, a row on the host, and where rows go.
+"""The records of steps: kept on the device, copied in batches, written by sinks.
 
 A `ClipRecord` (``record.py``) stays on the device; ``recorder.py`` carries records to the host in
 batches, ``counting.py`` counts them and makes `LoggedStep` rows, and the sinks in ``sinks/`` write

@@ -1,4 +1,4 @@
-"""Describes in a sentence each step whose norm is not finite or far above the norms before."""
+"""Sentences about steps whose norm is not finite or far above the norms before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The norms before a step, and the line above which the next norm is a spike."""
+"""The recent norms before a step, and the norm above which the step is a spike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The norm of each parameter's gradient at one step, computed from power sums when it is read."""
+"""The gradient norm of each parameter at one step, computed from power sums on first access."""
 
 from __future__ import annotations
 

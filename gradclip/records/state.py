@@ -1,4 +1,4 @@
-"""Checks the saved state of a clipper before anything of it is loaded."""
+"""The check of a clipper's state dict before it is loaded."""
 
 from __future__ import annotations
 

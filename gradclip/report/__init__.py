@@ -1,4 +1,4 @@
-"""Reads logged runs back, says what their norms were, and advises a threshold.
+"""The report on logged runs: summaries of their norms, and advice on the threshold.
 
 ``reading.py`` and ``event_files.py`` read the files, ``run.py`` holds a run in arrays,
 ``summary.py`` and ``advice.py`` judge it, ``printing.py`` and ``pictures/`` show it. Nothing here

@@ -1,4 +1,4 @@
-"""Runs read from the event files of `gradclip.TensorBoardSink`, one event after the other."""
+"""Runs read from event files of `gradclip.TensorBoardSink`, as a stream of events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The facts of a run: quantiles of its norms, spikes, counts and trend."""
+"""Summary statistics of a run: quantiles and trend of the norms, spikes, skipped steps."""
 
 from __future__ import annotations
 

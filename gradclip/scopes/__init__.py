@@ -1,4 +1,4 @@
-"""Axis 1: which gradients share a norm.
+"""Scopes: which gradients share a norm.
 
 A scope labels parameters, and gradients with the same label share a norm. ``scope.py`` has the
 ready-made labellings, in a table, and functions of the user's; ``labels.py`` has the labels of one

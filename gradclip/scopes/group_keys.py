@@ -1,4 +1,4 @@
-"""The ``max_norm`` keys of parameter groups, read when a group is first met and then kept."""
+"""The ``max_norm`` entries of parameter groups, read once and then kept."""
 
 from __future__ import annotations
 

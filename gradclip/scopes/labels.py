@@ -1,4 +1,4 @@
-"""The norms of one clipper: their labels, and for each parameter the norms of its gradient.
+"""The labels of one clipper's norms, and the norms that each parameter contributes to.
 
 Parameters are labelled when they are first met, not at every step: a scope may be a function of
 the user's, and the index of a norm has to stay what it is in records and in the state of rules.

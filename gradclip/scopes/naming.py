@@ -1,4 +1,4 @@
-"""Names of parameters: where they come from, and options and errors that speak of them."""
+"""Names of parameters, their use in errors, and their selection by patterns."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Norm indices: which norms a gradient belongs to, and vectors taken from rows to norms and back.
+"""Norm indices: the norms that a gradient or its rows contribute to.
 
-Sums go from rows to norms (`sums_by_norm`), coefficients from norms to rows (`row_values`). Where
-each row has a norm of its own, in order, both return the very tensor: one gradient a norm is the
-usual case of scope "parameter", and costs nothing here.
+A *row* is a whole gradient, or one index of its dimension 0. Sums go from rows to norms
+(`sums_by_norm`), coefficients from norms to rows (`row_values`). Where each row has a norm of its
+own, in order, both return the very tensor: one gradient a norm is the usual case of scope
+"parameter", and costs nothing here.
 """
 
 from __future__ import annotations

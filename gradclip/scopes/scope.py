@@ -1,4 +1,4 @@
-"""Scopes: labellings of the parameters, by which gradients share a norm.
+"""Scopes: labels of parameters; gradients with the same label share a norm.
 
 ===========  ================================  ===============================================
 scope        one norm for                      used by

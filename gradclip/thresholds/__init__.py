@@ -1,4 +1,4 @@
-"""Axis 2: how large a norm may be; one rule a file.
+"""Thresholds: rules for how large a norm may be, one rule per module.
 
 ``base.py`` has the protocol and a table of the rules. A number given as ``max_norm`` becomes a
 `Fixed`, a function becomes a `Schedule`; the other rules depend on the gradients or the weights. A

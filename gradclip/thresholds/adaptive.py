@@ -1,6 +1,6 @@
-"""Rules that learn from norms: their state, what may enter it, saving, loading, added labels.
+"""The base class of rules that learn from norms: state, accepted norms, saving, new labels.
 
-One norm on the CPU is the usual case. As a Python number it is ten times as fast as as a tensor,
+One norm on the CPU is the usual case. A Python number is ten times as fast as a tensor there,
 so a rule turns norms and state into numbers first where that is possible (`numbers_or_tensors`)
 and then writes its arithmetic once, for both.
 """

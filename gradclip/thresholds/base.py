@@ -1,22 +1,22 @@
 """Thresholds: how large each norm may be at a step.
 
 A scope says which gradients share a norm, and a rule says how large these norms may be. A rule sees
-k norms and returns k thresholds; it never sees what is behind a norm, so every rule works with
-every scope.
+k norms and returns k thresholds; it never sees the gradients behind a norm, so every rule works
+with every scope.
 
-===================  =======================================  ================================
-rule                 threshold                                memory for k norms
-===================  =======================================  ================================
-`Fixed`              a number                                 none
-`Schedule`           a function of the step                   none
-`RelativeToWeights`  factor max(weight norm, eps)             none
-`GrowthLimit`        factor previous clipped norm             k norms
-`MovingAverage`      factor average of clipped norms          k norms, k counts
-`ZScore`             mean + z^2 std / z-score, for outliers   2 k norms, k counts
-`MeanDeviation`      mean + factor std of the last norms      k window norms, k counts
-`MedianDeviation`    median + factor MAD of the last norms    k window norms, k counts
-`Percentile`         a percentile of the last norms           k (2 window + 1) norms, k counts
-===================  =======================================  ================================
+===================  =====================================  ====================================
+rule                 threshold                              memory for k norms
+===================  =====================================  ====================================
+`Fixed`              a number                               none
+`Schedule`           a function of the step                 none
+`RelativeToWeights`  factor * max(weight norm, eps)         none
+`GrowthLimit`        factor * previous clipped norm         k norms
+`MovingAverage`      factor * average of clipped norms      k norms, k counts
+`ZScore`             mean + z^2 std / z-score               2 k norms, k counts
+`MeanDeviation`      mean + factor * standard deviation     k * window norms, k counts
+`MedianDeviation`    median + factor * absolute deviation   k * window norms, k counts
+`Percentile`         a percentile of recent norms           k * (2 window + 1) norms, k counts
+===================  =====================================  ====================================
 
 `Threshold` is the protocol, called by the clipper. `Rule` adds a cap and a floor, and
 `AdaptiveThreshold` (in ``adaptive.py``) a state that is learned.

@@ -1,4 +1,4 @@
-"""A limit to the growth of a norm from one step to the next: Fira."""
+"""A threshold at a factor times the clipped norm of the previous step: Fira."""
 
 from __future__ import annotations
 

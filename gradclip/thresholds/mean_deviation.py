@@ -1,4 +1,4 @@
-"""A limit some standard deviations above the mean of the last norms: OLMo's skipped steps."""
+"""A threshold above the mean of recent norms by several standard deviations: OLMo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A limit some median deviations above the median of the last norms."""
+"""A threshold above the median of recent norms by several median absolute deviations."""
 
 from __future__ import annotations
 

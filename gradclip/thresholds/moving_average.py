@@ -1,4 +1,4 @@
-"""A limit near the moving average of the clipped norms: AdaGC."""
+"""A threshold at a factor times the moving average of clipped norms: AdaGC."""
 
 from __future__ import annotations
 

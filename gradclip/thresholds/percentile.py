@@ -1,4 +1,4 @@
-"""A percentile of the norms so far: AutoClip."""
+"""A threshold at a percentile of recent norms: AutoClip."""
 
 from __future__ import annotations
 

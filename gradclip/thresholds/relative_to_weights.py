@@ -1,4 +1,4 @@
-"""A limit in proportion to the weights: adaptive gradient clipping, AGC."""
+"""A threshold in proportion to the norm of the weights: AGC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A window of the last norms of each label, and the statistics of it that rules need.
+"""A window of recent norms for each label, with its mean, median and percentile.
 
 A rule has a `NormWindow`, whose two tensors are the state of the rule. Statistics come from
 `NormWindow.rows`: as numbers from a `Row` where there is one norm on the CPU, else as tensors of

@@ -1,4 +1,4 @@
-"""A limit for outliers, by a moving mean and variance: ZClip."""
+"""A threshold on the z-score of a norm under a moving mean and variance: ZClip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the demo, and the check that its folder can be written."""
+"""The options of the demo, and the check that its output folder is writable."""
 
 from __future__ import annotations
 

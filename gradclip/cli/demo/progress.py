@@ -1,4 +1,4 @@
-"""Progress of the trainings, shown on stderr as bars or lines."""
+"""Progress of the training runs, shown on stderr as bars or lines."""
 
 from __future__ import annotations
 

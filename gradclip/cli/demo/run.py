@@ -1,4 +1,4 @@
-"""The demo from beginning to end: two trainings, a table, a picture and logs."""
+"""The whole demo: two training runs, a table, a picture and logs."""
 
 from __future__ import annotations
 

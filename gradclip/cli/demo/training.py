@@ -1,4 +1,4 @@
-"""One training of the demo, with clipped or observed gradients, and the curves it leaves behind."""
+"""One training run of the demo, clipped or only measured, with its loss and norm curves."""
 
 from __future__ import annotations
 

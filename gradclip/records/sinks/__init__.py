@@ -1,1 +1,1 @@
-"""Sinks, one a file: each writes the rows of logged steps to one kind of destination."""
+"""Sinks: each module writes logged steps to one kind of destination."""

@@ -1,4 +1,4 @@
-"""The protocol of a sink, and the cadence options that the sinks of this package share."""
+"""The protocol of a sink, and the options for how often a sink of this package writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sink that calls any logger which takes a dict of numbers."""
+"""A sink that passes the numbers of each step to a function of the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The events that come once before a clipper's curves: the layout of its charts, its settings."""
+"""The events at the start of a TensorBoard log: chart layout and settings of the clipper."""
 
 from __future__ import annotations
 

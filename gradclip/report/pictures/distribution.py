@@ -1,4 +1,4 @@
-"""The panel that shows the distribution of norms, and what share of them some thresholds clip."""
+"""The panel with the distribution of norms and the share that each threshold would clip."""
 
 from __future__ import annotations
 

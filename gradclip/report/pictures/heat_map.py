@@ -1,4 +1,4 @@
-"""The panel that shows norms of single parameters over the steps, as a map of colours."""
+"""The panel with a heat map of the gradient norm of each parameter over the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Panels over the steps: norms with thresholds and marks, and the share of clipped steps."""
+"""The panels over steps: norms, thresholds, marks of spikes and skips, and the clip rate."""
 
 from __future__ import annotations
 

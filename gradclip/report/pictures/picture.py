@@ -1,4 +1,4 @@
-"""Pictures of runs side by side: checks before anything is read, drawing, and saving to a file."""
+"""Pictures of several runs: the check of the path, drawing, and saving."""
 
 from __future__ import annotations
 

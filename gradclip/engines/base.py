@@ -1,7 +1,7 @@
-"""The verbs that every engine offers: norm, power sums, scaling, an element-wise bound.
+"""The engine protocol: norms, power sums, scaling and element-wise bounds over plain tensors.
 
-An engine works on plain lists of tensors of one device and one dtype. It knows
-nothing of scopes, thresholds or ranks, and keeps no state between calls.
+An engine works on lists of tensors of one device and one dtype. It knows nothing of scopes,
+thresholds or ranks, and keeps no state that changes a result.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch import Tensor
 from ..errors import EngineUnavailableError
 
 INFINITY = math.inf
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer dtype of an element size. Magnitudes are ordered as their bits without the sign."""
 
 
 class TensorList(list[Tensor]):
-    """Tensors that are measured first and written after, with nothing changed between.
+    """Tensors that a step measures first and writes afterwards, without a change in between.
 
-    An engine may note on it what it has found out about them.
+    An engine may store here what it has prepared for them, and use it for the second call.
     """
 
     note: object = None
@@ -31,24 +33,24 @@ class TensorList(list[Tensor]):
 class Engine(ABC):
     """Verbs over gradients of one device and one dtype.
 
-    Called by `gradclip.gradients.norms` (measuring) and `GradientClipper` (writing), always with
-    gradient tracking off. Tensors are real floating-point ones of any strides and any shape, 0-d
-    and empty ones included. Elements that share a place in memory count one by one when they are
-    measured, and each place is written once.
+    `gradclip.gradients.norms` calls the verbs that measure and `GradientClipper` those that write,
+    always with gradient tracking off. Tensors are real floating-point ones of any strides and any
+    shape, 0-d and empty ones included. Elements that share memory count one by one in a norm, and
+    each memory location is written once.
     """
 
     name: str
-    """What a user types for ``engine=`` and reads in ``clipper.engine``."""
+    """The value of the option ``engine=``, and the name in ``clipper.engine``."""
 
     def unsupported(self, device: torch.device) -> str | None:
-        """Return why a device is not served, as an error says it; None where it is."""
+        """Return the error text for a device that the engine does not support, else None."""
         return None
 
     def check_supported(self, device: torch.device) -> None:
-        """Check that a device is served.
+        """Check that the engine supports a device.
 
         Raises:
-            EngineUnavailableError: It is not.
+            EngineUnavailableError: It does not.
         """
         reason = self.unsupported(device)
         if reason is not None:
@@ -56,30 +58,30 @@ class Engine(ABC):
 
     @abstractmethod
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
-        """Return the sum of ``|x| ** order`` of each tensor, the largest ``|x|`` for infinity.
+        """Return the sum of ``|x| ** order`` of each tensor, or the largest ``|x|`` for infinity.
 
         Args:
             tensors: n >= 1 gradients of one device and dtype. Not written.
             order: p of the p-norm, positive or infinity.
-            rows: One sum for each index of dimension 0, which every tensor has then, instead of
-                one for each tensor.
+            rows: Return one sum for each index of dimension 0, which every tensor then has, and
+                not one for each tensor.
 
         Returns:
-            Shape (n,) or (number of all rows,), float64 (float32 where the device has no
-            float64), on the tensors' device. NaN and infinite elements make their sum NaN or
-            infinite; the sum of no elements is 0.
+            Shape (n,) or (number of all rows,), float64 (float32 if the device has no float64), on
+            the tensors' device. NaN and infinite elements make their sum NaN or infinite; the sum
+            of no elements is 0.
         """
 
     def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:
-        """Return the norm of all tensors together, the usual case, which may have a shorter way.
+        """Return the norm of all tensors together: the usual case, for which engines are faster.
 
         Args:
             tensors: n >= 1 gradients of one device and dtype. Not written.
             order: p of the p-norm, positive or infinity.
-            scalar: Whether a 0-d tensor is wanted.
+            scalar: Return a 0-d tensor.
 
         Returns:
-            Shape (1,) or (), otherwise as `power_sums`.
+            Shape (1,) or (), dtype and device as for `power_sums`.
         """
         sums = self.power_sums(tensors, order)
         if order == INFINITY:
@@ -87,16 +89,16 @@ class Engine(ABC):
         return root(sums.sum(0, keepdim=not scalar), order)
 
     def norm_and_sums(self, tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
-        """Return the norm of all tensors together, to the bit what `norm` returns, and their sums.
+        """Return the norm of all tensors together, with the bits of `norm`, and each power sum.
 
-        An engine that finds both at once says how; this one reads twice.
+        This default reads the gradients twice; an engine that computes both at once overrides it.
 
         Args:
             tensors: n >= 1 gradients of one device and dtype. Not written.
             order: p of the p-norm, positive or infinity.
 
         Returns:
-            Shapes (1,) and (n,), as those of `norm` and `power_sums`.
+            Shapes (1,) and (n,), as for `norm` and `power_sums`.
         """
         return self.norm(tensors, order), self.power_sums(tensors, order)
 
@@ -104,63 +106,64 @@ class Engine(ABC):
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
     ) -> None:
-        """Multiply in place, touching no memory where the coefficient rounds to 1.
+        """Multiply in place, and write nothing where the coefficient rounds to 1.
 
-        A coefficient of 0 writes zeros, also over elements that are NaN or infinite.
+        A coefficient of 0 writes zeros, also over NaN and infinity.
 
         Args:
             tensors: n gradients of one device and dtype.
-            coefficients: In [0, 1], on the tensors' device, shape (1,) for one that serves all or
+            coefficients: In [0, 1], on the tensors' device, shape (1,) for one that all share or
                 (n,) for one each; with ``rows`` (1,) or (number of all rows,).
             rows: One coefficient for each index of dimension 0. No two rows share memory.
         """
 
     @abstractmethod
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
-        """Limit every element to [-bound, bound] in place, touching no tensor that fits already.
+        """Limit every element to [-bound, bound] in place; write no tensor that already fits.
 
-        The bound is rounded to the tensors' dtype. An infinite one leaves everything as it is,
-        NaN stays NaN.
+        The bound is rounded to the tensors' dtype. An infinite bound changes nothing, and NaN
+        stays NaN.
 
         Args:
             tensors: n gradients of one device and dtype.
-            bounds: Not negative, on the tensors' device, shape (1,) for one that serves all or
+            bounds: Not negative, on the tensors' device, shape (1,) for one that all share or
                 (n,) for one each; with ``rows`` (1,) or (number of all rows,).
             rows: One bound for each index of dimension 0. No two rows share memory.
         """
 
 
 def root(power_sums: Tensor, order: float) -> Tensor:
-    """Return the p-norms of which these are the power sums, in their memory."""
+    """Turn power sums into p-norms, in place."""
     return power_sums.sqrt_() if order == 2 else power_sums.pow_(1 / order)
 
 
 def host_may_read(tensor: Tensor) -> bool:
-    """Tell whether the host knows the values without waiting for a device."""
+    """Return whether the host can read the values without waiting for a device."""
     return tensor.is_cpu
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which norms are kept: float64, or float32 where the device lacks float64."""
+    """Return the dtype of norms: float64, or float32 if the device has no float64."""
     if device.type == "mps" or (device.type == "xpu" and not _has_float64(device)):
         return torch.float32
     return torch.float64
 
 
+# Cached: a driver call, and norm_dtype() is asked several times a step.
 @cache
 def _has_float64(device: torch.device) -> bool:
     return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
 
 
 def rounds_to_one(coefficient: float, dtype: torch.dtype) -> bool:
-    """Tell whether a product with the coefficient is the gradient itself.
-
-    Products of float64 gradients are computed in float64, all others in float32 or better.
-    """
+    """Return whether multiplying by the coefficient leaves the gradient as it is."""
+    # Products of float64 gradients are computed in float64, all others in float32 or better. Half
+    # an ulp below 1 is 2**-25 in float32; the tie rounds to even, which is 1.
     return coefficient >= (1 if dtype is torch.float64 else 1 - 2.0**-25)
 
 
 def rounded_bounds(bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bounds as the dtype holds them; finite ones stay finite, as torch's clamp needs."""
+    """Return bounds rounded to a dtype; finite ones stay finite, an infinite one infinite."""
+    # A bound of 1e5 would become infinity in float16, and torch's clamp would leave infinities.
     rounded = bounds.clamp(max=torch.finfo(dtype).max).to(dtype).to(bounds.dtype)
     return torch.where(bounds < INFINITY, rounded, bounds)

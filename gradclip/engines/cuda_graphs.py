@@ -1,23 +1,23 @@
-"""What has to be known of a CUDA graph that a step is captured in."""
+"""CUDA graphs: whether one is captured now, and the objects that must live as long as it does."""
 
 from __future__ import annotations
 
 import torch
 
+_KEPT: dict[int, object] = {}
+"""By id, every object that a captured graph uses; each once, however often it is captured.
+
+Never emptied: a graph stores addresses only, so the memory would be freed and used by others once
+the last Python name is gone, and torch does not report when a graph is destroyed.
+"""
+
 
 def capturing() -> bool:
-    """Tell whether what is launched now goes into a CUDA graph, to be run when that is replayed."""
+    """Return whether the current stream is captured: kernels run when the graph is replayed."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def keep_if_captured(*things: object) -> None:
-    """Keep for ever what a graph that is captured now reads or writes whenever it is replayed.
-
-    The graph knows addresses alone: what lies there would be freed with its last name in Python,
-    and nothing tells when the graph itself is gone.
-    """
+def keep_if_captured(*objects: object) -> None:
+    """Keep objects alive for good if a graph is captured now, since its replays use them."""
     if capturing():
-        _KEPT.update((id(thing), thing) for thing in things)
-
-
-_KEPT: dict[int, object] = {}
+        _KEPT.update((id(item), item) for item in objects)

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: which of its elements share a place, and in which order they lie."""
+"""Memory layout of tensors: which elements share memory, views without gaps, and addresses."""
 
 from __future__ import annotations
 
@@ -8,88 +8,89 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-LOW = 1 << 32
-"""Few addresses are lower, those of tensors without memory among them."""
-PLAIN = {Tensor, nn.Parameter}
-"""Types of tensors that have the memory they say."""
+LOWEST_ADDRESS = 1 << 32
+"""Real tensors rarely lie below; tensors without memory do, at their offset from null."""
+PLAIN_TYPES = {Tensor, nn.Parameter}
+"""Types whose data pointer can be trusted; a subclass may wrap other tensors."""
 NARROW = 64
-"""Elements of a row that is worth a beginning of its own, where there are many rows."""
+"""Shorter rows, if there are more than so many of them, are not worth a start of their own."""
 CHUNK = 1 << 18
-"""Elements to work on at a time, a multiple of what is summed at once."""
+"""Elements to work on at a time so that they stay in cache; a multiple of every piece of a sum."""
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Tell whether some elements may share a place, as in an expanded or windowed tensor.
+    """Return whether elements may share memory, as in an expanded or a windowed tensor.
 
-    True may be a false alarm for exotic strides, False never is.
+    True may be a false alarm for exotic strides; False is certain.
     """
     if tensor.is_contiguous():
         return False
-    reach = 0
+    extent = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
-            if stride <= reach:
+            # All smaller strides together must not reach the next element of this dimension.
+            if stride <= extent:
                 return tensor.numel() > 0
-            reach += stride * (size - 1)
+            extent += stride * (size - 1)
     return False
 
 
 def rows_overlap(tensor: Tensor) -> bool:
-    """Tell whether two indices of dimension 0 may touch the same place.
+    """Return whether two indices of dimension 0 may share memory.
 
-    True may be a false alarm for exotic strides, False never is.
+    True may be a false alarm for exotic strides; False is certain.
     """
     if tensor.is_contiguous() or tensor.dim() == 0 or tensor.shape[0] < 2 or not tensor.numel():
         return False
     steps = zip(tensor.stride()[1:], tensor.shape[1:], strict=True)
-    reach = sum(stride * (size - 1) for stride, size in steps)
-    return tensor.stride(0) <= reach and overlaps(_without_repeats(tensor, 1))
+    extent = sum(stride * (size - 1) for stride, size in steps)
+    # Rows may interleave without sharing memory, as those of a transposed matrix do.
+    return tensor.stride(0) <= extent and overlaps(_without_repeats(tensor, 1))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell whether every element has a place of its own which holds its value."""
+    """Return whether every element has memory of its own that holds its value."""
     return not (tensor.is_neg() or overlaps(tensor))
 
 
 @contextmanager
-def exclusive(tensor: Tensor) -> Iterator[Tensor]:
-    """Give a tensor that may be written in place and holds each place of ``tensor`` just once.
+def writable(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor to write in place, with every memory location of ``tensor`` exactly once.
 
-    Usually that is ``tensor`` itself, or for an expanded one what was expanded. For windows that
-    overlap it is a 1-d copy of the places, which is written back at the end: every place is
-    written once, and what lies between them stays as it is. Lazily negated elements are given as
-    they lie in memory: to multiply or to limit them is the same.
+    Usually that is ``tensor`` itself, or the tensor that was expanded. For windows that overlap it
+    is a 1-d copy of the locations, written back at the end; gaps between them keep their values.
+    Lazily negated elements come as stored: scaling and clamping treat both signs alike.
     """
-    once = each_place_once(tensor)
+    once = stored_once(tensor)
     if not overlaps(once):
         yield once
         return
-    places = _places(once)
-    span = once.as_strided((int(places[-1]) + 1,), (1,), once.storage_offset())
-    places = places.to(once.device, non_blocking=True)
-    memory = span[places]
+    offsets = _offsets(once)
+    span = once.as_strided((int(offsets[-1]) + 1,), (1,), once.storage_offset())
+    offsets = offsets.to(once.device, non_blocking=True)
+    memory = span[offsets]
     yield memory
-    span[places] = memory
+    span[offsets] = memory
 
 
-def each_place_once(tensor: Tensor) -> Tensor:
-    """View what was expanded, and lazily negated elements as they lie in memory.
+def stored_once(tensor: Tensor) -> Tensor:
+    """View the elements as stored, with size 1 in every expanded dimension.
 
-    The number of dimensions stays. Windows that overlap are left as they are.
+    The number of dimensions stays. Windows that overlap keep their shape.
     """
-    once = as_it_lies(tensor)
-    return _without_repeats(once) if overlaps(once) else once
+    stored = as_stored(tensor)
+    return _without_repeats(stored) if overlaps(stored) else stored
 
 
-def as_it_lies(tensor: Tensor) -> Tensor:
-    """View the elements of a lazily negated tensor as they lie in memory."""
+def as_stored(tensor: Tensor) -> Tensor:
+    """View lazily negated elements, as ``z.conj().imag`` has them, with their sign in memory."""
     return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """Return all elements as a contiguous 1-d tensor, in whatever order they lie.
+    """Return all elements as a contiguous 1-d tensor, in memory order if there are no gaps.
 
-    A view, unless elements share places or have gaps between them.
+    A copy only if elements overlap or have gaps between them.
     """
     view = flat_view(tensor)
     return tensor.contiguous().view(-1) if view is None else view
@@ -105,10 +106,9 @@ def flat_view(tensor: Tensor) -> Tensor | None:
 
 
 def table(tensor: Tensor) -> Tensor:
-    """Return the rows of a tensor, each contiguous in whatever order it lies.
+    """Return shape (rows, columns): each index of dimension 0 as a contiguous row.
 
-    A view of shape (rows, columns), unless elements of a row share places or have gaps between
-    them.
+    A copy only if elements of a row overlap or have gaps between them.
     """
     view = table_view(tensor)
     return tensor.contiguous().view(_table_shape(tensor)) if view is None else view
@@ -125,52 +125,52 @@ def table_view(tensor: Tensor) -> Tensor | None:
 
 
 def is_narrow(tensor: Tensor) -> bool:
-    """Tell whether the rows of a tensor are too many and too short to take them one by one."""
+    """Return whether a tensor has too many and too short rows to start each one separately."""
     rows = len(tensor)
     return rows > NARROW and tensor.numel() < rows * NARROW
 
 
 def wide_table_view(tensor: Tensor) -> Tensor | None:
-    """Return `table` if it is a view and not narrow, else None."""
+    """Return `table` if it is a view and its rows are not narrow, else None."""
     return None if is_narrow(tensor) else table_view(tensor)
 
 
 def addresses_of(
-    tensors: Sequence[Tensor], rows: bool, seen: Callable[[Tensor], Tensor | None]
+    tensors: Sequence[Tensor], rows: bool, view: Callable[[Tensor], Tensor | None]
 ) -> tuple[list[int], Sequence[Tensor]] | None:
-    """Return where tensors begin, for code that knows addresses and lengths alone.
+    """Return the addresses of tensors, for code that knows addresses and lengths only.
 
     Args:
-        tensors: Any.
-        rows: Whether row by row.
-        seen: Makes what is not contiguous so, or returns None if it cannot.
+        tensors: Tensors of any kind.
+        rows: Whether the caller works row by row.
+        view: Returns a contiguous form of a tensor, or None if there is none.
 
     Returns:
-        The addresses, and the tensors that have this memory, to be kept as long as it is used;
-        None where a tensor has no memory that can be described.
+        The addresses, and the tensors at these addresses, which the caller must keep alive while
+        it uses them; None if a tensor has no usable address.
     """
-    # Dynamo, which traces when it is compiling, would stop at an address.
-    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
+    # Dynamo cannot trace data_ptr(), and breaks the graph there.
+    if torch.compiler.is_compiling() or not PLAIN_TYPES.issuperset(map(type, tensors)):
         return None
-    held = tensors
+    stored = tensors
     if rows or not all(map(Tensor.is_contiguous, tensors)):
-        views = [seen(as_it_lies(tensor)) for tensor in tensors]
-        held = [view for view in views if view is not None]
-    if len(held) < len(tensors):
+        views = [view(as_stored(tensor)) for tensor in tensors]
+        stored = [one for one in views if one is not None]
+    if len(stored) < len(tensors):
         return None
     try:
-        addresses = [*map(Tensor.data_ptr, held)]
-    except RuntimeError:  # within a transformation of torch.func
+        addresses = [*map(Tensor.data_ptr, stored)]
+    except RuntimeError:  # inside a transformation of torch.func
         return None
-    if min(addresses, default=LOW) < LOW and not all(map(_has_memory, held)):
+    if min(addresses, default=LOWEST_ADDRESS) < LOWEST_ADDRESS and not all(map(_is_real, stored)):
         return None
-    return addresses, held
+    return addresses, stored
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Tell whether the address of a tensor is more than its distance from the null pointer."""
-    away = tensor.storage_offset() * tensor.element_size()
-    return tensor.data_ptr() != away or not tensor.numel()
+def _is_real(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory; without it, its address is its offset from null."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr() != offset or not tensor.numel()
 
 
 def _table_shape(tensor: Tensor) -> tuple[int, int]:
@@ -179,18 +179,18 @@ def _table_shape(tensor: Tensor) -> tuple[int, int]:
 
 
 def rows_at_once(columns: int) -> int:
-    """Return how many rows to work on at a time: few enough to stay in cache."""
+    """Return how many rows to work on at a time so that they stay in cache."""
     return max(1, CHUNK // max(1, columns))
 
 
 def blocks(rows: Tensor) -> Iterator[Tensor]:
-    """Yield consecutive parts of a table, rows or one part of a row, that stay in cache."""
-    for part in rows.split(rows_at_once(rows.shape[1])):
-        yield from part.split(CHUNK, 1)
+    """Yield a table in consecutive blocks that stay in cache: some rows, or a part of one row."""
+    for block in rows.split(rows_at_once(rows.shape[1])):
+        yield from block.split(CHUNK, 1)
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Tell whether elements in some order lie one beside the other."""
+    """Return whether the elements, in some order, lie in memory without gaps or overlaps."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
@@ -201,16 +201,19 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _without_repeats(tensor: Tensor, first: int = 0) -> Tensor:
-    """View one index alone of each dimension along which nothing moves, from ``first`` on."""
+    """View dimensions of stride 0, from ``first`` on, with size 1."""
     steps = zip(tensor.shape[first:], tensor.stride()[first:], strict=True)
     sizes = [size if stride else 1 for size, stride in steps]
     return tensor.as_strided((*tensor.shape[:first], *sizes), tensor.stride())
 
 
-def _places(tensor: Tensor) -> Tensor:
-    """Return the offsets from the first element, sorted, each once; on the CPU, without looking."""
-    places = torch.zeros((), dtype=torch.int64, device="cpu")
+def _offsets(tensor: Tensor) -> Tensor:
+    """Return each distinct offset from the first element, sorted.
+
+    Computed on the CPU from strides: a result of unknown size on a device would be a host sync.
+    """
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
-        places = places.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
-    distinct: Tensor = places.unique()
+        offsets = offsets.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
+    distinct: Tensor = offsets.unique()
     return distinct

@@ -1,6 +1,6 @@
-"""The float64 oracle: every verb in its plainest form, for tests and for doubt.
+"""The reference engine: every verb in float64 in its plainest form, for tests and for doubts.
 
-Slow on purpose: one tensor, or one row, after the other, everything converted to float64.
+It is slow on purpose: it converts one tensor, or one row, after the other to float64.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from .base import INFINITY, Engine, norm_dtype, rounded_bounds, rounds_to_one
-from .layout import exclusive
+from .layout import writable
 
 
 class ReferenceEngine(Engine):
-    """Computes in float64 what the other engines are held against."""
+    """Computes in float64 the results that the other engines are compared with."""
 
     name = "reference"
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
-        sums = [_power_sum(part, order) for part in _parts(tensors, rows)]
+        sums = [_power_sum(tensor, order) for tensor in _unbound(tensors, rows)]
         device = tensors[0].device
         return (
             torch.stack(sums) if sums else torch.zeros(0, dtype=norm_dtype(device), device=device)
@@ -31,29 +31,29 @@ class ReferenceEngine(Engine):
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
     ) -> None:
         """See `Engine.scale_`."""
-        parts = _parts(tensors, rows)
-        each = coefficients.to("cpu", torch.float64).expand(len(parts)).tolist()
-        for part, coefficient in zip(parts, each, strict=True):
-            if rounds_to_one(coefficient, part.dtype):
+        targets = _unbound(tensors, rows)
+        factors = coefficients.to("cpu", torch.float64).expand(len(targets)).tolist()
+        for target, factor in zip(targets, factors, strict=True):
+            if rounds_to_one(factor, target.dtype):
                 continue
-            with exclusive(part) as memory:
-                if coefficient == 0:
-                    memory.zero_()
+            with writable(target) as memory:
+                if factor == 0:
+                    memory.zero_()  # a product would keep NaN and infinity
                 else:
-                    memory.copy_(memory.to(norm_dtype(memory.device)) * coefficient)
+                    memory.copy_(memory.to(norm_dtype(memory.device)) * factor)
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
         """See `Engine.clamp_`."""
-        parts = _parts(tensors, rows)
-        limits = rounded_bounds(bounds, tensors[0].dtype).expand(len(parts)).tolist()
-        for part, limit in zip(parts, limits, strict=True):
-            if bool((part.to(norm_dtype(part.device)).abs() > limit).any()):
-                with exclusive(part) as memory:
-                    memory.clamp_(-limit, limit)
+        targets = _unbound(tensors, rows)
+        rounded = rounded_bounds(bounds, tensors[0].dtype).expand(len(targets)).tolist()
+        for target, bound in zip(targets, rounded, strict=True):
+            if bool((target.to(norm_dtype(target.device)).abs() > bound).any()):
+                with writable(target) as memory:
+                    memory.clamp_(-bound, bound)
 
 
-def _parts(tensors: Sequence[Tensor], rows: bool) -> Sequence[Tensor]:
-    """Return what has a number of its own: the tensors, or the rows of them all."""
+def _unbound(tensors: Sequence[Tensor], rows: bool) -> Sequence[Tensor]:
+    """Return the tensors, or the rows of all of them."""
     return [row for tensor in tensors for row in tensor] if rows else tensors
 
 

@@ -243,7 +243,7 @@ def test_launch_that_fails_at_the_first_of_two_optimizers(monkeypatch):
 
     weights, optimizers, clipper = begun()
     with monkeypatch.context() as patch:
-        name = "gradclip.engines.operators.host_writing.scale_"
+        name = "gradclip.engines.operators.host.scale_"
         patch.setattr(name, Launches(None, 0))
         with pytest.raises(LaunchError):
             clipper.step()

@@ -1,24 +1,78 @@
+"""Every engine as a fixture, and the helpers of its tests: tensors, their bits, sums by hand."""
+
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from gradclip.engines import _ENGINES, _load_triton
-from gradclip.engines import layout as memory
+from gradclip import engines
+from gradclip.engines import _ENGINES, _load_triton, layout
+from gradclip.engines.base import INTEGERS
 from gradclip.engines.native import engine as native
-from gradclip.engines.operators import host_sums
-from gradclip.engines.operators.host_sums import ROW
+from gradclip.engines.operators import host
 
+ORDERS = [1.0, 2.0, math.inf, 0.5, 3.0]
 LEVELS = {"native": native.BEST, "native with AVX2": 1, "native for any processor": 0}
-"""Instruction sets of the native engine; for what the processor lacks the next lower serves."""
+"""Instruction sets of the native engine; where the processor lacks one, the next lower serves."""
 OLDER = [*LEVELS][1:]
-"""Their bits are those of the best level, as test_native.py shows quickly."""
+"""Slow: test_native.py shows quickly that their bits are those of the best level."""
 ON_CUDA = " on cuda"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process tests the Triton kernels, on the CPU, and nothing else."""
+SMALL, CHUNK = 600, 8 * host.PIECE
+"""Sizes inside the operators engine, lowered by `engine` so that small tensors pass them."""
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def vector(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole buffer that a tensor is a view of."""
+    return tensor.new_empty(0).set_(tensor.untyped_storage())
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that compares equal only to the same bits."""
+    return tensor.detach().resolve_neg().contiguous().view(INTEGERS[tensor.element_size()]).clone()
+
+
+def power_sum(tensor: torch.Tensor, order: float) -> float:
+    values = tensor.double().abs().flatten()
+    if not values.numel():
+        return 0.0
+    return (values.max() if order == math.inf else (values**order).sum()).item()
+
+
+def assert_scaled(found: torch.Tensor, original: torch.Tensor, coefficient: float) -> None:
+    """Check products up to one rounding, and one of the coefficient to float32."""
+    if coefficient == 0:
+        assert not bool((found != 0).any())
+        return
+    expected, info = original.double() * coefficient, torch.finfo(original.dtype)
+    tolerance = (info.eps / 2 + 2.0**-24) * expected.abs() + info.smallest_normal * info.eps
+    assert bool(((found.double() - expected).abs() <= tolerance).all())
+
+
+@contextmanager
+def denormals_flushed(flush: bool = True) -> Iterator[None]:
+    """Let the CPU take denormals for 0 within a block, or not."""
+    if flush and not torch.set_flush_denormal(True):
+        pytest.skip("denormals cannot be flushed on this processor")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _engines():
@@ -34,9 +88,9 @@ def _engines():
 
 @pytest.fixture(params=_engines())
 def engine(request, monkeypatch):
-    """Each engine; limits inside are lowered, so that small tensors pass them."""
-    monkeypatch.setattr(host_sums, "SMALL", 600)
-    monkeypatch.setattr(memory, "CHUNK", 8 * ROW)
+    """Each engine, with gradient tracking off."""
+    monkeypatch.setattr(host, "SMALL", SMALL)
+    monkeypatch.setattr(layout, "CHUNK", CHUNK)
     name = request.param.split()[0]
     with torch.no_grad():
         if name == "native":
@@ -46,16 +100,25 @@ def engine(request, monkeypatch):
             library.gradclip_choose(native.BEST)
         elif name == "triton":
             yield request.getfixturevalue("triton_engine")
-        elif request.param.endswith(ON_CUDA):
-            request.getfixturevalue("on_cuda")
-            yield _ENGINES[name]
         else:
+            if request.param.endswith(ON_CUDA):
+                request.getfixturevalue("on_cuda")
             yield _ENGINES[name]
+
+
+@pytest.fixture(params=["native", "operators"], scope="module")
+def cpu_engine(request) -> Iterator[engines.Engine]:
+    """Each engine that ``"auto"`` may choose on the CPU, chosen now."""
+    if request.param not in _ENGINES:
+        pytest.skip("the native engine was not built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(engines._BEST, "cpu", _ENGINES[request.param])
+        yield _ENGINES[request.param]
 
 
 @pytest.fixture
 def native_engine():
-    """The native engine, where there was a compiler to build it."""
+    """The native engine, where a compiler has built it."""
     if "native" not in _ENGINES:
         pytest.skip("the native engine was not built")
     return _ENGINES["native"]
@@ -69,7 +132,7 @@ def triton_engine(request):
     _load_triton()
     from gradclip.engines.triton.engine import TritonEngine
 
-    # Of what is not there, as the logarithm of 0, NumPy warns where a device is silent.
+    # NumPy warns of masked lanes, such as the logarithm of 0, where a device is silent.
     with np.errstate(all="ignore"):
         yield TritonEngine(block=512 if INTERPRETED else 1024)
 
@@ -103,9 +166,10 @@ def on_cuda():
 
 @pytest.fixture
 def rewritten(monkeypatch):
-    """Tell whether a tensor was written since it had a version, and since the last `forget`.
+    """Return whether a tensor was written since it had a version, and since the last `forget`.
 
-    Where a device alone knows, the version says nothing; of the interpreter each store is seen.
+    On a device the version says nothing, since the device alone knows; of the interpreter each
+    store is seen.
     """
     return _Stores(monkeypatch) if INTERPRETED else _Versions()
 
@@ -125,30 +189,33 @@ class _Stores:
         self._addresses: list[np.ndarray] = []
         store = InterpreterBuilder.create_masked_store
 
-        def seen(builder, to, value, mask, *others):
+        def noting(builder, to, value, mask, *others):
             self._addresses.append(np.atleast_1d(to.data)[np.atleast_1d(mask.data)])
             return store(builder, to, value, mask, *others)
 
-        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", seen)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", noting)
 
     def forget(self) -> None:
         self._addresses.clear()
 
     def __call__(self, tensor: torch.Tensor, version: int) -> bool:
-        storage = tensor.untyped_storage()
-        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        memory = tensor.untyped_storage()
+        begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
         return any(((begin <= at) & (at < end)).any() for at in self._addresses)
 
 
-def _dtypes():
-    # The interpreter is slow.
-    rare = pytest.mark.slow if INTERPRETED else ()
-    for dtype in (torch.float32, torch.bfloat16):
-        yield dtype
-    for dtype in (torch.float64, torch.float16):
-        yield pytest.param(dtype, marks=rare)
+# The interpreter is slow.
+_RARE = pytest.mark.slow if INTERPRETED else ()
 
 
-@pytest.fixture(params=_dtypes(), ids=str)
+@pytest.fixture(
+    params=[
+        torch.float32,
+        torch.bfloat16,
+        pytest.param(torch.float64, marks=_RARE),
+        pytest.param(torch.float16, marks=_RARE),
+    ],
+    ids=str,
+)
 def dtype(request):
     return request.param

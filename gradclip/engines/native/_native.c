@@ -1,8 +1,8 @@
-/* Gradients on the CPU: power sums, scaling and limits, over addresses and lengths.
+/* The native engine: power sums, scaling and clamping on the CPU, over addresses and lengths.
  *
- * Plain C, loaded by native.py through ctypes: nothing here knows torch or Python. What is done to
- * elements is in _native_kernels.h, how a call is divided among threads in _native_work.h. Functions
- * return OK, or why they did nothing at all.
+ * Plain C, loaded by engine.py through ctypes: nothing here knows torch or Python. The loops over
+ * elements are in _native_kernels.h, and the division of a call among threads in _native_work.h.
+ * Functions return OK, or an error before they have written anything.
  */
 
 #include <math.h>
@@ -21,21 +21,21 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { ABI = 2 }; /* to be counted up with every change of a function that native.py calls */
+enum { ABI = 2 }; /* increase it with every change of a function that engine.py calls */
 enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 enum {
     CHUNK = 16384,      /* elements of a piece of work */
-    SHORT = 8192,       /* elements that are summed exactly at once */
-    THREADED = 1 << 18, /* bytes below which one thread is faster than to wake another */
-    LANES = 16,         /* float32 in a vector, however many registers that takes */
-    PAIR = 2 * LANES,   /* elements that are read at once */
-    BLOCK = 8 * 2 * PAIR,
+    SHORT = 8192,       /* shorter pieces are summed in float64 at once: exact, and hardly slower */
+    THREADED = 1 << 18, /* bytes below which one thread is faster than waking another */
+    LANES = 16,         /* float32 numbers in a vector, on one register or several */
+    PAIR = 2 * LANES,   /* elements read at once */
+    BLOCK = 8 * 2 * PAIR, /* elements summed in float32 before float64: 8 for each lane */
 };
 
 #define SMALLEST_NORMAL 0x1p-126
-#define VANISHING 0x1p-70 /* a smaller sum may have lost much to float32 */
+#define VANISHING 0x1p-70 /* a smaller sum may have lost much in float32 */
 
 typedef float f32v __attribute__((vector_size(4 * LANES)));
 typedef float half_f32v __attribute__((vector_size(2 * LANES)));
@@ -45,7 +45,7 @@ typedef uint16_t u16v __attribute__((vector_size(2 * LANES)));
 typedef double f64v __attribute__((vector_size(4 * LANES)));
 typedef uint64_t u64v __attribute__((vector_size(4 * LANES)));
 
-/* What is done to elements of one dtype. */
+/* The loops over elements of one dtype. */
 struct kernels {
     int64_t size;     /* bytes of an element */
     int64_t infinity; /* its bits */
@@ -60,6 +60,7 @@ struct kernels {
     void (*limit)(void *, int64_t, int64_t bound, int64_t infinity);
 };
 
+/* The sum of all lanes, one after the other: the order, and so the bits, never change. */
 static double added(const f64v *sums)
 {
     double lanes[PAIR], sum = 0;
@@ -131,8 +132,8 @@ EXPORTED int gradclip_abi(void)
 
 /* Floating-point control. ---------------------------------------------------------------------- */
 
-/* A program may flush denormals to 0. Quick sums do so too, since denormals are slow and far below
- * what they vouch for; all else keeps them. */
+/* A program may flush denormals to 0. Quick sums flush them too, since denormals are slow and far
+ * below the precision of such a sum; everything else keeps them, whatever the program has set. */
 
 #if defined(__x86_64__)
 typedef unsigned int control;
@@ -191,7 +192,7 @@ static double sum_of(const struct job *job, void *piece, int64_t length, int64_t
         SET_CONTROL(USUAL);
         if (sum >= VANISHING && sum < INFINITY)
             return sum;
-        /* Zeros are common, and quickly found. */
+        /* Gradients of zeros are common, and need no exact sum. */
         if (sum == 0 && kernels->largest(piece, length) == 0)
             return 0;
     }
@@ -215,8 +216,7 @@ EXPORTED int gradclip_power_sums(const struct request *request, double *sums)
     return run(&job);
 }
 
-/* The norm of all tensors together, which are not divided into rows; their own sums where these
-   are wanted. */
+/* The norm of all tensors together, not by rows; also the sum of each tensor if `wanted`. */
 EXPORTED int gradclip_norm(const struct request *request, double *norm, double *wanted)
 {
     enum { FEW = 64 };
@@ -224,8 +224,9 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm, double *
     double few[FEW], total = 0, order = request->order;
     if (!norm)
         return NO_ADDRESS;
-    double *own = wanted || count <= FEW ? NULL : malloc((size_t)count * sizeof *own);
-    double *sums = wanted ? wanted : count > FEW ? own : few;
+    /* The stack serves few tensors: malloc would cost as much as measuring small ones. */
+    double *allocated = wanted || count <= FEW ? NULL : malloc((size_t)count * sizeof *allocated);
+    double *sums = wanted ? wanted : count > FEW ? allocated : few;
     if (!sums)
         return NO_MEMORY;
     control before = GET_CONTROL();
@@ -239,7 +240,7 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm, double *
         total = pow(total, 1 / order);
     *norm = total;
     SET_CONTROL(before);
-    free(own);
+    free(allocated);
     return status;
 }
 
@@ -248,10 +249,10 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm, double *
 static double scale_piece(const struct job *job, void *piece, int64_t length, int64_t row)
 {
     double coefficient = ((const double *)job->numbers)[job->one_number ? 0 : row];
-    /* Products that are the gradient itself: those of float64 are rounded to 53 bits. */
+    /* The product would round to the gradient itself; those of float64 have 53 bits. */
     if (coefficient >= (job->kernels->size == 8 ? 1 : 1 - 0x1p-25))
         return 0;
-    if (coefficient == 0)
+    if (coefficient == 0) /* also over NaN and infinity, whose product with 0 is NaN */
         memset(piece, 0, (size_t)(length * job->kernels->size));
     else
         job->kernels->scale(piece, length, coefficient);
@@ -282,16 +283,16 @@ static int written_by(
     return run(&job);
 }
 
-/* Multiply each tensor, or each row, by its coefficient in [0, 1]; what rounds to 1 is not touched,
- * 0 writes zeros over whatever was there. Tells of each tensor whether it was written. */
+/* Multiply each tensor, or each row, by its coefficient in [0, 1]. A coefficient that rounds to 1
+ * writes nothing, and 0 writes zeros over any element. Sets `written` for each tensor written. */
 EXPORTED int gradclip_scale(
     const struct request *request, const double *coefficients, int64_t count, char *written)
 {
     return written_by(request, scale_piece, coefficients, count, written);
 }
 
-/* Limit each tensor, or each row, to magnitudes of which the bits are at most those of its bound;
- * NaN stays. Tells of each tensor whether it was written, which it is only where it does not fit. */
+/* Clamp each tensor, or each row, to magnitudes whose bits are at most those of its bound. NaN
+ * stays. Writes only pieces that do not fit, and sets `written` for each tensor written. */
 EXPORTED int gradclip_clamp(
     const struct request *request, const int64_t *bounds, int64_t count, char *written)
 {

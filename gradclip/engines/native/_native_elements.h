@@ -1,14 +1,14 @@
-/* Elements of every dtype as float32 or float64 vectors and back, for _native_kernels.h.
+/* Conversion of elements of every dtype to float32 or float64 vectors and back.
  *
- * PAIR elements are read and written at a time, in an order that is the same in every instruction
- * set. What is written is rounded to nearest even, and NaN stays NaN.
+ * PAIR elements are read and written at a time, in the same order in every instruction set. Writing
+ * rounds to nearest even, and NaN stays NaN.
  */
 
-/* All ones where a number is above a limit, both below 2**31. As a comparison it would be taken
- * apart into single numbers by compilers whose registers are narrower. */
+/* All ones where a number is above a limit, both below 2**31. Not a comparison: compilers for
+ * narrower registers would take that apart into single numbers. */
 #define ABOVE(bits, limit) ((u32v)((i32v)((limit) - (bits)) >> 31))
 
-/* Reading: two vectors from PAIR elements, in an order that is always the same. ----------------- */
+/* Reading two vectors from PAIR elements. ------------------------------------------------------ */
 
 INLINE void KERNEL(read_float32)(const float *x, f32v *one, f32v *other)
 {
@@ -45,7 +45,7 @@ INLINE void KERNEL(widen_float16)(const u32v *halves, f32v *out)
     u32v magnitude = *halves & 0x7fff, sign = (*halves & 0x8000) << 16;
     u32v normal = (magnitude << 13) + (112u << 23);
     normal += ABOVE(magnitude, 0x7bff) & (112u << 23); /* infinity and NaN */
-    /* What has no exponent is read as the fraction of 2**-14, which is then taken away. */
+    /* A denormal is read as 2**-14 plus a fraction, and 2**-14 is then subtracted. */
     f32v fraction = (f32v)((magnitude << 13) | (113u << 23)) - 0x1p-14f;
     u32v small = ~ABOVE(magnitude, 0x3ff);
     *out = (f32v)(((small & (u32v)fraction) | (~small & normal)) | sign);
@@ -63,7 +63,7 @@ INLINE void KERNEL(read_float16)(const uint16_t *x, f32v *one, f32v *other)
 }
 #endif
 
-/* Writing what was read, rounded to nearest even; NaN stays NaN. ------------------------------- */
+/* Writing PAIR elements, in the order in which they were read. --------------------------------- */
 
 INLINE void KERNEL(write_float32)(float *x, const f32v *one, const f32v *other)
 {
@@ -110,7 +110,7 @@ INLINE void KERNEL(round_float16)(const f32v *values, u32v *out)
 {
     u32v bits = (u32v)*values, magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     u32v normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    /* The last place of numbers from 0.5 on is the smallest float16. */
+    /* Added to 0.5, a number is rounded to multiples of 2**-24, the smallest float16. */
     u32v fraction = (u32v)((f32v)magnitude + 0.5f) - (126u << 23);
     u32v small = ~ABOVE(magnitude, (113 << 23) - 1);
     u32v infinite = ABOVE(magnitude, 0x7f7fffff);

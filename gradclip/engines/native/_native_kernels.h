@@ -1,15 +1,15 @@
-/* The loops over elements, compiled by _native.c once for each instruction set.
+/* The loops over elements; _native.c compiles them once for each instruction set.
  *
- * Sums read each element once, and keep float32 or float64 in registers; scaling reads and writes
- * each once; a limit reads each once, and once more in pieces where it writes.
+ * Memory: a sum reads each element once, with float32 or float64 state in registers; scaling reads
+ * and writes each once; clamping reads each once, and a piece that it writes once more.
  *
- * KERNEL(name) stands for a function of one instruction set. No kernel looks at alignment, and
- * each adds up in the same order in every instruction set, so that all of them find the same bits.
+ * KERNEL(name) is the function of one instruction set. No kernel depends on alignment, and each
+ * adds in the same order in every instruction set, so that all of them give the same bits.
  *
- * Quick sums run in float32 for BLOCK elements, 8 to a lane, then in float64. One rounding of the
- * square and ten of sums make the norm err by 11 / 2 * 2**-24 = 3.3e-7 at most, on any data. What
- * may have left the range of float32 is summed exactly by the caller's choice: in float64 from the
- * first element on, where the square of a float32 is exact and always in range.
+ * Quick sums run in float32 for BLOCK elements, 8 in each lane, then in float64. One rounding of
+ * the square and ten of sums limit the error of the norm to 11 / 2 * 2**-24 = 3.3e-7, on any data. If a
+ * sum may have left the range of float32, the caller takes the exact one: in float64 from the first
+ * element on, where the square of a float32 is exact and always in range.
  */
 
 #include "_native_elements.h"
@@ -79,11 +79,11 @@ INLINE void KERNEL(to_squares)(f64v *values, double order)
     *values *= *values;
 }
 
-/* Where a mask is all ones the first, else the second. */
+/* The first where the mask is all ones, else the second. */
 #define CHOOSE(mask, first, second)                                                               \
     ((f64v)(((u64v)(first) & (u64v)(mask)) | ((u64v)(second) & ~(u64v)(mask))))
 
-/* To within 1e-12, where pow() would take them one by one:
+/* Powers to within 1e-12, in vectors, where pow() would take one number at a time:
  * log2(m) = 2 / ln(2) * atanh((m - 1) / (m + 1)), and the Taylor series of 2**y. */
 INLINE void KERNEL(to_powers)(f64v *values, double order)
 {
@@ -113,7 +113,7 @@ INLINE void KERNEL(to_powers)(f64v *values, double order)
     f64v rest = log - (whole - 0x1.8p52);
     for (int term = 0; term < 13; term++)
         power = power * rest + exp2_series[term];
-    /* In two steps, for what has no exponent of its own. */
+    /* In two factors, since the exponent of a denormal result does not fit into one. */
     u64v steps = ((u64v)whole + 2 * 1100) & 0xffff, half = steps >> 1;
     power *= (f64v)((half + (1023 - 1100)) << 52);
     power *= (f64v)((steps - half + (1023 - 1100)) << 52);
@@ -153,7 +153,7 @@ EXACT_SUMS(double, float64)
 EXACT_SUMS(uint16_t, bfloat16)
 EXACT_SUMS(uint16_t, float16)
 
-/* The largest magnitude, found by bits: NaN is above infinity, and nothing is flushed. --------- */
+/* The largest magnitude, by bits: NaN is above infinity, and no denormal is flushed. ----------- */
 
 #define LARGEST(TYPE, NAME, BITS, MAGNITUDE_BITS)                                                 \
     FUNCTION double KERNEL(largest_##NAME)(const void *data, int64_t n)                           \
@@ -178,7 +178,7 @@ LARGEST(uint16_t, float16, int16_t, INT16_MAX)
 
 /* Scaling. ------------------------------------------------------------------------------------- */
 
-/* A product with what is no normal float32, which is less exact. */
+/* A product in float64, since a denormal float32 coefficient would be less exact. */
 INLINE void KERNEL(multiply_by_tiny)(f32v *values, double coefficient)
 {
     float lanes[LANES];
@@ -234,7 +234,7 @@ FUNCTION void KERNEL(scale_float64)(void *data, int64_t n, double coefficient)
         x[place] *= coefficient;
 }
 
-/* Limits, by bits again. ----------------------------------------------------------------------- */
+/* Clamping, by bits as well: a NaN is above the bits of infinity, and stays. ------------------- */
 
 #define LIMIT(NAME, TYPE, MAGNITUDE_BITS)                                                         \
     FUNCTION int KERNEL(exceeds_##NAME)(                                                          \
@@ -263,7 +263,7 @@ LIMIT(2, int16_t, INT16_MAX)
 LIMIT(4, int32_t, INT32_MAX)
 LIMIT(8, int64_t, INT64_MAX)
 
-/* All of them. --------------------------------------------------------------------------------- */
+/* The table of one instruction set. ------------------------------------------------------------ */
 
 #define KERNELS(NAME, BYTES, INFINITY_BITS, QUICK_MAGNITUDES, QUICK_SQUARES)                      \
     {                                                                                             \

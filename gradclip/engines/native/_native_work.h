@@ -1,35 +1,35 @@
-/* A call's work, cut into pieces that threads share.
+/* The division of a call into pieces that threads share.
  *
- * A piece is CHUNK elements of a row, or fewer. The sums of pieces are kept and added in their
- * order, so that neither the number of threads nor their luck changes a bit.
+ * A piece is up to CHUNK elements of a row. The sums of pieces are stored and added in their order,
+ * so that neither the number of threads nor their timing changes a bit.
  */
 
-/* What native.py packs: one pointer is quicker to hand over than many numbers. */
+/* Packed by engine.py: ctypes passes one pointer faster than many numbers. */
 struct request {
     int64_t dtype, threads, by_rows;
-    double order; /* of a sum, else unused */
+    double order; /* p of a sum, else unused */
     int64_t count;
-    int64_t table[]; /* count addresses, count lengths; of rows also their numbers and distances */
+    int64_t table[]; /* count addresses, count lengths; by rows also row counts and strides */
 };
 
-/* One call, and what is done to each piece of a row. Lengths are counted in elements. */
+/* One call, and the work on each piece of a row. Lengths are counted in elements. */
 struct job {
     const int64_t *addresses, *lengths, *rows, *distances;
     int64_t count, threads;
     const struct kernels *kernels;
-    /* Returns the sum of a piece, or whether it was written. */
+    /* Returns the sum of a piece, or 1 if it wrote the piece. */
     double (*work)(const struct job *, void *piece, int64_t length, int64_t row);
     double order;
-    double *sums;        /* of rows; absent where pieces are written */
+    double *sums;        /* one for each row; NULL if the call writes */
     const void *numbers; /* coefficients, or the bits of bounds */
-    int one_number;      /* whether the first serves all rows */
-    char *written;       /* for each tensor, whether it was */
+    int one_number;      /* the first serves all rows */
+    char *written;       /* one flag for each tensor */
 
-    /* Of large jobs: */
-    int64_t *first_unit; /* of each tensor, and how many there are in all */
+    /* Large jobs only: */
+    int64_t *first_unit; /* of each tensor, then their number */
     int64_t *first_row;  /* of each tensor */
     double *parts;       /* sums of pieces */
-    int64_t next;        /* how many units were taken */
+    int64_t next;        /* the next unit to take */
 };
 
 static int64_t rows_of(const struct job *job, int64_t tensor)
@@ -59,7 +59,7 @@ static void keep(struct job *job, int64_t tensor, int64_t row, double found)
 {
     if (job->sums)
         job->sums[row] = found;
-    else if (found != 0)
+    else if (found != 0) /* several threads may set the same flag */
         __atomic_store_n(&job->written[tensor], 1, __ATOMIC_RELAXED);
 }
 
@@ -83,7 +83,7 @@ static void run_small(struct job *job)
             keep(job, tensor, place, work_on_row(job, tensor, row, place));
 }
 
-/* A unit is a piece of a long row, or as many short rows as make up a piece. */
+/* A thread takes a unit at a time: a piece of a long row, or short rows that fill a piece. */
 
 static int64_t units_in_row(const struct job *job, int64_t tensor)
 {
@@ -119,7 +119,7 @@ static void work_on_unit(struct job *job, int64_t tensor, int64_t unit)
         keep(job, tensor, first + row, found);
 }
 
-/* What every thread does: take units until none is left. */
+/* Every thread takes units until none is left. */
 static void work_on_units(void *given)
 {
     struct job *job = given;
@@ -127,7 +127,7 @@ static void work_on_units(void *given)
     SET_CONTROL(USUAL);
     int64_t units = job->first_unit[job->count], taken;
     while ((taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < units) {
-        /* Writing goes backwards: what was measured last may still be in cache. */
+        /* Writing goes backwards: the last elements measured may still be in cache. */
         int64_t unit = job->sums ? taken : units - 1 - taken, low = 0, high = job->count;
         while (high - low > 1) {
             int64_t middle = low + (high - low) / 2;
@@ -153,12 +153,13 @@ static void add_up_long_rows(struct job *job)
     }
 }
 
-/* The OpenMP runtime that the program already has, found by native.py: GOMP_parallel runs a
- * function in so many threads. Its threads do not survive a fork, and a child waits for them. */
+/* GOMP_parallel of the OpenMP runtime that torch uses, found by engine.py: it runs a function in a
+ * number of threads. They do not survive a fork, and a child process would wait for them for ever,
+ * so it works in one thread. */
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 static pid_t owner;
 
-/* Null for one thread. */
+/* Use the threads behind this function; NULL for one thread. */
 EXPORTED void gradclip_use_threads_of(void *entry)
 {
     memcpy(&parallel, &entry, sizeof entry);

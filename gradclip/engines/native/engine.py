@@ -1,8 +1,8 @@
-"""The engine in C for the CPU: one read at memory speed, and little else for a few small tensors.
+"""The engine in C for the CPU: one read at memory speed, and little overhead for small tensors.
 
-The library beside this file knows addresses and lengths alone; what it is to know of a tensor is
-found out here. It is built from ``_native.c`` at install where there is a C compiler. What has no
-address, or gaps between its elements, is left to the engine of torch operators.
+The library beside this file knows addresses and lengths only; this module finds them. It is built
+from ``_native.c`` at install if there is a C compiler. Tensors without an address, and writes to
+tensors with gaps between their elements, go to torch operators.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ...errors import EngineUnavailableError
-from ..base import Engine, rounded_bounds
-from ..bits import INTEGERS
+from ..base import INTEGERS, Engine, rounded_bounds
 from ..layout import addresses_of, flat, flat_view, table, table_view
 from ..operators.engine import OPERATORS
 
 ABI = 2
-"""What the library that fits this file says of itself."""
+"""The version of the library's functions that this module calls."""
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 OK, NO_MEMORY = 0, -1
 BEST = 2
 """The highest level of instruction sets."""
-BATCH = 32
+SPARE = 32
+"""Tensors for a norm to make at a time."""
 
-_NUMBERS = torch.empty(0, dtype=torch.float64, device="cpu")
-_FRESH: tuple[list[Tensor], list[Tensor]] = [], []
-"""Tensors for one number that nobody has yet: of shape (1,), and 0-d."""
+_FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")
+"""A prototype: ``new_empty`` is faster than ``torch.empty`` with a dtype and a device."""
+_SPARE: tuple[list[Tensor], list[Tensor]] = [], []
+"""Tensors for one norm that are not in use yet: of shape (1,), and 0-d."""
 
 
 class NativeEngine(Engine):
     """Measures with one read and writes only what changes, in C.
 
     Args:
-        library: What `load` returns.
+        library: The result of `load`.
     """
 
     name = "native"
@@ -61,16 +62,16 @@ class NativeEngine(Engine):
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
         """See `Engine.power_sums`."""
-        request, _held = _request(tensors, rows, table if rows else flat, order)
+        request, _stored = _request(tensors, rows, table if rows else flat, order)
         if request:
-            sums = _NUMBERS.new_empty(sum(map(len, tensors)) if rows else len(tensors))
+            sums = _FLOAT64.new_empty(sum(map(len, tensors)) if rows else len(tensors))
             if _done(self._library.gradclip_power_sums(request, _address(sums))):
                 return sums
         return OPERATORS.power_sums(tensors, order, rows=rows)
 
     def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:
         """See `Engine.norm`."""
-        request, _held = _request(tensors, False, flat, order)
+        request, _stored = _request(tensors, False, flat, order)
         if request:
             norm = _new_number(scalar)
             if _done(self._library.gradclip_norm(request, _address(norm), None)):
@@ -79,9 +80,9 @@ class NativeEngine(Engine):
 
     def norm_and_sums(self, tensors: Sequence[Tensor], order: float) -> tuple[Tensor, Tensor]:
         """See `Engine.norm_and_sums`."""
-        request, _held = _request(tensors, False, flat, order)
+        request, _stored = _request(tensors, False, flat, order)
         if request:
-            norm, sums = _new_number(False), _NUMBERS.new_empty(len(tensors))
+            norm, sums = _new_number(False), _FLOAT64.new_empty(len(tensors))
             addresses = _address(norm), _address(sums)
             if all(addresses) and _done(self._library.gradclip_norm(request, *addresses)):
                 return norm, sums
@@ -107,49 +108,49 @@ class NativeEngine(Engine):
     def _written(
         self, verb: Callable[..., int], tensors: Sequence[Tensor], numbers: Tensor, rows: bool
     ) -> bool:
-        """Let the library write into tensors; tell whether it could."""
-        request, _held = _request(tensors, rows, table_view if rows else flat_view)
+        """Let the library write into tensors; return whether it could."""
+        request, _stored = _request(tensors, rows, table_view if rows else flat_view)
         if request is None:
             return False
         flags = ctypes.create_string_buffer(len(tensors))
         if not _done(verb(request, _address(numbers), numbers.numel(), flags)):
             return False
-        # Autograd cannot see what was written by address.
+        # Autograd cannot see writes by address.
         increment_version([*compress(tensors, flags.raw)])
         return True
 
 
 def _new_number(scalar: bool) -> Tensor:
-    """Return a fresh tensor for one number.
+    """Return an unused tensor for one number.
 
-    Made in batches: to make one costs 2 us, but among other code, which has taken its place in the
-    caches, several times as much as to measure a few small gradients.
+    Made many at a time: one costs 2 us in a loop, but inside a training step, with cold caches,
+    several times what measuring a few small gradients costs.
     """
     try:
-        return _FRESH[scalar].pop()
+        return _SPARE[scalar].pop()
     except IndexError:
-        made = [_NUMBERS.new_empty(() if scalar else (1,)) for _ in range(BATCH)]
+        made = [_FLOAT64.new_empty(() if scalar else (1,)) for _ in range(SPARE)]
         number = made.pop()
-        # What is made in inference mode, or within torch.func, is of use only there.
+        # Tensors made in inference mode, or inside torch.func, cannot be used outside.
         if _address(number) and not number.is_inference():
-            _FRESH[scalar].extend(made)
+            _SPARE[scalar].extend(made)
         return number
 
 
 def _address(numbers: Tensor) -> int:
-    """Return where numbers lie; 0, which the library refuses, where they have no memory."""
+    """Return the address of numbers; 0, which the library refuses, if they have no memory."""
     if type(numbers) is not Tensor:
         return 0
     try:
         return numbers.data_ptr()
-    except RuntimeError:  # within a transformation of torch.func
+    except RuntimeError:  # inside a transformation of torch.func
         return 0
 
 
 def _done(status: int) -> bool:
-    """Tell whether the library could take what lies there."""
+    """Return whether the library did its work; False if a tensor has no address."""
     if status == NO_MEMORY:
-        raise MemoryError("There is no memory for the sums of the gradients' parts.")
+        raise MemoryError("No memory is left for the partial sums of the gradients.")
     return status == OK
 
 
@@ -159,63 +160,64 @@ _Request = tuple[bytes | None, Sequence[Tensor]]
 def _request(
     tensors: Sequence[Tensor],
     rows: bool,
-    seen: Callable[[Tensor], Tensor | None],
+    view: Callable[[Tensor], Tensor | None],
     order: float = 0.0,
 ) -> _Request:
-    """Describe to the library what lies where, as its ``struct request``.
+    """Pack addresses and lengths as the library's ``struct request``.
 
     Args:
-        tensors: Of one dtype.
-        rows: Whether row by row.
-        seen: Makes what is not contiguous so, or returns None if it cannot.
+        tensors: Tensors of one dtype.
+        rows: Whether each index of dimension 0 has a number of its own.
+        view: Returns a contiguous form of a tensor, or None if there is none.
         order: p of a sum.
 
     Returns:
-        The request, None where a tensor has no memory that can be described; and the tensors that
-        have this memory, to be kept as long as it is used.
+        The request, None if a tensor has no usable address; and the tensors at these addresses,
+        which the caller must keep alive while it uses them.
 
-    Of a call for six small tensors, 12 us in a quiet loop, this is half: 0.2 us to ask whether
-    Dynamo traces, which would stop at an address; 0.3 for the types, since a subclass may have no
-    memory; 0.8 whether they are contiguous, which saves looking at strides; 1.1 for the addresses
-    and 1.1 for the lengths, each in one call from C; 0.9 to pack them, for which the call itself
-    takes one argument less each. The rest: 1 us for ctypes, 1.5 for the sums, 1.3 for the result.
+    For six small tensors this is half of a call that takes 12 us in a quiet loop: 0.2 us to ask
+    whether Dynamo traces, which cannot trace an address; 0.3 for the types, since a subclass may
+    have no memory; 0.8 to ask whether they are contiguous, which saves reading strides; 1.1 for
+    the addresses and 1.1 for the lengths, each in one loop in C; 0.9 to pack them, which saves
+    ctypes several arguments. The rest: 1 us for ctypes, 1.5 for the sums, 1.3 for the result.
     """
-    found = addresses_of(tensors, rows, seen)
-    if found is None:
+    located = addresses_of(tensors, rows, view)
+    if located is None:
         return None, tensors
-    numbers, held = found
+    numbers, stored = located
     if rows:
-        numbers += [view.shape[1] for view in held]
-        numbers += map(len, held)
-        numbers += [view.stride(0) for view in held]
+        numbers += [matrix.shape[1] for matrix in stored]
+        numbers += map(len, stored)
+        numbers += [matrix.stride(0) for matrix in stored]
     else:
-        numbers += map(Tensor.numel, held)
+        numbers += map(Tensor.numel, stored)
     dtype, threads = DTYPES[tensors[0].dtype], torch.get_num_threads()
-    return pack(f"3qdq{len(numbers)}q", dtype, threads, rows, order, len(held), *numbers), held
+    return pack(f"3qdq{len(numbers)}q", dtype, threads, rows, order, len(stored), *numbers), stored
 
 
 def _one_by_one(
     verb: Callable[..., None],
-    otherwise: Callable[..., None],
+    operators_verb: Callable[..., None],
     tensors: Sequence[Tensor],
     numbers: Tensor,
     rows: bool,
 ) -> None:
-    """Call a verb for each tensor with its own numbers, and another for what it cannot take."""
+    """Call a verb for each tensor with its numbers; for a single one, that of torch operators."""
     if len(tensors) == 1:
-        otherwise(tensors, numbers, rows=rows)
+        operators_verb(tensors, numbers, rows=rows)
         return
     counts = [len(tensor) if rows else 1 for tensor in tensors]
-    each = [numbers] * len(tensors) if numbers.numel() == 1 else numbers.split(counts)
-    for tensor, own in zip(tensors, each, strict=True):
-        verb([tensor], own, rows=rows)
+    shared = numbers.numel() == 1
+    by_tensor = [numbers] * len(tensors) if shared else numbers.split(counts)
+    for tensor, tensor_numbers in zip(tensors, by_tensor, strict=True):
+        verb([tensor], tensor_numbers, rows=rows)
 
 
 def load() -> ctypes.CDLL:
-    """Load the library, with the threads of the OpenMP runtime that torch has loaded.
+    """Load the library and give it the threads of the OpenMP runtime that torch has loaded.
 
     Raises:
-        EngineUnavailableError: It was not built, or it does not fit.
+        EngineUnavailableError: The library was not built, cannot be loaded, or has another ABI.
     """
     if not LIBRARY.exists():
         raise _unavailable("there was no C compiler when gradclip was installed")
@@ -237,10 +239,10 @@ def load() -> ctypes.CDLL:
 
 
 def _entry_of_threads() -> ctypes.c_void_p:
-    """Find what starts threads in the OpenMP runtime that torch runs on; null where none does.
+    """Return the address of GOMP_parallel in torch's own OpenMP runtime; null if there is none.
 
-    Looked up among what torch's own library depends on, and loaded already: any other runtime
-    would bring threads of its own.
+    Looked up in the libraries that torch has loaded already: another runtime would start threads
+    of its own, which compete with torch's for the cores.
     """
     try:
         torch_library = ctypes.CDLL(torch._C.__file__, os.RTLD_NOLOAD | os.RTLD_LAZY)

@@ -1,1 +1,1 @@
-"""The engine of Triton kernels: CUDA, two launches a step."""
+"""Triton kernels for CUDA: two launches a step."""

@@ -1,7 +1,7 @@
 """The engine of Triton kernels for CUDA: one launch measures, one scales what is too large.
 
-The kernels know addresses and lengths alone. What has no address, what is to be written with gaps
-between its elements, and rows that are narrow are left to the engine of torch operators.
+The kernels know addresses and lengths only. Torch operators do the rest: tensors without an
+address, writes to tensors with gaps between their elements, and narrow rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..base import Engine, rounded_bounds
-from ..layout import as_it_lies, flat, flat_view, is_narrow, table, wide_table_view
+from ..layout import as_stored, flat, flat_view, is_narrow, table, wide_table_view
 from ..operators.engine import OPERATORS
 from . import launching
 from .launching import launch
@@ -23,7 +23,7 @@ from .requests import Request, Requests
 
 
 class TritonEngine(Engine):
-    """Measures with one read and writes only what changes; what that is, the device alone knows.
+    """Measures with one read and writes only what changes, without the host knowing which.
 
     Args:
         block: Elements that a program takes at a time.
@@ -35,7 +35,7 @@ class TritonEngine(Engine):
         self._requests = Requests(block, self.check_supported)
 
     def unsupported(self, device: torch.device) -> str | None:
-        """See `Engine.unserved`."""
+        """See `Engine.unsupported`."""
         return launching.unsupported(device)
 
     def power_sums(self, tensors: Sequence[Tensor], order: float, *, rows: bool = False) -> Tensor:
@@ -50,15 +50,15 @@ class TritonEngine(Engine):
         return _strip_sums(request, sums, order)
 
     def _power_sums_of_rows(self, tensors: Sequence[Tensor], order: float) -> Tensor:
-        """Measure rows of which some are narrow, and put the sums into the order of the tensors."""
+        """Measure rows of which some are narrow, and put the sums in the order of the tensors."""
         narrow = [*map(is_narrow, tensors)]
         sums = {}
-        for engine, of_narrow in ((OPERATORS, True), (self, False)):
-            some = [*compress(tensors, [is_so is of_narrow for is_so in narrow])]
-            if some:
-                found = engine.power_sums(some, order, rows=True)
-                sums[of_narrow] = iter(found.split([*map(len, some)]))
-        return torch.cat([next(sums[is_so]) for is_so in narrow])
+        for engine, flag in ((OPERATORS, True), (self, False)):
+            chosen = [*compress(tensors, [is_so is flag for is_so in narrow])]
+            if chosen:
+                row_sums = engine.power_sums(chosen, order, rows=True)
+                sums[flag] = iter(row_sums.split([*map(len, chosen)]))
+        return torch.cat([next(sums[flag]) for flag in narrow])
 
     def norm(self, tensors: Sequence[Tensor], order: float, *, scalar: bool = False) -> Tensor:
         """See `Engine.norm`."""
@@ -81,11 +81,11 @@ class TritonEngine(Engine):
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
     ) -> None:
-        """See `Engine.scale_`. The version of every tensor rises, also where nothing is written."""
+        """See `Engine.scale_`. The version of every tensor rises, also if nothing is written."""
         self._change(OPERATORS.scale_, tensors, coefficients, rows, limit=False)
 
     def clamp_(self, tensors: Sequence[Tensor], bounds: Tensor, *, rows: bool = False) -> None:
-        """See `Engine.clamp_`. The version of every tensor rises, also where nothing is written."""
+        """See `Engine.clamp_`. The version of every tensor rises, also if nothing is written."""
         bounds = rounded_bounds(bounds, tensors[0].dtype)
         self._change(OPERATORS.clamp_, tensors, bounds, rows, limit=True)
 
@@ -97,7 +97,7 @@ class TritonEngine(Engine):
         sums: Tensor | None = None,
         norm: Tensor | None = None,
     ) -> None:
-        """Launch the sums of all pieces, or the norm of all, or both."""
+        """Launch the kernel that writes the sum of every piece, or the norm of all, or both."""
         arrived = None if norm is None else self._requests.arrivals(request.device)
         launch(
             "power_sums",
@@ -118,23 +118,24 @@ class TritonEngine(Engine):
 
     def _change(
         self,
-        otherwise: Callable[..., None],
+        operators_verb: Callable[..., None],
         tensors: Sequence[Tensor],
         numbers: Tensor,
         rows: bool,
         *,
         limit: bool,
     ) -> None:
-        """Scale or limit what lies without gaps, and do otherwise with the rest."""
-        seen = wide_table_view if rows else flat_view
-        request = self._requests.of(tensors, rows, seen)
+        """Scale, or limit, tensors without gaps by a kernel, and the others by torch operators."""
+        view = wide_table_view if rows else flat_view
+        request = self._requests.of(tensors, rows, view)
         if request is None:
-            fit = [seen(as_it_lies(tensor)) is not None for tensor in tensors]
+            fit = [view(as_stored(tensor)) is not None for tensor in tensors]
+            # All fit, and yet there is no request: a subclass, or a tensor without memory.
             if all(fit) or not any(fit):
-                otherwise(tensors, numbers, rows=rows)
+                operators_verb(tensors, numbers, rows=rows)
                 return
-            for part, own in _parted(tensors, numbers, rows, fit):
-                self._change(otherwise, part, own, rows, limit=limit)
+            for group, group_numbers in _grouped(tensors, numbers, rows, fit):
+                self._change(operators_verb, group, group_numbers, rows, limit=limit)
             return
         plan = request.plan
         if not len(plan.pieces):
@@ -153,12 +154,12 @@ class TritonEngine(Engine):
             BLOCK=request.block,
             SHARED=numbers.numel() == 1,
         )
-        # Autograd cannot see what was written by address.
+        # Autograd cannot see writes by address; which tensors were written, the device alone knows.
         increment_version(tensors)
 
 
 def _strip_sums(request: Request, sums: Tensor, order: float) -> Tensor:
-    """Return the sums of strips, from those of their pieces."""
+    """Return the sum of each strip, from those of its pieces."""
     plan = request.plan
     if plan.whole:
         return sums
@@ -167,13 +168,13 @@ def _strip_sums(request: Request, sums: Tensor, order: float) -> Tensor:
     return results
 
 
-def _parted(
+def _grouped(
     tensors: Sequence[Tensor], numbers: Tensor, rows: bool, fit: Sequence[bool]
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Yield the tensors that fit, then the others, each time with their numbers."""
     for chosen in (fit, [not fits for fits in fit]):
-        own = numbers
+        group_numbers = numbers
         if numbers.numel() > 1:
             counts = [len(tensor) if rows else 1 for tensor in tensors]
-            own = torch.cat([*compress(numbers.split(counts), chosen)])
-        yield [*compress(tensors, chosen)], own
+            group_numbers = torch.cat([*compress(numbers.split(counts), chosen)])
+        yield [*compress(tensors, chosen)], group_numbers

@@ -1,13 +1,14 @@
-"""The Triton kernels, and nothing else.
+"""The Triton kernels: they measure, scale, clamp, and write tables of addresses.
 
-What lies where comes in three tables of int64. ``addresses``: of each tensor. ``pieces``: four
-numbers each, the index of its tensor, its first element, its length, and the index of its strip,
-which is what has a number of its own: a tensor or a row. ``starts``: the first piece of each
-program, and the end of the last. See `gradclip.engines.triton.plan`.
+Three int64 tables describe the work. ``addresses`` has one address for each tensor. ``pieces`` has
+four numbers for each piece: the index of its tensor, its first element, its length, and the index
+of its strip. A strip is a tensor or a row, which has a sum, coefficient or bound of its own.
+``starts`` has the first piece of each program, and the end of the last. See
+`gradclip.engines.triton.plan`.
 
 State is float64 throughout: partial sums, results, coefficients and bounds. Elements of float16,
-bfloat16 and float32 are squared and added up in float32 first, at most 16 to a lane, and whatever
-leaves the range of float32 is read again in float64.
+bfloat16 and float32 are squared and summed in float32 first, at most 16 for each lane; a piece
+whose sum leaves the range of float32 is read again in float64.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import triton
 import triton.language as tl
 
 LOW = tl.constexpr(2.0**-80)
-"""A piece whose squares add up to less may have lost some to underflow."""
+"""A piece with a smaller sum of squares may have lost some to underflow."""
 HIGH = tl.constexpr(2.0**126)
-"""A piece whose powers add up to more may have overflowed."""
+"""A piece with a larger power sum may have overflowed."""
 SMALL = tl.constexpr(2.0**-100)
-"""Coefficients below are not rounded to float32."""
+"""Smaller coefficients are not rounded to float32, which has few bits for them, or none."""
 LARGEST = tl.constexpr(float("inf"))
 FIELDS = tl.constexpr(4)
 COMBINED = tl.constexpr(1024)
-"""Partial sums to add up at a time."""
+"""Partial sums to add at a time."""
 
 
 # State float64, of narrower elements float32 within a piece. Reads 8, 4 or 2 bytes per element,
@@ -44,7 +45,7 @@ def power_sums(
     EACH: tl.constexpr,
     TOTAL: tl.constexpr,
 ):
-    """Write the power sum of each piece to ``sums``, or of each program and the norm, or all."""
+    """Write the power sum of each piece to ``sums`` if EACH, and the norm of all if TOTAL."""
     program = tl.program_id(0)
     total = tl.full((), 0.0, tl.float64)
     for piece in range(tl.load(starts + program), tl.load(starts + program + 1)):
@@ -56,12 +57,13 @@ def power_sums(
             total = _combined(total, part, ORDER)
     if TOTAL:
         tl.store(totals + program, total)
-        # Whoever comes last adds up what all have written, always in the same order.
+        # The last program to arrive adds the sums of all, always in the same order, so that the
+        # bits do not depend on which one it is. The barrier puts the store before the counter.
         tl.debug_barrier()
         if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             total = _combined_all(totals, 0, tl.num_programs(0), ORDER)
             tl.store(norm, _root(total, ORDER))
-            tl.store(arrived, 0)
+            tl.store(arrived, 0)  # for the next launch: no other kernel has to reset it
 
 
 # State float64. Reads 8 bytes per piece, none per element.
@@ -74,8 +76,8 @@ def strip_sums(sums, first_pieces, results, ORDER: tl.constexpr):
 
 
 # State float64. Scaling reads and writes 8, 4 or 2 bytes per element, but none where the
-# coefficient rounds to 1; limiting reads as many, but none where the bound is infinite, and writes
-# the blocks in which an element exceeds it.
+# coefficient rounds to 1; clamping reads as many, but none where the bound is infinite, and writes
+# only the blocks with an element that exceeds it.
 @triton.jit(do_not_specialize=["programs", "grouped"])
 def change(
     addresses,
@@ -91,12 +93,13 @@ def change(
 ):
     """Multiply every piece by the number of its strip, or by the one that all share.
 
-    With LIMIT, limit its elements to that instead. Each program has the work of ``grouped``
-    programs of the plan. The last comes first: what was measured last is still in the cache.
+    With LIMIT, clamp its elements to that number instead. Each program has the work of ``grouped``
+    programs of the plan. The last piece comes first: it was measured last and is still in cache.
     """
     number = tl.load(numbers)
     if SHARED:
-        if _leaves(number, LIMIT, ELEMENT):
+        # Read on the device: the host never learns whether anything was clipped.
+        if _is_neutral(number, LIMIT, ELEMENT):
             return
     program = (tl.num_programs(0) - 1 - tl.program_id(0)) * grouped
     end = tl.load(starts + tl.minimum(program + grouped, programs))
@@ -104,12 +107,12 @@ def change(
         address, length, strip = _piece(addresses, pieces, end - 1 - back, ELEMENT)
         if not SHARED:
             number = tl.load(numbers + strip)
-        if not _leaves(number, LIMIT, ELEMENT):
+        if not _is_neutral(number, LIMIT, ELEMENT):
             _change_piece(address, length, number, LIMIT, ELEMENT, BLOCK)
 
 
-# No state. Writes 8 bytes per address, none per element. For captured graphs, in which numbers
-# given to a kernel are kept, while memory on the host might be gone when the graph is replayed.
+# No state. Writes 8 bytes per address, none per element. For captured graphs: a graph stores the
+# arguments of a kernel, while host memory to copy from might be gone when it is replayed.
 @triton.jit(do_not_specialize=["first", "a", "b", "c", "d", "e", "f", "g", "h"])
 def write_addresses(addresses, first, a, b, c, d, e, f, g, h):
     """Write eight addresses into the table."""
@@ -124,7 +127,7 @@ def write_addresses(addresses, first, a, b, c, d, e, f, g, h):
     tl.store(to + 7, h)
 
 
-# Their parts
+# Functions of the kernels
 
 
 @triton.jit
@@ -138,9 +141,9 @@ def _piece(addresses, pieces, piece, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _pointer(address, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return a pointer to the bits of elements, of which 16 bytes are read at a time if aligned.
+    """Return a pointer to the bits of elements; an aligned one is read 16 bytes at a time.
 
-    Magnitudes are ordered as their bits are, and old devices know no bfloat16.
+    Bits, because magnitudes are ordered as theirs are, and old devices have no bfloat16.
     """
     if ELEMENT == tl.float64:
         bits: tl.constexpr = tl.int64
@@ -165,7 +168,7 @@ def _magnitudes(bits, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _read(bits, ELEMENT: tl.constexpr, STATE: tl.constexpr):
-    """Return the numbers that bits stand for."""
+    """Return the numbers with these bits."""
     if ELEMENT == tl.bfloat16:
         return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(STATE)
     else:
@@ -174,7 +177,7 @@ def _read(bits, ELEMENT: tl.constexpr, STATE: tl.constexpr):
 
 @triton.jit
 def _rounded(numbers, ELEMENT: tl.constexpr, BITS: tl.constexpr):
-    """Return the bits of the elements that are nearest to numbers, of two the even one."""
+    """Round numbers to the dtype of elements, ties to even, and return the bits."""
     if ELEMENT == tl.bfloat16:
         bits = numbers.to(tl.float32).to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -185,7 +188,7 @@ def _rounded(numbers, ELEMENT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _power_sum(address, length, ORDER: tl.constexpr, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the power sum of a piece; whatever its alignment, the lanes are the same."""
+    """Return the power sum of a piece; the lanes, and so the bits, ignore its alignment."""
     wide: tl.constexpr = ELEMENT == tl.float64 or (ORDER != 1.0 and ORDER != 2.0)
     state: tl.constexpr = tl.float64 if wide else tl.float32
     if address % 16 == 0:
@@ -193,10 +196,11 @@ def _power_sum(address, length, ORDER: tl.constexpr, ELEMENT: tl.constexpr, BLOC
     else:
         lanes, most = _lanes(address, False, length, ORDER, ELEMENT, state, BLOCK)
     if ORDER == LARGEST:
-        # NaN has larger bits than infinity.
+        # By their bits, where NaN is larger than infinity: a maximum of floats would lose it.
         return _read(tl.max(most, 0).to(most.dtype), ELEMENT, tl.float64)
     total = tl.sum(lanes.to(tl.float64), 0)
     if not wide and ELEMENT != tl.float16:
+        # Zeros have the sum 0 too, and need no second read.
         lost = (ORDER == 2.0) & (total < LOW) & (tl.max(most, 0) > 0)
         if lost | (not (total < HIGH)):
             again, _ = _lanes(address, False, length, ORDER, ELEMENT, tl.float64, BLOCK)
@@ -234,7 +238,7 @@ def _lanes(
 
 @triton.jit
 def _with_power(sums, magnitudes, ORDER: tl.constexpr):
-    """Add powers; fused by name, so that it does not depend on what the compiler makes of it."""
+    """Add powers; with an explicit fma, so that the bits do not depend on the compiler's fusion."""
     if ORDER == LARGEST:
         return sums
     elif ORDER == 1.0:
@@ -247,8 +251,9 @@ def _with_power(sums, magnitudes, ORDER: tl.constexpr):
 
 @triton.jit
 def _combined(one, other, ORDER: tl.constexpr):
-    """Return the power sum of what two power sums, none negative, are of."""
+    """Combine two power sums, none negative: add them, or take the larger for infinity."""
     if ORDER == LARGEST:
+        # As integers, since tl.maximum of floats may drop NaN.
         most = tl.maximum(one.to(tl.int64, bitcast=True), other.to(tl.int64, bitcast=True))
         return most.to(tl.float64, bitcast=True)
     else:
@@ -257,11 +262,11 @@ def _combined(one, other, ORDER: tl.constexpr):
 
 @triton.jit
 def _combined_all(sums, first, end, ORDER: tl.constexpr):
-    """Return the power sum of what all of a range of power sums are of."""
+    """Combine a range of power sums."""
     lane = tl.arange(0, COMBINED)
     lanes = tl.zeros([COMBINED], tl.float64)
     for at in range(first, end, COMBINED):
-        # Written by other programs just now: not to be had from this one's own cache.
+        # Other programs have just written them: bypass this processor's own cache.
         part = tl.load(sums + at + lane, mask=at + lane < end, other=0.0, cache_modifier=".cg")
         lanes = _combined(lanes, part, ORDER)
     if ORDER == LARGEST:
@@ -281,8 +286,8 @@ def _root(power_sum, ORDER: tl.constexpr):
 
 
 @triton.jit
-def _leaves(number, LIMIT: tl.constexpr, ELEMENT: tl.constexpr):
-    """Tell whether a coefficient, or a bound, leaves everything as it is."""
+def _is_neutral(number, LIMIT: tl.constexpr, ELEMENT: tl.constexpr):
+    """Return whether a coefficient rounds to 1, or a bound is infinite."""
     if LIMIT:
         return number == LARGEST
     elif ELEMENT == tl.float64:
@@ -300,9 +305,9 @@ def _change_piece(
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Change whole blocks, and the rest in smaller ones, which take fewer registers."""
+    """Change whole blocks, and the rest in smaller ones, which need fewer registers."""
     narrow = number.to(tl.float64 if ELEMENT == tl.float64 else tl.float32)
-    # In float32 the least coefficients would be rounded to zero.
+    # In float32 the smallest coefficients would round to zero.
     if (not LIMIT) & (number < SMALL):
         _change(address, False, 0, length, number, LIMIT, ELEMENT, BLOCK // 8)
     elif address % 16 == 0:
@@ -324,9 +329,9 @@ def _change(
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Change some elements of a piece, in the dtype of the number, the last block first.
+    """Change some elements of a piece, computing in the dtype of the number, last block first.
 
-    If it is aligned, these are whole blocks. Finite bounds are exact in the dtype of the elements.
+    An aligned range consists of whole blocks. Finite bounds are exact in the dtype of the elements.
     """
     lane = tl.arange(0, BLOCK)
     begin = _pointer(address, ELEMENT, ALIGNED) + first
@@ -338,11 +343,11 @@ def _change(
         bits = tl.load(at, mask=inside, other=None if ALIGNED else 0)
         elements = _read(bits, ELEMENT, number.dtype)
         if not LIMIT:
-            # Zeros even where the element is NaN or infinite.
+            # Zeros also over NaN and infinity, whose product with 0 is NaN.
             product = tl.where(number == 0, 0.0, elements * number)
             tl.store(at, _rounded(product, ELEMENT, bits.dtype), mask=inside)
         elif tl.max((tl.abs(elements) > number).to(tl.int32), 0) > 0:
-            # NaN is not larger than anything, and stays.
+            # NaN compares false, and stays.
             lower = tl.where(elements < -number, -number, elements)
             limited = tl.where(lower > number, number, lower)
             tl.store(at, _rounded(limited, ELEMENT, bits.dtype), mask=inside)

@@ -1,7 +1,7 @@
-"""How Triton kernels are launched: on which devices, with what options, within a captured graph.
+"""Launches of Triton kernels: supported devices, compile options, and captured graphs.
 
-With ``TRITON_INTERPRET=1`` in the environment, for tests, Triton runs the kernels on the host:
-then they serve the CPU and nothing else.
+With ``TRITON_INTERPRET=1`` in the environment, for tests, Triton runs the kernels on the host;
+then they support the CPU and nothing else.
 """
 
 from __future__ import annotations
@@ -16,35 +16,38 @@ from torch import Tensor
 
 from ...errors import EngineUnavailableError
 from ..cuda_graphs import capturing
-from ..layout import LOW
+from ..layout import LOWEST_ADDRESS
 from . import kernels
 
 INTERPRETED = not isinstance(kernels.change, triton.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"
-"""The type of device that is served."""
+"""The supported type of device."""
 OLDEST = (7, 0)
 """The oldest compute capability that Triton compiles for."""
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+"""Without fusion, which compilers apply where they like: the same gradients give the same bits."""
 AT_ONCE = 8
 """Addresses that one launch of `kernels.write_addresses` takes."""
 
 _launched: set[tuple[object, ...]] = set()
+"""Kernels that are compiled and loaded, by name, device and constants: Triton's own cache cannot
+be asked without compiling."""
 
 
 def launch(
     name: str, device: torch.device, programs: int, *arguments: object, **constants: object
 ) -> None:
-    """Launch a kernel; within a capture only one that was launched before, so that it is loaded.
+    """Launch a kernel; inside a capture only one that was launched before, so that it is loaded.
 
     Args:
-        name: Of the kernel.
+        name: The kernel's name in `gradclip.engines.triton.kernels`.
         device: Where it runs.
-        programs: How many programs of it.
+        programs: How many programs run it.
         arguments: Tensors and numbers.
-        constants: What it is compiled for.
+        constants: Values that it is compiled for.
 
     Raises:
-        EngineUnavailableError: It would have to be compiled and loaded within a capture.
+        EngineUnavailableError: It would have to be compiled and loaded inside a capture.
     """
     key = (name, device, *constants.values())
     if key not in _launched:
@@ -56,9 +59,11 @@ def launch(
 
 
 def written_by_kernels(device: torch.device, addresses: Sequence[int]) -> Tensor:
-    """Write addresses into a table in a way that a captured graph repeats by itself."""
-    # Beyond the end, and where nothing lies, nobody looks; small numbers would be other types.
-    wide = [max(address, LOW) for address in addresses] + [LOW] * (-len(addresses) % AT_ONCE)
+    """Write addresses into a table by launches, which a captured graph repeats by itself."""
+    # Triton compiles small integers as another type. No kernel reads the address of an empty
+    # tensor or the padding, so any large number will do there.
+    wide = [max(address, LOWEST_ADDRESS) for address in addresses]
+    wide += [LOWEST_ADDRESS] * (-len(addresses) % AT_ONCE)
     table = torch.empty(len(wide), dtype=torch.int64, device=device)
     for first in range(0, len(wide), AT_ONCE):
         launch("write_addresses", device, 1, table, first, *wide[first : first + AT_ONCE])
@@ -66,16 +71,16 @@ def written_by_kernels(device: torch.device, addresses: Sequence[int]) -> Tensor
 
 
 def not_captured(gradients: str) -> EngineUnavailableError:
-    """Return the error for what cannot be begun within a capture."""
+    """Return the error for work that cannot start inside a capture."""
     return EngineUnavailableError(
-        f"Gradients were not clipped {gradients} before the CUDA graph was captured, and what is "
-        "needed for it cannot be sent to the device within: take a few steps on a side stream "
-        "first, as torch.cuda.graph asks for."
+        f"Gradients were not clipped {gradients} before the CUDA graph was captured, and a capture "
+        "allows neither uploads nor loading kernels: take a few steps on a side stream first, as "
+        "torch.cuda.graph asks for."
     )
 
 
 def unsupported(device: torch.device) -> str | None:
-    """Return why kernels cannot run on a device; None where they can."""
+    """Return the error text for a device that the kernels do not support, else None."""
     if device.type != DEVICE:
         interpreter = " where TRITON_INTERPRET is set" if INTERPRETED else ""
         return (
@@ -97,7 +102,6 @@ def unsupported(device: torch.device) -> str | None:
     )
 
 
-@cache
 def processors(device: torch.device) -> int:
     """Return how many multiprocessors a device has."""
     if INTERPRETED:
@@ -105,6 +109,7 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+# Both cached, since they are asked several times a step.
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     if INTERPRETED:
@@ -114,19 +119,20 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _failure(device: torch.device) -> str | None:
-    """Return why a kernel cannot be launched, None where one can.
+    """Return why a kernel cannot be launched, or None.
 
-    Tried with the one that is launched nowhere else but in a capture, within which none is loaded.
+    The trial is the kernel that is otherwise launched only inside a capture, where it must be
+    loaded already.
     """
     try:
-        written_by_kernels(device, [LOW])
+        written_by_kernels(device, [LOWEST_ADDRESS])
     except Exception as error:  # noqa: BLE001  # of compilers, drivers and caches
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one, where Triton launches."""
+    """Make a device the current one, since Triton launches there."""
     if INTERPRETED or torch.cuda.current_device() == device.index:
         return nullcontext()
     return torch.cuda.device(device)

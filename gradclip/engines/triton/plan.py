@@ -1,8 +1,8 @@
-"""Which program of a kernel takes which elements: plain arithmetic on lengths.
+"""The plan of a launch: arithmetic on lengths that assigns elements to the programs of a kernel.
 
-Every tensor, or row of a tensor, is a strip of elements that lie one beside the other and have a
-number of their own. Strips are cut into pieces, and consecutive pieces make up the work of a
-program. All of it depends on lengths alone, not on addresses: it is made once and kept.
+Every tensor, or every row, is a strip: contiguous elements with one sum, coefficient or bound.
+Strips are cut into pieces, and consecutive pieces are the work of a program. A plan depends on
+lengths and not on addresses, so it is made once and kept.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 BLOCK = 4096
 """Elements that a program takes at a time."""
 PIECE = 16
-"""Most blocks of a piece: as many elements are added up in float32 in each lane."""
+"""Most blocks of a piece, which is the number of elements that a lane adds in float32."""
 STRIP_COST = 4
-"""What it costs to begin a strip, in blocks."""
+"""Cost of starting a strip, in blocks."""
 PROGRAM_COST = 8
-"""Work for which a program is begun, in blocks."""
+"""Work that is worth a program of its own, in blocks."""
 PROGRAMS = 64
-"""Most programs that measure, for each multiprocessor: they are begun as others end."""
+"""Most programs that measure, for each multiprocessor: some start as others end."""
 WRITERS = 8
-"""Most programs that write, for each multiprocessor: mostly they end at once."""
+"""Most programs that write, for each multiprocessor: in most steps they end at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Tables of int64 on the host, and how many programs there are."""
+    """Tables of int64 on the host, and the numbers of programs."""
 
     pieces: Tensor
     """Shape (pieces, 4): index of the tensor, first element, length, index of the strip."""
@@ -42,11 +42,11 @@ class Plan:
     programs: int
     """How many programs measure."""
     grouped: int
-    """Of how many of these a program that writes has the work."""
+    """How many measuring programs' work one writing program has."""
 
     @property
     def tables(self) -> list[Tensor]:
-        """What the kernels look up."""
+        """The tables that kernels read."""
         return [self.pieces, self.starts, self.first_pieces]
 
     @property
@@ -68,15 +68,15 @@ def plan(
     processors: int = 1,
     block: int = BLOCK,
 ) -> Plan:
-    """Share out the strips of some tensors among programs.
+    """Divide the strips of some tensors among programs.
 
-    Cuts within a strip lie at multiples of a block, so that pieces are aligned as their strip is,
-    and their sums do not depend on where it lies.
+    Cuts inside a strip lie at multiples of a block, so that pieces are aligned as their strip is
+    and the bits of a sum do not depend on its address.
 
     Args:
-        lengths: Of the strips of each tensor, in elements.
+        lengths: Length of the strips of each tensor, in elements.
         counts: How many strips each tensor has; one by default.
-        strides: Elements from the beginning of a strip to that of the next one.
+        strides: Elements from the start of a strip to the start of the next one.
         processors: How many multiprocessors there are.
         block: Elements of a block.
     """
@@ -86,15 +86,15 @@ def plan(
     cost = (length + STRIP_COST * block * (length > 0)).cumsum(0)
     total = int(cost[-1]) if len(cost) else 0
     programs = min(max(1, total // (PROGRAM_COST * block)), PROGRAMS * processors)
-    # All strips one after the other: every cut is a place among their elements.
+    # Positions count elements through all strips, one after the other; a cut is a position.
     cuts = _cuts_of_programs(length, begins, cost, programs, block)
     stops = torch.cat([_stops(length, begins, PIECE * block), cuts]).unique()
     strip = torch.searchsorted(ends, stops)
-    first = stops.diff(prepend=stops.new_zeros(1))  # its length
-    at = offsets[strip] + stops - first - begins[strip]
-    pieces = torch.stack([tensors[strip], at, first, strip], 1)
-    none, count = stops.new_zeros(1), stops.new_full((1,), len(stops))
-    starts = torch.cat([none, torch.searchsorted(stops, cuts, right=True), count])
+    sizes = stops.diff(prepend=stops.new_zeros(1))
+    first = offsets[strip] + stops - sizes - begins[strip]
+    pieces = torch.stack([tensors[strip], first, sizes, strip], 1)
+    zero, count = stops.new_zeros(1), stops.new_full((1,), len(stops))
+    starts = torch.cat([zero, torch.searchsorted(stops, cuts, right=True), count])
     first_pieces = torch.cat([torch.searchsorted(stops, begins, right=True), count])
     whole = bool((first_pieces.diff() == 1).all())
     grouped = -(-programs // (WRITERS * processors))
@@ -104,7 +104,7 @@ def plan(
 def _strips(
     lengths: Sequence[int], counts: Sequence[int] | None, strides: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tensor, first element and length of each strip."""
+    """Return the tensor index, the first element and the length of each strip."""
     length = _numbers(lengths)
     tensors = torch.arange(len(length), device="cpu")
     if counts is None or strides is None:
@@ -116,7 +116,7 @@ def _strips(
 
 
 def _stops(length: Tensor, begins: Tensor, most: int) -> Tensor:
-    """Return where pieces end that are as long as they may be."""
+    """Return the end positions of pieces of the greatest length, and of strips."""
     many = -(-length // most)
     strip = torch.arange(len(length), device="cpu").repeat_interleave(many)
     index = torch.arange(len(strip), device="cpu") - (many.cumsum(0) - many)[strip]
@@ -126,12 +126,13 @@ def _stops(length: Tensor, begins: Tensor, most: int) -> Tensor:
 def _cuts_of_programs(
     length: Tensor, begins: Tensor, cost: Tensor, programs: int, block: int
 ) -> Tensor:
-    """Return where a program ends and the next one begins, with about the same cost for each."""
+    """Return the positions between programs, for about the same cost each."""
     total = int(cost[-1]) if len(cost) else 0
     even = torch.arange(1, programs, device="cpu") * total // programs
     strip = torch.searchsorted(cost, even, right=True)
-    own = length[strip] + STRIP_COST * block
-    within = (even - (cost[strip] - own) - STRIP_COST * block).clamp(min=0)
+    strip_cost = length[strip] + STRIP_COST * block
+    # How much of the strip lies before the cut, once its start is paid for.
+    within = (even - (cost[strip] - strip_cost) - STRIP_COST * block).clamp(min=0)
     return begins[strip] + within // block * block
 
 

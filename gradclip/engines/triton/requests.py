@@ -1,21 +1,26 @@
-"""What the Triton kernels are told of tensors: where they lie, and which program takes what."""
+"""Requests to the Triton kernels: tables on the device with addresses and shares of the work.
+
+Tables are uploaded once and kept for the next step, since a copy to the device takes longer than
+the launch that reads it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ..base import TensorList
-from ..cuda_graphs import capturing
+from ..cuda_graphs import capturing, keep_if_captured
 from ..layout import addresses_of
 from .launching import INTERPRETED, not_captured, processors, written_by_kernels
 from .plan import Plan, plan
-from .tables import Recent, Uploaded
 
 ELEMENTS = {
     torch.float32: tl.float32,
@@ -24,84 +29,89 @@ ELEMENTS = {
     torch.float16: tl.float16,
 }
 KEPT = 32
-"""Sets of tensors that are remembered: several dtypes and devices, and parameters beside them."""
+"""Lists of tensors to remember: a step has some for each dtype and device, and for parameters."""
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Request:
-    """Some tensors of one device and dtype, as the kernels know them."""
+    """Some tensors of one device and dtype, in the form that kernels need."""
 
     device: torch.device
     element: tl.dtype
     block: int
     plan: Plan
     addresses: Tensor
+    """Shape (tensors,), int64, on the device."""
     tables: Sequence[Tensor]
-    """Those of the plan, on the device."""
-    held: Sequence[Tensor]
-    """Copies that have the memory, to be kept as long as it is used."""
+    """The tables of the plan, on the device."""
+    stored: Sequence[Tensor]
+    """The tensors at these addresses, copies among them, to be kept alive."""
 
     def new(self, *shape: int) -> Tensor:
-        """Return memory for numbers."""
+        """Return uninitialised float64 memory on the device."""
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
 
 class Requests:
-    """Makes requests, and remembers what was sent to devices for them.
+    """Makes requests, and remembers what it has uploaded for them.
 
     Args:
         block: Elements that a program takes at a time.
-        check_serves: Raises where a device is not served.
+        check_supported: Raises if a device is not supported.
     """
 
     def __init__(self, block: int, check_supported: Callable[[torch.device], None]) -> None:
         self._block = block
-        self._check_serves = check_supported
-        self._work: Recent[_Work] = Recent(KEPT)
+        self._check_supported = check_supported
+        self._plans: Recent[tuple[Plan, Uploaded]] = Recent(KEPT)
         self._addresses: Recent[Uploaded] = Recent(KEPT)
         self._arrived: dict[tuple[torch.device, int], Tensor] = {}
 
     def of(
-        self, tensors: Sequence[Tensor], rows: bool, seen: Callable[[Tensor], Tensor | None]
+        self, tensors: Sequence[Tensor], rows: bool, view: Callable[[Tensor], Tensor | None]
     ) -> Request | None:
-        """Describe tensors; None where one has no address. No host sync.
+        """Return a request for tensors, or None if one has no address. No host sync.
 
         Args:
-            tensors: Of one device and dtype.
-            rows: Whether row by row.
-            seen: Makes what is not contiguous so, or returns None if it cannot.
+            tensors: Tensors of one device and dtype.
+            rows: Whether each index of dimension 0 has a number of its own.
+            view: Returns a contiguous form of a tensor, or None if there is none.
 
         Raises:
-            EngineUnavailableError: Their device is not served, or a step is captured in a CUDA
-                graph before one with such gradients was taken.
+            EngineUnavailableError: The device is not supported, or a CUDA graph is captured before
+                any step with gradients of these shapes.
         """
         if isinstance(tensors, TensorList) and isinstance(tensors.note, Request):
             return tensors.note
-        found = addresses_of(tensors, rows, seen)
-        if found is None:
+        located = addresses_of(tensors, rows, view)
+        if located is None:
             return None
-        addresses, held = found
+        addresses, stored = located
         device = tensors[0].device
-        self._check_serves(device)
-        work = self._work_of(device, *_strips(held, rows))
+        self._check_supported(device)
+        work, tables = self._plan_of(device, *_strips(stored, rows))
         request = Request(
             device,
             ELEMENTS[tensors[0].dtype],
             self._block,
-            work.plan,
-            self._sent(device, addresses),
-            work.tables.ready(),
-            held,
+            work,
+            self._upload(device, addresses),
+            tables.ready(),
+            stored,
         )
-        if isinstance(tensors, TensorList) and held is tensors:
-            request.held = ()  # the tensors themselves
+        if isinstance(tensors, TensorList) and stored is tensors:
+            # No reference back to the list: a cycle would keep gradients alive until a collection.
+            request.stored = ()
             tensors.note = request
         return request
 
     def arrivals(self, device: torch.device) -> Tensor:
-        """Return the count of programs that have ended, 0 again whenever all have.
+        """Return the counter of programs that have ended, which the last one sets back to 0.
 
-        Kernels that may run at the same time count apart: those of each stream, and of each graph.
+        Kernels that may run at the same time need counters of their own: one for each stream, and
+        one for each graph.
         """
         if capturing():
             return torch.zeros(1, dtype=torch.int32, device=device)
@@ -110,38 +120,109 @@ class Requests:
             self._arrived[key] = torch.zeros(1, dtype=torch.int32, device=device)
         return self._arrived[key]
 
-    def _work_of(self, device: torch.device, *strips: object) -> _Work:
-        key = (device, *strips)
-        if capturing() and key not in self._work:
+    def _plan_of(
+        self,
+        device: torch.device,
+        lengths: tuple[int, ...],
+        counts: tuple[int, ...] | None,
+        strides: tuple[int, ...] | None,
+    ) -> tuple[Plan, Uploaded]:
+        key = (device, lengths, counts, strides)
+        # An upload inside a capture would be replayed, from host memory that may be gone by then.
+        if capturing() and key not in self._plans:
             raise not_captured("of these shapes")
-        return self._work.get(key, lambda: _Work(device, self._block, *strips))
 
-    def _sent(self, device: torch.device, addresses: list[int]) -> Tensor:
-        """Send addresses to the device, unless it has them."""
+        def make() -> tuple[Plan, Uploaded]:
+            work = plan(lengths, counts, strides, processors=processors(device), block=self._block)
+            return work, Uploaded(work.tables, device)
+
+        return self._plans.get(key, make)
+
+    def _upload(self, device: torch.device, addresses: list[int]) -> Tensor:
+        """Return the addresses on the device; upload them unless they are there."""
         if capturing():
             return written_by_kernels(device, addresses)
 
-        def send() -> Uploaded:
+        def upload() -> Uploaded:
             return Uploaded([torch.tensor(addresses, dtype=torch.int64, device="cpu")], device)
 
-        [sent] = self._addresses.get((device, *addresses), send).ready()
-        return sent
+        [table] = self._addresses.get((device, *addresses), upload).ready()
+        return table
 
 
-class _Work:
-    """A plan, with its tables on the device."""
-
-    def __init__(self, device: torch.device, block: int, *strips: Any) -> None:
-        self.plan = plan(*strips, processors=processors(device), block=block)
-        self.tables = Uploaded(self.plan.tables, device)
-
-
-def _strips(held: Sequence[Tensor], rows: bool) -> tuple[tuple[int, ...] | None, ...]:
-    """Return length, count and stride of the strips of tensors."""
+def _strips(
+    stored: Sequence[Tensor], rows: bool
+) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Return the length, the count and the stride of the strips of each tensor."""
     if not rows:
-        return tuple(map(Tensor.numel, held)), None, None
+        return tuple(map(Tensor.numel, stored)), None, None
     return (
-        tuple(view.shape[1] for view in held),
-        tuple(map(len, held)),
-        tuple(view.stride(0) for view in held),
+        tuple(matrix.shape[1] for matrix in stored),
+        tuple(map(len, stored)),
+        tuple(matrix.stride(0) for matrix in stored),
     )
+
+
+class Uploaded:
+    """Tables that were copied to a device, for use on any stream.
+
+    Args:
+        tables: On the host.
+        device: Where to copy them. No host sync.
+    """
+
+    def __init__(self, tables: Sequence[Tensor], device: torch.device) -> None:
+        self._tables = [_copied(table, device) for table in tables]
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._copied = None if self._stream is None else self._stream.record_event()
+
+    def ready(self) -> list[Tensor]:
+        """Return the tables; the current stream waits for them, and the host does not.
+
+        A graph that is captured needs no wait: it is replayed after everything copied before.
+        """
+        keep_if_captured(self)
+        if self._stream is not None and self._copied is not None and not capturing():
+            stream = torch.cuda.current_stream(self._stream.device)
+            if stream != self._stream:
+                stream.wait_event(self._copied)
+                for table in self._tables:
+                    # Or the allocator gives the memory away while this stream still reads it.
+                    table.record_stream(stream)
+        return self._tables
+
+
+def _copied(table: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return table
+    # Pinned memory of its own: an earlier copy from a shared buffer may still be under way.
+    pinned = torch.empty_like(table, pin_memory=True).copy_(table)
+    return pinned.to(device, non_blocking=True)
+
+
+class Recent(Generic[T]):
+    """The most recently used values, by key.
+
+    Args:
+        most: How many to keep.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the value of a key, made now if there is none."""
+        try:
+            value = self._values[key]
+        except KeyError:
+            value = self._values[key] = make()
+        # Another thread may have removed the key in between.
+        with suppress(KeyError):
+            self._values.move_to_end(key)
+            if len(self._values) > self._most:
+                self._values.popitem(last=False)
+        return value

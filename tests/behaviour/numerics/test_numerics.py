@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradclip
-from gradclip import engines, get_total_norm
-from gradclip.engines.operators.host_sums import ROW, piece_norms
+from gradclip import get_total_norm
+from tests.support.engines import bits, denormals_flushed
 
 UNIT = {
     torch.float64: 2.0**-53,
@@ -36,15 +32,7 @@ LARGEST = {dtype: torch.finfo(dtype).max for dtype in UNIT}
 CONSTANTS = [0.1, 1 / 3, 0.7, 1e-3, 3.3e10, 1.0000001, 1.9999999, 1.4142135]
 
 
-@pytest.fixture(params=["native", "operators"], autouse=True, scope="module")
-def engine(request) -> Iterator[engines.Engine]:
-    """Each engine that may be chosen for the CPU."""
-    if request.param not in engines._ENGINES:
-        pytest.skip("the native engine was not built")
-    chosen = engines._ENGINES[request.param]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(engines._BEST, "cpu", chosen)
-        yield chosen
+pytestmark = pytest.mark.usefixtures("cpu_engine")
 
 
 def exact_norm(gradients: list[torch.Tensor], order: float = 2.0) -> float:
@@ -58,11 +46,6 @@ def exact_norm(gradients: list[torch.Tensor], order: float = 2.0) -> float:
             else:
                 total += magnitudes.pow(order).sum().item()
     return total if order == math.inf else total ** (1 / order)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
-    return tensor.detach().clone(memory_format=torch.contiguous_format).view(integers)
 
 
 def strided(values: torch.Tensor, layout: str) -> torch.Tensor:
@@ -152,22 +135,6 @@ def test_constant_data_keep_the_accuracy(dtype, constant):
         assert found == pytest.approx(element * count, rel=1e-6, abs=0)
 
 
-def test_the_worst_of_many_constants_keeps_the_accuracy():
-    assert worst_error_of_a_row(50_000) < 5e-7
-
-
-def worst_error_of_a_row(count: int) -> float:
-    """The largest relative error among rows of one constant each, over all mantissas."""
-    constants = 1 + 3 * torch.rand(count, generator=torch.Generator().manual_seed(0))
-    rows = constants.repeat_interleave(ROW).view(count, ROW)
-    errors = [
-        (piece_norms(part, order)[:, 0].double() / part[:, 0].double() / scale - 1).abs()
-        for part in rows.split(100)
-        for order, scale in ((1.0, ROW), (2.0, math.sqrt(ROW)))
-    ]
-    return torch.cat(errors).max().item()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
 def test_random_data_keep_the_accuracy(dtype, order):
@@ -190,19 +157,6 @@ def test_124_million_elements_keep_the_accuracy(dtype, kind):
     assert found == pytest.approx(exact_norm([gradient]), rel=1e-6, abs=0)
     gradclip.clip_gradients_([gradient], 1.0)
     assert_clipped([gradient], 1.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_narrower_vector_units_keep_the_accuracy(capability):
-    code = (
-        "from tests.behaviour.numerics.test_numerics import worst_error_of_a_row\n"
-        "error = worst_error_of_a_row(20_000)\n"
-        "assert error < 5e-7, error\n"
-    )
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=True, timeout=120)
 
 
 # Beyond the range of float32
@@ -253,16 +207,6 @@ def test_no_gradient_is_too_large_for_a_tiny_threshold(threshold):
     assert gradient.min().item() > 0
 
 
-@contextlib.contextmanager
-def flushed_denormals() -> Iterator[None]:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("denormals cannot be flushed on this processor")
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [3, 10_000])
 @pytest.mark.parametrize("flush", [False, True])
@@ -270,7 +214,7 @@ def test_denormal_elements_have_their_true_norm(dtype, count, flush):
     gradient = torch.full((count,), 1e-39).to(dtype)
     needed = exact_norm([gradient])
     assert needed > 0
-    with flushed_denormals() if flush else contextlib.nullcontext():
+    with denormals_flushed(flush):
         found = gradclip.get_total_norm([gradient]).item()
     assert found == pytest.approx(needed, rel=1e-6, abs=0)
 
@@ -279,7 +223,7 @@ def test_denormal_elements_have_their_true_norm(dtype, count, flush):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_coefficient_below_the_normal_numbers_does_not_erase(dtype, flush):
     gradient = torch.full((1000,), 3e38).to(dtype)  # norm 9.5e39, coefficient 1e-40
-    with flushed_denormals() if flush else contextlib.nullcontext():
+    with denormals_flushed(flush):
         gradclip.clip_gradients_([gradient], 1.0)
     assert_clipped([gradient], 1.0)
 
@@ -460,7 +404,7 @@ def test_few_large_elements_before_many_small_ones_keep_the_bound(dtype, large, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scope", ["rows", "whole"])
-def test_one_element_far_larger_than_the_others_keeps_the_bound(engine, dtype, scope):
+def test_one_element_far_larger_than_the_others_keeps_the_bound(cpu_engine, dtype, scope):
     # The worst of many: what is far smaller is rounded alike every time it is added.
     bases = torch.linspace(1, 2, 200, dtype=torch.float64)[:, None]
     for size in (100, 380, 610, 870, 960):
@@ -469,7 +413,7 @@ def test_one_element_far_larger_than_the_others_keeps_the_bound(engine, dtype, s
             values[:, :first] *= size
             gradient = values.to(dtype)
             if scope == "rows":
-                found = engine.power_sums([gradient], 2.0, rows=True).sqrt()
+                found = cpu_engine.power_sums([gradient], 2.0, rows=True).sqrt()
                 needed = gradient.double().norm(dim=1)
             else:
                 found = torch.stack([get_total_norm([row.repeat(40)]) for row in gradient[::20]])

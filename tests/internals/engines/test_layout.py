@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from gradclip.engines import layout as memory
 from gradclip.engines.layout import (
     blocks,
-    each_place_once,
-    exclusive,
     flat,
     is_plain,
     overlaps,
     rows_overlap,
+    stored_once,
     table,
+    writable,
 )
 
 SHARING = {
@@ -50,7 +50,7 @@ def test_elements_with_places_of_their_own_raise_no_alarm(kind):
     tensor = SEPARATE[kind]()
     assert not overlaps(tensor)
     assert is_plain(tensor)
-    with exclusive(tensor) as places:
+    with writable(tensor) as places:
         assert places is tensor
 
 
@@ -59,7 +59,7 @@ def test_each_place_is_given_once_and_written_back(kind):
     tensor = SHARING[kind]()
     before = torch.empty(0).set_(tensor.untyped_storage()).clone()
     needed = tensor + 100
-    with exclusive(tensor) as places:
+    with writable(tensor) as places:
         assert places.numel() == tensor.unique().numel()
         places += 100
     assert torch.equal(tensor, needed)
@@ -166,7 +166,7 @@ def test_dense_rows_are_tabled_without_a_copy(kind):
 
 def test_lazily_negated_and_expanded_elements_are_viewed_where_they_lie():
     base = torch.arange(1.0, 5.0)
-    once = each_place_once(torch._neg_view(base.view(4, 1, 1).expand(4, 3, 2)))
+    once = stored_once(torch._neg_view(base.view(4, 1, 1).expand(4, 3, 2)))
     assert once.shape == (4, 1, 1)
     assert once.data_ptr() == base.data_ptr()
     assert torch.equal(once.flatten(), base)

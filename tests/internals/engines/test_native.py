@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from gradclip import EngineUnavailableError, clip_grad_value_
 from gradclip.engines.native import engine as native
-from gradclip.engines.operators import host_writing
+from gradclip.engines.operators import host
 from gradclip.engines.reference import ReferenceEngine
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -247,8 +247,8 @@ def test_only_what_was_written_has_a_new_version(engine):
 
 
 def test_what_inference_mode_makes_stays_there(engine):
-    native._FRESH[0].clear()
-    native._FRESH[1].clear()
+    native._SPARE[0].clear()
+    native._SPARE[1].clear()
     with torch.inference_mode():
         assert engine.norm([torch.tensor([3.0, 4.0])], 2.0, scalar=True).is_inference()
     norms = [engine.norm([torch.tensor([3.0, 4.0])], 2.0, scalar=True) for _ in range(40)]
@@ -265,7 +265,7 @@ def test_what_a_transformation_makes_stays_there(engine):
         inside.append(engine.power_sums([seen], 2.0).sum().item())
         return (x * x).sum()
 
-    native._FRESH[1].clear()
+    native._SPARE[1].clear()
     torch.func.grad(loss)(torch.ones(2))
     assert inside == [5.0, 25.0]
     for _ in range(40):
@@ -338,9 +338,9 @@ def test_within_a_transformation_of_torch_func_there_is_no_memory(engine):
 
 def test_gaps_are_left_to_torch_operators_and_the_rest_is_not(engine, monkeypatch):
     left = []
-    scale_ = host_writing.scale_
+    scale_ = host.scale_
     monkeypatch.setattr(
-        host_writing,
+        host,
         "scale_",
         lambda tensors, *a, **k: left.extend(tensors) or scale_(tensors, *a, **k),
     )

@@ -5,8 +5,8 @@ import torch
 
 from gradclip import EngineUnavailableError
 from gradclip.engines.reference import ReferenceEngine
-from gradclip.engines.triton import tables
-from gradclip.engines.triton.tables import Recent, Uploaded
+from gradclip.engines.triton import requests as tables
+from gradclip.engines.triton.requests import Recent, Uploaded
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -111,7 +111,7 @@ def log():
 def stream_is(monkeypatch, log):
     """Make a stream the current one, on a machine that may have none."""
     # Sending is part of what is logged, since the event must come after.
-    monkeypatch.setattr(tables, "_sent", lambda table, device: log.append("send") or table)
+    monkeypatch.setattr(tables, "_copied", lambda table, device: log.append("send") or table)
 
     def enter(stream):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)

@@ -1,48 +1,42 @@
-"""Records are framed as TensorBoard frames them, checksum included."""
+"""Records are framed as TensorBoard frames them, including the checksum."""
 
 from __future__ import annotations
 
-import io
 import random
 
 import numpy as np
 import pytest
-from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
-from tensorboard.summary.writer.record_writer import RecordWriter
 
-from gradclip.records.sinks.tfrecord import crc32c, framed
-
-
-def test_the_checksum_is_castagnolis() -> None:
-    """The check value of the CRC catalogue, and the test vectors of RFC 3720."""
-    assert crc(b"123456789") == 0xE3069283
-    assert crc(bytes(32)) == 0x8A9136AA
-    assert crc(b"\xff" * 32) == 0x62A8AB43
-    assert crc(bytes(range(32))) == 0x46DD794E
+from gradclip.records.sinks import tfrecord
+from tests.support.curves import framed, header_of
 
 
-def crc(content: bytes) -> int:
-    [found] = crc32c(np.frombuffer(content, np.uint8)[None]).tolist()
-    return int(found)
+@pytest.mark.parametrize(
+    ("content", "checksum"),
+    [
+        (b"123456789", 0xE3069283),
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+    ],
+    ids=["CRC catalogue", "RFC 3720, zeros", "RFC 3720, ones", "RFC 3720, rising"],
+)
+def test_checksum_is_castagnolis(content, checksum):
+    assert tfrecord.crc32c(np.frombuffer(content, np.uint8)[None]).tolist() == [checksum]
 
 
 LENGTHS = [0, 1, 2, 7, 8, 63, 200, 1000, 1023, 1024, 1025, 1028, 2048, 3000]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_records_are_those_of_tensorboards_writer(length: int) -> None:
+def test_records_are_those_of_tensorboards_writer(length):
     content = random.Random(length).randbytes(length)
-    assert crc(content) == pywrap_tensorflow.crc32c(content)
-    stream = io.BytesIO()
-    RecordWriter(stream).write(content)
-    assert framed([content]) == stream.getvalue()
+    assert tfrecord.framed([content]) == framed([content])
+    assert tfrecord.header_of(length) == header_of(length)
 
 
-def test_records_of_many_lengths_keep_their_order() -> None:
+def test_records_of_many_lengths_keep_their_order():
     source = random.Random(0)
     contents = [source.randbytes(source.choice(LENGTHS)) for _ in range(60)]
-    stream = io.BytesIO()
-    for content in contents:
-        RecordWriter(stream).write(content)
-    assert framed(contents) == stream.getvalue()
-    assert framed([]) == b""
+    assert tfrecord.framed(contents) == framed(contents)
+    assert tfrecord.framed([]) == b""

@@ -119,6 +119,7 @@ def test_one_of_two_norms_that_is_not_finite():
 def test_counters_go_on_from_a_state(training, log):
     run = training()
     with GradientClipper(run.optimizer, 1.0, nonfinite="skip", log=log) as clipper:
+        assert clipper.clip_rate() == 0.0
         run.take(4.0)
         state = clipper.state_dict()
         assert (state["counters"]["clipped"], state["counters"]["finite"]) == (1, 1)

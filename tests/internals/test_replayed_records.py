@@ -1,0 +1,76 @@
+"""The memory of replayed records: its size, its clock, and how long it lives."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from gradclip import thresholds
+from gradclip.records import replays
+from gradclip.records.record import ClipRecord
+from tests.logging.test_replays import WARM_UP, Training, batches
+
+
+def test_many_norms_take_no_more_memory():
+    ring = replays.ReplayedRecords(torch.zeros(50_000))
+    assert ring.capacity == replays.MOST_NUMBERS // 250_000
+    assert ring._rows.numel() <= replays.MOST_NUMBERS
+
+
+def test_time_since_the_last_flush_is_shared_by_the_steps(monkeypatch):
+    monkeypatch.setattr(time, "time", iter([100.0, 200.0, 240.0]).__next__)
+    norms = torch.ones(1, dtype=torch.float64)
+    ring = replays.ReplayedRecords(norms)
+    for _ in range(4):
+        ring.write(ClipRecord(0, 0.0, norms, norms, norms))
+    assert [record.wall_time for record in ring.take(0)[1]] == [210.0, 220.0, 230.0, 240.0]
+
+
+def leaves(things):
+    """Yield these things and everything that they hold."""
+    for thing in things:
+        yield thing
+        if isinstance(thing, dict):
+            yield from leaves(thing.values())
+        elif isinstance(thing, replays.ReplayedRecords):
+            yield from leaves(vars(thing).values())
+
+
+def test_memory_of_a_graph_outlives_the_clipper_and_later_labels(tape, captured, kept):
+    rule = thresholds.Percentile(50, window=5)
+    training = Training(rule, scope="parameter").replayed(batches(5), tape, captured)
+    ring = training.clipper._recorder._replayed
+    used = [ring._rows, ring._written, *training.clipper._threshold.state.values()]
+    addresses = {tensor.data_ptr() for tensor in used}
+    new = nn.Parameter(torch.zeros(3))
+    training.optimizer.add_param_group({"params": [new], "max_norm": 1.0})
+    training.step()
+    training.clipper.close()
+    del training, ring, used
+    tensors = [leaf for leaf in leaves(kept.values()) if isinstance(leaf, torch.Tensor)]
+    assert addresses <= {tensor.data_ptr() for tensor in tensors}
+    tape.replay()
+
+
+@pytest.mark.parametrize("scope", ["parameter", "unit", lambda name, parameter: parameter.dim()])
+def test_norm_indices_are_kept_for_a_graph(scope, tape, captured, kept):
+    training = Training(0.5, scope=scope).eager(batches(WARM_UP))
+    with captured(), tape:
+        training.step()
+    tables = [thing.dtype for thing in kept.values() if isinstance(thing, torch.Tensor)]
+    assert torch.bool in tables  # which norms have a gradient behind them
+    assert (torch.int64 in tables) == (scope != "parameter")  # which sums belong to which norm
+
+
+def test_step_outside_the_graph_reads_only_the_number_of_replays(tape, captured):
+    training = Training(0.5).replayed(batches(5), tape, captured)
+    training.step()
+    ring = training.clipper._recorder._replayed
+    rows, ring._rows = ring._rows, None
+    assert training.clipper.steps == 6
+    ring._rows = rows
+    tape.replay()
+    assert training.clipper.steps == 7

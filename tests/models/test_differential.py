@@ -413,42 +413,6 @@ def limit_of(case: Case, norm: float) -> float:
     return norm * case.share if 0 < norm < INF and case.share else min(case.share, 1.0)
 
 
-# The norm
-
-
-def check_norm(case: Case) -> None:
-    tensors = [p.grad for p in case.parameters() if p.grad is not None]
-    excluded = exclusions(case, case.parameters())
-    needed = exact_norm(magnitudes(gradients_of(case.parameters())), case.order)
-    before = [bits(tensor) for tensor in tensors]
-
-    def measure(module: Any, **options: Any) -> Tensor:
-        norm = module.get_total_norm(
-            contained(tensors, case.container), case.order, foreach=case.foreach, **options
-        )
-        assert norm.shape == ()
-        return norm
-
-    norm = measure(gradclip)
-    distinct = [*{id(tensor): tensor for tensor in tensors}.values()]
-    needed = exact_norm(magnitudes(distinct), case.order)
-    accuracy = 1e-6 if narrow(tensors) else 1e-12
-    assert norm.dtype is F64
-    assert norm.item() == pytest.approx(needed, rel=accuracy, abs=0, nan_ok=True)
-    if not needed < INF:
-        with pytest.raises(NonFiniteGradientError, match="The norm of the gradients is"):
-            measure(gradclip, error_if_nonfinite=True)
-        torch_fails = not excluded & {"sparse", "empty", "range"}
-        if torch_fails:
-            with pytest.raises(RuntimeError, match="is non-finite"):
-                measure(utils, error_if_nonfinite=True)
-    if not excluded & {"twice", "sparse", "empty", "range"}:
-        theirs = measure(utils)
-        margin = norm_margin(case, tensors)
-        assert norm.item() == pytest.approx(theirs.item(), rel=margin, nan_ok=True)
-    assert [bits(tensor) for tensor in tensors] == before
-
-
 # Clipping it
 
 
@@ -458,10 +422,15 @@ def check_clipping(case: Case, *, apart: bool, raises: bool) -> None:
     excluded = exclusions(case, theirs)
     gradients = gradients_of(ours)
     norm = exact_norm(magnitudes(gradients), case.order)
-    measured = gradclip.get_total_norm(gradients, case.order).item()
-    limit = limit_of(case, measured)
+    accuracy = 1e-6 if narrow(gradients) else 1e-12
     before, originals = [bits(g) for g in gradients], [wide(g) for g in gradients]
-    neighbours = [beside(p.grad, each) for p, each in zip(ours, case.gradients, strict=False)]
+    measured = gradclip.get_total_norm(gradients, case.order).item()
+    assert measured == pytest.approx(norm, rel=accuracy, abs=0, nan_ok=True)
+    assert [bits(g) for g in gradients] == before
+    if not excluded & {"sparse", "empty", "range"}:
+        needed = utils.get_total_norm(gradients_of(theirs), case.order).item()
+        assert measured == pytest.approx(needed, rel=norm_margin(case, gradients), nan_ok=True)
+    limit = limit_of(case, measured)
     objects = [p.grad for p in ours]
     found: float | None
     try:
@@ -471,7 +440,6 @@ def check_clipping(case: Case, *, apart: bool, raises: bool) -> None:
         assert not norm < INF
         found = None
     assert all(p.grad is each for p, each in zip(ours, objects, strict=True))
-    accuracy = 1e-6 if narrow(gradients) else 1e-12
     if found is not None:
         assert found == pytest.approx(norm, rel=accuracy, abs=0, nan_ok=True)
         assert norm < INF or not raises
@@ -480,9 +448,6 @@ def check_clipping(case: Case, *, apart: bool, raises: bool) -> None:
     else:
         for gradient, original in zip(gradients, originals, strict=True):
             assert_scaled(gradient, original, limit / norm, accuracy)
-    for beyond, parameter_, each in zip(neighbours, ours, case.gradients, strict=False):
-        if beyond is not None:
-            assert bits(beyond)[0] == bits(beside(parameter_.grad, each))[0]
     unfit = {"twice", "sparse", "shared memory", "conjugate", "empty", "range", "not finite"}
     if excluded & {*unfit, "no generator"} or not norm < INF:
         return
@@ -512,31 +477,6 @@ def clipped(
     return norm.item()
 
 
-def beside(gradient: Tensor | None, each: Given | None) -> Tensor | None:
-    """Return what lies between the elements of a sliced gradient."""
-    if gradient is None or each is None or each.layout != "sliced":
-        return None
-    return gradient.as_strided(gradient.shape, gradient.stride(), 1).clone()
-
-
-def check_ordinary(case: Case, *, apart: bool) -> None:
-    """Let both clip; gradients end alike but for the epsilon."""
-    ours, theirs = case.parameters(), case.parameters()
-    excluded = exclusions(case, ours)
-    if excluded & {"empty", "no generator"}:
-        return
-    norm = utils.get_total_norm(gradients_of(theirs), case.order).item()
-    limit = limit_of(case, norm) if case.share != 1.0 else norm * 2
-    found = clipped(gradclip, ours, limit, case, apart=apart, raises=False)
-    assert found == pytest.approx(norm, rel=1e-12)
-    clipped(utils, theirs, limit, case, apart=apart, raises=False)
-    mend = (norm + EPSILON) / norm if norm > limit else 1.0
-    if norm <= limit < norm + EPSILON:
-        mend = (norm + EPSILON) / limit if limit else 1.0
-    for one, other in zip(gradients_of(ours), gradients_of(theirs), strict=True):
-        torch.testing.assert_close(one, other * mend, rtol=1e-12, atol=0)
-
-
 def check_given_norm(
     case: Case, norm: float, dtype: torch.dtype, shape: tuple[int, ...], limit: float
 ) -> None:
@@ -551,7 +491,7 @@ def check_given_norm(
     scaled = norm < INF and norm > limit
     for gradient, bit, original in zip(gradients_of(ours), before, originals, strict=True):
         assert scaled or bits(gradient) == bit
-        assert_scaled(gradient, original, limit / norm if scaled else 1.0, 2 * ROUNDOFF[dtype])
+        assert_scaled(gradient, original, limit / norm if scaled else 1.0, 1e-12)
     if shape:
         met.add("one element")
         return
@@ -561,14 +501,6 @@ def check_given_norm(
     for gradient, original in zip(gradients_of(theirs), originals, strict=True):
         factor = min(1.0, limit / (norm + EPSILON))
         assert_scaled(gradient, original, factor, 4 * ROUNDOFF[dtype])
-
-
-@pytest.mark.parametrize("dtype", [F16, BF16, F32])
-def test_the_dtype_of_a_norm_that_is_given_rounds_nothing(dtype):
-    weight = parameter_with(torch.tensor([3e4, 4e4]))
-    gradclip.clip_grads_with_norm_([weight], 1e-3, torch.tensor(5e4, dtype=dtype))
-    norm = torch.tensor(5e4, dtype=dtype).item()
-    assert_scaled(weight.grad, torch.tensor([3e4, 4e4], dtype=F64), 1e-3 / norm, 1e-6)
 
 
 # Bounding elements
@@ -608,14 +540,12 @@ def check_bounding(case: Case, bound: float) -> None:
 
 real_cases = cases([F64, F32, F16, BF16] * 4 + [C64])
 CHECKS = {
-    "norm": (check_norm, {"case": cases()}, 150, 700),
     "clipping": (
         check_clipping,
         {"case": cases(), "apart": st.booleans(), "raises": st.booleans()},
-        200,
-        900,
+        300,
+        1500,
     ),
-    "ordinary": (check_ordinary, {"case": ordinary, "apart": st.booleans()}, 150, 150),
     "given norm": (
         check_given_norm,
         {

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from ast import literal_eval
 from collections.abc import Callable
 
@@ -16,7 +17,6 @@ from torch.library import opcheck
 
 import gradclip
 from gradclip import ArgumentError, NonFiniteGradientError
-from gradclip.functional import torch_names as functional
 
 needs_cxx = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler"
@@ -36,13 +36,14 @@ def nothing_compiled() -> None:
     torch.compiler.reset()
 
 
-def trained(dtype: torch.dtype = torch.float32, width: int = 6) -> list[nn.Parameter]:
+def learned(dtype: torch.dtype = torch.float32, width: int = 6) -> list[nn.Parameter]:
     """Return parameters with gradients, one without, and one a second time."""
     torch.manual_seed(1)
-    made = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(width, 5), (5,), (), (3,)]]
-    for parameter in made[:3]:
+    shapes = [(width, 5), (5,), (), (3,)]
+    parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    for parameter in parameters[:3]:
         parameter.grad = torch.randn(parameter.shape).to(dtype) * 3
-    return [*made, made[0]]
+    return [*parameters, parameters[0]]
 
 
 def compiled(function: Callable[..., object], backend: str = "eager") -> Callable[..., object]:
@@ -56,7 +57,7 @@ def assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
         assert one.grad is None or torch.equal(one.grad, other.grad)
 
 
-def clip_by_two_calls(parameters: list[nn.Parameter]) -> Tensor:
+def two_calls(parameters: list[nn.Parameter]) -> Tensor:
     norm = gradclip.get_total_norm(p.grad for p in parameters if p.grad is not None)
     gradclip.clip_grads_with_norm_(parameters, 1.0, norm)
     return norm
@@ -71,7 +72,8 @@ WAYS = {
     "generator": lambda parameters: gradclip.clip_grad_norm_((p for p in parameters), 1.0),
     "one tensor": lambda parameters: gradclip.clip_grad_norm_(parameters[0], 1.0),
     "no gradient": lambda parameters: gradclip.clip_grad_norm_(parameters[3], 1.0),
-    "two calls": clip_by_two_calls,
+    "no tensor": lambda parameters: gradclip.get_total_norm([]),
+    "two calls": two_calls,
     "value": lambda parameters: gradclip.clip_grad_value_(parameters, 0.5),
     "units": lambda parameters: gradclip.clip_grad_units_(parameters, 0.02),
 }
@@ -80,8 +82,9 @@ WAYS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_name_does_in_one_graph_what_it_does_elsewhere(way, backend, dtype):
-    ours, theirs = trained(dtype), trained(dtype)
+def test_one_graph_does_what_eager_code_does(way, backend, dtype):
+    """Bit by bit, for every function."""
+    ours, theirs = learned(dtype), learned(dtype)
     norm, needed = compiled(WAYS[way], backend)(ours), WAYS[way](theirs)
     if needed is not None:
         assert (norm.shape, norm.dtype, norm.requires_grad) == ((), torch.float64, False)
@@ -99,15 +102,15 @@ def descend(parameters: list[nn.Parameter]) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_follows_in_the_graph_sees_clipped_gradients(backend):
-    ours, theirs = trained(), trained()
+    ours, theirs = learned(), learned()
     assert torch.equal(compiled(descend, backend)(ours), descend(theirs))
     assert_same(ours, theirs)
 
 
-def test_other_shapes_and_thresholds_are_compiled_again():
+def test_other_shapes_and_thresholds():
     clip = compiled(gradclip.clip_grad_norm_, "aot_eager")
     for width, limit in [(6, 1.0), (9, 1.0), (12, 0.5), (12, 0.25), (1, 100.0)]:
-        ours, theirs = trained(width=width), trained(width=width)
+        ours, theirs = learned(width=width), learned(width=width)
         assert torch.equal(clip(ours, limit), gradclip.clip_grad_norm_(theirs, limit))
         assert_same(ours, theirs)
 
@@ -135,7 +138,7 @@ def functional_step(weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_torch_func_are_clipped_in_the_graph_that_computes_them(backend):
+def test_gradients_of_torch_func_are_clipped_in_their_graph(backend):
     (ours, x), (theirs, _) = made_weights(), made_weights()
     norm, needed = compiled(functional_step, backend)(ours, x), functional_step(theirs, x)
     assert needed > 1
@@ -156,27 +159,22 @@ def test_a_gradient_given_twice_counts_and_is_scaled_once(backend):
     assert gradient.tolist() == pytest.approx([0.6, 0.8])
 
 
-def test_without_any_tensor_the_norm_is_zero():
-    norm = compiled(lambda: gradclip.get_total_norm([]), "aot_eager")()
-    assert (norm.item(), norm.dtype, norm.device.type) == (0.0, torch.float64, "cpu")
-
-
 # No copies
 
 
 @pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 def test_the_gradients_themselves_are_handed_over(backend, monkeypatch):
-    handed_over = []
+    addresses, module = [], "gradclip.functional.torch_names"
+    buckets_of = sys.modules[module].buckets_of
 
     def noting(gradients: list[Tensor], order: float) -> list[object]:
-        handed_over.extend(g.data_ptr() for g in gradients)
+        addresses.extend(g.data_ptr() for g in gradients)
         return buckets_of(gradients, order)
 
-    buckets_of = functional.buckets_of
-    monkeypatch.setattr(functional, "buckets_of", noting)
-    parameters = trained()
+    monkeypatch.setattr(f"{module}.buckets_of", noting)
+    parameters = learned()
     compiled(descend, backend)(parameters)
-    assert handed_over == [p.grad.data_ptr() for p in parameters[:3]]
+    assert addresses == [p.grad.data_ptr() for p in parameters[:3]]
 
 
 def buffers_of_gradients(step: Callable[..., object]) -> list[int]:
@@ -214,7 +212,7 @@ def test_a_norm_that_is_not_finite_is_an_error_at_run_time(backend):
         gradclip.get_total_norm([parameters[0].grad], error_if_nonfinite=True)
 
     for function in (WAYS["finite"], measure):
-        parameters = trained()
+        parameters = learned()
         run = compiled(function, backend)
         run(parameters)
         parameters[0].grad[0, 0] = math.nan
@@ -225,7 +223,7 @@ def test_a_norm_that_is_not_finite_is_an_error_at_run_time(backend):
         assert torch.is_grad_enabled()
 
 
-def test_bad_arguments_are_refused_in_the_same_words():
+def test_invalid_arguments_are_refused_in_the_same_words():
     for call, message in {
         lambda p: gradclip.clip_grad_norm_(p, -1.0): "max_norm is -1.0: give a finite number",
         lambda p: gradclip.clip_grad_norm_(p, 1.0, 0.0): "norm_type is 0.0: give a number > 0",
@@ -233,7 +231,7 @@ def test_bad_arguments_are_refused_in_the_same_words():
         lambda p: gradclip.clip_grad_units_(p, -1.0): "clip_factor is -1.0: give",
     }.items():
         with pytest.raises(ArgumentError, match=message):
-            torch.compile(call, backend="eager")(trained())
+            torch.compile(call, backend="eager")(learned())
 
 
 # The operators
@@ -254,10 +252,8 @@ OPERATORS = {
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_operators_do_what_they_say_of_themselves(name):
+    """And none writes below the threshold, whatever its schema allows."""
     opcheck(getattr(torch.ops.gradclip, name).default, OPERATORS[name]())
-
-
-def test_an_operator_writes_nothing_below_the_threshold():
     gradient = torch.tensor([3.0, 4.0])
     version = gradient._version
     torch.ops.gradclip.clip_norm_([gradient], 5.0, 2.0, False)

@@ -88,6 +88,19 @@ def take_the_device_route(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "host_may_read", lambda tensor: False)
 
 
+@pytest.fixture
+def device_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_the_device_route(monkeypatch)
+
+
+@pytest.fixture(params=["host", "device"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of a step: with and, as on a CUDA device, without reading values."""
+    if request.param == "device":
+        take_the_device_route(monkeypatch)
+    return request.param
+
+
 def _modules_with(name: str) -> list[ModuleType]:
     """Return the package's modules in which a name is known."""
     ours = [module for key, module in [*sys.modules.items()] if key.startswith("gradclip.")]

@@ -1,0 +1,97 @@
+"""Vectors taken from rows to norms and back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradclip.scopes.norm_indices import (
+    NOWHERE,
+    NormIndices,
+    gradient_indices,
+    present_norms,
+    row_values,
+    sums_by_norm,
+)
+
+
+def rows(*indices: list[int]) -> tuple[NormIndices, ...]:
+    return tuple(NormIndices(torch.tensor(each, dtype=torch.int64), rows=True) for each in indices)
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@given(
+    st.lists(st.lists(st.integers(NOWHERE, 4), max_size=4), max_size=4),
+    st.sampled_from([1.0, 2.0, 3.0, math.inf]),
+    st.randoms(use_true_random=False),
+)
+def test_sums_and_values_find_their_norms(indices, order, random):
+    """Rows in no norm enter none, and get the other value."""
+    norm_indices, flat = rows(*indices), [index for each in indices for index in each]
+    sums = double(*(random.random() for _ in flat))
+    found = sums_by_norm(sums.clone(), order, norm_indices, 5)
+    for norm in range(5):
+        parts = [s for s, index in zip(sums.tolist(), flat, strict=True) if index == norm]
+        needed = max(parts, default=0.0) if order == math.inf else math.fsum(parts)
+        assert found[norm].item() == pytest.approx(needed, rel=1e-12)
+    present = present_norms(norm_indices, 5, torch.device("cpu"))
+    assert present.tolist() == [norm in flat for norm in range(5)]
+    values = torch.arange(5, dtype=torch.float64)
+    needed = [7.0 if index == NOWHERE else float(index) for index in flat]
+    assert row_values(values, norm_indices, 7.0).tolist() == needed
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("order", [2.0, math.inf])
+def test_what_is_not_finite_stays_in_its_norm(order, bad):
+    """Nor does it enter any norm from a row that is in none."""
+    found = sums_by_norm(double(1, bad, 4, bad), order, rows([0, 1], [0, NOWHERE]), 3)
+    assert [math.isfinite(value) for value in found.tolist()] == [True, False, True]
+    assert found[2].item() == 0.0
+
+
+def test_one_row_for_each_norm_in_order_is_the_very_tensor():
+    """Not where there are more norms, or fewer rows."""
+    values, norm_indices = double(1, 4, 9), rows([0], [1, 2])
+    assert row_values(values, norm_indices, 1.0) is values
+    assert sums_by_norm(values, 2.0, norm_indices, 3) is values
+    assert sums_by_norm(values, 2.0, norm_indices, 4).tolist() == [1.0, 4.0, 9.0, 0.0]
+    assert row_values(double(1, 2, 3, 4), norm_indices, 1.0).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_sums_of_rows_become_sums_of_gradients():
+    """Without the rows in no norm."""
+    indices = gradient_indices(rows([3, 3], [NOWHERE, 2, 0], [1]))
+    sums = sums_by_norm(double(1, 2, 4, 8, 16, 32), 2.0, indices, 3)
+    assert sums.tolist() == [3.0, 24.0, 32.0]
+
+
+def test_the_same_sums_give_the_same_bits():
+    """They are added in the order of the rows."""
+    torch.manual_seed(0)
+    sums, indices = torch.rand(1000, dtype=torch.float64), torch.randint(3, (1000,))
+    norm_indices = (NormIndices(indices, rows=True),)
+    first = sums_by_norm(sums.clone(), 1.0, norm_indices, 3)
+    assert all(
+        torch.equal(sums_by_norm(sums.clone(), 1.0, norm_indices, 3), first) for _ in "12345"
+    )
+    one_by_one = [0.0] * 3
+    for value, index in zip(sums.tolist(), indices.tolist(), strict=True):
+        one_by_one[index] += value
+    assert first.tolist() == pytest.approx(one_by_one, rel=1e-13)
+
+
+def test_no_value_is_read():
+    """Tensors of the device "meta" have none."""
+    norm_indices = rows([0, NOWHERE], [2, 0])
+    sums = torch.empty(4, dtype=torch.float64, device="meta")
+    assert sums_by_norm(sums, 2.0, norm_indices, 3).shape == (3,)
+    assert row_values(torch.empty(3, device="meta"), norm_indices, 1.0).shape == (4,)
+    assert present_norms(norm_indices, 3, torch.device("meta")).shape == (3,)

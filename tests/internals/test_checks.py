@@ -14,60 +14,41 @@ from gradclip import errors
 from gradclip.checks import checked_bound, checked_count, checked_order
 
 bound, steps = partial(checked_bound, "max_norm"), partial(checked_count, "steps")
-NOT_REAL = "max_norm is {!r} of type {}: give a number >= 0 (of a tensor its float())."
+NOT_FINITE = "max_norm is {!r}: give a finite number >= 0"
+MEASURE = "to measure without clipping"
+NOT_POSITIVE = "norm_type is {!r}: give a number > 0, or inf for the largest element."
+NOT_REAL = "{} is {} of type {}: give a number {} (of a tensor its float())."
+NOT_WHOLE = "{} is {}: give a whole number >= {} and < 2**62."
 
 
-@pytest.mark.parametrize("value", [0, 1, 2.5, numpy.float32(0.5), numpy.float64(3)])
-def test_numbers_that_bound_a_magnitude_become_floats(value):
-    """Infinity only where it is allowed."""
-    assert type(bound(value)) is float
-    assert bound(value) == value
-    assert bound(math.inf, infinite=True) == math.inf
-    assert math.copysign(1, bound(-0.0)) == 1
-
-
-@pytest.mark.parametrize("value", [0.5, 1, 2, 3.0, math.inf, "inf"])
-def test_orders_become_floats(value):
-    """The infinity norm may be spelt out."""
-    assert type(checked_order(value)) is float
-    assert checked_order(value) == float(value)
-
-
-def test_counts_stay_as_they_are():
-    """From the least to what int64 can go on from."""
+def test_valid_values_become_floats_and_counts_stay():
+    """-0.0 has no sign afterwards, and the infinity norm may be spelt out."""
+    for value in (0, 1, 2.5, numpy.float32(0.5), numpy.float64(3)):
+        assert (type(bound(value)), bound(value)) == (float, value)
+    assert (bound(math.inf, infinite=True), math.copysign(1, bound(-0.0))) == (math.inf, 1)
+    for order in (0.5, 1, 2, 3.0, math.inf, "inf"):
+        assert (type(checked_order(order)), checked_order(order)) == (float, float(order))
     assert (steps(0), steps(2**62 - 1), checked_count("every", 1, 1)) == (0, 2**62 - 1, 1)
 
 
 @pytest.mark.parametrize(
     ("check", "values", "message"),
     [
+        (bound, [-1, -0.5, math.nan, math.inf, -math.inf], f"{NOT_FINITE}, or None {MEASURE}."),
         (
             bound,
-            [-1, -0.5, math.nan, math.inf, -math.inf],
-            "max_norm is {!r}: give a finite number >= 0, or None to measure without clipping.",
+            [True, "1.0", None, [1.0], 1j, torch.tensor(1.0), torch.float32],
+            NOT_REAL.format("max_norm", "{!r}", "{}", ">= 0"),
         ),
-        (bound, [True, "1.0", None, [1.0], 1j, torch.tensor(1.0), torch.float32], NOT_REAL),
-        (partial(bound, infinite=True), [math.nan], "max_norm is {!r}: give a finite number >= 0."),
-        (
-            checked_order,
-            [0, -1, -2.0, math.nan, -math.inf],
-            "norm_type is {!r}: give a number > 0, or inf for the largest element.",
-        ),
+        (partial(bound, infinite=True), [math.nan], f"{NOT_FINITE}."),
+        (checked_order, [0, -1, -2.0, math.nan, -math.inf], NOT_POSITIVE),
         (
             checked_order,
             [True, "two", None],
-            "norm_type is {!r} of type {}: give a number > 0 or inf (of a tensor its float()).",
+            NOT_REAL.format("norm_type", "{!r}", "{}", "> 0 or inf"),
         ),
-        (
-            steps,
-            [-1, 1.0, True, "3", None, 2**62, 10**30],
-            "steps is {!r}: give a whole number >= 0 and < 2**62.",
-        ),
-        (
-            partial(checked_count, "every", least=1),
-            [0],
-            "every is {!r}: give a whole number >= 1 and < 2**62.",
-        ),
+        (steps, [-1, 1.0, True, "3", None, 2**62, 10**30], NOT_WHOLE.format("steps", "{!r}", 0)),
+        (partial(checked_count, "every", least=1), [0], NOT_WHOLE.format("every", "{!r}", 1)),
     ],
 )
 def test_other_values_are_refused(check, values, message):

@@ -48,15 +48,6 @@ def test_sums_and_values_find_their_norms(indices, order, random):
     assert row_values(values, norm_indices, 7.0).tolist() == needed
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("order", [2.0, math.inf])
-def test_what_is_not_finite_stays_in_its_norm(order, bad):
-    """Nor does it enter any norm from a row that is in none."""
-    found = sums_by_norm(double(1, bad, 4, bad), order, rows([0, 1], [0, NOWHERE]), 3)
-    assert [math.isfinite(value) for value in found.tolist()] == [True, False, True]
-    assert found[2].item() == 0.0
-
-
 def test_one_row_for_each_norm_in_order_is_the_very_tensor():
     """Not where there are more norms, or fewer rows."""
     values, norm_indices = double(1, 4, 9), rows([0], [1, 2])

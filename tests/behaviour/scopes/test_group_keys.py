@@ -9,14 +9,8 @@ import warnings
 import pytest
 import torch
 
-from gradclip import (
-    ArgumentError,
-    AttachError,
-    GradientClipper,
-    MemorySink,
-    NonFiniteGradientError,
-    Threshold,
-)
+import gradclip
+from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink
 from tests.support.reference import gradient_norm, parameter_with
 
 ABSENT = object()
@@ -55,11 +49,21 @@ def test_a_group_with_the_key_has_a_norm_and_a_threshold_of_its_own():
     assert sink.steps[0].norm == pytest.approx(125**0.5)
     assert sink.steps[0].clipped_norm == pytest.approx(1.25**0.5)
     assert sink.steps[0].threshold is None
+    optimizer = three_groups()
+    clipper = GradientClipper(optimizer, None)
+    optimizer.step()
+    assert norms(optimizer) == pytest.approx([0.5, 10.0, 50.0])
+    assert clipper.last.threshold.tolist() == [0.5, math.inf]
     optimizer = groups_with((ABSENT, [3.0]), (2, [7.0]), (ABSENT, [4.0]))
     clipper = GradientClipper(optimizer, 1.0)
     optimizer.step()
     assert norms(optimizer) == pytest.approx([0.6, 2.0, 0.8], rel=1e-6)
     assert clipper.labels == ("global", "group 1")
+    optimizer = groups_with((1, [4.0]), (2, [8.0]))  # no norm is left for the clipper's threshold
+    clipper = GradientClipper(optimizer, lambda step: pytest.fail("asked"))
+    optimizer.step()
+    assert norms(optimizer) == pytest.approx([1.0, 2.0])
+    assert clipper.labels == ("group 0", "group 1")
 
 
 def test_groups_with_keys_stand_beside_any_scope():
@@ -96,52 +100,6 @@ def test_one_norm_left_is_a_record_of_0d_tensors():
     assert norms(optimizer) == pytest.approx([3.0, 1.0])
 
 
-class Half(Threshold):
-    """Notes what it observes."""
-
-    observed = ()
-
-    def thresholds(self, norms, context):
-        assert context.present.tolist() == [True] * len(norms)
-        return norms / 2
-
-    def observe(self, norms, clipped_norms, context):
-        self.observed = (*self.observed, (norms.tolist(), clipped_norms.tolist()))
-
-
-def test_the_threshold_of_the_clipper_sees_the_norms_without_a_key_alone():
-    """Where there are none, it is not asked; where it is None, groups keep theirs."""
-    optimizer, rule = three_groups(), Half()
-    GradientClipper(optimizer, rule)
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.5, 5.0, 50.0])
-    assert rule.observed == (([10.0], [5.0]),)
-    optimizer, rule = groups_with((1, [4.0]), (2, [8.0])), Half()
-    rule.thresholds = lambda norms, context: pytest.fail("asked")
-    clipper = GradientClipper(optimizer, rule)
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([1.0, 2.0])
-    assert (clipper.labels, rule.observed) == (("group 0", "group 1"), ())
-    optimizer = three_groups()
-    clipper = GradientClipper(optimizer, None)
-    optimizer.step()
-    assert norms(optimizer) == pytest.approx([0.5, 10.0, 50.0])
-    assert clipper.last.threshold.tolist() == [0.5, math.inf]
-
-
-@pytest.mark.parametrize("policy", ["zero", "skip", "propagate"])
-def test_a_norm_that_is_not_finite_concerns_its_own_group(policy):
-    """Unless the step is skipped."""
-    optimizer = three_groups()
-    optimizer.param_groups[0]["params"][0].grad[0] = math.nan
-    clipper = GradientClipper(optimizer, 1.0, nonfinite=policy)
-    optimizer.step()
-    assert norms(optimizer)[1:] == pytest.approx([10.0 if policy == "skip" else 1.0, 50.0])
-    assert norms(optimizer)[0] == 0.0 if policy == "zero" else math.isnan(norms(optimizer)[0])
-    assert clipper.skipped == (policy == "skip")
-    assert clipper.clip_rate() == (0.0 if policy == "skip" else 1.0)
-
-
 def test_a_group_outside_every_norm_does_not_hide_or_cause_anything():
     """Its NaN raises nothing, and the norms that exceed skip the step."""
     optimizer = three_groups()
@@ -151,7 +109,7 @@ def test_a_group_outside_every_norm_does_not_hide_or_cause_anything():
     assert not clipper.last.nonfinite.any()
     assert clipper.skipped == 1
     optimizer.param_groups[0]["params"][0].grad[0] = math.nan
-    with pytest.raises(NonFiniteGradientError, match="group 0, parameter 0"):
+    with pytest.raises(gradclip.NonFiniteGradientError, match="group 0, parameter 0"):
         optimizer.step()
 
 
@@ -237,8 +195,8 @@ def test_after_detaching_no_key_matters():
         optimizer.step()
 
 
-def test_groups_may_be_removed_only_where_none_has_a_key():
-    """Keys could not be matched with the groups that are left."""
+def test_groups_may_be_removed_only_where_nothing_numbers_them():
+    """Else nothing says which keys or labels belong to the groups that are left."""
     optimizer = groups_with((ABSENT, [3.0]), (ABSENT, [4.0]))
     clipper = GradientClipper(optimizer, 1.0)
     optimizer.step()
@@ -248,9 +206,12 @@ def test_groups_may_be_removed_only_where_none_has_a_key():
     optimizer.add_param_group({"params": [parameter_with(torch.tensor([6.0]))], "max_norm": 2.0})
     optimizer.step()
     assert norms(optimizer) == pytest.approx([0.8, 2.0])
-    optimizer = three_groups()
-    GradientClipper(optimizer, 1.0)
-    del optimizer.param_groups[0]
-    with pytest.raises(AttachError, match=r"SGD had 3 parameter groups and has 2, .* attach a new"):
-        optimizer.step()
-    assert norms(optimizer) == [10.0, 50.0]
+    for optimizer, scope in (
+        (three_groups(), "global"),
+        (groups_with(*[(ABSENT, [10.0])] * 3), "group"),
+    ):
+        GradientClipper(optimizer, 1.0, scope=scope)
+        del optimizer.param_groups[0]
+        with pytest.raises(AttachError, match="SGD had 3 parameter groups and has 2, .* attach a"):
+            optimizer.step()
+        assert norms(optimizer)[0] == 10.0

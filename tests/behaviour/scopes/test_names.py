@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from gradclip import GradientClipper, NonFiniteGradientError
+from tests.support.reference import parameter_with
 
 SGD = torch.optim.SGD
-WEIGHT = nn.Parameter(torch.ones(1))
+WEIGHT, TWIN = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
 MODEL, OTHER = nn.Linear(2, 1), nn.Linear(2, 1, bias=False)
 POSITIONS = ["group 0, parameter 0", "group 0, parameter 1", "group 1, parameter 0"]
+FOUR = [[*MODEL.parameters()], [*OTHER.named_parameters()], [("w", WEIGHT)], [("w", TWIN)]]
+TAKEN = ["weight", "bias", "optimizer 1, group 0, parameter 0", "w"]
+TAKEN += ["optimizer 3, group 0, parameter 0"]
 GROUPS = [{"params": [*MODEL.parameters()]}, {"params": [WEIGHT]}]
 
 
@@ -24,22 +28,7 @@ GROUPS = [{"params": [*MODEL.parameters()]}, {"params": [WEIGHT]}]
         (lambda: [SGD(GROUPS)], MODEL, ["weight", "bias", "group 1, parameter 0"]),
         (lambda: [SGD([("first", WEIGHT)])], None, ["first"]),
         (lambda: [SGD([WEIGHT]), SGD([WEIGHT])], None, ["optimizer 0, group 0, parameter 0"]),
-        (
-            lambda: [
-                SGD(MODEL.parameters()),
-                SGD(OTHER.named_parameters()),
-                SGD([("w", WEIGHT)]),
-                SGD([("w", nn.Parameter(torch.ones(1)))]),
-            ],
-            MODEL,
-            [
-                "weight",
-                "bias",
-                "optimizer 1, group 0, parameter 0",
-                "w",
-                "optimizer 3, group 0, parameter 0",
-            ],
-        ),
+        (lambda: [SGD(params) for params in FOUR], MODEL, TAKEN),
     ],
     ids=["positions", "model", "optimizer", "once", "taken"],
 )
@@ -73,12 +62,7 @@ TWICE = torch.sparse_coo_tensor([[0, 2, 2]], [1.0, 3e38, 3e38], (3,))
 )
 def test_the_error_says_what_is_not_finite(gradients, said):
     """With elements counted; sparse gradients are read as they add up."""
-    named = []
-    for name, gradient in gradients.items():
-        weight = nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype))
-        weight.grad = gradient
-        named.append((name, weight))
-    optimizer = SGD(named)
+    optimizer = SGD([(name, parameter_with(gradient)) for name, gradient in gradients.items()])
     GradientClipper(optimizer, 1.0, nonfinite="raise")
     with pytest.raises(NonFiniteGradientError) as raised:
         optimizer.step()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -119,30 +118,18 @@ def test_a_resumed_run_decides_as_one_that_never_stopped(scope, rule):
     assert counters == stopped.clipper.state_dict()["counters"]
 
 
-def test_a_state_of_other_labels_or_another_rule_is_refused_and_changes_nothing():
-    """The clipper goes on as if nobody had tried."""
-    state = Run("parameter", Percentile(window=20))
-    state.take(0, 5)
-    saved = state.clipper.state_dict()
-    others = {
-        r"has the labels \['0.weight', .*, the clipper has \['0.w": Run("unit", Percentile()),
-        "The threshold is ZScore and the state is of 'Per": Run("parameter", ZScore()),
-        "'window' has the shape": Run("parameter", Percentile(window=30)),
-        "The threshold is Fixed and the state is of 'Per": Run("parameter", Fixed(1.0)),
-    }
-    for said, run in others.items():
-        run.take(0, 3)
-        before = copy.deepcopy(run.clipper.state_dict())
-        with pytest.raises(StateError, match=f"{said}(.|\n)*Nothing was loaded"):
-            run.clipper.load_state_dict(saved)
-        assert repr(before) == repr(run.clipper.state_dict())
-    fixed = others.popitem()[1].clipper
-    for wrong in (None, [], 7, {"a": 1}):
-        with pytest.raises(StateError, match="Fixed keeps no state, found .* Nothing was loaded"):
-            fixed.load_state_dict({**fixed.state_dict(), "threshold": wrong})
-    del saved["labels"]
+def test_a_state_of_other_norms_is_refused():
+    """Other labels, another window, or keys that lack."""
+    saved = Run("parameter", Percentile(window=20)).clipper.state_dict()
+    for scope, window, said in (
+        ("unit", 20, r"has the labels \['0.weight', .*, the clipper has \['0.w"),
+        ("parameter", 30, r"'window' has the shape \(5, 19\) and needs \(5, 29\), .* the size of"),
+    ):
+        with pytest.raises(StateError, match=f"{said}.*Nothing was loaded"):
+            Run(scope, Percentile(window=window)).clipper.load_state_dict(saved)
+    without = {key: saved[key] for key in saved if key != "labels"}
     with pytest.raises(StateError, match="needed are the keys"):
-        state.clipper.load_state_dict(saved)
+        Run("parameter", Percentile(window=20)).clipper.load_state_dict(without)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -196,20 +183,6 @@ KNOWN = {
 """Algorithms as their authors have them, one line each."""
 
 
-def regression(seed: int = 0) -> tuple[nn.Module, Callable[[int], torch.Tensor]]:
-    """Return a model and its loss for each step."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1))
-
-    def loss(step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        inputs = torch.randn(32, 5, generator=generator)
-        noise = torch.randn(32, 1, generator=generator)
-        return (model(inputs) - inputs.sum(1, keepdim=True).sin() - noise).square().mean()
-
-    return model, loss
-
-
 def feed(rule: Threshold, norms: list[float], **options) -> GradientClipper:
     """Take a step with each norm."""
     weight = nn.Parameter(torch.zeros(1))
@@ -227,7 +200,14 @@ ORDINARY = [1.0 + 0.1 * math.sin(step) for step in range(200)]
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_algorithms_are_one_line(name):
     """And a model learns with each."""
-    model, loss = regression()
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def loss(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(32, 5, generator=generator)
+        noise = torch.randn(32, 1, generator=generator)
+        return (model(inputs) - inputs.sum(1, keepdim=True).sin() - noise).square().mean()
+
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     clipper = GradientClipper(optimizer, **KNOWN[name])
     before = sum(loss(step).item() for step in range(20))
@@ -240,55 +220,10 @@ def test_known_algorithms_are_one_line(name):
     clipper.detach()
 
 
-def test_autoclip_does_not_mind_the_scale_of_the_loss():
-    """A fixed threshold does."""
-
-    def path(factor: float, max_norm) -> torch.Tensor:
-        model, loss = regression()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        GradientClipper(optimizer, max_norm)
-        for step in range(100):
-            optimizer.zero_grad()
-            (loss(step) * factor).backward()
-            optimizer.step()
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    torch.testing.assert_close(
-        path(1000.0, Percentile(10)), path(1.0, Percentile(10)), rtol=1e-2, atol=1e-3
-    )
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(path(1000.0, 1.0), path(1.0, 1.0), rtol=1e-2, atol=1e-3)
-
-
 def test_autoclip_at_10_clips_about_90_percent_of_stationary_norms():
     """Once the window shows how they vary."""
     norms = torch.randn(1500, 50, generator=torch.Generator().manual_seed(0)).norm(dim=1)
     assert 0.87 < feed(Percentile(10), norms.tolist()).clip_rate() < 0.93
-
-
-def test_agc_lets_weights_at_zero_learn():
-    """By its eps."""
-    model, loss = regression()
-    nn.init.zeros_(model[2].weight)
-    nn.init.zeros_(model[2].bias)
-    before = loss(0).item()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    GradientClipper(optimizer, RelativeToWeights(0.1), scope="unit")
-    for step in range(200):
-        optimizer.zero_grad()
-        loss(step).backward()
-        optimizer.step()
-    assert model[2].weight.norm().item() > 1e-2
-    assert loss(0).item() < before - 0.01
-
-
-def test_zclip_survives_one_nan():
-    """With the thresholds that it would have without."""
-    norms = [*ORDINARY, math.nan, *ORDINARY]
-    clipper = feed(ZScore(), norms)
-    calm = feed(ZScore(), [*ORDINARY, *ORDINARY])
-    assert torch.equal(clipper.last.thresholds, calm.last.thresholds)
-    assert feed(ZScore(), [*norms, 50.0]).last.coefficient.item() < 0.1
 
 
 @pytest.mark.parametrize("exceed", ["scale", "skip"])
@@ -346,43 +281,3 @@ def test_norms_that_rise_for_good_are_followed_while_skipping(make):
         feed(make(), norms, exceed="skip") for norms in (RISING, RISING + RISING[-50:])
     )
     assert after.skipped - before.skipped < 40
-
-
-@pytest.mark.parametrize("rule", [MedianDeviation, ZScore, MovingAverage, GrowthLimit])
-def test_units_that_are_mostly_idle_still_learn(rule):
-    """No threshold becomes 0."""
-    table = nn.Parameter(torch.zeros(10, 2))
-    optimizer = torch.optim.SGD([table], lr=0.0)
-    GradientClipper(optimizer, rule(), scope="unit")
-    generator = torch.Generator().manual_seed(0)
-    erased = 0
-    for step in range(300):
-        table.grad = torch.zeros(10, 2)
-        busy = torch.randperm(10, generator=generator)[:3]
-        table.grad[busy] = torch.rand(3, 2, generator=generator) + 0.5
-        optimizer.step()
-        erased += int((table.grad[busy].norm(dim=1) == 0).sum()) if step > 100 else 0
-    assert erased == 0
-
-
-@pytest.mark.parametrize("rule", ADAPTIVE)
-def test_an_idle_parameter_keeps_its_state(rule):
-    """While another one goes on."""
-    busy, idle = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([busy, idle], lr=0.0)
-    clipper = GradientClipper(optimizer, RULES[rule](), scope="parameter")
-    for step in range(12):
-        busy.grad, idle.grad = torch.tensor([1.0]), torch.tensor([1.0 + step % 3])
-        optimizer.step()
-
-    def state_of(label: int) -> list[torch.Tensor]:
-        state = clipper.state_dict()["threshold"]
-        return [tensor[label].clone() for name, tensor in state.items() if name != "rule"]
-
-    before, busy_before = state_of(1), state_of(0)
-    idle.grad = None
-    for step in range(12):
-        busy.grad = torch.tensor([5.0 + step])
-        optimizer.step()
-    assert all(map(torch.equal, state_of(1), before))
-    assert not all(map(torch.equal, state_of(0), busy_before))

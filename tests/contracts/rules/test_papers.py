@@ -45,14 +45,6 @@ def test_percentile_is_autoclip(percentile, window):
     agree(lambda: Percentile(percentile, window), autoclip(percentile, window))
 
 
-def test_labels_of_many_blocks_are_the_same_as_of_one(monkeypatch):
-    """The CPU reorders a block of labels at once."""
-    steps = torch.rand(30, 5, dtype=torch.float64).tolist()
-    whole = Driver(Percentile(30, window=9), 5).run(steps)
-    monkeypatch.setattr("gradclip.thresholds.window._BLOCK", 2 * 8)
-    assert Driver(Percentile(30, window=9), 5).run(steps) == whole
-
-
 # ZClip: a list of the warm-up's norms, then moving averages
 
 

@@ -1,7 +1,7 @@
-"""Callbacks for the trainers of frameworks; each module imports its own framework alone.
+"""Integrations: a callback for the trainer of each framework, one framework a file.
 
-``lightning``: a callback for the ``Trainer`` of PyTorch Lightning. ``transformers``: one for that
-of Transformers.
+``lightning`` is for the ``Trainer`` of PyTorch Lightning, ``transformers`` for that of Hugging Face
+Transformers. Each imports its framework, which need not be installed for the rest of the package.
 
 Called by: no other room.
 Imports: errors, checks, thresholds, scopes, records, gradients, optimizers, clipper.

@@ -1,4 +1,4 @@
-"""Clipping as a callback of Lightning's ``Trainer``."""
+"""A callback that clips in the ``Trainer`` of PyTorch Lightning."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..records.sinks.tensorboard import TensorBoardSink
 from ..thresholds import Threshold
 from .lightning_checks import (
     PACKAGES,
-    Untouched,
-    check_clipped_elsewhere,
+    ManualClippingWatch,
+    check_strategy_and_module,
     refuse_joint_scaling,
     refuse_own_clipping,
     refuse_shared_sink,
@@ -33,9 +33,9 @@ from .options import as_new, checked_options
 __all__ = ["GradClipCallback"]
 
 STATE = "clippers"
-"""Under which key a checkpoint has the states."""
-BY_LIGHTNING = ("log", "log_dict")
-"""What a Trainer sets on its callbacks, bound to the model."""
+"""The key of the clippers' states in a checkpoint."""
+SET_BY_TRAINER = ("log", "log_dict")
+"""Attributes that a Trainer sets on its callbacks: methods of the model, not to be copied."""
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -44,52 +44,52 @@ def _callback_classes() -> tuple[type, ...]:
     Raises:
         ImportError: Neither can be imported.
     """
-    found, failures = [], []
+    classes, failures = [], []
     for package in PACKAGES:
         try:
-            found.append(import_module(package).Callback)
+            classes.append(import_module(package).Callback)
         except ImportError as error:
             failures.append(error)
-    if not found:
+    if not classes:
         raise ImportError(
             "gradclip.integrations.lightning needs lightning or pytorch_lightning, and neither "
             f"can be imported ({'; '.join(map(str, failures))}): "
             'pip install "gradclip[lightning]".'
         ) from failures[0]
-    return tuple(found)
+    return tuple(classes)
 
 
 if TYPE_CHECKING:
     _Callback = object
 else:
-    # A Trainer of either package takes it, whichever was imported first.
+    # Derived from both, so that a Trainer of either package takes it.
     _Callback = type("_Callback", _callback_classes(), {})
 
 
 class GradClipCallback(_Callback):
-    """Clip every step of a ``Trainer``'s optimizers, and log the norms where it logs.
+    """Clip every step of a ``Trainer``'s optimizers, and log the norms to its loggers.
 
     For the ``Trainer`` of ``lightning`` and that of ``pytorch_lightning``, with automatic and
-    manual optimization, accumulated batches, mixed precision and any strategy whose gradients
-    gradclip knows. The clippers are attached when a fit starts and closed when it ends, also by an
+    manual optimization, accumulated batches, mixed precision, and any strategy whose gradients
+    gradclip can measure. The clippers attach when a fit starts and close when it ends, also by an
     exception; outside of ``fit`` the callback does nothing.
 
-    Several optimizers, which Lightning has under manual optimization alone, get a clipper each
-    with a norm, a threshold, counters and curves of its own: they mostly have losses of their own
-    and step one after the other, as those of a GAN do, so that no moment has all the gradients of
-    one norm. ``joint=True`` is for optimizers that divide one model and one loss among them.
+    Several optimizers, which Lightning allows under manual optimization alone, get a clipper each,
+    with a norm, a threshold, counters and curves of its own: mostly they have losses of their own
+    and step one after the other, as those of a GAN do, so that at no moment there are all
+    gradients of one norm. ``joint=True`` is for optimizers that share one model and one loss.
 
-    A checkpoint has the clippers' states, and a run that is resumed from it makes the same
-    decisions and continues its curves. So does a second ``fit`` of the same trainer; for another
-    trainer the callback begins anew, as does a copy of it. The index of a step is that of
+    A checkpoint holds the states of the clippers: a run that is resumed from it makes the same
+    decisions and continues its curves. So does a second ``fit`` of the same trainer. For another
+    trainer the callback begins anew, and so does a copy of it. The index of a step is that of
     ``trainer.global_step`` for one optimizer, and the number of its own steps for each of several;
-    a step that ``GradScaler`` leaves out for its overflow is in ``global_step`` alone.
+    a step that ``GradScaler`` skips for its overflow counts in ``global_step`` alone.
 
-    Optimizers that are replaced during a fit are clipped from the next batch on, by clippers that
-    continue those of the old ones.
+    If optimizers are replaced during a fit, clippers of the new ones continue the old ones from
+    the next batch on.
 
-    ``LearningRateFinder`` and ``BatchSizeFinder`` set all callbacks aside while they try at the
-    start of a fit: those steps are neither clipped nor counted.
+    ``LearningRateFinder`` and ``BatchSizeFinder`` put all callbacks aside for the steps that they
+    try at the start of a fit: those are neither clipped nor counted.
 
     >>> from gradclip.integrations.lightning import GradClipCallback
     >>> callback = GradClipCallback(1.0, nonfinite="skip")
@@ -98,23 +98,23 @@ class GradClipCallback(_Callback):
     []
 
     Args:
-        max_norm: As `GradientClipper` takes it. A rule that learns is copied for each clipper.
-        log: True for the loggers of the trainer: to TensorBoard as a `TensorBoardSink` writes, with
-            the overlay and the incidents, to others by `CallableSink`, with the same names. Or what
-            `GradientClipper` takes, a list in which True may be, or None. With several optimizers
-            the names of the second begin with ``grad_norm_2``, and so on. Of several processes
-            the first one logs.
-        every: Which steps the trainer's loggers get: each whose index is a multiple of this; None
-            for ``trainer.log_every_n_steps``. They arrive in batches of 100 and at the end of
-            each epoch.
+        max_norm: As for `GradientClipper`. A rule that learns is copied for each clipper.
+        log: True for the loggers of the trainer: TensorBoard gets what a `TensorBoardSink` writes,
+            with the overlay and the incidents, and others get a `CallableSink` with the same
+            names. Or what `GradientClipper` takes, a list that may hold True, or None. With
+            several optimizers the names of the second begin with ``grad_norm_2``, and so on. Of
+            several processes the first one logs.
+        every: The trainer's loggers get each step whose index is a multiple of this; None for
+            ``trainer.log_every_n_steps``. They get them in batches of 100 and at the end of each
+            epoch.
         joint: Whether several optimizers share one clipper and its norm.
         model: Names the parameters; by default the LightningModule.
         grad_scaler: By default that of the precision plugin.
         options: The other options of `GradientClipper`, for each clipper.
 
     Raises:
-        ArgumentError: An option that cannot be meant; at the start of a fit: the trainer has a
-            ``gradient_clip_val`` or ``gradient_clip_algorithm``, or one sink is to serve several
+        ArgumentError: An invalid option; at the start of a fit: the trainer has a
+            ``gradient_clip_val`` or ``gradient_clip_algorithm``, or one sink would serve several
             clippers.
         AttachError: At the start of a fit: an optimizer or a strategy that cannot be clipped.
         StateError: At the start of a fit: the checkpoint is of other clippers.
@@ -122,9 +122,9 @@ class GradClipCallback(_Callback):
 
     Warns:
         UserWarning: The module overrides ``configure_gradient_clipping``, which Lightning calls
-            before each step, without a ``gradient_clip_val`` as well; under manual optimization it
-            writes to its gradients before the first step, as ``self.clip_gradients()`` does; an
-            optimizer was replaced by one that the state of its clipper does not fit.
+            before each step, also without a ``gradient_clip_val``; under manual optimization the
+            module writes to its gradients before the first step, as ``self.clip_gradients()``
+            does; an optimizer was replaced by one that the state of its clipper does not fit.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class GradClipCallback(_Callback):
         **options: Any,
     ) -> None:
         self._logs = [*log] if isinstance(log, list | tuple) else [log]
-        own = [each for each in self._logs if each is not True]
-        self._threshold = checked_options(max_norm, {**options, "log": own})
+        sinks = [each for each in self._logs if each is not True]
+        self._threshold = checked_options(max_norm, {**options, "log": sinks})
         self._every = None if every is None else checked_count("every", every, 1)
         self._joint = joint
         self._model, self._grad_scaler = model, grad_scaler
@@ -150,18 +150,18 @@ class GradClipCallback(_Callback):
         self._loaded: list[Mapping[str, Any]] | None = None
         self._trainer: weakref.ref[Any] | None = None
         self._optimizers: list[Any] = []
-        self._untouched: Untouched | None = None
+        self._watch: ManualClippingWatch | None = None
         self.clippers: list[GradientClipper] = []
-        """Those of the running or the last fit, one for each optimizer; one if they are joint."""
+        """The clippers of this fit or the last, one for each optimizer, or one with ``joint``."""
 
-    # Their life
+    # The life of the clippers
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a trainer that clips as well; called by the trainer."""
+        """Refuse a trainer that clips by itself; called by the trainer."""
         self._stage = stage
         if stage == "fit":
             refuse_own_clipping(trainer)
-            check_clipped_elsewhere(trainer.strategy, pl_module)
+            check_strategy_and_module(trainer.strategy, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach the clippers; called by the trainer, before it loads the optimizers' states."""
@@ -169,14 +169,14 @@ class GradClipCallback(_Callback):
         self._trainer, self._loaded = weakref.ref(trainer), None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count from where the trainer does, if no state has said; called by the trainer."""
-        refuse_own_clipping(trainer)  # other callbacks can have set it
+        """Count on from the trainer's step, if no state was loaded; called by the trainer."""
+        refuse_own_clipping(trainer)  # another callback may have set it since
         _count_on(self.clippers, trainer)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follow a trainer whose optimizers were replaced; called by the trainer."""
+        """Attach to optimizers that were replaced; called by the trainer."""
         if [*map(id, trainer.optimizers)] == [*map(id, self._optimizers)]:
             return
         states = self.state_dict().get(STATE, ())
@@ -186,27 +186,27 @@ class GradClipCallback(_Callback):
             try:
                 clipper.load_state_dict(state)
             except StateError as error:
-                what = f"An optimizer was replaced by one whose clipper begins anew: {error}"
-                warnings.warn(what, UserWarning, stacklevel=2)
+                message = f"An optimizer was replaced by one whose clipper begins anew: {error}"
+                warnings.warn(message, UserWarning, stacklevel=2)
         _count_on(self.clippers, trainer)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the gradients as they are computed; called by the trainer."""
-        if self._untouched is not None:
-            self._untouched.after_backward()
+        """Remember the gradients as they were computed; called by the trainer."""
+        if self._watch is not None:
+            self._watch.after_backward()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Look at the gradients as they are to be clipped; called by the trainer."""
+        """Refuse an unknown optimizer, and check the gradients; called by the trainer."""
         if not any(optimizer is each for each in self._optimizers):
             raise AttachError(
-                f"This {type(optimizer).__name__} came into the fit within a batch and has no "
-                "clipper: replace optimizers before a batch begins, as in on_train_epoch_start."
+                f"This {type(optimizer).__name__} was added within a batch and has no clipper: "
+                "replace optimizers before a batch begins, as in on_train_epoch_start."
             )
-        if self._untouched is not None:
-            self._untouched.before_step()
+        if self._watch is not None:
+            self._watch.before_step()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write what is left to the logs; called by the trainer. Host sync."""
+        """Write the steps so far to the logs; called by the trainer. Host sync."""
         for clipper in self.clippers:
             clipper.flush()
 
@@ -223,14 +223,14 @@ class GradClipCallback(_Callback):
     ) -> None:
         scaler = self._grad_scaler or getattr(trainer.precision_plugin, "scaler", None)
         model = module if self._model is None else self._model
-        given: list[Any] = [[each] for each in trainer.optimizers]
-        if self._joint and len(given) > 1:
-            given = [trainer.optimizers]
+        groups: list[Any] = [[optimizer] for optimizer in trainer.optimizers]
+        if self._joint and len(groups) > 1:
+            groups = [trainer.optimizers]
             refuse_joint_scaling(scaler)
-        refuse_shared_sink(self._logs, len(given))
-        with ExitStack() as attached:
+        refuse_shared_sink(self._logs, len(groups))
+        with ExitStack() as attached:  # detaches the first ones if a later one is refused
             clippers = []
-            for index, optimizers in enumerate(given):
+            for index, optimizers in enumerate(groups):
                 clipper = GradientClipper(
                     optimizers,
                     as_new(self._threshold),
@@ -245,7 +245,7 @@ class GradClipCallback(_Callback):
             attached.pop_all()
         self.clippers, self._attached = clippers, True
         self._optimizers = [*trainer.optimizers]
-        self._untouched = Untouched(module, scaled=scaler is not None)
+        self._watch = ManualClippingWatch(module, scaled=scaler is not None)
 
     def _end(self) -> None:
         self._stage, self._attached = None, False
@@ -256,10 +256,10 @@ class GradClipCallback(_Callback):
         for clipper in self.clippers:
             clipper.close()
 
-    # Their states
+    # The states of the clippers
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the clippers, empty if there are none; for checkpoints. Host sync.
+        """Return the states of the clippers for a checkpoint; empty if there are none. Host sync.
 
         It loads with ``weights_only=True``.
         """
@@ -268,12 +268,12 @@ class GradClipCallback(_Callback):
         return {STATE: [each.state_dict() for each in self.clippers]} if self.clippers else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; before a fit, it waits for the clippers.
+        """Load a state that `state_dict` returned; before a fit it waits for the clippers.
 
-        What a checkpoint holds that is only evaluated is not taken.
+        The state of a checkpoint that is only evaluated is ignored.
 
         Raises:
-            StateError: It is no such state, or of other clippers than there are.
+            StateError: It is not such a state, or one of other clippers.
         """
         states = _parsed(state_dict)
         if self._stage not in (None, "fit"):
@@ -284,21 +284,22 @@ class GradClipCallback(_Callback):
             self._loaded = states
 
     def _states_for(self, trainer: Any) -> Sequence[Mapping[str, Any]] | None:
-        """Return what the clippers of a fit begin with."""
+        """Return the states that the clippers of a fit continue; None to begin anew."""
         if self._loaded is None and (self._trainer is None or self._trainer() is not trainer):
             return None
         return self.state_dict().get(STATE)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"clippers": [], "_attached": False, "_trainer": None, "_stage": None}
-        left_out |= {"_optimizers": [], "_untouched": None}
-        kept = {name: each for name, each in vars(self).items() if name not in BY_LIGHTNING}
-        return {**kept, **left_out}
+        """Return the options and a state that waits: a copy is attached to nothing."""
+        reset = {"clippers": [], "_attached": False, "_trainer": None, "_stage": None}
+        reset |= {"_optimizers": [], "_watch": None}
+        kept = {name: value for name, value in vars(self).items() if name not in SET_BY_TRAINER}
+        return {**kept, **reset}
 
-    # What they are given
+    # The logs of the clippers
 
     def _sinks(self, trainer: Any, index: int) -> list[Any]:
-        """Return the logs of a clipper; on ranks other than the first there are none."""
+        """Return the logs of a clipper; none on ranks other than the first."""
         if not trainer.is_global_zero:
             return []
         every = self._every or trainer.log_every_n_steps
@@ -314,8 +315,8 @@ class GradClipCallback(_Callback):
 
 
 def _sink_of(logger: Any, every: int, prefix: str) -> Sink:
-    """Return the sink that writes to a trainer's logger."""
-    from torch.utils.tensorboard import SummaryWriter  # not at the top: it imports TensorBoard
+    """Return a sink that writes to a trainer's logger."""
+    from torch.utils.tensorboard import SummaryWriter  # here: TensorBoard need not be installed
 
     writer = getattr(logger, "experiment", None)
     if isinstance(writer, SummaryWriter):
@@ -326,27 +327,28 @@ def _sink_of(logger: Any, every: int, prefix: str) -> Sink:
 
 
 def _count_on(clippers: Sequence[GradientClipper], trainer: Any) -> None:
+    """Count from the trainer's step on, where no step was counted."""
     for clipper in clippers:
         if clipper.steps == 0:
             clipper.steps = trainer.global_step // len(trainer.optimizers)
 
 
 def _parsed(state: object) -> list[Mapping[str, Any]]:
-    found = state.get(STATE) if isinstance(state, Mapping) else None
-    if not isinstance(found, list):
+    states = state.get(STATE) if isinstance(state, Mapping) else None
+    if not isinstance(states, list):
         keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise StateError(
             f"state_dict has {keys}, needed is the key {STATE!r} with a list: give what "
             "GradClipCallback.state_dict() returned. Nothing was loaded."
         )
-    return found
+    return states
 
 
 def _load(clippers: Sequence[GradientClipper], states: Sequence[Mapping[str, Any]]) -> None:
     if len(states) != len(clippers):
         raise StateError(
             f"The state is of {len(states)} clippers, and there are {len(clippers)}: resume with "
-            "the optimizers and the joint= it was saved with. Nothing was loaded."
+            "the optimizers and the joint= that it was saved with. Nothing was loaded."
         )
     for clipper, state in zip(clippers, states, strict=True):
         clipper.load_state_dict(state)

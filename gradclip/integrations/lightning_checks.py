@@ -12,42 +12,42 @@ from ..errors import ArgumentError, AttachError
 from ..records.sinks.base import Sink
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-"""Lightning has two names, each with a ``Callback`` of its own."""
+"""The two packages of Lightning, each with a ``Callback`` of its own."""
 
 
 def refuse_own_clipping(trainer: Any) -> None:
     """Refuse a trainer that clips by itself."""
     for name in ("gradient_clip_val", "gradient_clip_algorithm"):
-        found = getattr(trainer, name)
-        if found:
-            value = getattr(found, "value", found)
+        option = getattr(trainer, name)
+        if option:
+            value = getattr(option, "value", option)
             raise ArgumentError(
                 f"The Trainer has {name}={value!r} and a GradClipCallback: the gradients "
-                "would be clipped twice, and measured after the first time. Leave it out of the "
-                "Trainer, or leave out the callback."
+                "would be clipped twice, and measured after the first time. Remove it from the "
+                "Trainer, or remove the callback."
             )
 
 
-def check_clipped_elsewhere(strategy: Any, module: Any) -> None:
-    """Refuse a strategy that cannot be clipped, and warn of a module that may clip."""
+def check_strategy_and_module(strategy: Any, module: Any) -> None:
+    """Refuse a strategy that cannot be clipped, and warn of a module that may clip by itself."""
     if strategy.handles_gradient_accumulation:
         raise AttachError(
-            f"{type(strategy).__name__} takes the steps in an engine of its own, out of sight of "
-            "the optimizer's hooks: set the clipping in that engine's configuration and leave out "
-            "GradClipCallback, or take another strategy."
+            f"{type(strategy).__name__} takes the steps in an engine of its own, which calls no "
+            "hook of the optimizer: set the clipping in the configuration of that engine and "
+            "remove GradClipCallback, or choose another strategy."
         )
     if module.automatic_optimization and _overrides_clipping(type(module)):
         warnings.warn(
             f"{type(module).__name__} overrides configure_gradient_clipping, which Lightning calls "
             "before each step, also without gradient_clip_val: if it clips, it does so before "
-            "gradclip measures. Remove it, or leave out GradClipCallback.",
+            "gradclip measures. Remove it, or remove GradClipCallback.",
             UserWarning,
             stacklevel=3,
         )
 
 
 def _overrides_clipping(kind: type) -> bool:
-    owner = next(each for each in kind.__mro__ if "configure_gradient_clipping" in vars(each))
+    owner = next(base for base in kind.__mro__ if "configure_gradient_clipping" in vars(base))
     return owner.__module__.partition(".")[0] not in {p.partition(".")[0] for p in PACKAGES}
 
 
@@ -55,15 +55,15 @@ def refuse_joint_scaling(scaler: object) -> None:
     """Refuse a GradScaler for optimizers that share a norm."""
     if scaler is not None:
         raise AttachError(
-            "joint=True with a GradScaler, which Lightning updates after the step of each "
-            "optimizer, so that the gradients of the others keep an older scale: use "
-            'precision="bf16-mixed", or leave out joint=True.'
+            "joint=True was given and there is a GradScaler, which Lightning updates after the "
+            "step of each optimizer, so that the gradients of the others keep an older scale: use "
+            'precision="bf16-mixed", or remove joint=True.'
         )
 
 
 def refuse_shared_sink(logs: Sequence[object], count: int) -> None:
     """Refuse a sink for several clippers."""
-    sink = next((each for each in logs if isinstance(each, Sink)), None)
+    sink = next((log for log in logs if isinstance(log, Sink)), None)
     if count > 1 and sink is not None:
         raise ArgumentError(
             f"log has {sink!r}, and there are {count} optimizers with a clipper each, whose steps "
@@ -72,14 +72,15 @@ def refuse_shared_sink(logs: Sequence[object], count: int) -> None:
         )
 
 
-class Untouched:
-    """Watches over the gradients of a module between its backward passes and its first step.
+class ManualClippingWatch:
+    """Warns of a module that clips by itself between a backward pass and its first step.
 
-    Under manual optimization alone: elsewhere Lightning has a place for what changes gradients.
+    Under manual optimization alone: otherwise Lightning has a method for it, which is checked.
 
     Args:
         module: The LightningModule.
-        scaled: Whether a GradScaler writes to the gradients, too; nothing is watched then.
+        scaled: Whether there is a GradScaler, which writes to the gradients itself: nothing can
+            be watched then.
     """
 
     def __init__(self, module: Any, *, scaled: bool) -> None:
@@ -88,18 +89,18 @@ class Untouched:
         self._versions: list[tuple[Tensor, int]] = []
 
     def after_backward(self) -> None:
-        """Remember the gradients as they are."""
+        """Remember the versions of the gradients."""
         if not self._done:
             gradients = (parameter.grad for parameter in self._module.parameters())
-            self._versions = [(each, each._version) for each in gradients if each is not None]
+            self._versions = [(grad, grad._version) for grad in gradients if grad is not None]
 
     def before_step(self) -> None:
-        """Warn if they were written since, as by ``self.clip_gradients()``; before one step."""
+        """Warn if gradients were written since the backward pass; before the first step alone."""
         if any(gradient._version != version for gradient, version in self._versions):
             warnings.warn(
                 f"{type(self._module).__name__} writes to its gradients between manual_backward() "
                 "and step(): if that is self.clip_gradients(), they are clipped twice, and "
-                "measured after the first time. Remove it, or leave out GradClipCallback.",
+                "measured after the first time. Remove it, or remove GradClipCallback.",
                 UserWarning,
                 stacklevel=3,
             )

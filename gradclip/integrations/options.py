@@ -17,29 +17,29 @@ from ..thresholds import Threshold, learns, threshold_from
 def checked_options(
     max_norm: float | Threshold | Callable[[int], float | None] | None, options: Mapping[str, Any]
 ) -> Threshold:
-    """Refuse when a callback is made what would be refused when training begins.
+    """Refuse invalid options when a callback is made, not when training begins.
 
     Args:
-        max_norm: As `GradientClipper` takes it.
+        max_norm: As for `GradientClipper`.
         options: Other options of `GradientClipper`.
 
     Returns:
         The threshold that ``max_norm`` stands for.
 
     Raises:
-        ArgumentError: An option that cannot be meant.
+        ArgumentError: An invalid option.
         EngineUnavailableError: An engine that this installation lacks.
         TypeError: An option that a clipper does not have.
     """
-    given = signature(GradientClipper).bind((), max_norm, **options)
-    given.apply_defaults()
-    Settings(**{name: given.arguments[name] for name in Settings.__dataclass_fields__})
-    scope_from(given.arguments["scope"])
-    check_log(given.arguments["log"])
+    bound = signature(GradientClipper).bind((), max_norm, **options)
+    bound.apply_defaults()
+    Settings(**{name: bound.arguments[name] for name in Settings.__dataclass_fields__})
+    scope_from(bound.arguments["scope"])
+    check_log(bound.arguments["log"])
     return threshold_from(max_norm)
 
 
 def as_new(threshold: Threshold) -> Threshold:
-    """Return a copy of a threshold that a callback was given, for one clipper."""
-    # What a function is bound to is not to be copied.
+    """Return a copy of a callback's threshold, for one clipper."""
+    # A schedule may be a method of the user's own object, which a deep copy would copy as well.
     return deepcopy(threshold) if learns(threshold) else copy(threshold)

@@ -1,4 +1,4 @@
-"""Clipping in the Trainer of Hugging Face Transformers.
+"""A callback that clips in the ``Trainer`` of Hugging Face Transformers.
 
 trainer = Trainer(
     model,
@@ -46,7 +46,7 @@ except ImportError as error:
 __all__ = ["GradClipCallback"]
 
 _AS_GIVEN = "as given to the callback that is restored"
-"""What stands for ``max_norm`` in a checkpoint: rules and sinks are no JSON."""
+"""Stands for ``max_norm`` in a checkpoint, which is JSON and can hold no rule."""
 
 
 class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -55,36 +55,37 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     The Trainer's own clipping has to be off, ``TrainingArguments(max_grad_norm=0)``. It measures
     the norm all the same and logs it as ``grad_norm``, in the precision of the gradients.
 
-    At each step that the Trainer logs, the norm before and after, the threshold, the clip rate and
-    the counts of steps not finite or skipped are in ``trainer.state.log_history``, as
-    ``grad_norm/pre`` and so on, and in whatever the Trainer reports to. With ``log`` all steps go
-    there instead.
+    At each step that the Trainer logs, ``trainer.state.log_history`` has the norm before and after,
+    the threshold, the clip rate and the counts of non-finite and of skipped steps, as
+    ``grad_norm/pre`` and so on, and so has whatever the Trainer reports to. With ``log`` all steps
+    are logged there instead.
 
-    A checkpoint holds the clipper's counts and what its rule has learned, and
-    ``train(resume_from_checkpoint=...)`` goes on exactly. Any other ``train()`` begins anew. The
-    clipper is attached when training begins and detached when it ends; where it ended with an
-    error, the next one or `close` detaches it.
+    A checkpoint holds the clipper's counters and what its rule has learned, and
+    ``train(resume_from_checkpoint=...)`` continues exactly. Any other ``train()`` begins anew. The
+    clipper attaches when training begins and detaches when it ends; after an error, the next
+    training or `close` detaches it.
 
     Args:
-        max_norm: As `GradientClipper` takes it. Each training gets a copy of a rule.
-        **options: Those of `GradientClipper`, but for ``model``, which is the Trainer's. Sinks in
-            ``log`` are closed at the end of a training, and written to again by the next.
+        max_norm: As for `GradientClipper`. Each training gets a copy of a rule.
+        **options: Options of `GradientClipper`, except for ``model``, which is the Trainer's. Sinks
+            in ``log`` are closed at the end of a training, and the next one writes to them again.
 
     Raises:
-        ArgumentError: An option that cannot be meant.
+        ArgumentError: An invalid option.
         EngineUnavailableError: An engine that this installation lacks.
         TypeError: An option that `GradientClipper` does not have.
     """
 
     _asked: ClassVar[Callable[[], GradClipCallback | None]] = staticmethod(lambda: None)
-    """The callback whose state was asked for last, weakly."""
+    """Returns the callback whose state was asked for last, by a weak reference."""
 
     def __init__(
         self, max_norm: float | Threshold | Callable[[int], float | None] | None, **options: Any
     ) -> None:
-        restored = type(self)._asked() if _stands_in(max_norm) else None
+        restored = type(self)._asked() if _is_placeholder(max_norm) else None
         if restored is not None:
-            # Transformers replaces a callback by a new one, having asked for the old one's state.
+            # To restore a callback, Transformers asks it for its state, and makes a new one of the
+            # arguments in there: the new one goes on as the old one, whose rule is no JSON.
             self.__dict__ = restored.__dict__
             return
         if "model" in options:
@@ -107,7 +108,7 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._clipper is not None:
             self._clipper.close()
 
-    # What the Trainer calls
+    # Methods that the Trainer calls
 
     def on_train_begin(
         self,
@@ -142,7 +143,7 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the newest step to what the Trainer logs of its training."""
+        """Add the newest step to the Trainer's log of a step."""
         if logs is None or "loss" not in logs or self._clipper is None or self._newest is None:
             return
         self._clipper.flush()
@@ -157,18 +158,18 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.close()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps. Host sync."""
+        """Return the state for a checkpoint. Host sync."""
         type(self)._asked = staticmethod(weakref.ref(self))
         saved = None if self._clipper is None else _packed(self._clipper.state_dict())
         return {"args": {"max_norm": _AS_GIVEN}, "attributes": {}, "clipper": saved}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the clipper out of copies, which begin anew."""
+        """Return the options alone: a copy begins anew."""
         return {**vars(self), "_clipper": None, "_newest": None}
 
     def _restore(self, clipper: GradientClipper, state: Any) -> None:
-        """Go on where a checkpoint was left, if the training goes on from one."""
-        # The Trainer writes under this key without asking whether the checkpoint has it.
+        """Load the clipper's state from a checkpoint, if the training is resumed from one."""
+        # The Trainer writes under this key later, and fails if a checkpoint without it was loaded.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if not state.global_step:
             return
@@ -178,16 +179,18 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             try:
                 clipper.load_state_dict(_unpacked(packed))
             except StateError as error:
-                _warn(f"The clipper of the checkpoint is not this one, which begins anew: {error}")
+                _warn(
+                    f"The checkpoint is of another clipper, so that this one begins anew: {error}"
+                )
         elif learns(self._threshold):
             _warn(
                 "The checkpoint has no state of a clipper, so that its rule begins to learn anew: "
-                "give a checkpoint of a training with this callback to go on exactly."
+                "give a checkpoint of a training with this callback to continue exactly."
             )
 
 
 class _Newest(Sink):
-    """Keeps the newest step until it is logged."""
+    """A sink that keeps the newest step until it is logged."""
 
     def __init__(self) -> None:
         self._step: LoggedStep | None = None
@@ -196,48 +199,51 @@ class _Newest(Sink):
         self._step = steps[-1]
 
     def take(self) -> dict[str, float]:
-        """Return the numbers of the newest step, once; empty where none came since."""
+        """Return the numbers of the newest step; empty if they were taken before."""
         step, self._step = self._step, None
         return {} if step is None else dict(scalars(TOTAL, step))
 
 
-def _stands_in(max_norm: object) -> bool:
+def _is_placeholder(max_norm: object) -> bool:
     return isinstance(max_norm, str) and max_norm == _AS_GIVEN
 
 
 def _refuse_own_clipping(max_grad_norm: float | None) -> None:
     if max_grad_norm is None or max_grad_norm > 0:
-        what = "fails at its first step" if max_grad_norm is None else "clips by itself beforehand"
+        effect = "fails at its first step" if max_grad_norm is None else "clips by itself before"
         raise ArgumentError(
-            f"TrainingArguments has max_grad_norm={max_grad_norm}, with which the Trainer {what}: "
-            "give max_grad_norm=0 beside GradClipCallback."
+            f"TrainingArguments has max_grad_norm={max_grad_norm}, with which the Trainer {effect}"
+            ": give max_grad_norm=0 with GradClipCallback."
         )
 
 
 def _refuse_foreign_parameters(model: nn.Module | None, optimizer: Any) -> None:
-    """Refuse an optimizer that stands for others, which step inside ``backward()``."""
+    """Refuse a stand-in for optimizers that step inside ``backward()``."""
     if model is None or not isinstance(optimizer, Optimizer):
         return
-    known = {id(parameter) for parameter in model.parameters()}
-    if not any(id(each) in known for each in parameters_of(optimizer.param_groups)):
+    model_ids = {id(parameter) for parameter in model.parameters()}
+    if not any(id(held) in model_ids for held in parameters_of(optimizer.param_groups)):
         inner = getattr(optimizer, "optimizer", optimizer)
         raise AttachError(
-            f"{type(inner).__name__} holds no parameter of the model, as where each layer is "
-            "stepped inside backward() and no norm over all gradients is known: choose another "
-            "optim= in TrainingArguments, one that is not layerwise."
+            f"{type(inner).__name__} holds no parameter of the model, as if each layer had an "
+            "optimizer that steps inside backward(), before a norm over all gradients is known: "
+            "choose another optim= in TrainingArguments, one that is not layerwise."
         )
 
 
 def _go_first(callback: GradClipCallback) -> None:
-    """Put a callback before those that report, so that they report what it adds to the logs."""
+    """Put a callback before those that report the logs, to which it adds numbers.
+
+    No argument of a callback leads to the handler of all: it is found on the call stack.
+    """
     for handler in locals_of(CallbackHandler.call_event.__code__, "self"):
-        others = [each for each in handler.callbacks if each is not callback]
+        others = [other for other in handler.callbacks if other is not callback]
         handler.callbacks = [callback, *others]
         return
 
 
 def _packed(state: Mapping[str, Any]) -> str:
-    """Return a state as text: a checkpoint keeps callbacks as JSON."""
+    """Return a state as text: a checkpoint holds callbacks as JSON."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 import torch
-from torch.optim import Optimizer
 
 LIGHTNING = ("lightning", "pytorch_lightning")
 collect_ignore_glob = [] if all(map(find_spec, LIGHTNING)) else ["*lightning*"]
@@ -32,18 +30,3 @@ def _alone() -> Iterator[None]:
 def package(request: pytest.FixtureRequest) -> Any:
     """Lightning by each of its names."""
     return sys.modules[request.param]
-
-
-@pytest.fixture
-def nothing_stays_attached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Check at the end of a test that no optimizer has a step pre-hook any more."""
-    hooked: WeakSet[Optimizer] = WeakSet()
-    register = Optimizer.register_step_pre_hook
-
-    def note(self: Optimizer, hook: Any) -> Any:
-        hooked.add(self)
-        return register(self, hook)
-
-    monkeypatch.setattr(Optimizer, "register_step_pre_hook", note)
-    yield
-    assert not any(optimizer._optimizer_step_pre_hooks for optimizer in hooked)

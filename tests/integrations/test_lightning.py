@@ -1,4 +1,4 @@
-"""The callback in Trainers of both packages, against the same training by hand."""
+"""The callback in Trainers of both packages, against the same training by hand, and its logs."""
 
 from __future__ import annotations
 
@@ -10,64 +10,59 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DistributedSampler
 
 import gradclip
-from gradclip import (
-    ArgumentError,
-    AttachError,
-    GradientClipper,
-    JsonlSink,
-    MemorySink,
-    Threshold,
-)
+from gradclip import GradientClipper, MemorySink, Threshold
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Percentile, StepContext
 from tests.integrations.lightning_runs import (
-    BATCHES,
     IGNORED,
-    SIZE,
-    THRESHOLD,
     Adversaries,
     adversarial,
+    evaluated,
+    fit,
+    halves,
+    regression,
+    rows_in,
+    scalars_in,
+    trainer_of,
+)
+from tests.integrations.runs import (
+    BATCHES,
+    SIZE,
+    THRESHOLD,
     assert_close,
     assert_unlike,
-    batches,
     by_hand,
-    data,
-    halves,
+    loader,
     loss_of,
     momentum,
     net_of,
-    norm64,
     norms_of,
-    regression,
-    rows_in,
     rule_of,
-    scalars_in,
-    trainer_of,
     values,
 )
 
-pytestmark = [*IGNORED, pytest.mark.usefixtures("nothing_stays_attached")]
-
+pytestmark = IGNORED
 
 # Automatic optimization
 
 
-def test_a_run_equals_one_by_hand(package):
-    sink = MemorySink()
-    callback, module = GradClipCallback(THRESHOLD, log=sink), regression(package)
-    trainer = trainer_of(callback, package=package, max_epochs=2)
-    trainer.fit(module, data())
-    theirs, norms = by_hand(epochs=2)
-    assert_close(module.net, theirs)
-    assert_unlike(module.net, by_hand(epochs=2, clip=False)[0])
+def test_either_package(package):
+    """A run equals one by hand, in a Trainer of either package."""
+    callback, module = GradClipCallback(THRESHOLD, log=(sink := MemorySink())), regression(package)
+    trainer = fit(module, callback, package=package, max_epochs=2)
+    expected, norms = by_hand(epochs=2)
+    assert_close(module.net, expected)
+    assert_unlike(module.net, by_hand(epochs=2, threshold=math.inf)[0])
     assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert max(module.after) <= THRESHOLD * (1 + 1e-6) < max(norms)
     [clipper] = callback.clippers
@@ -75,45 +70,44 @@ def test_a_run_equals_one_by_hand(package):
     assert 0.2 < clipper.clip_rate() < 0.8
 
 
-def test_one_callback_without_a_list_is_taken_by_either_trainer(package):
-    callback = GradClipCallback(THRESHOLD)
-    trainer = package.Trainer(
-        accelerator="cpu", callbacks=callback, fast_dev_run=2, enable_model_summary=False
-    )
-    trainer.fit(regression(package), data())
-    assert callback.clippers[0].steps == 2
+WAYS = {
+    "two batches a step": ({"accumulate_grad_batches": 2}, {"accumulate": 2}),
+    "three batches a step": ({"accumulate_grad_batches": 3}, {"accumulate": 3}),
+    "bfloat16": ({"precision": "bf16-mixed"}, {"bf16": True}),
+    "validation within": ({"val_check_interval": 3}, {}),
+    "gradient_clip_val=0": ({"gradient_clip_val": 0}, {}),
+}
 
 
-@pytest.mark.parametrize("accumulate", [2, 3])
-def test_accumulated_batches_are_clipped_once(accumulate):
-    sink = MemorySink()
-    callback, module = GradClipCallback(THRESHOLD, log=sink), regression()
-    trainer = trainer_of(callback, accumulate_grad_batches=accumulate)
-    trainer.fit(module, data())
-    theirs, norms = by_hand(accumulate=accumulate)
-    assert_close(module.net, theirs)
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_train(way):
+    """Each step is clipped once, and its norm is the true one."""
+    options, same = WAYS[way]
+    callback, module = GradClipCallback(THRESHOLD, log=(sink := MemorySink())), evaluated()
+    trainer = trainer_of(callback, **options)
+    trainer.fit(module, loader(), loader())
+    expected, norms = by_hand(**same)
+    assert_close(module.net, expected)
+    assert_unlike(module.net, by_hand(**same, threshold=math.inf)[0])
     assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert callback.clippers[0].steps == trainer.global_step == len(norms)
-    assert min(norms) > THRESHOLD
-    assert_unlike(module.net, by_hand(accumulate=accumulate, clip=False)[0])
 
 
 def quasi_newton(net: nn.Module) -> Optimizer:
     return LBFGS(net.parameters(), lr=0.1, max_iter=3)
 
 
-def test_every_evaluation_of_lbfgs_is_clipped():
+def test_lbfgs():
+    """Every evaluation is clipped. In float64, as the method makes much of a rounding."""
     module = regression(configure_optimizers=lambda self: quasi_newton(self.net))
-    # In float64, as the method makes much of a rounding.
-    trainer_of(GradClipCallback(THRESHOLD), precision="64-true").fit(module, data())
-    net = net_of().double()
-    optimizer, norms = quasi_newton(net), []
-    for index, (inputs, targets) in enumerate(batches()):
-        batch = inputs.double(), targets.double()
+    fit(module, GradClipCallback(THRESHOLD), precision="64-true")
+    net, norms = net_of().double(), []
+    optimizer = quasi_newton(net)
+    for batch in loader():
 
-        def closure(index: int = index, batch: Any = batch) -> Tensor:
+        def closure(batch: Any = batch) -> Tensor:
             optimizer.zero_grad()
-            loss = loss_of(net, batch, index)
+            loss = loss_of(net, [part.double() for part in batch])
             loss.backward()
             norms.append(gradclip.clip_grad_norm_(net.parameters(), THRESHOLD).item())
             return loss
@@ -124,64 +118,42 @@ def test_every_evaluation_of_lbfgs_is_clipped():
     assert max(norms) > THRESHOLD
 
 
-def test_bfloat16_autocast_equals_one_by_hand():
-    sink = MemorySink()
-    module = regression()
-    trainer_of(GradClipCallback(THRESHOLD, log=sink), precision="bf16-mixed").fit(module, data())
-    net, norms = net_of(), []
-    optimizer = momentum(net)
-    for index, batch in enumerate(batches()):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(net, batch, index)
-        loss.backward()
-        norms.append(norm64(net))
-        nn.utils.clip_grad_norm_(net.parameters(), THRESHOLD)
-        optimizer.step()
-    assert_close(module.net, net)
-    assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
-    assert norms != pytest.approx(by_hand()[1], rel=1e-4)
-
-
-def scaler_of() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
-
-
-def test_under_a_grad_scaler_norms_are_true_and_overflows_are_not_counted():
-    scaler, sink = scaler_of(), MemorySink()
-    callback, module = GradClipCallback(THRESHOLD, log=sink), regression()
+def test_grad_scaler():
+    """Norms are true, and overflows do not count."""
+    made = {"init_scale": 2.0**127, "backoff_factor": 2.0**-60}
+    scaler, scaler_by_hand = (torch.amp.GradScaler("cpu", **made) for _ in range(2))
+    callback, module = GradClipCallback(THRESHOLD, log=(sink := MemorySink())), regression()
     precision = MixedPrecision("16-mixed", "cpu", scaler)
     precision.forward_context = torch.enable_grad  # scaled as in float16, computed in float32
-    trainer = trainer_of(callback, plugins=[precision])
-    trainer.fit(module, data())
-    net, norms, theirs = net_of(), [], scaler_of()
+    trainer = fit(module, callback, plugins=[precision])
+    net, norms = net_of(), []
     optimizer = momentum(net)
-    for index, batch in enumerate(batches()):
+    for batch in loader():
         optimizer.zero_grad()
-        theirs.scale(loss_of(net, batch, index)).backward()
-        theirs.unscale_(optimizer)
+        scaler_by_hand.scale(loss_of(net, batch)).backward()
+        scaler_by_hand.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(net.parameters(), THRESHOLD))
         norms += [norm] if math.isfinite(norm) else []
-        theirs.step(optimizer)
-        theirs.update()
+        scaler_by_hand.step(optimizer)
+        scaler_by_hand.update()
     assert_close(module.net, net)
     assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert callback.clippers[0].steps == len(norms) < trainer.global_step == BATCHES
-    assert scaler.get_scale() == theirs.get_scale() > 1
+    assert scaler.get_scale() == scaler_by_hand.get_scale() > 1
     trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, data())
+    trainer.fit(module, loader())
     assert [step.step for step in sink.steps] == [*range(len(norms) + BATCHES)]
 
 
 # Several optimizers under manual optimization
 
 
-def adversaries_by_hand(rules: list[Any]) -> tuple[Adversaries, list[GradientClipper]]:
+def adversaries_by_hand(*rules: Any) -> tuple[Adversaries, list[GradientClipper]]:
     nets = Adversaries()
     optimizers = nets.optimizers_of()
-    clippers = [GradientClipper(*each) for each in zip(optimizers, rules, strict=True)]
-    for index, batch in enumerate(batches()):
-        for optimizer, loss in zip(optimizers, nets.losses(batch, index), strict=True):
+    clippers = [GradientClipper(*pair) for pair in zip(optimizers, rules, strict=True)]
+    for batch in loader():
+        for optimizer, loss in zip(optimizers, nets.losses(batch), strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -191,16 +163,16 @@ def adversaries_by_hand(rules: list[Any]) -> tuple[Adversaries, list[GradientCli
 
 
 @pytest.mark.parametrize("step_with_closure", [False, True])
-def test_several_optimizers_have_a_clipper_each_with_a_rule_of_its_own(step_with_closure):
+def test_several_optimizers(step_with_closure):
+    """Each has a clipper, with a copy of the rule that learns for itself."""
     rule = Percentile(50, window=5)
     callback, module = GradClipCallback(rule), adversarial(step_with_closure)
-    trainer = trainer_of(callback)
-    trainer.fit(module, data())
-    nets, clippers = adversaries_by_hand([Percentile(50, window=5) for _ in range(2)])
+    trainer = fit(module, callback)
+    nets, clippers = adversaries_by_hand(Percentile(50, window=5), Percentile(50, window=5))
     assert_close(module.nets, nets)
-    found = [clipper.state_dict() for clipper in callback.clippers]
-    assert repr(found) == repr([clipper.state_dict() for clipper in clippers])
-    assert repr(found[0]["threshold"]) != repr(found[1]["threshold"])
+    states = [clipper.state_dict() for clipper in callback.clippers]
+    assert repr(states) == repr([clipper.state_dict() for clipper in clippers])
+    assert repr(states[0]["threshold"]) != repr(states[1]["threshold"])
     assert [clipper.steps for clipper in callback.clippers] == [BATCHES] * 2
     assert trainer.global_step == 2 * BATCHES
     assert not rule.state
@@ -210,66 +182,127 @@ class Largest(Threshold):
     """A rule with a state that it has from its beginning."""
 
     def __init__(self) -> None:
-        self.seen: list[float] = []
+        self.norms: list[float] = []
 
     def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
-        return torch.full_like(norms, max(self.seen, default=math.inf))
+        return torch.full_like(norms, max(self.norms, default=math.inf))
 
     def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:
-        self.seen += norms.tolist()
+        self.norms += norms.tolist()
 
 
-def test_a_rule_of_ones_own_is_copied_with_what_it_has_learned():
+def test_a_rule_of_ones_own():
+    """It is copied with its state."""
     rule, module = Largest(), adversarial()
-    trainer_of(GradClipCallback(rule)).fit(module, data())
-    assert_close(module.nets, adversaries_by_hand([Largest(), Largest()])[0])
-    assert rule.seen == []
+    fit(module, GradClipCallback(rule))
+    assert_close(module.nets, adversaries_by_hand(Largest(), Largest())[0])
+    assert rule.norms == []
 
 
-def test_joint_optimizers_share_one_norm():
-    sink = MemorySink()
-    callback, module = GradClipCallback(THRESHOLD, log=sink, joint=True), halves()
-    trainer_of(callback).fit(module, data())
-    theirs, norms = by_hand()
-    assert_close(module.net, theirs)
+def test_joint_optimizers():
+    """They share one norm, which makes a difference."""
+    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()), joint=True)
+    fit(module := halves(), callback)
+    expected, norms = by_hand()
+    assert_close(module.net, expected)
     assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert [clipper.steps for clipper in callback.clippers] == [BATCHES]
-    apart = halves()
-    trainer_of(GradClipCallback(THRESHOLD)).fit(apart, data())
-    assert_unlike(apart.net, theirs)
+    fit(apart := halves(), GradClipCallback(THRESHOLD))
+    assert_unlike(apart.net, expected)
 
 
-def test_joint_optimizers_under_a_grad_scaler_are_refused():
-    trainer = trainer_of(
-        GradClipCallback(THRESHOLD, joint=True), plugins=[MixedPrecision("16-mixed", "cpu")]
-    )
-    with pytest.raises(AttachError, match="Lightning updates after the step of each optimizer"):
-        trainer.fit(halves(), data())
+# Logs
+
+NAMES = {
+    f"grad_norm/{name}"
+    for name in ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
+}
 
 
-def test_a_sink_for_several_clippers_is_refused(tmp_path):
-    trainer = trainer_of(GradClipCallback(THRESHOLD, log=[JsonlSink(tmp_path / "steps")]))
-    with pytest.raises(ArgumentError, match="2 optimizers with a clipper each"):
-        trainer.fit(adversarial(), data())
+def test_loggers(tmp_path):
+    """The loggers of the trainer get the numbers of its steps."""
+    loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
+    callback = GradClipCallback(THRESHOLD, log=[True, sink := MemorySink()])
+    fit(regression(), callback, logger=loggers, log_every_n_steps=2, max_epochs=2)
+    curves, rows = scalars_in(loggers[0].log_dir), rows_in(loggers[1].log_dir)
+    expected = sink.steps[::2]
+    assert len(sink.steps) == 2 * BATCHES
+    assert {*curves} == NAMES <= {*rows[0]}
+    pre = [(step.step, pytest.approx(step.norm, rel=1e-6)) for step in expected]
+    post = [(step.step, pytest.approx(step.clipped_norm, rel=1e-6)) for step in expected]
+    assert (curves["grad_norm/pre"], curves["grad_norm/post"]) == (pre, post)
+    table = [(int(row["step"]), float(row["grad_norm/pre"])) for row in rows]
+    assert table == [(step.step, step.norm) for step in expected]
 
 
-def test_an_optimizer_that_is_refused_leaves_the_others_free():
-    module = adversarial()
-    optimizers = module.nets.optimizers_of()
-    optimizers[1].param_groups[0]["differentiable"] = True
-    module.configure_optimizers = lambda: optimizers
-    callback = GradClipCallback(THRESHOLD)
-    with pytest.raises(AttachError, match="differentiable"):
-        trainer_of(callback).fit(module, data())
-    assert callback.clippers == []
-    GradientClipper(optimizers[0], 1.0).close()
+@pytest.mark.parametrize(
+    ("every", "every_of_trainer", "steps"), [(3, 1, [0, 3, 6]), (None, 0, []), (None, 5, [0, 5])]
+)
+def test_every(tmp_path, every, every_of_trainer, steps):
+    """The option, or the trainer, says which steps the loggers get."""
+    logger = TensorBoardLogger(tmp_path)
+    options = {"logger": logger, "log_every_n_steps": every_of_trainer}
+    fit(regression(), GradClipCallback(THRESHOLD, every=every), **options)
+    curve = scalars_in(logger.log_dir).get("grad_norm/pre", [])
+    assert [step for step, _ in curve] == steps
 
 
-def test_parameters_have_the_names_of_the_module():
-    callback = GradClipCallback(THRESHOLD, scope="parameter")
-    module = regression()
-    trainer_of(callback).fit(module, data())
-    assert callback.clippers[0].labels == tuple(name for name, _ in module.named_parameters())
+def test_the_end_of_an_epoch():
+    """The steps so far are written then."""
+
+    class Looks(pl.Callback):
+        def on_train_epoch_start(self, *_: Any) -> None:
+            counts.append(len(sink.steps))
+
+    counts: list[int] = []
+    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
+    fit(regression(), callback, Looks(), max_epochs=3)
+    assert counts == [0, BATCHES, 2 * BATCHES]
+
+
+def test_logs_of_several_clippers(tmp_path):
+    """They have curves of their own."""
+    loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
+    callback = GradClipCallback(THRESHOLD, every=1)
+    fit(adversarial(), callback, logger=loggers)
+    curves, rows = scalars_in(loggers[0].log_dir), rows_in(loggers[1].log_dir)
+    second = {name.replace("grad_norm", "grad_norm_2") for name in NAMES}
+    assert {*curves} == NAMES | second <= {*rows[0]}
+    assert curves["grad_norm/pre"] != curves["grad_norm_2/pre"]
+    for prefix, clipper in zip(("grad_norm", "grad_norm_2"), callback.clippers, strict=True):
+        assert curves[f"{prefix}/pre"][-1] == pytest.approx((7, clipper.last.norm.item()))
+
+
+@pytest.mark.parametrize("log", ["own", None])
+def test_logs_of_ones_own(tmp_path, log):
+    """A directory gets all steps, None logs nothing, and the trainer's loggers get none."""
+    logger, log = TensorBoardLogger(tmp_path), log and str(tmp_path / log)
+    fit(regression(), GradClipCallback(THRESHOLD, log=log), logger=logger, log_every_n_steps=1)
+    assert scalars_in(logger.log_dir) == {}
+    assert log is None or len(scalars_in(log)["grad_norm/pre"]) == BATCHES
+
+
+def test_a_logger_of_several_fits(tmp_path):
+    """A second fit and a resumed one continue its curves."""
+    options = {"logger": TensorBoardLogger(tmp_path), "log_every_n_steps": 1}
+    trainer = fit(module := regression(), GradClipCallback(THRESHOLD), **options)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    options |= {"max_epochs": 3, "resume": str(tmp_path / "a.ckpt")}
+    fit(module, GradClipCallback(THRESHOLD), **options)
+    curve = scalars_in(options["logger"].log_dir)["grad_norm/pre"]
+    assert [step for step, _ in curve] == [*range(3 * BATCHES)]
+
+
+def test_fast_dev_run(tmp_path, monkeypatch):
+    """It clips, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    callback, module = GradClipCallback(THRESHOLD), regression()
+    fit(module, callback, fast_dev_run=4, logger=True)
+    assert callback.clippers[0].steps == 4
+    assert max(module.after) <= THRESHOLD * (1 + 1e-6)
+    assert not [*tmp_path.rglob("events*")]
 
 
 # Processes
@@ -277,15 +310,14 @@ def test_parameters_have_the_names_of_the_module():
 SCRIPT = """
 import json, sys
 import lightning.pytorch as pl, torch
-sys.path.insert(0, {folder!r})
-import lightning_runs as here
+from tests.integrations import lightning_runs, runs
 from gradclip import JsonlSink
 from gradclip.integrations.lightning import GradClipCallback
 
 torch.set_num_threads(1)
 class Loader(pl.LightningDataModule):
     def train_dataloader(self):
-        return here.data()
+        return runs.loader()
 
 def shard(self):
     from torch.distributed.fsdp import fully_shard
@@ -294,15 +326,16 @@ def shard(self):
 def whole(parameter):
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
 
-path, strategy, overrides = {path!r}, "ddp", {{}}
-if {sharded}:
+path, strategy, overrides = sys.argv[1], "ddp", {}
+if sys.argv[2] == "fsdp2":
     strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    overrides = dict(configure_model=shard)
-module = here.regression(**overrides)
+    overrides = dict(configure_model=shard, on_train_batch_end=lambda *_: None)
+module = lightning_runs.regression(**overrides)
 logger = pl.loggers.CSVLogger(path)
 log = [True, JsonlSink(path + "/steps.jsonl"), path + "/board"]
-callback = GradClipCallback(here.rule_of(), log=log, every=1)
-trainer = here.trainer_of(callback, strategy=strategy, devices=2, logger=logger)
+callback = GradClipCallback(runs.rule_of(), log=log, every=1)
+options = dict(strategy=strategy, devices=2, logger=logger)
+trainer = lightning_runs.trainer_of(callback, **options)
 trainer.fit(module, Loader())
 kept = dict(
     weights=torch.cat([whole(p).flatten() for p in module.net.parameters()]).tolist(),
@@ -310,28 +343,27 @@ kept = dict(
     steps=[callback.clippers[0].steps, trainer.global_step],
     folder=logger.log_dir,
 )
-open(f"{{path}}/rank{{trainer.global_rank}}.json", "w").write(json.dumps(kept))
+open(f"{path}/rank{trainer.global_rank}.json", "w").write(json.dumps(kept))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_agree_and_the_first_one_logs(sharded, tmp_path):
-    script, folder = tmp_path / "train.py", str(Path(__file__).parent)
-    script.write_text(SCRIPT.format(folder=folder, path=str(tmp_path), sharded=sharded))
-    root = str(Path(gradclip.__file__).parents[1])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(strategy, tmp_path):
+    """They agree, and the first one logs."""
+    script, root = tmp_path / "train.py", str(Path(gradclip.__file__).parents[1])
+    script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run(
-        [sys.executable, str(script)], env=environment, timeout=240, check=True, cwd=tmp_path
-    )
+    command = [sys.executable, str(script), str(tmp_path), strategy]
+    subprocess.run(command, env=environment, timeout=240, check=True, cwd=tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     steps = BATCHES // 2
-    assert first["weights"] == second["weights"]
-    assert first["state"] == second["state"]
-    assert first["steps"] == second["steps"] == [steps, steps]
+    for key in ("weights", "state", "steps"):
+        assert first[key] == second[key]
+    assert first["steps"] == [steps, steps]
 
     # Gradients are means over both ranks, whose samples Lightning shuffles.
-    net, samples = net_of(), data().dataset
+    net, samples = net_of(), loader().dataset
     dealt = [[*DistributedSampler(samples, 2, rank)] for rank in (0, 1)]
     optimizer, norms = momentum(net), []
     with GradientClipper(optimizer, rule_of()) as clipper:
@@ -339,7 +371,7 @@ def test_two_processes_agree_and_the_first_one_logs(sharded, tmp_path):
             optimizer.zero_grad()
             for order in dealt:
                 batch = samples[order[SIZE * index : SIZE * (index + 1)]]
-                (loss_of(net, batch, index) / 2).backward()
+                (loss_of(net, batch) / 2).backward()
             optimizer.step()
             norms.append(clipper.last.norm.item())
         assert 0 < clipper.clip_rate() < 1

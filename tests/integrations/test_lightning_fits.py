@@ -1,4 +1,4 @@
-"""The callback from one fit to the next: checkpoints, copies, tuners."""
+"""The callback from one fit to the next: checkpoints, replaced optimizers, copies, tuners."""
 
 from __future__ import annotations
 
@@ -15,43 +15,39 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-import gradclip
-from gradclip import (
-    AttachError,
-    GradientClipper,
-    MemorySink,
-    StateError,
-)
+from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Schedule
 from tests.integrations.lightning_runs import (
-    BATCHES,
     IGNORED,
-    THRESHOLD,
     adversarial,
-    assert_close,
-    by_hand,
-    checkpoint_of,
-    data,
     evaluated,
+    fit,
     in_turn,
-    loss_of,
-    norms_of,
     numbers_of,
     regression,
-    rule_of,
     trainer_of,
+)
+from tests.integrations.runs import (
+    BATCHES,
+    THRESHOLD,
+    assert_close,
+    assert_free,
+    by_hand,
+    loader,
+    loss_of,
+    norms_of,
+    rule_of,
     values,
 )
 
-pytestmark = [*IGNORED, pytest.mark.usefixtures("nothing_stays_attached")]
-
+pytestmark = IGNORED
 
 # Checkpoints, and fits one after the other
 
 
 class LateStrategy(SingleDeviceStrategy):
-    """Loads a checkpoint when the fit has started, as those do that spread a model."""
+    """Loads a checkpoint when the fit has started, as strategies do that spread a model."""
 
     restore_checkpoint_after_setup = True
 
@@ -59,219 +55,183 @@ class LateStrategy(SingleDeviceStrategy):
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("steps", [5, BATCHES])
-def test_a_resumed_run_makes_the_same_decisions_and_continues_the_curves(steps, late, tmp_path):
-    expected = GradClipCallback(rule_of(), log=(whole := MemorySink()))
-    straight = regression(training_step=in_turn)
-    trainer_of(expected, max_epochs=3, max_steps=14).fit(straight, data())
-
-    first = GradClipCallback(rule_of(), log=(begun := MemorySink()))
-    module = regression(training_step=in_turn)
-    path = checkpoint_of(tmp_path / "a.ckpt", [first], module, max_steps=steps)
-    second = GradClipCallback(rule_of(), log=(rest := MemorySink()))
-    resumed = regression(training_step=in_turn)
+def test_a_resumed_run(steps, late, tmp_path):
+    """It makes the same decisions and continues the curves."""
+    sinks = [MemorySink() for _ in range(3)]
+    whole, first, second = (GradClipCallback(rule_of(), log=sink) for sink in sinks)
+    modules = [regression(training_step=in_turn) for _ in range(3)]
+    fit(modules[0], whole, max_epochs=3, max_steps=14)
+    fit(modules[1], first, max_steps=steps).save_checkpoint(tmp_path / "a.ckpt")
     strategy = LateStrategy("cpu") if late else "auto"
     trainer = trainer_of(second, max_epochs=3, max_steps=14, strategy=strategy)
-    trainer.fit(resumed, data(), ckpt_path=path, weights_only=None if late else True)
-
-    assert torch.equal(values(resumed.net), values(straight.net))
-    assert numbers_of(begun) + numbers_of(rest) == numbers_of(whole)
-    assert repr(second.state_dict()) == repr(expected.state_dict())
+    trainer.fit(
+        modules[2],
+        loader(),
+        ckpt_path=str(tmp_path / "a.ckpt"),
+        weights_only=None if late else True,
+    )
+    assert torch.equal(values(modules[2].net), values(modules[0].net))
+    numbers = [numbers_of(sink) for sink in sinks]
+    assert numbers[1] + numbers[2] == numbers[0]
+    assert repr(second.state_dict()) == repr(whole.state_dict())
     assert second.clippers[0].steps == trainer.global_step == 14
     assert 0 < second.clippers[0].clip_rate() < 1
 
 
-def test_a_run_that_is_resumed_without_a_state_counts_as_the_trainer_does(tmp_path):
-    path = checkpoint_of(tmp_path / "a.ckpt", [], regression())
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    trainer_of(callback, max_epochs=2).fit(regression(), data(), ckpt_path=path)
-    assert [step.step for step in sink.steps] == [*range(BATCHES, 2 * BATCHES)]
-
-    path = checkpoint_of(tmp_path / "b.ckpt", [], adversarial())
+@pytest.mark.parametrize("made", [regression, adversarial])
+def test_a_run_resumed_without_a_state(made, tmp_path):
+    """It counts on from the trainer's step."""
+    fit(made(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
     callback = GradClipCallback(THRESHOLD)
-    trainer_of(callback, max_epochs=2).fit(adversarial(), data(), ckpt_path=path)
-    assert [clipper.steps for clipper in callback.clippers] == [2 * BATCHES] * 2
-
-
-def test_a_checkpoint_of_other_clippers_is_refused(tmp_path):
-    path = checkpoint_of(tmp_path / "a.ckpt", [GradClipCallback(THRESHOLD)], adversarial())
-    with pytest.raises(StateError, match="of 2 clippers, and there are 1"):
-        trainer_of(GradClipCallback(THRESHOLD, joint=True), max_epochs=2).fit(
-            adversarial(), data(), ckpt_path=path
-        )
-    with pytest.raises(StateError, match="needed is the key 'clippers'"):
-        GradClipCallback(THRESHOLD).load_state_dict({"steps": 3})
-
-
-def test_a_second_fit_of_a_trainer_continues_and_one_of_another_begins_anew():
-    callback = GradClipCallback(rule_of(), log=(sink := MemorySink()))
-    module = regression()
-    trainer = trainer_of(callback)
-    trainer.fit(module, data())
-    first = callback.clippers[0]
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, data())
-    assert callback.clippers[0] is not first
-    assert callback.clippers[0].steps == trainer.global_step == 2 * BATCHES
-    assert [step.step for step in sink.steps] == [*range(2 * BATCHES)]
-    thresholds = [step.threshold for step in sink.steps]
-    assert thresholds[BATCHES:] == thresholds_of([step.norm for step in sink.steps])[BATCHES:]
-
-    trainer_of(callback).fit(regression(), data())
-    assert callback.clippers[0].steps == BATCHES
-    anew = sink.steps[2 * BATCHES :]
-    assert [step.threshold for step in anew] == thresholds[:BATCHES]
-
-    callback.load_state_dict(callback.state_dict())
-    trainer_of(callback).fit(regression(), data())
-    assert callback.clippers[0].steps == 2 * BATCHES
-
-
-def test_evaluation_attaches_nothing_and_takes_no_state(tmp_path):
-    first = GradClipCallback(rule_of())
-    path = checkpoint_of(tmp_path / "a.ckpt", [first], regression())
-    callback = GradClipCallback(rule_of())
-    trainer = trainer_of(callback)
-    module = evaluated()
-    for evaluate in (trainer.validate, trainer.test):
-        evaluate(module, data(), ckpt_path=path, verbose=False)
-        assert callback.clippers == []
-        assert callback.state_dict() == {}
-    trainer.fit(regression(), data())
-    assert callback.clippers[0].steps == BATCHES
-
-    callback = GradClipCallback(rule_of())
-    trainer_of(callback).validate(module, data(), verbose=False)
-    callback.load_state_dict(first.state_dict())
-    assert repr(callback.state_dict()) == repr(first.state_dict())
-
-
-def test_validation_within_a_fit_disturbs_nothing():
-    callback, module = GradClipCallback(THRESHOLD), evaluated()
-    trainer_of(callback, val_check_interval=3).fit(module, data(), data())
-    assert_close(module.net, by_hand()[0])
+    fit(made(), callback, max_epochs=2, resume=str(tmp_path / "a.ckpt"))
+    assert {clipper.steps for clipper in callback.clippers} == {2 * BATCHES}
 
 
 def thresholds_of(norms: list[float]) -> list[float]:
-    """Return what the rule makes of norms."""
+    """Return the thresholds of the rule for these norms."""
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer, found = SGD([parameter], lr=0.0), []
+    optimizer, thresholds = SGD([parameter], lr=0.0), []
     with GradientClipper(optimizer, rule_of()) as clipper:
         for norm in norms:
             parameter.grad = torch.full_like(parameter, norm)
             optimizer.step()
-            found.append(clipper.last.threshold.item())
-    return found
+            thresholds.append(clipper.last.threshold.item())
+    return thresholds
+
+
+def test_several_fits():
+    """A second fit of a trainer continues, one of another begins anew, unless a state is loaded."""
+    callback, module = GradClipCallback(rule_of(), log=(sink := MemorySink())), regression()
+    trainer = fit(module, callback)
+    first = callback.clippers[0]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    assert callback.clippers[0] is not first
+    assert callback.clippers[0].steps == trainer.global_step == 2 * BATCHES
+    assert [step.step for step in sink.steps] == [*range(2 * BATCHES)]
+    thresholds = [step.threshold for step in sink.steps]
+    assert thresholds[BATCHES:] == thresholds_of(norms_of(sink))[BATCHES:]
+
+    fit(regression(), callback)
+    assert callback.clippers[0].steps == BATCHES
+    assert [step.threshold for step in sink.steps[2 * BATCHES :]] == thresholds[:BATCHES]
+
+    callback.load_state_dict(callback.state_dict())
+    fit(regression(), callback)
+    assert callback.clippers[0].steps == 2 * BATCHES
+
+
+def test_evaluation(tmp_path):
+    """It attaches nothing, and takes no state from a checkpoint, but one that is loaded stays."""
+    first = GradClipCallback(rule_of())
+    fit(regression(), first).save_checkpoint(tmp_path / "a.ckpt")
+    callback, module = GradClipCallback(rule_of()), evaluated()
+    trainer = trainer_of(callback)
+    for evaluate in (trainer.validate, trainer.test):
+        evaluate(module, loader(), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False)
+        assert (callback.clippers, callback.state_dict()) == ([], {})
+    trainer.fit(regression(), loader())
+    assert callback.clippers[0].steps == BATCHES
+
+    callback = GradClipCallback(rule_of())
+    trainer_of(callback).validate(module, loader(), verbose=False)
+    callback.load_state_dict(first.state_dict())
+    assert repr(callback.state_dict()) == repr(first.state_dict())
+
+
+# Optimizers that are replaced
 
 
 class Replaces(pl.Callback):
-    """Has other optimizers made at a batch in the middle."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
+    """Has other optimizers made after a batch in the middle."""
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.at:
+        if trainer.global_step == 5:
             trainer.strategy.setup_optimizers(trainer)
 
 
-def test_optimizers_that_are_replaced_are_clipped_as_the_first_were():
-    def plain(self: Any) -> Any:
-        return SGD(self.parameters(), lr=0.05)
-
-    callbacks = [GradClipCallback(rule_of(), log=MemorySink()) for _ in range(2)]
-    nets = []
-    for callback, others in zip(callbacks, ([], [Replaces(5)]), strict=True):
-        module = regression(configure_optimizers=plain)
-        trainer_of(*others, callback, max_epochs=2).fit(module, data())
-        nets.append(module.net)
-    torch.testing.assert_close(values(nets[0]), values(nets[1]), rtol=0, atol=0)
-    states = [repr(callback.state_dict()) for callback in callbacks]
-    assert states[0] == states[1]
-    logs = [numbers_of(callback._logs[0]) for callback in callbacks]
-    assert logs[0] == logs[1]
-    assert [row[0] for row in logs[1]] == [*range(2 * BATCHES)]
+def test_replaced_optimizers():
+    """They are clipped as the first were, in the same curves."""
+    sinks = [MemorySink(), MemorySink()]
+    callbacks = [GradClipCallback(rule_of(), log=sink) for sink in sinks]
+    modules = [
+        regression(configure_optimizers=lambda self: SGD(self.parameters(), lr=0.05))
+        for _ in range(2)
+    ]
+    fit(modules[0], callbacks[0], max_epochs=2)
+    fit(modules[1], Replaces(), callbacks[1], max_epochs=2)
+    torch.testing.assert_close(values(modules[0].net), values(modules[1].net), rtol=0, atol=0)
+    assert repr(callbacks[0].state_dict()) == repr(callbacks[1].state_dict())
+    assert numbers_of(sinks[0]) == numbers_of(sinks[1])
+    assert [step.step for step in sinks[1].steps] == [*range(2 * BATCHES)]
 
 
-def test_an_optimizer_of_other_parameters_has_a_clipper_that_begins_anew():
+def test_a_replaced_optimizer_of_other_parameters():
+    """It has a clipper that begins anew, with a warning, and counts on."""
+
     def head(self: Any) -> Any:
-        trained = self.net[2] if self.trainer.global_step else self
-        return SGD(trained.parameters(), lr=0.05)
+        return SGD((self.net[2] if self.trainer.global_step else self).parameters(), lr=0.05)
 
     callback = GradClipCallback(rule_of(), scope="parameter", log=(sink := MemorySink()))
     with pytest.warns(UserWarning, match="replaced by one whose clipper begins anew: .*label"):
-        trainer_of(Replaces(5), callback).fit(regression(configure_optimizers=head), data())
+        fit(regression(configure_optimizers=head), Replaces(), callback)
     assert callback.clippers[0].labels == ("net.2.weight", "net.2.bias")
     assert callback.clippers[0].steps == BATCHES
     assert [*dict.fromkeys(step.step for step in sink.steps)] == [*range(BATCHES)]
 
 
-def test_an_optimizer_that_is_replaced_within_a_batch_is_refused():
-    class Within(pl.Callback):
-        def on_before_backward(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 3:
-                trainer.strategy.setup_optimizers(trainer)
-
-    def step(self: Any, batch: Any, index: int) -> None:
-        self.optimizers().zero_grad()
-        self.manual_backward(loss_of(self.net, batch, index))
-        self.optimizers().step()
-
-    module = regression(automatic_optimization=False, training_step=step)
-    with pytest.raises(AttachError, match="SGD came into the fit within a batch"):
-        trainer_of(Within(), GradClipCallback(THRESHOLD)).fit(module, data())
+# Errors
 
 
 class SuddenError(Exception):
     pass
 
 
-def test_an_exception_detaches_and_writes_what_was_seen():
-    def fail(self: Any, batch: Any, index: int) -> Tensor:
-        if index == 5:
-            raise SuddenError
-        return loss_of(self.net, batch, index)
+@pytest.mark.parametrize("error", [SuddenError, NonFiniteGradientError])
+def test_an_exception(error):
+    """One of the training or of the clipper detaches and writes the steps so far."""
 
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
+    def fail(self: Any, batch: Any, index: int) -> Tensor:
+        if index == 5 and error is SuddenError:
+            raise SuddenError("net.0.weight")
+        return loss_of(self.net, batch) * (math.nan if index == 5 else 1.0)
+
+    callback = GradClipCallback(THRESHOLD, nonfinite="raise", log=(sink := MemorySink()))
     trainer = trainer_of(callback)
-    with pytest.raises(SuddenError):
-        trainer.fit(regression(training_step=fail), data())
-    assert not any(optimizer._optimizer_step_pre_hooks for optimizer in trainer.optimizers)
-    assert norms_of(sink) == pytest.approx(by_hand()[1][:5], rel=1e-4)
-    assert callback.state_dict()["clippers"][0]["steps"] == 5
-    module = regression()
-    trainer_of(callback).fit(module, data())
+    with pytest.raises(error, match=r"net\.0\.weight"):
+        trainer.fit(regression(training_step=fail), loader())
+    assert_free(trainer.optimizers[0])
+    assert norms_of(sink)[:5] == pytest.approx(by_hand()[1][:5], rel=1e-4)
+    steps = 5 if error is SuddenError else 6  # a step that raises counts
+    assert callback.state_dict()["clippers"][0]["steps"] == len(sink.steps) == steps
+    fit(module := regression(), callback)
     assert_close(module.net, by_hand()[0])
 
 
-def test_an_error_of_the_clipper_ends_the_fit():
-    def explode(self: Any, batch: Any, index: int) -> Tensor:
-        return loss_of(self.net, batch, index) * (math.nan if index == 3 else 1.0)
+# Copies
 
-    callback = GradClipCallback(THRESHOLD, nonfinite="raise")
-    with pytest.raises(gradclip.NonFiniteGradientError, match="net.0.weight"):
-        trainer_of(callback).fit(regression(training_step=explode), data())
+COPIERS = {"copy": copy.deepcopy, "pickle": lambda what: pickle.loads(pickle.dumps(what))}
 
 
-@pytest.mark.parametrize(
-    "copier", [copy.deepcopy, lambda what: pickle.loads(pickle.dumps(what))], ids=["copy", "pickle"]
-)
-def test_a_copy_has_the_options_and_begins_anew(copier):
+@pytest.mark.parametrize("copier", COPIERS)
+def test_copies(copier):
+    """They have the options and begin anew, or with a state that waits for a fit."""
     callback = GradClipCallback(rule_of(), scope="parameter", joint=True, log=None)
-    trainer = trainer_of(callback)
-    trainer.fit(regression(), data())
-    twin = copier(callback)
-    assert twin.clippers == []
-    assert twin.state_dict() == {}
-    trainer_of(twin).fit(regression(), data())
+    fit(regression(), callback)
+    twin = COPIERS[copier](callback)
+    assert (twin.clippers, twin.state_dict()) == ([], {})
+    fit(regression(), twin)
     assert repr(twin.state_dict()) == repr(callback.state_dict())
     assert len(twin.clippers[0].labels) == 4
 
     waiting = GradClipCallback(rule_of(), scope="parameter", log=None)
     waiting.load_state_dict(callback.state_dict())
-    assert repr(copier(waiting).state_dict()) == repr(callback.state_dict())
+    assert repr(COPIERS[copier](waiting).state_dict()) == repr(callback.state_dict())
 
 
-def test_a_copy_made_within_a_run_is_free():
+def test_copies_made_within_a_run():
+    """They are free, and take a state."""
+
     class Copies(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             twins.append(copy.deepcopy(callback))
@@ -279,11 +239,10 @@ def test_a_copy_made_within_a_run_is_free():
         on_validation_batch_end = on_train_batch_end
 
     twins: list[GradClipCallback] = []
-    callback = GradClipCallback(THRESHOLD)
-    module = evaluated()
+    callback, module = GradClipCallback(THRESHOLD), evaluated()
     trainer = trainer_of(callback, Copies(), limit_val_batches=1)
-    trainer.validate(module, data(), verbose=False)
-    trainer.fit(module, data(), data())
+    trainer.validate(module, loader(), verbose=False)
+    trainer.fit(module, loader(), loader())
     assert_close(module.net, by_hand()[0])
     for twin in (twins[0], twins[-1]):
         assert twin.clippers == []
@@ -291,7 +250,9 @@ def test_a_copy_made_within_a_run_is_free():
         assert twin.state_dict() == callback.state_dict()
 
 
-def test_what_a_function_is_bound_to_is_not_copied():
+def test_bound_functions():
+    """The object that a schedule is bound to is not copied."""
+
     class Plan:
         def at(self, step: int) -> float:
             asked.append(self)
@@ -299,9 +260,8 @@ def test_what_a_function_is_bound_to_is_not_copied():
 
     asked: list[Plan] = []
     plan = Plan()
-    for given in (plan.at, Schedule(plan.at)):
-        module = regression()
-        trainer_of(GradClipCallback(given)).fit(module, data())
+    for max_norm in (plan.at, Schedule(plan.at)):
+        fit(module := regression(), GradClipCallback(max_norm))
         assert_close(module.net, by_hand()[0])
     assert {*map(id, asked)} == {id(plan)}
 
@@ -311,29 +271,30 @@ def test_what_a_function_is_bound_to_is_not_copied():
 
 @pytest.mark.filterwarnings("ignore:.*litlogger")
 @pytest.mark.parametrize("as_callback", [False, True])
-def test_the_finder_of_learning_rates_leaves_no_trace(as_callback, tmp_path):
+def test_the_finder_of_learning_rates(as_callback, tmp_path):
+    """It leaves no trace."""
+
     def configure(self: Any) -> Optimizer:
         return SGD(self.net.parameters(), lr=self.lr, momentum=0.9)
 
     module = regression(configure_optimizers=configure, lr=0.05)
     callback = GradClipCallback(rule_of(), log=(sink := MemorySink()))
     finder = pl.callbacks.LearningRateFinder(num_training_steps=6, update_attr=False)
-    options = {"max_epochs": 1, "default_root_dir": tmp_path}
-    trainer = trainer_of(callback, *[finder] * as_callback, **options)
+    trainer = trainer_of(callback, *[finder] * as_callback, default_root_dir=tmp_path)
     if not as_callback:
-        Tuner(trainer).lr_find(module, data(), num_training=6, update_attr=False)
+        Tuner(trainer).lr_find(module, loader(), num_training=6, update_attr=False)
         assert callback.state_dict() == {}
-    trainer.fit(module, data())
-    expected = GradClipCallback(rule_of(), log=(untuned := MemorySink()))
-    straight = regression()
-    trainer_of(expected).fit(straight, data())
+    trainer.fit(module, loader())
+    straight, untuned = regression(), MemorySink()
+    fit(straight, GradClipCallback(rule_of(), log=untuned))
     assert_close(module.net, straight.net)
     assert numbers_of(sink) == numbers_of(untuned)
 
 
-def test_the_finder_of_batch_sizes_leaves_no_trace(tmp_path):
+def test_the_finder_of_batch_sizes(tmp_path):
+    """It leaves no trace."""
     module = regression(batch_size=2)
-    module.train_dataloader = data
+    module.train_dataloader = loader
     callback = GradClipCallback(THRESHOLD)
     trainer = trainer_of(callback, default_root_dir=tmp_path)
     Tuner(trainer).scale_batch_size(module, max_trials=1, steps_per_trial=2)

@@ -1,4 +1,4 @@
-"""What Lightning's Trainer and module cannot do beside the callback, and what to install."""
+"""The trainers, modules and options that the callback refuses or warns of, and imports."""
 
 from __future__ import annotations
 
@@ -9,112 +9,133 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning as older
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from gradclip import (
-    ArgumentError,
-    AttachError,
-    MemorySink,
-)
+from gradclip import ArgumentError, AttachError, GradientClipper, JsonlSink, MemorySink, StateError
 from gradclip.integrations.lightning import GradClipCallback
 from tests.integrations.lightning_runs import (
     IGNORED,
+    adversarial,
+    evaluated,
+    fit,
+    halves,
+    regression,
+    stepping,
+    trainer_of,
+)
+from tests.integrations.runs import (
     THRESHOLD,
     assert_close,
     by_hand,
-    data,
-    evaluated,
-    halves,
-    loss_of,
+    loader,
     norms_of,
-    regression,
-    trainer_of,
 )
 
-pytestmark = [*IGNORED, pytest.mark.usefixtures("nothing_stays_attached")]
+pytestmark = IGNORED
 
 
-# What is refused
+class ClipsLater(pl.Callback):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        trainer.gradient_clip_val = 0.5
 
 
-@pytest.mark.parametrize(
-    "option", [{"gradient_clip_val": 0.5}, {"gradient_clip_algorithm": "value"}], ids=str
-)
-def test_a_trainer_that_clips_as_well_is_refused(option, package):
-    trainer = trainer_of(GradClipCallback(THRESHOLD), package=package, **option)
-    [(name, value)] = option.items()
-    with pytest.raises(ArgumentError, match=f"{name}={value!r} and a GradClipCallback"):
-        trainer.fit(regression(package), data())
-    trainer.validate(evaluated(package), data(), verbose=False)
+class ReplacesWithin(pl.Callback):
+    def on_before_backward(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.strategy.setup_optimizers(trainer)
 
 
-def test_a_trainer_that_is_told_to_clip_by_another_callback_is_refused():
-    class Tells(pl.Callback):
-        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            trainer.gradient_clip_val = 0.5
-
-    with pytest.raises(ArgumentError, match="gradient_clip_val=0.5 and a GradClipCallback"):
-        trainer_of(Tells(), GradClipCallback(THRESHOLD)).fit(regression(), data())
+class Engine(SingleDeviceStrategy):
+    handles_gradient_accumulation = True
 
 
-def test_a_trainer_that_clips_at_0_clips_nothing_and_is_taken():
-    module = regression()
-    trainer_of(GradClipCallback(THRESHOLD), gradient_clip_val=0).fit(module, data())
-    assert_close(module.net, by_hand()[0])
+def of_other_clippers(tmp_path: Any) -> dict[str, Any]:
+    path = str(tmp_path / "a.ckpt")
+    fit(adversarial(), GradClipCallback(THRESHOLD)).save_checkpoint(path)
+    return {"resume": path, "max_epochs": 2}
 
 
-def test_a_module_that_may_clip_by_itself_gets_a_warning(package):
-    def configure(self: Any, optimizer: Any, **_: Any) -> None:
-        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+REFUSED = {
+    "a norm of the trainer": (
+        lambda _: {"gradient_clip_val": 0.5},
+        ArgumentError,
+        "gradient_clip_val=0.5 and a GradClipCallback",
+    ),
+    "an algorithm of the trainer": (
+        lambda _: {"gradient_clip_algorithm": "value"},
+        ArgumentError,
+        "gradient_clip_algorithm='value' and a GradClipCallback",
+    ),
+    "a norm that another callback sets": (
+        lambda _: {"other": ClipsLater()},
+        ArgumentError,
+        "gradient_clip_val=0.5 and a GradClipCallback",
+    ),
+    "a strategy that steps by itself": (
+        lambda _: {"strategy": Engine("cpu")},
+        AttachError,
+        "Engine takes the steps in an engine of its own",
+    ),
+    "joint optimizers under a GradScaler": (
+        lambda _: {"module": halves(), "plugins": [MixedPrecision("16-mixed", "cpu")]},
+        AttachError,
+        "Lightning updates after the step of each optimizer",
+    ),
+    "a sink for several clippers": (
+        lambda folder: {
+            "module": adversarial(),
+            "given": {"log": [JsonlSink(folder / "steps")], "joint": False},
+        },
+        ArgumentError,
+        "2 optimizers with a clipper each",
+    ),
+    "a checkpoint of other clippers": (
+        lambda folder: {"module": adversarial(), **of_other_clippers(folder)},
+        StateError,
+        "of 2 clippers, and there are 1",
+    ),
+    "an optimizer replaced within a batch": (
+        lambda _: {"module": stepping(), "other": ReplacesWithin()},
+        AttachError,
+        "SGD was added within a batch",
+    ),
+}
 
-    module = regression(package, configure_gradient_clipping=configure)
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    with pytest.warns(UserWarning, match="Regression overrides configure_gradient_clipping"):
-        trainer_of(callback, package=package).fit(module, data())
-    assert max(norms_of(sink)) == pytest.approx(0.1, rel=1e-3)  # it did
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case, tmp_path):
+    """A fit ends with an error, before anything is clipped twice or wrongly."""
+    made, error, message = REFUSED[case]
+    options = made(tmp_path)
+    module, other = options.pop("module", None) or regression(), options.pop("other", None)
+    callback = GradClipCallback(THRESHOLD, **{"joint": True, **options.pop("given", {})})
+    callbacks = [callback] if other is None else [other, callback]
+    with pytest.raises(error, match=message):
+        fit(module, *callbacks, **options)
+    assert all(clipper.steps <= 3 for clipper in callback.clippers)
 
 
-def test_under_manual_optimization_that_method_is_never_called():
-    module = halves()
-    type(module).configure_gradient_clipping = lambda self, *_, **__: pytest.fail("it was called")
-    trainer_of(GradClipCallback(THRESHOLD, joint=True)).fit(module, data())
+def test_a_trainer_that_clips_can_evaluate(package):
+    """Only a fit is refused, in either package."""
+    options = {"package": package, "gradient_clip_val": 0.5}
+    trainer = trainer_of(GradClipCallback(THRESHOLD), **options)
+    with pytest.raises(ArgumentError, match="gradient_clip_val"):
+        trainer.fit(regression(package), loader())
+    trainer.validate(evaluated(package), loader(), verbose=False)
 
 
-def manual(**overrides: Any) -> Any:
-    """Return a module that is optimized by hand, and clips by hand where it is told a limit."""
-
-    def step(self: Any, batch: Any, index: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss_of(self.net, batch, index))
-        if self.limit:
-            self.clip_gradients(optimizer, gradient_clip_val=self.limit)
-        optimizer.step()
-
-    kept = {"automatic_optimization": False, "training_step": step, "limit": None}
-    return regression(**{**kept, **overrides})
-
-
-def test_a_module_that_clips_by_hand_gets_one_warning():
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    with pytest.warns(UserWarning, match="Regression writes to its gradients between") as caught:
-        trainer_of(callback).fit(manual(limit=0.1), data())
-    assert len([each for each in caught if "writes to its gradients" in str(each.message)]) == 1
-    assert max(norms_of(sink)) == pytest.approx(0.1, rel=1e-3)  # it did
-
-
-def test_a_module_that_steps_by_hand_gets_none_and_is_clipped():
-    trainer_of(GradClipCallback(THRESHOLD)).fit(module := manual(), data())
-    assert_close(module.net, by_hand()[0])
-
-
-def test_a_strategy_that_steps_by_itself_is_refused():
-    class Engine(SingleDeviceStrategy):
-        handles_gradient_accumulation = True
-
-    trainer = trainer_of(GradClipCallback(THRESHOLD), strategy=Engine("cpu"))
-    with pytest.raises(AttachError, match="Engine takes the steps in an engine of its own"):
-        trainer.fit(regression(), data())
+def test_an_optimizer_that_is_refused():
+    """It leaves the others free."""
+    module = adversarial()
+    optimizers = module.nets.optimizers_of()
+    optimizers[1].param_groups[0]["differentiable"] = True
+    module.configure_optimizers = lambda: optimizers
+    callback = GradClipCallback(THRESHOLD)
+    with pytest.raises(AttachError, match="differentiable"):
+        fit(module, callback)
+    assert callback.clippers == []
+    GradientClipper(optimizers[0], 1.0).close()
 
 
 @pytest.mark.parametrize(
@@ -129,17 +150,56 @@ def test_a_strategy_that_steps_by_itself_is_refused():
         ({"log": [True, 5]}, ArgumentError, "log is 5"),
     ],
 )
-def test_options_are_checked_when_the_callback_is_made(options, error, message):
+def test_options(options, error, message):
+    """They are checked when the callback is made."""
     with pytest.raises(error, match=message):
         GradClipCallback(**{"max_norm": THRESHOLD, **options})
 
 
-def test_two_callbacks_in_one_trainer_are_refused():
+def test_invalid_states():
+    with pytest.raises(StateError, match="needed is the key 'clippers'"):
+        GradClipCallback(THRESHOLD).load_state_dict({"steps": 3})
+
+
+def test_two_callbacks_in_one_trainer():
+    """Lightning refuses them."""
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         trainer_of(GradClipCallback(THRESHOLD), GradClipCallback(THRESHOLD))
 
 
-# Configurations
+# Modules that clip by themselves
+
+
+def clips(self: Any, optimizer: Any, **_: Any) -> None:
+    self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+
+
+def test_a_module_that_overrides_the_clipping(package):
+    """It gets a warning: the gradients were clipped before they were measured."""
+    module = regression(package, configure_gradient_clipping=clips)
+    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
+    with pytest.warns(UserWarning, match="Regression overrides configure_gradient_clipping"):
+        fit(module, callback, package=package)
+    assert max(norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_module_that_clips_by_hand():
+    """It gets one warning under manual optimization."""
+    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
+    with pytest.warns(UserWarning, match="Regression writes to its gradients between") as caught:
+        fit(stepping(limit=0.1), callback)
+    assert len([each for each in caught if "writes to its gradients" in str(each.message)]) == 1
+    assert max(norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_module_that_steps_by_hand():
+    """It gets no warning, also with a method that Lightning never calls then, and is clipped."""
+    module = stepping(configure_gradient_clipping=lambda *_, **__: pytest.fail("it was called"))
+    fit(module, GradClipCallback(THRESHOLD))
+    assert_close(module.net, by_hand()[0])
+
+
+# Configurations and installations
 
 CONFIGURATION = """
 trainer:
@@ -161,7 +221,8 @@ trainer:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those of jsonargparse
-def test_a_configuration_takes_all_options_of_a_clipper(tmp_path, package, monkeypatch):
+def test_a_configuration(tmp_path, package, monkeypatch):
+    """It takes all options of a clipper; labels have the names of the module."""
     cli = importlib.import_module(f"{package.__name__}.cli").LightningCLI
     (tmp_path / "config.yaml").write_text(CONFIGURATION)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
@@ -169,7 +230,7 @@ def test_a_configuration_takes_all_options_of_a_clipper(tmp_path, package, monke
         type(regression(package)), seed_everything_default=0, run=False, save_config_callback=None
     )
     [callback] = [each for each in ran.trainer.callbacks if isinstance(each, GradClipCallback)]
-    ran.trainer.fit(ran.model, data())
+    ran.trainer.fit(ran.model, loader())
     [clipper] = callback.clippers
     assert repr(callback._threshold) == "Percentile(50.0, window=1000)"
     assert callback._options["nonfinite"] == "skip"
@@ -177,11 +238,8 @@ def test_a_configuration_takes_all_options_of_a_clipper(tmp_path, package, monke
     assert clipper.labels == tuple(name for name, _ in ran.model.named_parameters())
 
 
-# Installations
-
-
-def imported_with(monkeypatch: pytest.MonkeyPatch, *missing: str) -> Any:
-    """Import the module anew where some packages are not installed."""
+def imported_without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> Any:
+    """Import the module anew as if some packages were not installed."""
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     known = sys.modules["gradclip.integrations.lightning"]
@@ -191,14 +249,16 @@ def imported_with(monkeypatch: pytest.MonkeyPatch, *missing: str) -> Any:
     return module
 
 
-def test_without_either_package_the_import_says_what_to_install(monkeypatch):
+def test_without_either_package(monkeypatch):
+    """The import says what to install."""
     with pytest.raises(ImportError, match=r'neither .* pip install "gradclip\[lightning\]"'):
-        imported_with(monkeypatch, "lightning.pytorch", "pytorch_lightning")
+        imported_without(monkeypatch, "lightning.pytorch", "pytorch_lightning")
 
 
 @pytest.mark.parametrize("missing", ["lightning.pytorch", "pytorch_lightning"])
-def test_one_of_the_packages_is_enough(missing, monkeypatch):
-    found = imported_with(monkeypatch, missing).GradClipCallback
+def test_with_one_package(missing, monkeypatch):
+    """One of them is enough."""
+    callback = imported_without(monkeypatch, missing).GradClipCallback
     bases = {"lightning.pytorch": pl.Callback, "pytorch_lightning": older.Callback}
     for name, base in bases.items():
-        assert issubclass(found, base) is (name != missing)
+        assert issubclass(callback, base) is (name != missing)

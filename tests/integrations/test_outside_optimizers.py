@@ -35,42 +35,35 @@ def package(name: str) -> ModuleType:
 
 
 def made(module: str, name: str, **options: Any) -> Make:
-    """Return what makes an optimizer of a package."""
+    """Return a function that makes an optimizer of a package."""
     return lambda parameters: getattr(package(module), name)(parameters, **options)
 
 
 def bits8(name: str, **options: Any) -> Make:
-    """Return what makes an optimizer of bitsandbytes that has its state in 8 bits."""
+    """Return a function that makes an optimizer with its state in 8 bits."""
     return lambda parameters: getattr(package("bitsandbytes").optim, name)(
         parameters, lr=1e-3, min_8bit_size=1, **options
     )
 
 
-def muon(name: str, **options: Any) -> Make:
+def muon(name: str) -> Make:
     def make(parameters: list[nn.Parameter]) -> Any:
         matrices, bias = parameters[:2], parameters[2:]
         groups = [{"params": matrices, "use_muon": True}, {"params": bias, "use_muon": False}]
-        return getattr(package("pytorch_optimizer"), name)(groups, **options)
+        return made("pytorch_optimizer", name, lr=0.02)(groups)
 
     return make
 
 
-def around(name: str, **options: Any) -> Make:
-    """Return what makes a wrapper around SGD."""
-
-    def make(parameters: list[nn.Parameter]) -> Any:
-        inner = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-        return getattr(package("pytorch_optimizer"), name)(inner, **options)
-
-    return make
+def around(name: str) -> Make:
+    """Return a function that makes a wrapper around SGD."""
+    return lambda parameters: made("pytorch_optimizer", name)(
+        torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    )
 
 
 def sharpness_aware(name: str) -> Make:
-    def make(parameters: list[nn.Parameter]) -> Any:
-        kind = getattr(package("pytorch_optimizer"), name)
-        return kind(parameters, torch.optim.SGD, lr=0.05, momentum=0.9)
-
-    return make
+    return made("pytorch_optimizer", name, base_optimizer=torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 OPTIMIZERS: dict[str, Make] = {
@@ -80,8 +73,8 @@ OPTIMIZERS: dict[str, Make] = {
     "RAdamScheduleFree": made("schedulefree", "RAdamScheduleFree", lr=0.01),
     "Lion": made("lion_pytorch", "Lion", lr=1e-3, weight_decay=0.1),
     "Lion decoupled": made("lion_pytorch", "Lion", lr=1e-3, decoupled_weight_decay=True),
-    "Muon": muon("Muon", lr=0.02),
-    "AdaMuon": muon("AdaMuon", lr=0.02),
+    "Muon": muon("Muon"),
+    "AdaMuon": muon("AdaMuon"),
     "SOAP": made("pytorch_optimizer", "SOAP", lr=3e-3, precondition_frequency=5),
     "Shampoo": made("pytorch_optimizer", "Shampoo", lr=1e-3),
     "Kron": made("pytorch_optimizer", "Kron", lr=1e-3),
@@ -175,31 +168,39 @@ def exact(state: Any) -> Any:
     return state if isinstance(state, Tensor | int | float | bool | None) else type(state)
 
 
-def inner_of(optimizer: Any) -> Any:
+def clip_inner(run: Run) -> Any:
+    """Clip at each step of the optimizer inside, which is returned."""
+    inner = run.optimizer
     for name in ("optimizer", "base_optimizer"):
-        inner = getattr(optimizer, name, None)
-        if isinstance(inner, torch.optim.Optimizer):
-            return inner
-    return optimizer
+        if isinstance(getattr(inner, name, None), torch.optim.Optimizer):
+            inner = getattr(inner, name)
+            inner.register_step_pre_hook(lambda *_: clip_grad_norm_(run.parameters, 1.0) and None)
+    return inner
+
+
+def assert_same(clipper: GradientClipper, ours: Run, theirs: Run) -> None:
+    assert clipper.steps == STEPS
+    assert 0.2 < clipper.clip_rate() < 0.8
+    assert torch.equal(ours.values(), theirs.values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_equal_those_clipped_by_hand(name):
+def test_steps(name):
+    """They equal those clipped by hand, in parameters and state."""
     ours, theirs, free = (Run(OPTIMIZERS[name]) for _ in range(3))
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
     for step in range(STEPS):
         ours.take(step)
         theirs.take(step, threshold=THRESHOLD)
         free.take(step)
-    assert clipper.steps == STEPS
-    assert 0.2 < clipper.clip_rate() < 0.8
-    assert torch.equal(ours.values(), theirs.values())
+    assert_same(clipper, ours, theirs)
     assert ours.snapshot() == theirs.snapshot()
     assert not torch.equal(ours.values(), free.values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_skipped_step_leaves_parameters_and_state(name):
+def test_skipped_steps(name):
+    """They leave parameters and state as they are."""
     ours, without = Run(OPTIMIZERS[name]), Run(OPTIMIZERS[name])
     clipper = GradientClipper(ours.optimizer, 1e4, nonfinite="skip")
     for step in range(6):
@@ -218,54 +219,48 @@ def test_a_skipped_step_leaves_parameters_and_state(name):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_of_a_wrapper_the_inner_optimizer_is_clipped(name):
+def test_wrappers(name):
+    """The optimizer inside is clipped."""
     ours, theirs = Run(WRAPPERS[name]), Run(WRAPPERS[name])
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
-    inner_of(theirs.optimizer).register_step_pre_hook(
-        lambda *_: clip_grad_norm_(theirs.parameters, THRESHOLD) and None
-    )
+    assert clip_inner(theirs) is not theirs.optimizer
     for step in range(STEPS):
         ours.take(step)
         theirs.take(step)
-    assert clipper.steps == STEPS
-    assert 0.2 < clipper.clip_rate() < 0.8
-    assert torch.equal(ours.values(), theirs.values())
+    assert_same(clipper, ours, theirs)
 
 
 @pytest.mark.parametrize("name", WITH_CLOSURE)
-def test_with_a_closure_each_step_takes_clipped_gradients(name):
+def test_closures(name):
+    """Every evaluation within a step is clipped."""
     ours, theirs = Run(WITH_CLOSURE[name]), Run(WITH_CLOSURE[name])
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
-    inner = inner_of(theirs.optimizer)
-    if inner is not theirs.optimizer:
-        inner.register_step_pre_hook(
-            lambda *_: clip_grad_norm_(theirs.parameters, THRESHOLD) and None
-        )
+    wraps = clip_inner(theirs) is not theirs.optimizer
     for step in range(STEPS):
         ours.backward(step)
         ours.optimizer.step(lambda step=step: ours.backward(step))
 
         def closure(step: int = step) -> Tensor:
             loss = theirs.backward(step)
-            if inner is theirs.optimizer:
+            if not wraps:
                 clip_grad_norm_(theirs.parameters, THRESHOLD)
             return loss
 
         theirs.backward(step)
         theirs.optimizer.step(closure)
-    assert clipper.steps == STEPS
-    assert 0.2 < clipper.clip_rate() < 0.8
-    assert torch.equal(ours.values(), theirs.values())
+    assert_same(clipper, ours, theirs)
 
 
-def test_an_optimizer_that_clips_too_is_warned_of():
+def test_an_optimizer_that_clips_too():
+    """It gets a warning."""
     package("pytorch_optimizer")
     run = Run(made("pytorch_optimizer", "Lamb"))
     with pytest.warns(UserWarning, match="Lamb clips by itself with max_grad_norm=1.0"):
         GradientClipper(run.optimizer, THRESHOLD)
 
 
-def test_a_wrapper_that_is_no_optimizer_is_refused_and_what_it_wraps_is_not():
+def test_a_wrapper_that_is_no_optimizer():
+    """It is refused, and the optimizer inside is not."""
     wrapper = package("schedulefree").ScheduleFreeWrapper
 
     def make(parameters: list[nn.Parameter]) -> Any:
@@ -274,11 +269,11 @@ def test_a_wrapper_that_is_no_optimizer_is_refused_and_what_it_wraps_is_not():
     ours, theirs = Run(make), Run(make)
     with pytest.raises(AttachError, match="Found a ScheduleFreeWrapper"):
         GradientClipper(ours.optimizer, THRESHOLD)
-    GradientClipper(ours.optimizer.base, THRESHOLD)
+    clipper = GradientClipper(ours.optimizer.base, THRESHOLD)
     for step in range(STEPS):
         ours.take(step)
         theirs.take(step, threshold=THRESHOLD)
-    assert torch.equal(ours.values(), theirs.values())
+    assert_same(clipper, ours, theirs)
 
 
 # DeepSpeed, which is not installed here: its classes by their modules and names
@@ -305,43 +300,43 @@ def sgd() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
 
 
+def holding(optimizer: Any, name: str = "Wrapper", attribute: str = "optimizer") -> Any:
+    """Return a wrapper, such as Accelerate's, or a scheduler."""
+    modules = {"WarmupLR": "deepspeed.runtime.lr_schedules"}
+    wrapper = type(name, (), {"__module__": modules.get(name, "mine")})()
+    setattr(wrapper, attribute, optimizer)
+    return wrapper
+
+
 @pytest.mark.parametrize("name", DEEPSPEED)
-def test_what_deepspeed_steps_is_refused_with_the_reason(name):
+def test_deepspeed(name):
+    """Its engines and optimizers are refused with the reason."""
     base = nn.Module if name.endswith("Engine") else object
-    given = of_deepspeed(name, sgd(), base)
     with pytest.raises(AttachError, match=f"{name} .* gradient_clipping"):
-        GradientClipper(given, 1.0)
+        GradientClipper(of_deepspeed(name, sgd(), base), 1.0)
     assert "deepspeed" not in sys.modules
 
 
-def test_deepspeed_is_seen_through_wrappers_and_derived_classes():
+def test_deepspeed_inside():
+    """It is found inside of wrappers and by base classes."""
     zero = of_deepspeed("DeepSpeedZeroOptimizer", sgd())
     engine = of_deepspeed("DeepSpeedEngine", zero, nn.Module)
     derived = type("Own", (type(engine),), {"__module__": "mine"})()
     derived.optimizer = zero
-    wrapper = type("Wrapper", (), {})()  # as Accelerate's around the engine
-    wrapper.engine = engine
-    outer = type("Wrapper", (), {})()  # as Accelerate's around the optimizer
-    outer.optimizer = zero
-    for given in (engine, derived, wrapper, outer, [sgd(), outer]):
+    wrapper = holding(engine, attribute="engine")
+    for given in (engine, derived, wrapper, holding(zero), [sgd(), holding(zero)]):
         with pytest.raises(AttachError, match="gradient_clipping"):
             GradientClipper(given, 1.0)
 
 
-def test_the_optimizer_that_deepspeed_holds_is_refused(monkeypatch):
-    optimizer = sgd()
+def test_an_optimizer_in_deepspeed(monkeypatch):
+    """It is refused while DeepSpeed holds it; a scheduler that holds it is no obstacle."""
+    kind = type("FusedAdam", (torch.optim.SGD,), {"__module__": "deepspeed.ops.adam.fused_adam"})
+    optimizer = kind([nn.Parameter(torch.zeros(2))], lr=0.1)
     zero = of_deepspeed("DeepSpeedZeroOptimizer", optimizer)
     monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
     with pytest.raises(AttachError, match="DeepSpeedZeroOptimizer .* gradient_clipping"):
         GradientClipper(optimizer, 1.0)
     del zero
-    GradientClipper(optimizer, 1.0)
-
-
-def test_a_plain_optimizer_or_scheduler_of_deepspeed_is_no_obstacle(monkeypatch):
-    kind = type("FusedAdam", (torch.optim.SGD,), {"__module__": "deepspeed.ops.adam.fused_adam"})
-    optimizer = kind([nn.Parameter(torch.zeros(2))], lr=0.1)
-    scheduler = type("WarmupLR", (), {"__module__": "deepspeed.runtime.lr_schedules"})()
-    scheduler.optimizer = optimizer
-    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
-    GradientClipper(optimizer, 1.0)
+    scheduler = holding(optimizer, "WarmupLR")
+    GradientClipper(scheduler.optimizer, 1.0)

@@ -1,0 +1,106 @@
+"""A small network that is trained by frameworks, and the same training by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradclip import GradientClipper, MemorySink, clip_grad_norm_
+from gradclip.thresholds import Percentile
+from tests.support.reference import gradient_norm
+
+THRESHOLD = 1.0
+BATCHES, SIZE = 8, 4
+SCALES = (0.1, 3.0, 0.3, 30.0)
+"""Factors of the losses of batches, in turn: some gradients are too long and some are not."""
+
+
+def net_of(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def momentum(net: nn.Module) -> Optimizer:
+    return SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+
+def rule_of() -> Percentile:
+    return Percentile(60, window=6)
+
+
+def loader(size: int = SIZE) -> DataLoader[Any]:
+    """Return batches of inputs, targets, and the factors of the losses."""
+    rows = torch.randn(BATCHES * SIZE, 9, generator=torch.Generator().manual_seed(1))
+    scales = torch.tensor(SCALES).repeat_interleave(SIZE).repeat(BATCHES // len(SCALES))
+    return DataLoader(TensorDataset(rows[:, :6], rows[:, 6:], scales), batch_size=size)
+
+
+def loss_of(net: nn.Module, batch: Any) -> Tensor:
+    inputs, targets, scales = batch
+    return ((net(inputs) - targets).square().mean(1) * scales).mean()
+
+
+def by_hand(
+    *,
+    epochs: int = 1,
+    accumulate: int = 1,
+    threshold: float = THRESHOLD,
+    bf16: bool = False,
+    before: float | None = None,
+    optimizer_of: Callable[[nn.Module], Optimizer] = momentum,
+) -> tuple[nn.Module, list[float]]:
+    """Train without a framework; return the network, and the norms before each clipping.
+
+    Args:
+        epochs: How often the batches are trained on.
+        accumulate: Batches for each step.
+        threshold: Allowed norm.
+        bf16: Whether to compute in bfloat16.
+        before: Allowed norm of a clipping before that, for which norms are not returned.
+        optimizer_of: Makes the optimizer.
+    """
+    net = net_of()
+    optimizer, norms, batches = optimizer_of(net), [], [*loader()]
+    for index, batch in enumerate(batches * epochs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(net, batch)
+        (loss / accumulate).backward()
+        place = index % BATCHES + 1
+        if place % accumulate and place < BATCHES:
+            continue
+        if before is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), before)
+        norms.append(gradient_norm(net.parameters()))
+        clip_grad_norm_(net.parameters(), threshold)
+        optimizer.step()
+        optimizer.zero_grad()
+    return net, norms
+
+
+def norms_of(sink: MemorySink) -> list[float]:
+    return [step.norm for step in sink.steps]
+
+
+def values(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in net.parameters()])
+
+
+def assert_close(net: nn.Module, expected: nn.Module) -> None:
+    torch.testing.assert_close(values(net), values(expected), rtol=1e-5, atol=1e-6)
+
+
+def assert_unlike(net: nn.Module, other: nn.Module) -> None:
+    assert (values(net) - values(other)).abs().max() > 1e-3
+
+
+def assert_free(optimizer: Any) -> None:
+    """Assert that no clipper holds an optimizer any more."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+    GradientClipper(optimizer, 1.0).close()

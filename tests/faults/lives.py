@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-from gradclip import GradientClipper, JsonlSink, Sink, TensorBoardSink
-from gradclip.records.sinks import event_files  # noqa: F401  # what every life needs
+from gradclip import GradientClipper, JsonlSink, TensorBoardSink
 from gradclip.thresholds import Percentile
 
 FLUSH_EVERY = 20
@@ -20,19 +17,15 @@ BAD_EVERY = 53
 
 
 class Life:
-    """A parameter under momentum, whose gradient depends on itself and on the step.
+    """A parameter under momentum, whose gradient depends on itself and on the step."""
 
-    Args:
-        sinks: Where its steps are logged.
-    """
-
-    def __init__(self, *sinks: Sink) -> None:
+    def __init__(self, *sinks):
         self.weight = torch.nn.Parameter(torch.ones(4))
         self.optimizer = torch.optim.SGD([self.weight], lr=0.05, momentum=0.9)
         rule = Percentile(50, window=50)
         self.clipper = GradientClipper(self.optimizer, rule, nonfinite="skip", log=[*sinks])
 
-    def step(self) -> None:
+    def step(self):
         """Take a step; now and then one with a norm that is not finite."""
         step = self.clipper.steps
         noise = torch.randn(4, generator=torch.Generator().manual_seed(step))
@@ -41,18 +34,15 @@ class Life:
             self.weight.grad[0] = torch.nan
         self.optimizer.step()
 
-    def save(self, path: Path) -> None:
+    def save(self, path):
         """Write the state, and only then put it in the place of the last one."""
-        state = {
-            "weight": self.weight.detach(),
-            "optimizer": self.optimizer.state_dict(),
-            "clipper": self.clipper.state_dict(),
-        }
+        holders = {"optimizer": self.optimizer, "clipper": self.clipper}
+        states = {name: holder.state_dict() for name, holder in holders.items()}
         beside = path.with_suffix(".new")
-        torch.save(state, beside)
+        torch.save({"weight": self.weight.detach(), **states}, beside)
         os.replace(beside, path)
 
-    def load(self, path: Path) -> None:
+    def load(self, path):
         """Go on from a state."""
         state = torch.load(path, weights_only=True)
         with torch.no_grad():
@@ -61,7 +51,7 @@ class Life:
         self.clipper.load_state_dict(state["clipper"])
 
 
-def sinks(folder: Path, flush_every: int = FLUSH_EVERY) -> list[Sink]:
+def sinks(folder, flush_every=FLUSH_EVERY):
     """Return the sinks of a life."""
     return [
         TensorBoardSink(folder / "events", flush_every=flush_every),
@@ -70,9 +60,9 @@ def sinks(folder: Path, flush_every: int = FLUSH_EVERY) -> list[Sink]:
 
 
 @contextmanager
-def said(folder: Path) -> Iterator[memoryview]:
+def shared_number(folder):
     """Share a number with other processes: the steps that were taken, -1 before a life begins."""
-    path = folder / "said"
+    path = folder / "steps taken"
     if not path.exists():
         path.write_bytes(bytes(8))
     with (
@@ -84,10 +74,10 @@ def said(folder: Path) -> Iterator[memoryview]:
         yield number
 
 
-def live(folder: Path, last: int) -> None:
+def live(folder, last):
     """Train up to a step, from the newest state if there is one."""
     torch.set_num_threads(1)
-    with said(folder) as number:
+    with shared_number(folder) as number:
         number[0] = 0
         life, state = Life(*sinks(folder)), folder / "state.pt"
         if state.exists():

@@ -22,19 +22,16 @@ SLOWER = 1.5
 class Idle(torch.optim.Optimizer):
     """Calls its hooks and nothing else, so that a million steps are soon taken."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-
-    def step(self) -> None:
+    def step(self):
         for hook in [*self._optimizer_step_pre_hooks.values()]:
             hook(self, (self,), {})
         for hook in [*self._optimizer_step_post_hooks.values()]:
             hook(self, (self,), {})
 
-    step.hooked = True  # torch shall not call them as well, within its profiler
+    step.hooked = True  # or torch calls them as well, within its profiler
 
 
-def resident() -> int:
+def resident():
     """Return how many bytes of memory this process has."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
@@ -42,31 +39,29 @@ def resident() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc")
-def test_a_million_steps(tmp_path: Path) -> None:
+def test_a_million_steps(tmp_path):
     """Memory after a tenth against the end; medians of the time of 100 blocks then and then.
 
     The norm rises and falls, so that steps are clipped, and some are spikes, which are logged, too.
     """
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = Idle([parameter])
-    events, lines = tmp_path / "events", tmp_path / "steps.jsonl"
+    optimizer, times, early = Idle([parameter], {}), [], 0
+    paths = events, lines = tmp_path / "events", tmp_path / "steps.jsonl"
     log = [TensorBoardSink(events, every=50), JsonlSink(lines, every=50)]
-    times, early = [], 0
     with GradientClipper(optimizer, 1.0, log=log) as clipper:
         parameter.grad = torch.ones(1)
         for block in range(STEPS // BLOCK):
             parameter.grad.fill_(0.5 + block % 2)  # clipped to 1, which fits
-            begun = time.process_time()
+            begin = time.process_time()
             for _ in range(BLOCK):
                 optimizer.step()
-            times.append(time.process_time() - begun)
+            times.append(time.process_time() - begin)
             if block == STEPS // BLOCK // 10:
                 early = resident()
         grown = resident() - early
         assert clipper.steps == STEPS
     assert grown < FLAT
-    first, last = times[10:110], times[-100:]
-    assert median(last) < SLOWER * median(first)
-    for path in (events, lines):
+    assert median(times[-100:]) < SLOWER * median(times[10:110])
+    for path in paths:
         [run] = read_runs([path])
         assert {*run.steps.tolist()} >= {*range(0, STEPS, 50)}

@@ -13,7 +13,7 @@ import pytest
 from gradclip.cli import main
 from gradclip.cli.demo.options import Options
 from tests.support.browser import chromium, missing
-from tests.support.curves import NAMES, curves_in, log_run, steps_in
+from tests.support.curves import NAMES, curves_in, log_run
 from tests.support.tensorboard import eventually, tensorboard
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -162,46 +162,6 @@ def test_a_screenshot_shows_the_curves(seen):
     pixels = {colour: count for count, colour in chart.getcolors(2**24)}
     for run in RUNS:
         assert pixels.get(tuple(bytes.fromhex(colour_of(run, seen)[1:])), 0) > 200, run
-
-
-def test_the_settings_are_a_table_under_text(page, server):
-    page.open(f"{server.address}#text")
-    tables = page.until(
-        lambda: page.run("""return all("tf-text-loader")
-            .filter(text => text.tag === "grad_norm/settings")
-            .map(text => [text.run, all("tr", text.shadowRoot).map(
-                row => [...row.cells].map(cell => cell.textContent)
-            )]);"""),
-        lambda seen: sum(bool(rows) for _, rows in seen) == len(RUNS),
-        "the settings of both runs",
-    )
-    assert {run for run, _ in tables} == set(RUNS)
-    for run, rows in tables:
-        assert rows[0] == ["setting", "value"]
-        settings = dict(rows[1:])
-        assert settings["optimizer"] == "SGD"
-        assert settings["max_norm"] == "Fixed(1.0)"
-        assert settings["exceed"] == {"unclipped": "observe", "clipped": "scale"}[run]
-
-
-def test_the_curves_are_listed_under_scalars_and_time_series(page, server, demo):
-    # Of many tags only the first groups are open.
-    tags = {tag for tag in steps_in(demo / "clipped") if not tag.startswith("parameter_norm/")}
-    page.open(f"{server.address}#scalars")
-    page.until(
-        lambda: page.run("return all('tf-scalar-card').map(card => card.tag)"),
-        lambda seen: set(seen) == tags,
-        f"cards of {sorted(tags)} under Scalars",
-    )
-    ours = {tag for tag in tags if tag.startswith("grad_norm/")}
-    page.open(f"{server.address}#timeseries")
-    page.until(
-        lambda: page.run(
-            "return all('scalar-card tb-truncated-path').map(path => path.textContent.trim())"
-        ),
-        lambda seen: set(seen) >= ours,
-        f"cards of {sorted(ours)} under Time Series",
-    )
 
 
 @pytest.mark.slow

@@ -33,6 +33,10 @@ from tests.support.reference import gradient_norm
         ({"norm_type": 0}, "norm_type is 0: give a number > 0"),
         ({"max_value": -1.0}, "max_value is -1.0: give a finite number >= 0"),
         ({"max_value": True}, "max_value is True"),
+        *(
+            ({"skip_limit": value}, "skip_limit is .*: give a whole number >= 1")
+            for value in (0, -1, 1.5, True, "3")
+        ),
         ({"engine": "cuda"}, "engine='cuda' names no engine: give 'auto' or one of"),
         ({"model": [1]}, "model is a list: give a torch.nn.Module"),
         ({"ranks": 2}, r"ranks is 2: give gradclip.Ranks\(group\), or None"),

@@ -13,7 +13,7 @@ from torch import nn
 
 import gradclip
 from gradclip import GradientClipper
-from tests.support.reference import gradient_norm, norm_of
+from tests.support.reference import norm_of
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 on_cuda = pytest.mark.parametrize("device", [CUDA], indirect=True)
@@ -77,17 +77,6 @@ def test_a_device_clips_as_the_cpu_does(device, rule, options):
         assert other.norm == pytest.approx(one.norm, rel=1e-3)
         assert other.clipped_norm == pytest.approx(one.clipped_norm, rel=1e-3)
         assert (other.step, other.skipped) == (one.step, one.skipped)
-
-
-@on_both
-@pytest.mark.parametrize("value", [1e20, 3e38, 1e-25, 1e-40])
-def test_elements_of_any_magnitude(device, value):
-    weight = nn.Parameter(torch.ones(10_000, device=device))
-    weight.grad = torch.full_like(weight, value)
-    norm = gradclip.clip_grad_norm_([weight], 1e-30)
-    exact = torch.tensor(value).double().item() * 100
-    assert norm.item() == pytest.approx(exact, rel=1e-6)
-    assert gradient_norm([weight]) == pytest.approx(min(exact, 1e-30), rel=1e-5)
 
 
 @on_both

@@ -1,1 +1,1 @@
-"""Measurements beside peers, each side by side in one process; run as modules."""
+"""Measurements of gradclip beside its peers, interleaved in one process; run as modules."""

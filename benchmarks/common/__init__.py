@@ -1,1 +1,1 @@
-"""What the benchmarks share: gradients, shapes of models, timing and tables."""
+"""Parts that the benchmarks share: gradients, shapes of models, timing and tables."""

@@ -1,4 +1,4 @@
-"""What benchmarks clip: parameters with fresh gradients, and an optimizer that does nothing."""
+"""Parameters with fresh gradients to clip, and an optimizer that does nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import gradclip
 from gradclip.engines import engine_for
 
 POOL = 2
+"""Sets of gradients in a pool."""
 
 
 class Still(torch.optim.Optimizer):
-    """An optimizer whose step does nothing, so that what its hooks cost can be seen."""
+    """An optimizer whose step does nothing, so that the cost of its hooks is visible."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__(parameters, {})
@@ -27,7 +28,12 @@ class Still(torch.optim.Optimizer):
 
 
 class Gradients:
-    """Parameters whose gradients are rewritten from a pool."""
+    """Parameters with gradients that are rewritten from a pool.
+
+    Args:
+        shapes: Shapes of the parameters.
+        dtype: Dtype of parameters and gradients.
+    """
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
         self.parameters = [
@@ -46,20 +52,20 @@ class Gradients:
 
     @property
     def bytes(self) -> int:
-        """Size of all gradients."""
+        """Size of all gradients in bytes."""
         return sum(p.numel() * p.element_size() for p in self.parameters)
 
     def norm(self) -> float:
-        """Measure the norm in float64."""
+        """Return the norm in float64."""
         return sum(p.grad.double().square().sum().item() for p in self.parameters) ** 0.5
 
     def error(self, measure: Callable[..., torch.Tensor] = gradclip.get_total_norm) -> float:
-        """Relative error of gradclip's norm, or of another's, against float64."""
+        """Return the relative error of gradclip's norm, or of another one, against float64."""
         return abs(measure([p.grad for p in self.parameters]).item() / self.norm() - 1)
 
 
 def machine() -> dict[str, object]:
-    """Describe what the figures were measured on."""
+    """Return the versions and settings of this machine."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class GPT2(nn.Module):
-    """GPT-2 with its head tied to the embedding, without dropout; by default that of 124M."""
+    """GPT-2 with tied embedding and head and without dropout, by default GPT-2 124M."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class GPT2(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits of the tokens that follow."""
+        """Return the logits of the next tokens."""
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
         inner = self.tokens(tokens) + self.positions.weight[:length]

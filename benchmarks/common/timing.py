@@ -1,4 +1,4 @@
-"""Timing of rivals side by side: interleaved, each call on freshly written gradients."""
+"""Timing of rivals: interleaved calls, each after its preparation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 Timer = Callable[[Callable[[], object], Callable[[], None]], float]
-"""Given what to call and what to do before: the seconds that the call took."""
+"""Returns the seconds that a call took, given the call and its preparation."""
 
 
 def by_clock(call: Callable[[], object], prepare: Callable[[], None]) -> float:
-    """Time a call by the clock, in seconds, after preparing for it."""
+    """Return the wall time of a call in seconds, after its preparation."""
     prepare()
     start = time.perf_counter()
     call()
@@ -21,7 +21,7 @@ def by_clock(call: Callable[[], object], prepare: Callable[[], None]) -> float:
 
 
 def by_thread(call: Callable[[], object], prepare: Callable[[], None]) -> float:
-    """Time a call by what this thread has computed, in seconds, after preparing for it."""
+    """Return the CPU time of this thread in a call in seconds, after its preparation."""
     prepare()
     start = time.thread_time()
     call()
@@ -38,12 +38,11 @@ def interleaved_medians(
     """Return the median time of each rival in seconds a call.
 
     Args:
-        rivals: What to time, by name. Each round calls all of them in turn, beginning with
-            another one every round.
+        rivals: Calls to time, by name. Each round calls all of them, in an order that rotates.
         prepare: Called before every timed call, outside the timed part.
-        seconds: How long to go on; at least 5 rounds are made.
-        calls: Calls whose mean is one measurement, for what is paid once in many calls.
-        timer: How one call is timed.
+        seconds: Duration of all rounds together; at least 5 rounds are made.
+        calls: Calls whose mean is one measurement, for costs that occur once in many calls.
+        timer: Times one call.
     """
     names = list(rivals)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -55,13 +54,13 @@ def interleaved_medians(
             taken = sum(timer(rivals[name], prepare) for _ in range(calls))
             times[name].append(taken / calls)
         rounds += 1
-    # The first round pays for what is allocated once.
+    # The first round pays for one-time allocations.
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer, with a TimeoutError; in the main thread only."""
+    """Raise a TimeoutError in a block that takes longer. Works only in the main thread."""
 
     def interrupt(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds:g} s")

@@ -1,1 +1,1 @@
-"""What clipping, rules, logging and ranks cost, beside torch's own functions."""
+"""Cost of clipping, rules, logging and ranks, beside torch's own functions."""

@@ -1,4 +1,7 @@
-"""How fast memory can be read at all, by a loop in C; without a compiler, by torch."""
+"""Bandwidth of reading memory, by a loop in C and by torch.
+
+python -m benchmarks.cost.bandwidth
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,21 @@ BYTES = 512 << 20
 
 
 def readers() -> dict[str, Callable[[], object]]:
-    """Return ways to read the same `BYTES` bytes once."""
+    """Return functions that read the same `BYTES` bytes once; the loop in C needs a compiler."""
     data = torch.ones(BYTES // 4)
-    found = {"torch.dot": lambda: torch.dot(data, data)}
+    functions = {"torch.dot": lambda: torch.dot(data, data)}
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     if compiler is not None:
         read = _built(compiler).read_memory
         read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        found["a loop in C"] = lambda: read(
+        functions["a loop in C"] = lambda: read(
             data.data_ptr(), BYTES, min(torch.get_num_threads(), 64)
         )
-    return found
+    return functions
 
 
 def read_bandwidth(seconds: float) -> tuple[float, str]:
-    """Return bytes per second of the fastest reader, and which that was."""
+    """Return the bytes per second of the fastest reader, and its name."""
     medians = interleaved_medians(readers(), lambda: None, seconds)
     name = min(medians, key=medians.__getitem__)
     return BYTES / medians[name], name
@@ -45,3 +48,8 @@ def _built(compiler: str) -> ctypes.CDLL:
         options = ["-O3", "-march=native", "-shared", "-fPIC"]
         subprocess.run([compiler, *options, SOURCE, "-o", library, "-lpthread"], check=True)
         return ctypes.CDLL(str(library))
+
+
+if __name__ == "__main__":
+    bandwidth, reader = read_bandwidth(2.0)
+    print(f"{bandwidth / 1e9:.1f} GB/s, by {reader}")

@@ -1,10 +1,10 @@
-"""Cost of clipping against torch's clip_grad_norm_, and the error of the norm.
+"""Cost of clipping beside torch's clip_grad_norm_, and the error of the norm.
 
     python -m benchmarks.cost.clip [--sets small lstm] [--seconds 5] [--instructions] [--json]
 
-Prints times as ratios to torch's default in the same run: on a shared machine only ratios mean
-something. Gradients are rewritten from a pool before every timed call. "function" and "hook" are
-gradclip with the engine that serves the CPU, "operators" is the function with torch operators.
+Times are printed as ratios to torch's default in the same run: on a shared machine only ratios have
+a meaning. Gradients are rewritten from a pool before every timed call. "function" and "hook" are
+gradclip with the engine that serves the CPU; "operators" is the function with torch operators.
 """
 
 from __future__ import annotations
@@ -58,36 +58,36 @@ def measure_set(name: str, dtype: str, seconds: float, bandwidth: float) -> list
 
 
 def medians_of_rivals(gradients: Gradients, max_norm: float, seconds: float) -> dict[str, float]:
-    """Time torch's and gradclip's ways to clip to one threshold."""
+    """Return the median times of torch's and gradclip's ways to clip to one threshold."""
     parameters = gradients.parameters
     optimizer = Still(parameters)
-    theirs = torch.nn.utils.clip_grad_norm_
-    held = [parameter.grad for parameter in parameters]
+    torch_clip = torch.nn.utils.clip_grad_norm_
+    tensors = [parameter.grad for parameter in parameters]
     serving = engine_for("auto", torch.device("cpu"))
     rivals = {
-        "torch": lambda: theirs(parameters, max_norm),
-        "foreach": lambda: theirs(parameters, max_norm, foreach=True),
+        "torch": lambda: torch_clip(parameters, max_norm),
+        "foreach": lambda: torch_clip(parameters, max_norm, foreach=True),
         "function": lambda: gradclip.clip_grad_norm_(parameters, max_norm),
         "operators": lambda: by_operators(lambda: gradclip.clip_grad_norm_(parameters, max_norm)),
         "hook": optimizer.step,
-        "engine": lambda: serving.norm(held, 2.0),
+        "engine": lambda: serving.norm(tensors, 2.0),
     }
     with gradclip.GradientClipper(optimizer, max_norm):
         return interleaved_medians(rivals, gradients.rewrite, seconds)
 
 
 def by_operators(call: Callable[[], object]) -> None:
-    """Call with torch operators serving the CPU."""
+    """Make a call while torch operators serve the CPU."""
     chosen, engines._BEST = engines._BEST, {}
     call()
     engines._BEST = chosen
 
 
 def measure_orders(name: str, seconds: float) -> dict[str, float]:
-    """Measure clipping by other norms of a set of gradients, under the threshold, as ratios."""
+    """Return the cost of clipping by other norms, under the threshold, as ratios to torch."""
     gradients = Gradients(SETS[name](), torch.float32)
     parameters = gradients.parameters
-    found = {}
+    ratios = {}
     for order in (1.0, math.inf):
         rivals = {
             module.__name__: lambda module=module, order=order: module.clip_grad_norm_(
@@ -96,14 +96,15 @@ def measure_orders(name: str, seconds: float) -> dict[str, float]:
             for module in (torch.nn.utils, gradclip)
         }
         medians = interleaved_medians(rivals, gradients.rewrite, seconds)
-        found[str(order)] = medians["gradclip"] / medians["torch.nn.utils"]
-    return found
+        ratios[str(order)] = medians["gradclip"] / medians["torch.nn.utils"]
+    return ratios
 
 
 def measure_training(seconds: float) -> dict[str, float]:
-    """Measure whole training steps of an LSTM, forward and backward by torch, in milliseconds.
+    """Return the time of a whole training step of an LSTM in milliseconds.
 
-    Between two clippings torch's threads work, and between two steps of torch ours do.
+    Here torch's threads work between two clippings, and the engine's threads between two backward
+    passes.
     """
     model = nn.LSTM(128, 256, num_layers=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -126,9 +127,9 @@ def measure_training(seconds: float) -> dict[str, float]:
 
 
 def measure_logging(seconds: float) -> dict[str, float]:
-    """Measure a step of the small set with an optimizer that does nothing, in microseconds.
+    """Return the time of a step of the small set with an idle optimizer in microseconds.
 
-    The mean of as many steps as a batch of records has, so that writing it is included.
+    A measurement is the mean of as many steps as a sink writes at once, writing included.
     """
     gradients = Gradients(SETS["small"](), torch.float32)
     parameters = gradients.parameters

@@ -1,9 +1,10 @@
-"""Instructions that a call takes on the small set, counted by Callgrind: they repeat exactly.
+"""Instructions of a call on the small set, counted by Callgrind.
 
     python -m benchmarks.cost.instructions [--calls 64]
 
-Needs valgrind (Debian: apt-get install valgrind), and a few minutes: a processor is emulated, one
-without AVX-512. Counted are warm calls on one thread, without the loop around them.
+Counts repeat exactly. This needs valgrind (Debian: apt-get install valgrind) and a few minutes,
+because it emulates a processor, one without AVX-512. Only warm calls on one thread are counted,
+without the loop around them.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from gradclip import engines
 
 SUMMARY = re.compile(r"^(?:summary|totals): (\d+)", re.MULTILINE)
 WARMING = 20
-MISSING = "valgrind is not there: install it (Debian: apt-get install valgrind)."
+MISSING = "valgrind is not installed: install it (Debian: apt-get install valgrind)."
 
 
 def available() -> bool:
-    """Tell whether valgrind is there."""
+    """Return whether valgrind is installed."""
     return shutil.which("valgrind") is not None
 
 
 def count(calls: int = 64) -> dict[str, float]:
-    """Return the instructions of one call of each rival."""
+    """Return the instructions of one call by rival."""
     command = [
         sys.executable,
         "-m",
@@ -63,7 +64,7 @@ def count(calls: int = 64) -> dict[str, float]:
 
 
 def rivals() -> Mapping[str, Callable[[], object]]:
-    """Return what is counted, first of all a call of nothing."""
+    """Return the calls to count; the first one, which does nothing, measures the loop."""
     gradients = Gradients(SETS["small"](), torch.float32)
     gradients.rewrite()
     parameters = gradients.parameters
@@ -80,8 +81,8 @@ def rivals() -> Mapping[str, Callable[[], object]]:
 
 
 def run_inside(calls: int) -> None:
-    """Run under Callgrind, which dumps what it counted after each rival."""
-    gc.disable()  # it comes when it likes
+    """Run all rivals under Callgrind, which dumps its count after each."""
+    gc.disable()  # a collection would be counted for whichever rival it falls into
     chosen = dict(engines._BEST)
     subprocess.run(["callgrind_control", "--instr=on", str(os.getpid())], check=True)
     for name, rival in rivals().items():

@@ -1,16 +1,17 @@
-"""What logging adds to a step, beside lines written by hand.
+"""Cost that logging adds to a step, beside logging by hand.
 
     python -m benchmarks.cost.logging [--seconds 20] [--shape small]
 
-A clipper clips the gradients of all parameters of ResNet-50 (161) at every step of an optimizer
-that does nothing: without a log, with the default one in TensorBoard, with the norms of the five
-largest parameters and of all, and with all in lines of JSON. By hand is what many training loops
-have: ``torch.nn.utils.clip_grad_norm_``, its result and the loss given to ``add_scalar``, and the
-norm of each parameter as well.
+A clipper clips the gradients of all 161 parameters of ResNet-50 at every step of an optimizer that
+does nothing: without a log, with the default log for TensorBoard, with the norms of the five
+largest parameters, with those of all parameters, and with those of all parameters as JSON lines.
+"By hand" is the code of many training loops: the result of ``torch.nn.utils.clip_grad_norm_`` is
+passed to ``add_scalar``, with or without the norm of each parameter.
 
-Batches of 100 steps are written, so 100 steps are one measurement; their mean is shown. The time is
-that of the thread that trains. What logging adds does not depend on the size of the gradients,
-which would hide it: by default each has 8 elements ("--shape full" takes their own).
+Sinks write 100 steps at once, so 100 steps are one measurement; their mean is shown. The time is
+the CPU time of the training thread. The cost of logging does not depend on the size of the
+gradients, which would hide it: by default each has 8 elements ("--shape full" takes the true
+shapes).
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from gradclip.report.printing import print_table
 
 STEPS = 100
 LIMITS = {"default": 40, "5 largest": 200, "all": 1000}
-"""What each may add, in microseconds."""
+"""Largest cost of each log in microseconds a step."""
 
 
 def rivals(shapes: list[tuple[int, ...]], folder: str) -> dict[str, Callable[[], object]]:
-    """Return what takes a step, by name."""
+    """Return calls that take one step, by name."""
     logs = {
         "no log": None,
         "default": f"{folder}/default",
@@ -44,14 +45,14 @@ def rivals(shapes: list[tuple[int, ...]], folder: str) -> dict[str, Callable[[],
         "all": TensorBoardSink(f"{folder}/all", per_parameter="all"),
         "all, JSON": JsonlSink(f"{folder}/all.jsonl", per_parameter="all"),
     }
-    found: dict[str, Callable[[], object]] = {}
+    steps: dict[str, Callable[[], object]] = {}
     for name, log in logs.items():
         optimizer = Still(filled(shapes))
         GradientClipper(optimizer, 1e9, log=log)
-        found[name] = optimizer.step
-    found["by hand"] = by_hand(filled(shapes), f"{folder}/by_hand", each=False)
-    found["by hand, all"] = by_hand(filled(shapes), f"{folder}/by_hand_all", each=True)
-    return found
+        steps[name] = optimizer.step
+    steps["by hand"] = by_hand(filled(shapes), f"{folder}/by_hand", each=False)
+    steps["by hand, all"] = by_hand(filled(shapes), f"{folder}/by_hand_all", each=True)
+    return steps
 
 
 def filled(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
@@ -63,7 +64,7 @@ def filled(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
 
 
 def by_hand(parameters: list[nn.Parameter], folder: str, *, each: bool) -> Callable[[], object]:
-    """Return what clips with torch and logs with ``add_scalar``."""
+    """Return a call that clips with torch and logs with ``add_scalar``."""
     writer, steps = SummaryWriter(folder), iter(range(1 << 62))
     optimizer = Still(parameters)
 
@@ -80,7 +81,7 @@ def by_hand(parameters: list[nn.Parameter], folder: str, *, each: bool) -> Calla
 
 
 def many(step: Callable[[], object]) -> Callable[[], object]:
-    """Return what takes as many steps as are written at once."""
+    """Return a call that takes as many steps as a sink writes at once."""
 
     def steps() -> None:
         for _ in range(STEPS):

@@ -1,13 +1,13 @@
-"""Cost of every rule for thresholds and of every scope, beside other packages.
+"""Cost of every rule and of every scope, beside other packages.
 
     python -m benchmarks.cost.thresholds [--seconds 5] [--steps 100 10000 1000000]
 
-Four tables. The first: what a rule adds to a step, for k norms, after a history of so many
-steps. The history is made with k = 1; larger k get that state once for each norm, since only its
-length could make a rule slower. The second: the same in whole steps of a small model, k = 1, weight
-norms included. The third: steps with different scopes on the same gradients. The
-fourth: steps of other packages on the same gradients, each where it is installed (see
-`benchmarks/peers/packages.py`). Ratios are of medians that were measured in turn.
+Four tables. The first is the cost that a rule adds to a step with k norms, after a history of
+different lengths. Only the length of a history could make a rule slower, so the history is made
+with k = 1, and for a larger k each norm gets a copy of its state. The second is the same cost in
+whole steps of a small model with k = 1, weight norms included. The third compares scopes on the
+same gradients. The fourth compares other packages on the same gradients, if they are installed (see
+`benchmarks/peers/packages.py`). Ratios are ratios of medians of interleaved calls.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ RULES: dict[str, Callable[[], Threshold]] = {
 
 
 class History:
-    """A rule that is fed norms as a clipper feeds it."""
+    """A rule that gets norms as from a clipper.
+
+    Args:
+        rule: The rule.
+        count: Number of norms a step.
+    """
 
     def __init__(self, rule: Threshold, count: int) -> None:
         self.rule = rule
@@ -73,26 +78,26 @@ class History:
         self.steps = 0
 
     def step(self) -> None:
-        """Ask for the thresholds of a step and observe what is made of it."""
+        """Take one step: thresholds, coefficients, observation."""
         norms, context = self._next()
         thresholds = self.rule.thresholds(norms, context)
         coefficients = clip_coefficients(norms, thresholds, erase=True)
         self.rule.observe(norms, norms * coefficients, context)
 
     def bare_step(self) -> None:
-        """Do the same without a rule."""
+        """Take one step without a rule."""
         norms, _ = self._next()
         coefficients = clip_coefficients(norms, self._weights, erase=True)
         _ = norms * coefficients
 
     def grown_to(self, steps: int) -> History:
-        """Go on until so many steps were made."""
+        """Take steps until there were this many; return the history itself."""
         while self.steps < steps:
             self.step()
         return self
 
     def repeated(self, count: int, make: Callable[[], Threshold]) -> History:
-        """Return a rule for so many norms, each of which has the state that this one has."""
+        """Return a history of ``count`` norms, each with the state of this history's norm."""
         wide = History(make(), count)
         state = self.rule.state_dict()
         wide.rule.load_state_dict({name: _repeated(each, count) for name, each in state.items()})
@@ -113,7 +118,7 @@ def _repeated(value: Any, count: int) -> Any:
 def measure_rules(
     counts: list[int], steps: list[int], seconds: float
 ) -> dict[tuple[str, int], list[float]]:
-    """Return what each rule adds to a step, in microseconds, for k norms after so many steps."""
+    """Return the microseconds that each rule adds to a step, by rule and number of norms."""
     added: dict[tuple[str, int], list[float]] = {}
     for name, make in RULES.items():
         history = History(make(), 1).grown_to(steps[0])
@@ -135,13 +140,13 @@ def measure_rules(
 
 
 def resident_megabytes() -> float:
-    """Return how much memory the process holds, on Linux."""
+    """Return the resident memory of the process, on Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def measure_steps(seconds: float) -> dict[str, float]:
-    """Time whole steps of the small set with each rule, after 300 of them; in seconds."""
+    """Return the seconds of a whole step of the small set by rule, after 300 steps."""
     gradients = Gradients(SETS["small"](), torch.float32)
     rivals: dict[str, Callable[[], object]] = {}
     for name, make in RULES.items():
@@ -156,7 +161,7 @@ def measure_steps(seconds: float) -> dict[str, float]:
 
 
 def measure_scopes(name: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
-    """Time a step of each scope, half of whose norms are above their thresholds or none."""
+    """Return the seconds of a step by scope, with no norm or half of the norms clipped."""
     gradients = Gradients(SETS[name](), dtype)
     rivals: dict[str, Callable[[], object]] = {}
     clippers = []
@@ -189,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def print_rules(counts: list[int], steps: list[int], seconds: float) -> None:
-    """Print what rules add to a step, and how much more memory they hold with time."""
+    """Print the cost of each rule, and the memory that it gains with its history."""
     print()
     rows = measure_rules(counts, steps, seconds)
     columns = " | ".join(f"after {n:,} steps" for n in steps)
@@ -199,7 +204,7 @@ def print_rules(counts: list[int], steps: list[int], seconds: float) -> None:
 
 
 def print_steps(seconds: float) -> None:
-    """Print what rules add to whole steps, beside torch's own clipping and one addition."""
+    """Print the cost of each rule in whole steps, beside torch's clipping and one addition."""
     medians = measure_steps(seconds)
     parameters = Gradients(SETS["small"](), torch.float32).parameters
     one = torch.ones(1)
@@ -207,19 +212,19 @@ def print_steps(seconds: float) -> None:
         "torch": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e9),
         "addition": lambda: one + one,
     }
-    known = interleaved_medians(rivals, lambda: None, seconds, calls=10)
+    references = interleaved_medians(rivals, lambda: None, seconds, calls=10)
     print(
-        f"\nclip_grad_norm_ of torch on the small set takes {known['torch'] * 1e6:.0f} us here, "
-        f"the addition of two numbers {known['addition'] * 1e6:.1f} us\n"
+        f"\ntorch's clip_grad_norm_ takes {references['torch'] * 1e6:.0f} us on the small set, the "
+        f"addition of two numbers {references['addition'] * 1e6:.1f} us\n"
     )
     print("| small, whole steps | added to Fixed, us | of torch's clip |\n|---|---|---|")
     for name, median in medians.items():
         added = median - medians["Fixed"]
-        print(f"| {name} | {added * 1e6:.0f} | {added / known['torch']:.2f} |")
+        print(f"| {name} | {added * 1e6:.0f} | {added / references['torch']:.2f} |")
 
 
 def print_scopes(name: str, seconds: float) -> None:
-    """Print what scopes cost, as ratios to the scope of all gradients."""
+    """Print the cost of each scope as a ratio to the global scope."""
     print(f"\n| {name}, scope | dtype | under | half of the norms above |\n|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         medians = measure_scopes(name, dtype, seconds)

@@ -1,1 +1,1 @@
-"""The same on a CUDA device, with its launches and its memory bandwidth."""
+"""Cost of clipping on a CUDA device, with its launches and its memory bandwidth."""

@@ -1,4 +1,4 @@
-"""What `benchmarks.cuda.run` measured, as Markdown, beside what was aimed at."""
+"""The measurements of `benchmarks.cuda.run` as Markdown, beside the targets."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LOGGED = "GradientClipper with log"
 
 
 def interpreted() -> bool:
-    """Tell whether Triton kernels are interpreted, on the CPU."""
+    """Return whether Triton kernels are interpreted, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Describe what the figures are measured on."""
+    """Return the device, versions and settings of this machine."""
     on_device = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_device else "cpu",
@@ -47,16 +47,16 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what was aimed at beside what was measured, and whether that was met.
+    """Return each target with its measurement and whether it was met.
 
-    What was not measured is left out.
+    A target without a measurement is not listed.
     """
-    found = [target for row in result["rows"] for target in _targets_of(row)]
+    results = [target for row in result["rows"] for target in _targets_of(row)]
     if result["training"]:
         overhead = result["training"]["overhead"][LOGGED]
         what = "clip and log, added to a training step"
-        found.append(_target(what, "<=", TRAINING, overhead))
-    return found
+        results.append(_target(what, "<=", TRAINING, overhead))
+    return results
 
 
 def _targets_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -80,7 +80,7 @@ def _target(what: str, sign: str, limit: float, measured: float) -> dict[str, An
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the report."""
+    """Return the report as Markdown."""
     about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     parts = [about]
     if result["machine"]["meaningless"]:
@@ -89,8 +89,8 @@ def markdown(result: dict[str, Any]) -> str:
         parts.append(f"copy bandwidth {result['copy_bandwidth'] / 1e9:,.4g} GB/s, read and written")
     if result["rows"]:
         parts += [_device_table(result["rows"]), _host_table(result["rows"])]
-    if any(result["left_out"].values()):
-        parts.append(_left_out(result["left_out"]))
+    if any(result["missing"].values()):
+        parts.append(_missing(result["missing"]))
     if result["training"]:
         parts.append(_training_table(result["training"]))
     if result["targets"]:
@@ -99,7 +99,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _device_table(rows: list[dict[str, Any]]) -> str:
-    """Times on the device, as ratios to torch's."""
+    """Return the table of times on the device, as ratios to torch's."""
     first = ["device", "dtype", "regime", "torch, ms"]
     last = ["gradclip, ms", "of bandwidth", "error", "torch's error"]
     return _table(
@@ -118,7 +118,7 @@ def _device_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _host_table(rows: list[dict[str, Any]]) -> str:
-    """Times until the call returns, as ratios to torch's."""
+    """Return the table of times until the call returns, as ratios to torch's."""
     return _table(
         ["host", "regime", "torch, us", *RIVALS, "gradclip, us", "hook, us"],
         [
@@ -143,29 +143,29 @@ def _training_table(training: dict[str, Any]) -> str:
     return f"{table}\n\nGradientClipper clipped {training['clipped']:.0%} of its steps."
 
 
-def _targets_table(found: list[dict[str, Any]]) -> str:
+def _targets_table(results: list[dict[str, Any]]) -> str:
     return _table(
         ["target", "", "measured", "met"],
         [
             [
-                each["what"],
-                f"{each['sign']} {each['limit']:.2f}",
-                f"{each['measured']:.3f}",
-                "yes" if each["met"] else "no",
+                result["what"],
+                f"{result['sign']} {result['limit']:.2f}",
+                f"{result['measured']:.3f}",
+                "yes" if result["met"] else "no",
             ]
-            for each in found
+            for result in results
         ],
     )
 
 
-def _left_out(found: dict[str, dict[str, str]]) -> str:
-    """Rivals that were not measured, each reason once."""
+def _missing(reasons_by_set: dict[str, dict[str, str]]) -> str:
+    """Return the list of missing rivals, with each reason once."""
     sets: dict[tuple[str, str], list[str]] = {}
-    for name, reasons in found.items():
+    for name, reasons in reasons_by_set.items():
         for rival, why in reasons.items():
             sets.setdefault((rival, why), []).append(name)
     lines = [f"- {rival} ({', '.join(names)}): {why}" for (rival, why), names in sets.items()]
-    return "\n".join(["Left out:", "", *lines])
+    return "\n".join(["Not measured:", "", *lines])
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

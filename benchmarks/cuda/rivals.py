@@ -1,4 +1,4 @@
-"""Ways to clip gradients on a device to the norm `MAX_NORM`, and those that do not work here."""
+"""Ways to clip gradients on a device to the norm `MAX_NORM`, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PACKAGES = {
     "apex": ("apex.multi_tensor_apply", "amp_C"),
     "transformer engine": ("transformer_engine.pytorch.optimizers",) * 2,
 }
-"""Where the multi-tensor applier and its kernels are."""
+"""Modules of the multi-tensor applier and of its kernels, by package."""
 
 Step = Callable[[], object]
 
 
 class DeviceGradients(Gradients):
-    """Gradients of a device, of a chosen norm, rewritten from a pool that is small beside them.
+    """Gradients on a device with a chosen norm, rewritten from a small pool.
 
-    Every gradient is the beginning of one of `POOL` buffers of the size of the largest.
+    The pool has `POOL` buffers of the size of the largest gradient, whose beginning serves all.
     """
 
     def __init__(
@@ -50,28 +50,28 @@ class DeviceGradients(Gradients):
         )
 
     @property
-    def held(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
         """The gradients."""
         return [parameter.grad for parameter in self.parameters]
 
     def draw(self, norm: float) -> None:
-        """Draw the pool anew, for gradients of about this norm."""
+        """Draw a new pool, for gradients of about this norm."""
         for buffer in self._buffers:
             buffer.normal_(std=norm / self.elements**0.5)
         self.rewrite()
 
     def rewrite(self) -> None:
         """Write the next gradients of the pool."""
-        torch._foreach_copy_(self.held, next(self._pool))
+        torch._foreach_copy_(self.tensors, next(self._pool))
 
 
 def clipping_rivals(
     gradients: DeviceGradients, hook: Step, *, compiles: bool = True
 ) -> tuple[dict[str, Step], dict[str, str]]:
-    """Return the rivals that clip as they should, and for the others why they are left out.
+    """Return the rivals that clip correctly, and the reason for each missing one.
 
     Args:
-        gradients: What they clip.
+        gradients: The gradients to clip.
         hook: The step of an optimizer with a clipper.
         compiles: Whether to try torch.compile.
     """
@@ -84,7 +84,7 @@ def clipping_rivals(
         "hook": lambda: hook,
     }
     gradients.draw(2 * MAX_NORM)
-    found, left_out = {}, {}
+    rivals, missing = {}, {}
     for name, make in makers.items():
         try:
             step = make()
@@ -92,16 +92,16 @@ def clipping_rivals(
             step()
             if not math.isclose(gradients.norm(), MAX_NORM, rel_tol=0.05):
                 raise ValueError(f"clipped to {gradients.norm():.4f} instead of {MAX_NORM}")
-            found[name] = step
+            rivals[name] = step
         except ModuleNotFoundError as error:
-            left_out[name] = f"not installed ({error})"
-        except Exception as error:  # noqa: BLE001  # whatever it is, the others can be measured
-            left_out[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return found, left_out
+            missing[name] = f"not installed ({error})"
+        except Exception as error:  # noqa: BLE001  # the other rivals can still be measured
+            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return rivals, missing
 
 
 def compiled(parameters: list[nn.Parameter]) -> Step:
-    """Torch's own clipping, compiled as one graph; elsewhere than on CUDA without kernels."""
+    """Return torch's clipping compiled as one graph; without kernels where there is no CUDA."""
     torch.compiler.reset()
     step: Step = torch.compile(
         lambda: nn.utils.clip_grad_norm_(parameters, MAX_NORM),
@@ -115,16 +115,16 @@ def compiled(parameters: list[nn.Parameter]) -> Step:
 
 
 def multi_tensor(package: str, parameters: list[nn.Parameter]) -> Step:
-    """The kernels of a package, used as Megatron-LM does: the host reads the norm and decides."""
+    """Return clipping by a package's kernels as in Megatron-LM, where the host reads the norm."""
     applier, kernels = map(importlib.import_module, PACKAGES[package])
     apply = applier.multi_tensor_applier
     flag = torch.zeros(1, dtype=torch.int32, device=parameters[0].device)
 
     def clip() -> None:
-        held = [parameter.grad for parameter in parameters]
-        norm, _ = apply(kernels.multi_tensor_l2norm, flag, [held], False)
+        tensors = [parameter.grad for parameter in parameters]
+        norm, _ = apply(kernels.multi_tensor_l2norm, flag, [tensors], False)
         coefficient = MAX_NORM / (norm.item() + 1e-6)
         if coefficient < 1:
-            apply(kernels.multi_tensor_scale, flag, [held, held], coefficient)
+            apply(kernels.multi_tensor_scale, flag, [tensors, tensors], coefficient)
 
     return clip

@@ -1,24 +1,25 @@
-"""Cost of clipping on an NVIDIA GPU against torch's clip_grad_norm_, and the error of the norm.
+"""Cost of clipping on an NVIDIA GPU beside torch's clip_grad_norm_, and the error of the norm.
 
     python -m benchmarks.cuda.run [--sets gpt2 tiny] [--seconds 5] [--no-training] [--no-compile]
                               [--json] [--output benchmarks/results/h200.md]
 
-Rivals take turns in one process; figures are medians. Before every timed call the gradients are
-written anew, outside the timed part, so that caches hold what was written last, as they do after
-a backward pass. The threshold is 1, and gradients have a norm of 2 ("clipping") or 0.5 ("under");
-"norm" is the norm alone.
+Calls of the rivals are interleaved in one process; figures are medians. Gradients are rewritten
+before every timed call, outside the timed part, so that the caches hold the last written bytes, as
+after a backward pass. The threshold is 1, and gradients have a norm of 2 ("clipping") or 0.5
+("under"); "norm" is the norm alone.
 
-The device's time is that between two CUDA events with all work waiting in its queue, the host's
-that until the call returns, from an idle device. The share of bandwidth is
+The time on the device is the time between two CUDA events with all work waiting in the queue. The
+time on the host is the time until the call returns, beginning with an idle device. The share of
+bandwidth is
 
     passes * bytes of all gradients / time on the device / copy bandwidth,
 
-where passes are those that are needed: 1 for the norm and under the threshold (all is read once),
-3 for clipping (read, read again, written). The copy bandwidth is 2 * bytes / time of the best large
-``copy_`` in the same run. Reading alone can be faster than copying, and what is still in a cache
-need not be read, so a share may exceed 100 %.
+where passes counts the necessary passes: 1 for the norm and under the threshold (one read), 3 for
+clipping (two reads, one write). The copy bandwidth is 2 * bytes / time of the fastest large
+``copy_`` in the same run. A share may exceed 100 %: reading can be faster than copying, and bytes
+in a cache need no read.
 
-Without a GPU the same code runs on toys on the CPU, with gradclip's Triton engine where
+Without a GPU the same code runs on toys on the CPU, with gradclip's Triton engine if
 TRITON_INTERPRET=1 is set. Those figures mean nothing.
 """
 
@@ -47,14 +48,14 @@ from benchmarks.cuda.timing import copy_bandwidth, device_and_host_medians, sync
 from gradclip import engines
 
 NORMS = {"norm": 1.0, "under": MAX_NORM / 2, "clipping": MAX_NORM * 2}
-"""Of the gradients, by regime."""
+"""Norm of the gradients, by regime."""
 PASSES = {"norm": 1, "under": 1, "clipping": 3}
-"""How often each byte is read or written."""
+"""Necessary passes over the gradients, by regime."""
 
 
 @dataclass(frozen=True)
 class GradientSet:
-    """Gradients of a model, and those of a small one of the same kind."""
+    """Shapes of a model's gradients, and of a small model of the same kind."""
 
     shapes: Callable[[], list[shapes.Shape]]
     toy: Callable[[], list[shapes.Shape]]
@@ -72,7 +73,7 @@ SETS = {
 
 
 def share_of_bandwidth(regime: str, size: int, seconds: float, bandwidth: float) -> float:
-    """Return the share of a bandwidth at which the needed bytes were moved.
+    """Return the bandwidth of the necessary passes as a share of the copy bandwidth.
 
     Args:
         regime: "norm", "under" or "clipping".
@@ -86,13 +87,13 @@ def share_of_bandwidth(regime: str, size: int, seconds: float, bandwidth: float)
 def measure_set(
     name: str, device: torch.device, seconds: float, bandwidth: float, *, compiles: bool
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Measure all regimes on one set of gradients; also return what was left out, and why.
+    """Return the rows of all regimes on one set, and the reason for each missing rival.
 
     Args:
-        name: One of `SETS`.
-        device: Where; toys on the CPU.
-        seconds: For each regime.
-        bandwidth: Bytes per second.
+        name: Name in `SETS`.
+        device: The device; on the CPU, toys are measured.
+        seconds: Duration of each regime.
+        bandwidth: Copy bandwidth in bytes per second.
         compiles: Whether to try torch.compile.
     """
     chosen = SETS[name]
@@ -103,23 +104,23 @@ def measure_set(
     optimizer = Still(gradients.parameters)
     rows = []
     with gradclip.GradientClipper(optimizer, MAX_NORM):
-        clipping, left_out = clipping_rivals(gradients, optimizer.step, compiles=compiles)
+        clipping, missing = clipping_rivals(gradients, optimizer.step, compiles=compiles)
         for regime in NORMS:
             rivals = norm_rivals(gradients) if regime == "norm" else clipping
             measured = measure_regime(regime, gradients, rivals, seconds, bandwidth)
             rows.append(
                 {"set": name, "dtype": str(chosen.dtype).removeprefix("torch."), **measured}
             )
-            told = {key: rows[-1][key] for key in ("set", "regime", "device_ms", "host_us")}
-            print(json.dumps(told), file=sys.stderr, flush=True)
-    return rows, left_out
+            summary = {key: rows[-1][key] for key in ("set", "regime", "device_ms", "host_us")}
+            print(json.dumps(summary), file=sys.stderr, flush=True)
+    return rows, missing
 
 
 def norm_rivals(gradients: DeviceGradients) -> dict[str, Step]:
-    """Return ways to measure the norm alone."""
+    """Return calls that measure the norm alone."""
     return {
-        "torch": lambda: torch.nn.utils.get_total_norm(gradients.held),
-        "gradclip": lambda: gradclip.get_total_norm(gradients.held),
+        "torch": lambda: torch.nn.utils.get_total_norm(gradients.tensors),
+        "gradclip": lambda: gradclip.get_total_norm(gradients.tensors),
     }
 
 
@@ -130,7 +131,7 @@ def measure_regime(
     seconds: float,
     bandwidth: float,
 ) -> dict[str, Any]:
-    """Measure rivals on gradients of one norm."""
+    """Return the measurements of rivals on gradients of one norm."""
     device = gradients.parameters[0].device
     gradients.draw(NORMS[regime])
     on_device, on_host = device_and_host_medians(rivals, gradients.rewrite, seconds, device)
@@ -156,13 +157,13 @@ def measure_regime(
 
 
 def ratios(taken: dict[str, float]) -> dict[str, float]:
-    """Return times as ratios to torch's."""
-    return {name: each / taken["torch"] for name, each in taken.items()}
+    """Return times as ratios to torch's time."""
+    return {name: seconds / taken["torch"] for name, seconds in taken.items()}
 
 
 @contextlib.contextmanager
 def engine_under_test(device: torch.device) -> Iterator[None]:
-    """Have the CPU served by the Triton engine where that is interpreted."""
+    """Let the interpreted Triton engine serve the CPU, if it is asked for."""
     chosen = engines._BEST
     if device.type == "cpu" and cuda_report.interpreted():
         engines._BEST = {"cpu": engines.engine_for("triton", device)}
@@ -173,15 +174,15 @@ def engine_under_test(device: torch.device) -> Iterator[None]:
 
 
 def measure(result: dict[str, Any], options: argparse.Namespace, device: torch.device) -> None:
-    """Fill in the result; what is in it so far is worth reporting if the rest fails."""
+    """Fill in the result step by step: if one fails, the rows before it are still reported."""
     bandwidth = copy_bandwidth(device, options.seconds / 2)
     result["copy_bandwidth"] = bandwidth
     for name in options.sets:
-        rows, left_out = measure_set(
+        rows, missing = measure_set(
             name, device, options.seconds, bandwidth, compiles=options.compile
         )
         result["rows"] += rows
-        result["left_out"][name] = left_out
+        result["missing"][name] = missing
         gc.collect()
         synchronize(device)
         if device.type == "cuda":
@@ -193,24 +194,24 @@ def measure(result: dict[str, Any], options: argparse.Namespace, device: torch.d
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seconds", type=float, default=5.0, help="per set and regime")
     parser.add_argument("--no-training", dest="training", action="store_false")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="a file for the Markdown, too")
+    parser.add_argument("--output", type=Path, help="also write the Markdown to this file")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print; if something fails, what was measured before."""
+    """Measure and print. If a measurement fails, print those before it."""
     options = parsed(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with engine_under_test(device):
         result: dict[str, Any] = {"machine": cuda_report.machine(device), "rows": []}
-        result.update(left_out={}, training={})
+        result.update(missing={}, training={})
         try:
             measure(result, options, device)
         finally:

@@ -1,4 +1,4 @@
-"""Timing on a device: by its own clock and by the host's; and how fast it copies memory."""
+"""Timing on a device by its clock and by the host's clock, and the bandwidth of its copies."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from benchmarks.common.timing import Timer, by_clock, interleaved_medians
 
 COPIED = {"cuda": (1 << 30, 1 << 32), "cpu": (1 << 20,)}
-"""Bytes of the copies by which bandwidth is measured."""
+"""Sizes in bytes of the copies that measure the bandwidth."""
 CYCLES = 2.0e9
-"""Cycles of a device's clock in a second, about."""
+"""Approximate cycles of a device's clock in a second."""
 LONGEST_SLEEP = 0.1
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was started on the device."""
+    """Wait until all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -29,9 +29,9 @@ def device_and_host_medians(
     seconds: float,
     device: torch.device,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the median time of each rival on the device, and that until its call returns.
+    """Return the median time of each rival on the device, and until its call returns.
 
-    Half of the seconds goes to each. On the CPU both are by the clock.
+    Each measurement takes half of the seconds. On the CPU both are wall times.
     """
 
     def prepared() -> None:
@@ -49,10 +49,10 @@ def device_and_host_medians(
 def by_events(
     call: Callable[[], object], prepare: Callable[[], None], asleep: float = 1e-3
 ) -> float:
-    """Time a call by the device's own clock, in seconds, after preparing for it.
+    """Return the time of a call in seconds by the device's clock, after its preparation.
 
-    The device sleeps first, so that all work of the call waits in its queue when it wakes, and no
-    gap between two kernels is time in which the host was slower than the device.
+    The device sleeps first. When it wakes, all work of the call waits in its queue, so that no gap
+    between two kernels is due to a slow host.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     prepare()
@@ -67,7 +67,7 @@ def by_events(
 def by_clock_to_the_end(
     call: Callable[[], object], prepare: Callable[[], None], device: torch.device
 ) -> float:
-    """Time a call by the clock, in seconds, until the device has done its work, too."""
+    """Return the wall time of a call in seconds, until the device has done its work."""
     prepare()
     synchronize(device)
     start = time.perf_counter()
@@ -77,7 +77,7 @@ def by_clock_to_the_end(
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
-    """Return bytes per second, read and written, of the best of some large copies."""
+    """Return the bytes per second, read and written, of the fastest of some large copies."""
     rates = []
     for size in COPIED[device.type]:
         source = torch.ones(size // 4, device=device)

@@ -1,4 +1,4 @@
-"""Whole training steps of GPT-2, clipped in several ways and in none."""
+"""Whole training steps of GPT-2, clipped in several ways and not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.cuda.rivals import MAX_NORM
 from benchmarks.cuda.timing import by_clock_to_the_end
 
 STEPS = 5
-"""Steps that are timed together, so that the host may run ahead of the device."""
+"""Steps that are timed together: within them the host may run ahead of the device."""
 FULL: dict[str, Any] = {"model": {}, "batch": 8, "length": 1024}
 TOY: dict[str, Any] = {
     "model": {"layers": 1, "wide": 8, "heads": 2, "vocabulary": 32, "positions": 16},
@@ -29,7 +29,7 @@ TOY: dict[str, Any] = {
 
 
 class Training:
-    """One model and one batch, and optimizers to step with."""
+    """A model and a batch, trained with any optimizer and clipping."""
 
     def __init__(self, device: torch.device, model: dict[str, int], batch: int, length: int):
         self.model = GPT2(**model).to(device)
@@ -57,13 +57,13 @@ class Training:
 
 
 def measure_training(seconds: float, device: torch.device, size: dict[str, Any]) -> dict[str, Any]:
-    """Measure a training step, in milliseconds, and the share of steps that gradclip clipped.
+    """Return the time of a training step in milliseconds, and the share of clipped steps.
 
-    Forward and backward in bfloat16 autocast, AdamW fused, weights and gradients float32. The
-    clipper's log is flushed within the timed part, after every `STEPS` steps; the writer that is
-    used by hand writes when it likes, in its own thread.
+    Forward and backward run in bfloat16 autocast; AdamW is fused; weights and gradients are
+    float32. The clipper's log is flushed within the timed part, after every `STEPS` steps. The
+    writer used by hand has a thread of its own, which decides when to write.
     """
-    # Here, so that where TensorBoard is missing the rest is measured.
+    # Not at the top: without TensorBoard the other benchmarks still run.
     from torch.utils.tensorboard import SummaryWriter
 
     training = Training(device, **size)

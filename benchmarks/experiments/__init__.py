@@ -1,1 +1,1 @@
-"""Answers to scientific questions: what clipping does to trainings."""
+"""Experiments on the effect of clipping on trainings."""

@@ -1,1 +1,1 @@
-"""Other packages for clipping: their cost, and how they fare at what breaks clippers."""
+"""Other packages for clipping: their cost, and their results in situations that break clippers."""

@@ -39,4 +39,6 @@ def run_and_leave(script: str) -> None:
 
 if __name__ == "__main__":
     del sys.argv[0]
+    # As for a script that is started itself. This file's folder would hide the package tensorboard.
+    sys.path[0] = str(Path(sys.argv[0]).parent)
     run_and_leave(sys.argv[0])

@@ -1,1 +1,1 @@
-"""Trainings whose gradients are corrupted, with clipping and without."""
+"""Trainings with corrupted gradients, clipped in several ways and not at all."""

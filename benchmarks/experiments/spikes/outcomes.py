@@ -1,4 +1,4 @@
-"""What runs with corrupted gradients came to, as means with intervals over seeds."""
+"""Results of trainings with corrupted gradients: means with intervals over seeds."""
 
 from __future__ import annotations
 
@@ -10,77 +10,77 @@ import numpy as np
 
 CONFIDENCE = 0.95
 CLEAN = "none"
-"""The corruption that is none."""
+"""Name of the trainings without corruption."""
 UNCLIPPED = "no clipping"
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """A clean run without clipping, by which a learning rate and a threshold are chosen."""
+    """A clean run without clipping, which decides the learning rate and the fixed threshold."""
 
     model: str
     rate: float
     loss: float
-    """On held-out text, at the end; NaN where the run diverged."""
+    """Final loss on held-out text; NaN if the run diverged."""
     kind: str
-    """What `gradclip report` calls the run."""
+    """Kind of run according to `gradclip report`."""
     advised: float | None
-    """The threshold it advises; None where it advises a rule."""
+    """The advised threshold; None if a rule is advised."""
     median: float
-    """Of the norms."""
+    """Median norm."""
 
     @property
     def fixed(self) -> float:
-        """The fixed threshold: what is advised, and where that is no number, the median norm."""
+        """The fixed threshold: the advised number, or the median norm if a rule is advised."""
         return self.median if self.advised is None else self.advised
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to."""
+    """The result of one run."""
 
     model: str
     corruption: str
     arm: str
-    """How it was clipped."""
+    """The way it was clipped."""
     seed: int
     loss: float
-    """On held-out text, at the end; not finite where the run diverged."""
+    """Final loss on held-out text; not finite if the run diverged."""
     clip_rate: float
-    """Share of the steps that were clipped, of those with a finite norm."""
+    """Share of the steps with a finite norm that were clipped."""
     skipped: int
-    """Steps that were left out."""
+    """Number of skipped steps."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval by Student's t; NaN where there is too little."""
+    """A mean with its confidence interval by Student's t; NaN for fewer than two values."""
 
     mean: float
     low: float
     high: float
     above: int
-    """How many of the numbers are above 0."""
+    """Number of values above 0."""
     count: int
 
     @property
     def sign(self) -> int:
-        """Side of 0 that the whole interval lies on: 1, -1, or 0 where it does not."""
+        """1 or -1 if the whole interval lies above or below 0, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
 def interval(values: Iterable[float]) -> Interval:
-    """Return the mean of some finite numbers with its interval."""
-    known = np.asarray([*values], dtype=np.float64)
-    mean = float(known.mean()) if len(known) else math.nan
+    """Return the mean of some finite values with its interval."""
+    numbers = np.asarray([*values], dtype=np.float64)
+    mean = float(numbers.mean()) if len(numbers) else math.nan
     half = math.nan
-    if len(known) > 1:
-        half = student_t(len(known) - 1) * float(known.std(ddof=1)) / math.sqrt(len(known))
-    return Interval(mean, mean - half, mean + half, int((known > 0).sum()), len(known))
+    if len(numbers) > 1:
+        half = student_t(len(numbers) - 1) * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
+    return Interval(mean, mean - half, mean + half, int((numbers > 0).sum()), len(numbers))
 
 
 def student_t(freedom: int) -> float:
-    """Return by how many standard errors an interval reaches to each side.
+    """Return the half width of an interval in standard errors.
 
     With ``t = sqrt(freedom) tan(angle)`` the density of Student's t is proportional to
     ``cos(angle) ** (freedom - 1)``.
@@ -94,7 +94,7 @@ def student_t(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """All seeds of one model, one corruption and one way to clip."""
+    """The runs of all seeds with one model, one corruption and one way to clip."""
 
     model: str
     corruption: str
@@ -105,16 +105,16 @@ class Row:
     """Losses of the runs without corruption, in the same order."""
     clip_rate: float
     skipped: float
-    """Mean of the steps that were left out."""
+    """Mean number of skipped steps."""
 
     @property
     def diverged(self) -> int:
-        """How many losses are not finite."""
+        """Number of losses that are not finite."""
         return sum(not math.isfinite(loss) for loss in self.losses)
 
     @property
     def loss(self) -> Interval:
-        """The loss of those that did not diverge."""
+        """The loss of the runs that did not diverge."""
         return interval(loss for loss in self.losses if math.isfinite(loss))
 
     @property
@@ -124,20 +124,20 @@ class Row:
 
 
 def difference(losses: Sequence[float], others: Sequence[float]) -> Interval:
-    """Return by how much losses are higher than others, in pairs that are finite."""
+    """Return the difference between paired losses, over the pairs that are finite."""
     changes = (loss - other for loss, other in zip(losses, others, strict=True))
     return interval(change for change in changes if math.isfinite(change))
 
 
 def rows_of(outcomes: Iterable[Outcome]) -> list[Row]:
-    """Return runs that differ in nothing but the seed together, in the order in which they come."""
-    together: dict[tuple[str, str, str], list[Outcome]] = {}
-    for each in outcomes:
-        together.setdefault((each.model, each.corruption, each.arm), []).append(each)
+    """Return a row for all runs that differ only in the seed, in the order of the runs."""
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.model, outcome.corruption, outcome.arm), []).append(outcome)
     rows = []
-    for (model, corruption, arm), runs in together.items():
+    for (model, corruption, arm), runs in groups.items():
         runs.sort(key=lambda run: run.seed)
-        clean = sorted(together[model, CLEAN, arm], key=lambda run: run.seed)
+        clean = sorted(groups[model, CLEAN, arm], key=lambda run: run.seed)
         row = Row(
             model,
             corruption,
@@ -152,5 +152,5 @@ def rows_of(outcomes: Iterable[Outcome]) -> list[Row]:
 
 
 def names_of(rows: Iterable[Row], field: str) -> list[str]:
-    """Return the models, corruptions or arms of some rows, each once, in their order."""
+    """Return the distinct models, corruptions or arms of some rows, in their order."""
     return [*dict.fromkeys(getattr(row, field) for row in rows)]

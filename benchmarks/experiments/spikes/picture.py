@@ -1,4 +1,4 @@
-"""What runs with corrupted gradients came to, as a picture."""
+"""The picture of trainings with corrupted gradients: losses and changes by corruption."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from gradclip.report.pictures.figure import Picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, which the colour-blind tell apart too; shapes differ besides.
+# Okabe and Ito's palette, whose colours differ for the colour-blind as well; so do the shapes.
 COLORS = ("#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#E69F00")
 SHAPES = "oXs^vDP"
 WIDTH = 0.8
-"""Of the arms of one corruption, where the next is 1 away."""
+"""Width of the arms of one corruption, as a share of the distance to the next one."""
 WIDE = 10.0
-"""Range of the losses from which on their axis is logarithmic."""
+"""Ratio of the largest to the smallest loss from which the axis is logarithmic."""
 LINEAR = 0.01
-"""Changes up to here are drawn to scale, larger ones by their logarithm."""
+"""Changes up to this are drawn to scale, larger ones by their logarithm."""
 
 
 def draw(rows: Sequence[Row], path: Path, guess: float) -> None:
-    """Draw losses above, changes below, a column for each model.
+    """Draw the losses above and their changes below, with a column for each model.
 
     Args:
-        rows: What was measured.
-        path: A file for the picture.
-        guess: The loss of a model that takes all characters for equally likely.
+        rows: The results.
+        path: File of the picture.
+        guess: Loss of a model for which all characters are equally likely.
     """
     models = names_of(rows, "model")
     figure = Picture(figsize=(1 + 6.2 * len(models), 8.4), dpi=100)
@@ -53,7 +53,7 @@ def draw(rows: Sequence[Row], path: Path, guess: float) -> None:
         frameon=False,
         fontsize=11,
         title=f"mean of {seeds} seeds with {CONFIDENCE:.0%} interval, small dots single seeds, "
-        "NaN: so many diverged",
+        "NaN: number of diverged runs",
         title_fontsize=11,
         alignment="left",
     )
@@ -87,25 +87,25 @@ def _draw_rows(
     single: Sequence[Sequence[float]],
 ) -> None:
     corruptions, arms = names_of(rows, "corruption"), names_of(rows, "arm")
-    for index, arm in enumerate(arms):
-        offset = WIDTH * ((index + 0.5) / len(arms) - 0.5)
-        chosen = [place for place, row in enumerate(rows) if row.arm == arm]
-        places = [corruptions.index(rows[place].corruption) + offset for place in chosen]
-        color = COLORS[index % len(COLORS)]
-        for at, place in zip(places, chosen, strict=True):
-            values = single[place]
-            axes.plot([at] * len(values), values, ".", color=color, alpha=0.3, markersize=5)
-            if rows[place].diverged:
-                _mark_diverged(axes, at, rows[place], color)
-        means = [intervals[place].mean for place in chosen]
+    for number, arm in enumerate(arms):
+        offset = WIDTH * ((number + 0.5) / len(arms) - 0.5)
+        chosen = [index for index, row in enumerate(rows) if row.arm == arm]
+        positions = [corruptions.index(rows[index].corruption) + offset for index in chosen]
+        color = COLORS[number % len(COLORS)]
+        for position, index in zip(positions, chosen, strict=True):
+            values = single[index]
+            axes.plot([position] * len(values), values, ".", color=color, alpha=0.3, markersize=5)
+            if rows[index].diverged:
+                _mark_diverged(axes, position, rows[index], color)
+        means = [intervals[index].mean for index in chosen]
         axes.errorbar(
-            places,
+            positions,
             means,
             yerr=[
-                [intervals[place].mean - intervals[place].low for place in chosen],
-                [intervals[place].high - intervals[place].mean for place in chosen],
+                [intervals[index].mean - intervals[index].low for index in chosen],
+                [intervals[index].high - intervals[index].mean for index in chosen],
             ],
-            fmt=SHAPES[index % len(SHAPES)],
+            fmt=SHAPES[number % len(SHAPES)],
             color=color,
             markersize=6,
             capsize=3,
@@ -115,11 +115,11 @@ def _draw_rows(
     _finish(axes, corruptions)
 
 
-def _mark_diverged(axes: Axes, at: float, row: Row, color: str) -> None:
-    """Write above where the mean would be how many runs have no loss."""
+def _mark_diverged(axes: Axes, position: float, row: Row, color: str) -> None:
+    """Write the number of diverged runs above the place of their mean."""
     axes.annotate(
         f"{row.diverged} of {len(row.losses)} NaN",
-        xy=(at, 1),
+        xy=(position, 1),
         xycoords=axes.get_xaxis_transform(),
         ha="center",
         va="bottom",

@@ -1,4 +1,4 @@
-"""What runs with corrupted gradients came to, in Markdown; all sentences follow from numbers."""
+"""Results of trainings with corrupted gradients as Markdown; all sentences follow from numbers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def report(
     """Return lines of Markdown.
 
     Args:
-        settings: How the figures were made.
-        code: How each arm is written.
-        pilots: All that were made.
-        chosen: The one of each model.
-        rows: What was measured.
+        settings: Settings of the trainings.
+        code: Code of each arm.
+        pilots: All pilot runs.
+        chosen: The chosen pilot run of each model.
+        rows: The results.
     """
     of_intervals = (
         f"Intervals are Student's t over seeds at {CONFIDENCE:.0%}, none corrected for their "
@@ -105,7 +105,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:
-    """Return what the rows of a model say, by corruption."""
+    """Return the findings for one model, by corruption."""
     lines = []
     for corruption in names_of(rows, "corruption"):
         of_one = [row for row in rows if row.corruption == corruption]
@@ -141,7 +141,7 @@ def _sides(changes: Mapping[str, Interval], what: str) -> list[str]:
 
 
 def _lowest(rows: Sequence[Row]) -> str:
-    """Return which arm ended lowest of those that never diverged, and which are as low."""
+    """Return the arm with the lowest loss of those that never diverged, and its equals."""
     whole = [row for row in rows if not row.diverged]
     if not whole:
         return "every arm diverged at least once"

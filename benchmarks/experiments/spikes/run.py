@@ -1,19 +1,19 @@
-"""What a few bad gradients do to a training, clipped in several ways and not at all.
+"""Effect of a few bad gradients on a training, clipped in several ways and not at all.
 
     python -m benchmarks.experiments.spikes.run [--seeds 5] [--steps 400]
         [--models rnn gpt] [--processes 2] [--save benchmarks/results/spikes.md]
 
 Two small models learn the characters of real text, the topics of Python's ``help()``. At preset
-steps the gradients are corrupted between the backward pass and whatever clips: multiplied, or
-given one NaN. The loss on held-out text at the end tells what that did.
+steps the gradients are corrupted after the backward pass and before clipping: they are multiplied,
+or one element becomes NaN. The effect is measured by the final loss on held-out text.
 
-All ways to clip start from the same weights and read the same batches, by seed. Each is trained to
-the first corrupted step once, and goes on from a copy of that state once for each corruption and
-once without, so that a run and its clean run differ in what is corrupted and in nothing before.
+For each seed, all ways to clip start from the same weights and read the same batches. Each trains
+once up to the first corrupted step. From a copy of that state it continues once for each corruption
+and once without, so that a run and its clean run are the same up to the corruption.
 
-Nothing is chosen by the results. The learning rate is, of three, the one with the lowest loss in a
-clean run without clipping, of a seed that is not used afterwards; the fixed threshold is what
-`gradclip report` advises for that run's norms. The rules keep their defaults.
+No setting is chosen by the results. The learning rate is the one of three with the lowest loss in a
+clean run without clipping, with a seed that is not used again. The fixed threshold is the one that
+`gradclip report` advises for that run. The rules keep their defaults.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ import numpy as np
 import gradclip
 from benchmarks.common.gradients import machine
 from benchmarks.common.markdown import save
-from benchmarks.experiments.spikes import training as spike_training
 from benchmarks.experiments.spikes.outcomes import Outcome, Pilot, rows_of
 from benchmarks.experiments.spikes.picture import draw
 from benchmarks.experiments.spikes.report import report
 from benchmarks.experiments.spikes.training import (
     ARMS,
+    BATCH,
     CORRUPTIONS,
+    HELD_OUT,
     LEARNERS,
+    LENGTH,
+    WARM_UP,
     Training,
     code_of,
     text,
@@ -53,15 +56,15 @@ from gradclip.report.run import run_of
 from gradclip.report.summary import summarized
 
 PILOT = 0
-"""The seed of the runs by which learning rate and fixed threshold are chosen."""
+"""Seed of the runs that decide the learning rate and the fixed threshold."""
 BEGIN = 2 / 3
-"""Share of the steps after which the first gradient is corrupted."""
+"""Share of the steps before the first corrupted one."""
 LONGEST = max(corruption.steps for corruption in CORRUPTIONS.values())
 
 
 @one_thread()
 def try_rate(name: str, rate: float, steps: int) -> Pilot:
-    """Train cleanly without clipping; return the loss, and the threshold advised for the norms."""
+    """Train cleanly without clipping; return the loss and the advised threshold."""
     sink = gradclip.MemorySink()
     training = Training(LEARNERS[name], rate, steps, PILOT, {"max_norm": None, "log": sink})
     training.advance(0, steps)
@@ -74,7 +77,7 @@ def try_rate(name: str, rate: float, steps: int) -> Pilot:
 
 @one_thread()
 def train(pilot: Pilot, arm: str, seed: int, steps: int) -> list[Outcome]:
-    """Train with one way to clip, to the first corrupted step once, on from there with each."""
+    """Train with one way to clip up to the first corrupted step, then with each corruption."""
     options = ARMS[arm](pilot.fixed)
     training = Training(LEARNERS[pilot.model], pilot.rate, steps, seed, options)
     begin = first_corrupted(steps)
@@ -95,7 +98,7 @@ def first_corrupted(steps: int) -> int:
 
 
 def chosen(pilots: Iterable[Pilot]) -> dict[str, Pilot]:
-    """Return the pilot run of each model that has the lowest loss."""
+    """Return the pilot run with the lowest loss of each model."""
     best: dict[str, Pilot] = {}
     for pilot in sorted(pilots, key=lambda pilot: (math.isnan(pilot.loss), pilot.loss)):
         best.setdefault(pilot.model, pilot)
@@ -105,7 +108,7 @@ def chosen(pilots: Iterable[Pilot]) -> dict[str, Pilot]:
 def measure(
     models: Sequence[str], seeds: int, steps: int, processes: int
 ) -> tuple[list[Pilot], list[Outcome]]:
-    """Make the pilot runs, then train everything."""
+    """Return the pilot runs and the results of all trainings."""
     rates = [(name, rate, steps) for name in models for rate in LEARNERS[name].rates]
     pilots = [*results(try_rate, rates, processes)]
     best = chosen(pilots)
@@ -121,15 +124,15 @@ def measure(
 def results(
     function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], processes: int
 ) -> Iterator[Any]:
-    """Yield what a function returns for each job, in their order; show how far it is."""
+    """Yield the result of a function for each job, in their order, and show the progress."""
     call: Callable[[tuple[Any, ...]], Any] = partial(_call, function)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if processes > 1:
-            pool = held.enter_context(multiprocessing.get_context("spawn").Pool(processes))
-            found: Iterator[Any] = pool.imap(call, jobs)
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            yielded: Iterator[Any] = pool.imap(call, jobs)
         else:
-            found = map(call, jobs)
-        for count, result in enumerate(found, start=1):
+            yielded = map(call, jobs)
+        for count, result in enumerate(yielded, start=1):
             print(f"{function.__name__}: {count} of {len(jobs)}", file=sys.stderr, flush=True)
             yield result
 
@@ -139,9 +142,9 @@ def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
 
 
 def settings(options: argparse.Namespace, minutes: float) -> dict[str, str]:
-    """Return how the figures were made."""
+    """Return the settings of the trainings, for the report."""
     training, held_out, characters = text()
-    told = {**machine(), "threads": f"1 in each of {options.processes} processes"}
+    environment = {**machine(), "threads": f"1 in each of {options.processes} processes"}
     command = (
         f"python -m benchmarks.experiments.spikes.run --seeds {options.seeds} "
         f"--steps {options.steps} --models {' '.join(options.models)} "
@@ -151,15 +154,15 @@ def settings(options: argparse.Namespace, minutes: float) -> dict[str, str]:
     return {
         "command": f"`{command} --save {options.save}`" if options.save else f"`{command}`",
         "made with": f"gradclip {gradclip.__version__}, "
-        + ", ".join(f"{key} {value}" for key, value in told.items())
+        + ", ".join(f"{key} {value}" for key, value in environment.items())
         + f"; {date.today()}, {minutes:.0f} minutes",
         "text": f"`pydoc_data.topics`, {len(training):,} characters of {characters} kinds to "
         f"train on; the final loss is that of {held_out[:, 1:].numel():,} characters of the last "
-        f"{spike_training.HELD_OUT:.0%}, in nats",
+        f"{HELD_OUT:.0%}, in nats",
         "seeds": f"{options.seeds}, from {PILOT + 1} to {PILOT + options.seeds}",
-        "steps": f"{options.steps}, each on {spike_training.BATCH} stretches of "
-        f"{spike_training.LENGTH} characters; the learning rate rises in the first "
-        f"{spike_training.WARM_UP:.0%} of them and falls to 0 in a straight line",
+        "steps": f"{options.steps}, each on {BATCH} pieces of "
+        f"{LENGTH} characters; the learning rate rises in the first "
+        f"{WARM_UP:.0%} of them and falls to 0 in a straight line",
         "corrupted": f"step {begin} of 0 to {options.steps - 1}, or {begin} to "
         f"{begin + LONGEST - 1}; the NaN is the first element of the first parameter",
         **{name: str(LEARNERS[name]) for name in options.models},
@@ -173,24 +176,26 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--models", nargs="+", choices=[*LEARNERS], default=[*LEARNERS])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--save", type=Path, help="a file for the Markdown; a picture beside it")
+    parser.add_argument(
+        "--save", type=Path, help="write the Markdown to this file and a picture beside it"
+    )
     options = parser.parse_args(arguments)
     if options.steps - first_corrupted(options.steps) < LONGEST:
-        parser.error(f"--steps: a third of them has to hold {LONGEST}")
+        parser.error(f"--steps: a third of them must be at least {LONGEST}")
     if options.seeds < 2:
-        parser.error("--seeds: an interval takes 2")
+        parser.error("--seeds: an interval needs at least 2")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, print, and draw."""
+    """Train, print and draw."""
     options = parsed(arguments)
     start = time.monotonic()
     pilots, outcomes = measure(options.models, options.seeds, options.steps, options.processes)
-    told = settings(options, (time.monotonic() - start) / 60)
+    chosen_settings = settings(options, (time.monotonic() - start) / 60)
     rows = rows_of(outcomes)
     code = {arm: code_of(arm) for arm in ARMS}
-    lines = report(told, code, pilots, chosen(pilots), rows)
+    lines = report(chosen_settings, code, pilots, chosen(pilots), rows)
     if options.save:
         picture = options.save.with_suffix(".png")
         lines += ["", f"![Final losses by corruption and way to clip]({picture.name})"]

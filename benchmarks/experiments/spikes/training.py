@@ -1,4 +1,4 @@
-"""Small models that learn characters, ways to corrupt their gradients, and ways to clip them."""
+"""Small models of characters, corruptions of their gradients, and ways to clip them."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ BATCH, LENGTH = 8, 32
 HELD_OUT = 0.1
 """Share of the text, at its end, that is never trained on."""
 EVALUATED = 400
-"""Stretches of the held-out text, evenly spread, that the final loss is the mean of."""
+"""Evenly spread pieces of the held-out text, whose mean loss is the final loss."""
 WARM_UP = 0.05
-"""Share of the steps in which the learning rate rises; it falls to 0 in the others."""
+"""Share of the steps in which the learning rate rises; then it falls to 0."""
 
 Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A model with its optimizer, and the learning rates to choose from."""
+    """A model with its optimizer, and the learning rates to try."""
 
     title: str
     make: Callable[[int], nn.Module]
-    """Given the size of the alphabet."""
+    """Returns the model for an alphabet of some size."""
     optimizer: Callable[..., torch.optim.Optimizer]
     settings: dict[str, Any]
-    """Of the optimizer, beside the learning rate."""
+    """Options of the optimizer other than the learning rate."""
     rates: tuple[float, ...]
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ LEARNERS = {
 
 @dataclass(frozen=True)
 class Corruption:
-    """What happens to gradients, and for how many steps."""
+    """A change of the gradients, and the number of its steps."""
 
     factor: float = 1.0
     steps: int = 1
@@ -100,21 +100,21 @@ ARMS: dict[str, Callable[[float], Options | None]] = {
     "MedianDeviation": lambda fixed: {"max_norm": MedianDeviation(), "nonfinite": "zero"},
     "skip": lambda fixed: {"max_norm": MedianDeviation(), "exceed": "skip", "nonfinite": "skip"},
 }
-"""What a `GradientClipper` is given, by the fixed threshold; None for no clipper at all."""
+"""Options of the `GradientClipper` for a fixed threshold; None for no clipper."""
 
 
 @functools.cache
 def text() -> tuple[Tensor, Tensor, int]:
-    """Return characters to train on, stretches that are held out, and the alphabet's size."""
+    """Return the characters for training, the held-out pieces, and the size of the alphabet."""
     read = read_text()
     cut = round(len(read.characters) * (1 - HELD_OUT))
     training, held_out = read.characters[:cut], read.characters[cut:]
     starts = torch.linspace(0, len(held_out) - LENGTH - 1, EVALUATED).long()
-    return training, stretches(held_out, starts), len(read.alphabet)
+    return training, pieces(held_out, starts), len(read.alphabet)
 
 
-def stretches(characters: Tensor, starts: Tensor) -> Tensor:
-    """Return what stands at some places of a text, (places, LENGTH + 1)."""
+def pieces(characters: Tensor, starts: Tensor) -> Tensor:
+    """Return the pieces of a text at some starts, of shape (starts, LENGTH + 1)."""
     return characters[starts.unsqueeze(1) + torch.arange(LENGTH + 1)]
 
 
@@ -124,14 +124,14 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class Training:
-    """One model on its way.
+    """The training of one model.
 
     Args:
-        learner: What is trained.
-        rate: The highest learning rate.
-        steps: How many there will be.
-        seed: Of the weights and the batches.
-        options: Those of the clipper; None for no clipper.
+        learner: The model and its optimizer.
+        rate: Highest learning rate.
+        steps: Number of steps of the whole training.
+        seed: Seed of the weights and of the batches.
+        options: Options of the clipper; None for no clipper.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class Training:
     ) -> None:
         self._text, self._held_out, characters = text()
         generator = torch.Generator().manual_seed(seed)
-        places = len(self._text) - LENGTH
-        self._starts = torch.randint(places, (steps, BATCH), generator=generator)
+        count = len(self._text) - LENGTH
+        self._starts = torch.randint(count, (steps, BATCH), generator=generator)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.model = learner.make(characters)
@@ -150,14 +150,14 @@ class Training:
         self._rate, self._steps = rate, steps
 
     def advance(self, first: int, last: int, corruption: Corruption = NONE) -> None:
-        """Take the steps from the first to just before the last; corrupt, from the first on."""
+        """Take the steps from ``first`` up to, not including, ``last``; corrupt the first ones."""
         for step in range(first, last):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate * share_of_rate(step, self._steps)
             self.optimizer.zero_grad()
-            loss_of(self.model, stretches(self._text, self._starts[step])).backward()
+            loss_of(self.model, pieces(self._text, self._starts[step])).backward()
             if step - first < corruption.steps:
-                corruption.apply_([each.grad for each in self.parameters if each.grad is not None])
+                corruption.apply_([p.grad for p in self.parameters if p.grad is not None])
             self.optimizer.step()  # clips first
 
     @torch.no_grad()
@@ -166,39 +166,39 @@ class Training:
         return loss_of(self.model, self._held_out).item()
 
     def state(self) -> list[dict[str, Any]]:
-        """Return a copy of all that changes."""
-        return copy.deepcopy([part.state_dict() for part in self._parts()])
+        """Return a copy of the state of model, optimizer and clipper."""
+        return copy.deepcopy([owner.state_dict() for owner in self._state_owners()])
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """Go back to where a state was copied."""
-        for part, saved in zip(self._parts(), copy.deepcopy(state), strict=True):
-            part.load_state_dict(saved)
+        """Restore a state."""
+        for owner, saved in zip(self._state_owners(), copy.deepcopy(state), strict=True):
+            owner.load_state_dict(saved)
 
     def counted(self) -> tuple[float, int]:
-        """Return the share of the steps that were clipped, and how many were skipped."""
+        """Return the share of clipped steps and the number of skipped ones."""
         if self.clipper is None:
             return 0.0, 0
         return self.clipper.clip_rate(), self.clipper.skipped
 
     def close(self) -> None:
-        """Detach the clipper, and write what it has logged."""
+        """Detach the clipper and write its log."""
         if self.clipper is not None:
             self.clipper.close()
 
-    def _parts(self) -> Iterator[Any]:
+    def _state_owners(self) -> Iterator[Any]:
         yield from (self.model, self.optimizer)
         if self.clipper is not None:
             yield self.clipper
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """Return by what the highest learning rate is multiplied: up in a line, then down to 0."""
+    """Return the factor of the learning rate: it rises linearly, then falls linearly to 0."""
     warm = max(1, round(steps * WARM_UP))
     return min((step + 1) / warm, (steps - step) / (steps - warm))
 
 
 def code_of(arm: str) -> str:
-    """Return how an arm is written."""
+    """Return the code of an arm."""
     options = ARMS[arm](1.0)
     if options is None:
         return "optimizer.step()"

@@ -1,4 +1,4 @@
-"""What came of both arms: intervals, paired tests, Markdown and a picture."""
+"""Results of both arms: intervals, paired tests, Markdown and a picture."""
 
 from __future__ import annotations
 
@@ -22,43 +22,44 @@ LEVEL = 0.05
 NEVER = math.inf
 _ALLOWED = f"{100 * LARGEST_ERROR:g} %"
 DEFINITION = (
-    f"A seed has solved the task where it tells less than {_ALLOWED} of {TEST:,} fresh sequences "
-    f"wrongly. That is tested at each check at which it tells at most {_ALLOWED} of {VALIDATION} "
-    "wrongly, until it succeeds once, and for all seeds after the last update. A seed that "
+    f"A seed solves the task if it classifies less than {_ALLOWED} of {TEST:,} fresh sequences "
+    f"wrongly. This is tested at each check with at most {_ALLOWED} of {VALIDATION} sequences "
+    "wrong, until the seed succeeds once, and for all seeds after the last update. A seed that "
     "diverges, with a parameter that is not finite, fails."
 )
 ABOUT_RATES = (
-    "Intervals are Wilson's; the median update is that of the seeds that solved the task. A norm "
-    "that is not finite erases the gradients of its own seed in the clipped arm; in the unclipped "
-    "arm nothing is written and norms are only measured."
+    "Intervals are Wilson's; the median update is that of the seeds that solved the task. In the "
+    "clipped arm, a norm that is not finite sets the gradients of its own seed to 0. In the "
+    "unclipped arm norms are only measured and nothing is written."
 )
 ABOUT_COMPARISONS = (
-    "Seed by seed: both arms begin with the same weights and see the same sequences. p is "
-    "two-sided, of McNemar's exact test, the sign test of the seeds that differ. Only success is "
-    f"judged, at {LEVEL:g} divided by the number of lengths; other rows are for information."
+    "Seed by seed: both arms start with the same weights and see the same sequences. p is "
+    "two-sided, by McNemar's exact test, which is the sign test of the seeds that differ. Only "
+    f"success is judged, at {LEVEL:g} divided by the number of lengths; the other rows are for "
+    "information."
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one arm; lists have an entry for each seed."""
+    """The results of one arm; lists have an entry for each seed."""
 
     solved_at: list[int | None]
-    """After how many updates; None for never."""
+    """Number of updates until success; None without success."""
     diverged_at: list[int | None]
-    """The first check at which a parameter was not finite."""
+    """Updates at the first check with a parameter that was not finite; None without one."""
     final_errors: list[float]
-    """Shares of the sequences that were told wrongly after the last update."""
+    """Shares of wrongly classified sequences after the last update."""
     clip_rate: float
     """Share of the norms above the threshold."""
     largest_norms: list[float]
-    """Before clipping."""
+    """Largest norms before clipping."""
     validation_errors: list[list[float]]
-    """At every check."""
+    """Shares of wrongly classified sequences at every check."""
 
     @classmethod
     def of(cls, arm: Arm) -> Outcome:
-        """Test an arm as it is now."""
+        """Return the results of an arm after a final test."""
         return cls(
             arm.solved_at,
             arm.diverged_at,
@@ -70,25 +71,25 @@ class Outcome:
 
     @property
     def successes(self) -> list[bool]:
-        """Whether each seed solved the task at some check, and never diverged."""
+        """True for each seed that solved the task at some check and never diverged."""
         pairs = zip(self.solved_at, self.diverged_at, strict=True)
         return [solved is not None and diverged is None for solved, diverged in pairs]
 
     @property
     def last_successes(self) -> list[bool]:
-        """Whether each seed solves the task after the last update."""
+        """True for each seed that solves the task after the last update."""
         return [error < LARGEST_ERROR for error in self.final_errors]
 
     @property
     def times(self) -> list[float]:
-        """After how many updates each seed solved the task; infinity where it is no success."""
+        """Number of updates until each seed solved the task; infinity without success."""
         pairs = zip(self.solved_at, self.successes, strict=True)
         return [at if at is not None and success else NEVER for at, success in pairs]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of both arms for one length."""
+    """The results of both arms for one length."""
 
     plan: Plan
     updates: int
@@ -97,14 +98,14 @@ class Result:
 
     @classmethod
     def of(cls, pair: Pair) -> Result:
-        """Test both arms as they are now."""
+        """Return the results of both arms after a final test."""
         outcomes = {name: Outcome.of(arm) for name, arm in pair.arms.items()}
         return cls(pair.plan, pair.updates, pair.seconds, outcomes)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """In how many seeds one arm did better than the other that began as it did."""
+    """Number of seeds in which each arm did better than the other, from the same start."""
 
     clipped: int
     unclipped: int
@@ -112,7 +113,7 @@ class Comparison:
 
     @classmethod
     def of(cls, result: Result, outcome: str) -> Comparison:
-        """Compare by one of `OUTCOMES`."""
+        """Return the comparison by one of `OUTCOMES`."""
         better = OUTCOMES[outcome]
         clipped, unclipped = (
             [-value if better == "less" else value for value in getattr(result.arms[name], outcome)]
@@ -124,13 +125,13 @@ class Comparison:
 
     @property
     def p_value(self) -> float:
-        """Of the exact test of McNemar, which is the sign test of the seeds that differ."""
+        """Two-sided p of McNemar's exact test, the sign test of the seeds that differ."""
         return sign_test(self.clipped, self.unclipped)
 
 
 OUTCOMES = {"successes": "more", "times": "less", "last_successes": "more"}
-"""What the arms are compared by, and which of it is better."""
-TOLD = {
+"""Attributes by which the arms are compared, and whether more or less is better."""
+TITLES = {
     "successes": "solved it",
     "times": "solved it first",
     "last_successes": "solves it at the end",
@@ -138,7 +139,7 @@ TOLD = {
 
 
 def wilson(successes: int, count: int, level: float = LEVEL) -> tuple[float, float]:
-    """Return Wilson's interval for a rate, which misses it with a probability of ``level``."""
+    """Return Wilson's interval for a rate, which misses the rate with probability ``level``."""
     z = statistics.NormalDist().inv_cdf(1 - level / 2)
     share, scale = successes / count, 1 + z**2 / count
     middle = (share + z**2 / (2 * count)) / scale
@@ -147,7 +148,7 @@ def wilson(successes: int, count: int, level: float = LEVEL) -> tuple[float, flo
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Return the exact two-sided probability of a split so uneven or more, if both are as likely.
+    """Return the exact two-sided probability of a split at least as uneven as this by chance.
 
     With the two counts of discordant pairs this is McNemar's exact test.
     """
@@ -157,7 +158,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def rates(results: list[Result]) -> list[str]:
-    """Return what came of each arm, as a Markdown table."""
+    """Return the results of each arm as a Markdown table."""
     names = [
         "L",
         "arm",
@@ -195,25 +196,27 @@ def _cells(arm: Outcome) -> list[str]:
 
 
 def comparisons(results: list[Result]) -> list[str]:
-    """Return how the arms compare seed by seed, as a Markdown table."""
+    """Return the comparison of the arms seed by seed as a Markdown table."""
     lines = [
         "| L | which arm | clipped alone | unclipped alone | no difference | p |",
         "|---|---|---|---|---|---|",
     ]
-    for outcome, told in TOLD.items():
+    for outcome, title in TITLES.items():
         for result in results:
-            found = Comparison.of(result, outcome)
-            counts = f"{found.clipped} | {found.unclipped} | {found.alike}"
-            lines.append(f"| {result.plan.length} | {told} | {counts} | {found.p_value:.2g} |")
+            comparison = Comparison.of(result, outcome)
+            counts = f"{comparison.clipped} | {comparison.unclipped} | {comparison.alike}"
+            lines.append(
+                f"| {result.plan.length} | {title} | {counts} | {comparison.p_value:.2g} |"
+            )
     return lines
 
 
 def verdicts(results: list[Result], updates: int, minutes: float) -> list[str]:
-    """Say for each length what ended it, and whether success rates separate the arms."""
+    """Return for each length why it ended and whether success rates separate the arms."""
     level = LEVEL / len(results)
     lines = []
     for result in results:
-        found, count = Comparison.of(result, "successes"), result.plan.seeds
+        comparison, count = Comparison.of(result, "successes"), result.plan.seeds
         clipped, unclipped = (sum(result.arms[name].successes) for name in ARMS)
         if result.updates >= updates:
             ended = "the budget of updates ended it"
@@ -224,22 +227,22 @@ def verdicts(results: list[Result], updates: int, minutes: float) -> list[str]:
         lines.append(
             f"- **L = {result.plan.length}**: {result.updates:,} updates of each arm in "
             f"{result.seconds / 60:.1f} minutes; {ended}. Clipped, {clipped} of {count} seeds "
-            f"solved the task, unclipped {unclipped}. {_separation(found, level)}"
+            f"solved the task, unclipped {unclipped}. {_separation(comparison, level)}"
         )
     return lines
 
 
-def _separation(found: Comparison, level: float) -> str:
-    told = f"(p = {found.p_value:.2g}, level {level:.3g})"
-    if found.p_value >= level:
-        return f"Within this budget success rates do not separate the arms {told}."
-    if found.clipped > found.unclipped:
-        return f"Clipped seeds succeed more often {told}."
-    return f"Unclipped seeds succeed more often {told}."
+def _separation(comparison: Comparison, level: float) -> str:
+    test = f"(p = {comparison.p_value:.2g}, level {level:.3g})"
+    if comparison.p_value >= level:
+        return f"Within this budget success rates do not separate the arms {test}."
+    if comparison.clipped > comparison.unclipped:
+        return f"Clipped seeds succeed more often {test}."
+    return f"Unclipped seeds succeed more often {test}."
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Draw how many seeds have solved the task, and the errors at every check, as a picture."""
+    """Draw the share of seeds that solved the task, and the errors, at every check."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(results), 6), layout="constrained")

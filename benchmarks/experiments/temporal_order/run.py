@@ -1,18 +1,18 @@
-"""The temporal order problem with clipping and without, many seeds of each side by side.
+"""The temporal order problem with and without clipping, with many seeds side by side.
 
     python -m benchmarks.experiments.temporal_order.run [--lengths 20 30 50] [--seeds 20]
         [--updates 100000] [--minutes 16] [--checkpoint DIR]
         [--save benchmarks/results/temporal_order.md]
 
 Section 4 of Pascanu, Mikolov and Bengio (2013), see `task.py`: 50 tanh units, SGD at 0.01, batches
-of 20, clipping at 1. All seeds of an arm are trained at once: their weights are indices of
-dimension 0 of the same parameters, the loss is the sum of theirs, and one clipper scales each
-index by its own norm. Both arms begin with the same weights and see the same sequences.
+of 20, clipping at 1. All seeds of an arm are trained at once: the weights of a seed are one index
+of dimension 0 of all parameters, the loss is the sum over seeds, and one clipper scales each index
+by its own norm. Both arms start with the same weights and see the same sequences.
 
-A run ends for each length after so many updates, or minutes on the wall for both arms together,
-whichever is spent first. With a folder for checkpoints the same command goes on where it was
-interrupted, to the same bits; minutes count on. The authors' program stops a seed at its success,
-and otherwise after 5,000,000 updates; here all seeds go on, so that it shows whether success lasts.
+Each length ends after a number of updates, or after a wall time for both arms together, whichever
+comes first. With a folder for checkpoints the same command continues an interrupted run to the same
+bits; its minutes are counted together. The authors' program stops a seed at its success, or after
+5,000,000 updates. Here all seeds continue, to show whether success lasts.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from benchmarks.experiments.temporal_order.training import (
 
 
 def report(results: list[Result], updates: int, minutes: float) -> list[str]:
-    """Return all that is to be said, as Markdown."""
-    told = {"gradclip": gradclip.__version__, **machine(), "date": datetime.date.today()}
+    """Return the report as Markdown."""
+    environment = {"gradclip": gradclip.__version__, **machine(), "date": datetime.date.today()}
     plan = results[0].plan
     budget = (
-        f"Budget for each length: {updates:,} updates of each arm, or {minutes:g} minutes on the "
-        f"wall for both arms together, looked at every {plan.check_every:,} updates. {plan.seeds} "
+        f"Budget for each length: {updates:,} updates of each arm, or {minutes:g} minutes of wall "
+        f"time for both arms together, checked every {plan.check_every:,} updates. {plan.seeds} "
         f"seeds in each arm; {UNITS} tanh units, weights normal with standard deviation {SPREAD}, "
         f"biases 0 (the paper's basic tanh), SGD at {LEARNING_RATE}, batch {BATCH}, threshold "
         f"{MAX_NORM:g} for each seed's norm."
     )
     title = "# Temporal order, clipped and unclipped"
-    versions = ", ".join(f"{key} {value}" for key, value in told.items())
+    versions = ", ".join(f"{key} {value}" for key, value in environment.items())
     return [
         *_paragraphs(title, versions, budget, DEFINITION),
         *verdicts(results, updates, minutes),
@@ -72,23 +72,25 @@ def report(results: list[Result], updates: int, minutes: float) -> list[str]:
     ]
 
 
-def _paragraphs(*told: str) -> list[str]:
-    return [line for each in told for line in (each, "")]
+def _paragraphs(*texts: str) -> list[str]:
+    return [line for text in texts for line in (text, "")]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[20, 30, 50])
-    parser.add_argument("--seeds", type=int, default=20, help="of each arm")
-    parser.add_argument("--updates", type=int, default=100_000, help="budget for each length")
-    parser.add_argument("--minutes", type=float, default=16, help="budget for each length")
-    parser.add_argument("--check-every", type=int, default=250, help="updates")
-    parser.add_argument("--checkpoint", type=Path, help="a folder to go on from")
-    parser.add_argument("--save", type=Path, help="a file for the Markdown, a picture beside it")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of each arm")
+    parser.add_argument("--updates", type=int, default=100_000, help="budget of each length")
+    parser.add_argument("--minutes", type=float, default=16, help="budget of each length")
+    parser.add_argument("--check-every", type=int, default=250, help="updates between checks")
+    parser.add_argument("--checkpoint", type=Path, help="folder of checkpoints, to continue from")
+    parser.add_argument(
+        "--save", type=Path, help="write the Markdown to this file and a picture beside it"
+    )
     options = parser.parse_args(argv)
     if not all(10 <= length < 1000 for length in options.lengths):
-        parser.error("--lengths: give some from 10 to 999")
+        parser.error("--lengths: give lengths from 10 to 999")
     if not 2 <= options.seeds < 10_000:
         parser.error("--seeds: give 2 to 9,999")
     if options.updates < 1 or options.check_every < 1 or not options.minutes > 0:

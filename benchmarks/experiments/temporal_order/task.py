@@ -1,14 +1,14 @@
-"""The temporal order problem: its sequences, and recurrent networks that are trained side by side.
+"""The temporal order problem: its sequences, and recurrent networks trained side by side.
 
-Of six symbols the first two, A and B, matter. A sequence of length L shows one of them at a random
-place in [L/10, 2L/10) and one in [5L/10, 6L/10); everywhere else stands one of the other four, at
-random. After the last symbol the network has to tell which of AA, AB, BA and BB it was shown.
-Section 4 of Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks"
-(2013), https://arxiv.org/abs/1211.5063, after Hochreiter and Schmidhuber (1997).
+Of six symbols the first two, A and B, are relevant. A sequence of length L has one of them at a
+random position in [L/10, 2L/10) and one in [5L/10, 6L/10); all other positions have one of the
+other four symbols at random. After the last symbol the network classifies the sequence as AA, AB,
+BA or BB. Section 4 of Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
+networks" (2013), https://arxiv.org/abs/1211.5063, after Hochreiter and Schmidhuber (1997).
 
-The weights begin as what the paper calls basic tanh: all of them normal with a standard deviation
-of 0.1, biases at 0, as in its authors' program (https://github.com/pascanur/trainingRNNs). The
-spectral radius of the recurrent weights is about 0.7 then: gradients vanish at first.
+The initial weights are what the paper calls basic tanh: normal with a standard deviation of 0.1,
+biases 0, as in the authors' program (https://github.com/pascanur/trainingRNNs). The spectral radius
+of the recurrent weights is then about 0.7: gradients vanish at first.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ PURPOSES = ("weights", "training", "checks", "final test")
 
 
 def generator_for(purpose: str, length: int, seed: int) -> torch.Generator:
-    """Return the random numbers of one seed for one purpose, which nothing else draws from."""
-    place = PURPOSES.index(purpose) * 1000 + length
-    return torch.Generator().manual_seed(place * 10_000 + seed)
+    """Return the generator of one seed for one purpose; all streams differ."""
+    stream = PURPOSES.index(purpose) * 1000 + length
+    return torch.Generator().manual_seed(stream * 10_000 + seed)
 
 
 def generators_for(purpose: str, length: int, seeds: int) -> list[torch.Generator]:
-    """Return those of the seeds 0, 1, ..."""
+    """Return the generators of the seeds 0, 1, ..."""
     return [generator_for(purpose, length, seed) for seed in range(seeds)]
 
 
 def sequences(length: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw sequences and what they are.
+    """Draw sequences and their classes.
 
     Returns:
-        Symbols of shape (length, count), uint8, A and B being 0 and 1; and classes of shape
-        (count,), int64, AA, AB, BA and BB being 0 to 3.
+        Symbols of shape (length, count), uint8, where A and B are 0 and 1; and classes of shape
+        (count,), int64, where AA, AB, BA and BB are 0 to 3.
     """
     shape = (length, count)
     symbols = torch.randint(RELEVANT, SYMBOLS, shape, dtype=torch.uint8, generator=generator)
     classes = torch.zeros(count, dtype=torch.int64)
     for tenth in (1, 5):
         low, high = tenth * length // 10, (tenth + 1) * length // 10
-        places = torch.randint(low, high, (count,), generator=generator)
+        positions = torch.randint(low, high, (count,), generator=generator)
         shown = torch.randint(RELEVANT, (count,), generator=generator)
-        symbols[places, torch.arange(count)] = shown.to(torch.uint8)
+        symbols[positions, torch.arange(count)] = shown.to(torch.uint8)
         classes = classes * RELEVANT + shown
     return symbols, classes
 
@@ -57,12 +57,12 @@ def sequences(length: int, count: int, generator: torch.Generator) -> tuple[Tens
 def sequences_of_all(
     length: int, count: int, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
-    """Draw as many for each seed, from its own generator.
+    """Draw sequences for each seed from its own generator.
 
     Returns:
         Symbols of shape (length, seeds, count) and classes of shape (seeds, count).
     """
-    symbols, classes = zip(*(sequences(length, count, each) for each in generators), strict=True)
+    symbols, classes = zip(*(sequences(length, count, g) for g in generators), strict=True)
     return torch.stack(symbols, dim=1), torch.stack(classes)
 
 
@@ -70,8 +70,8 @@ class Networks(nn.Module):
     """One tanh network for each seed: index i of dimension 0 of all parameters is the i-th.
 
     Args:
-        seeds: How many.
-        length: Of the sequences; other lengths begin with other weights.
+        seeds: Number of seeds.
+        length: Length of the sequences; another length has other initial weights.
     """
 
     def __init__(self, seeds: int, length: int) -> None:
@@ -95,19 +95,19 @@ class Networks(nn.Module):
         return torch.baddbmm(self.output_bias, state, self.output)
 
     def loss(self, symbols: Tensor, classes: Tensor) -> Tensor:
-        """Return the sum over seeds of each one's mean loss, so that their gradients are apart."""
+        """Return the sum of the seeds' mean losses, whose gradients are independent."""
         logits = self(symbols)
         total = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="sum")
         return total / classes.shape[1]
 
     @torch.no_grad()
     def errors(self, symbols: Tensor, classes: Tensor, seed: int | None = None) -> Tensor:
-        """Count the wrong answers of each seed; one that is not finite is wrong.
+        """Return the number of wrong answers of each seed; an answer that is not finite is wrong.
 
         Args:
             symbols: Shape (length, seeds, count).
             classes: Shape (seeds, count).
-            seed: Whose network alone to ask, which makes ``seeds`` 1; None for all.
+            seed: The only seed to test, which makes ``seeds`` 1; None for all.
         """
         chosen = slice(None) if seed is None else slice(seed, seed + 1)
         table = self.input[chosen] + self.bias[chosen]
@@ -119,12 +119,12 @@ class Networks(nn.Module):
 
     @torch.no_grad()
     def finite(self) -> Tensor:
-        """Tell for each seed whether all of its parameters are finite."""
+        """Return for each seed whether all of its parameters are finite."""
         return torch.stack([p.isfinite().flatten(1).all(1) for p in self.parameters()]).all(0)
 
 
 def rows_of(symbols: Tensor) -> Tensor:
-    """Return, for symbols of shape (..., seeds, count), their rows in a table of all seeds."""
+    """Return the rows of symbols of shape (..., seeds, count) in a table of all seeds."""
     return symbols.long() + SYMBOLS * torch.arange(symbols.shape[-2]).unsqueeze(1)
 
 
@@ -132,9 +132,9 @@ def states(table: Tensor, recurrent: Tensor, symbols: Tensor) -> Iterator[Tensor
     """Yield the state after each symbol, of shape (seeds, count, units).
 
     Args:
-        table: What each symbol adds, of shape (seeds, symbols, units).
-        recurrent: Of shape (seeds, units, units).
-        symbols: Of shape (length, seeds, count).
+        table: Input of each symbol, of shape (seeds, symbols, units).
+        recurrent: Shape (seeds, units, units).
+        symbols: Shape (length, seeds, count).
     """
     rows, shape = rows_of(symbols), (*symbols.shape[1:], table.shape[2])
     state = None
@@ -145,30 +145,30 @@ def states(table: Tensor, recurrent: Tensor, symbols: Tensor) -> Iterator[Tensor
 
 
 class LastState(torch.autograd.Function):
-    """The last of `states`, with a backward pass that keeps the gradients of weights in place.
+    """The last of `states`, with a backward pass that accumulates weight gradients in place.
 
-    Autograd's own takes several times as long: it makes a gradient of the weights for each symbol.
+    Autograd takes several times as long: it makes one gradient of the weights per symbol.
     """
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, recurrent: Tensor, symbols: Tensor) -> Tensor:
         """See `states`."""
-        kept = [*states(table, recurrent, symbols)]
-        ctx.save_for_backward(recurrent, rows_of(symbols), *kept)
-        return kept[-1].clone()
+        all_states = [*states(table, recurrent, symbols)]
+        ctx.save_for_backward(recurrent, rows_of(symbols), *all_states)
+        return all_states[-1].clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Go back through the sequence; the gradients of ``table`` and ``recurrent``."""
-        recurrent, rows, *kept = ctx.saved_tensors
+        """Return the gradients of ``table`` and ``recurrent``."""
+        recurrent, rows, *all_states = ctx.saved_tensors
         (gradient,) = gradients
         seeds, units = recurrent.shape[:2]
         of_table = recurrent.new_zeros(seeds * SYMBOLS, units)
         of_recurrent, transposed = torch.zeros_like(recurrent), recurrent.mT.contiguous()
-        for time in reversed(range(len(kept))):
-            inner = torch.ops.aten.tanh_backward(gradient, kept[time])
+        for time in reversed(range(len(all_states))):
+            inner = torch.ops.aten.tanh_backward(gradient, all_states[time])
             of_table.index_add_(0, rows[time].flatten(), inner.flatten(0, 1))
             if time:
-                of_recurrent.baddbmm_(kept[time - 1].mT, inner)
+                of_recurrent.baddbmm_(all_states[time - 1].mT, inner)
                 gradient = torch.bmm(inner, transposed)
         return of_table.view(seeds, SYMBOLS, units), of_recurrent, None

@@ -1,4 +1,4 @@
-"""Two arms of networks, clipped and not, trained on the same sequences with checkpoints."""
+"""Training of two arms of networks, clipped and unclipped, on the same sequences."""
 
 from __future__ import annotations
 
@@ -27,27 +27,26 @@ ARMS = ("clipped", "unclipped")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained; a checkpoint of another plan is refused."""
+    """The settings of a training; a checkpoint with another plan is refused."""
 
     length: int
-    """Of the sequences."""
+    """Length of the sequences."""
     seeds: int
-    """Networks in each arm."""
+    """Number of networks in each arm."""
     check_every: int = 250
-    """Updates from one check and checkpoint to the next."""
+    """Updates between two checks and checkpoints."""
 
 
 class Arm:
-    """The networks of all seeds, which one optimizer trains.
+    """The networks of all seeds, trained by one optimizer.
 
-    Gradients are clipped seed by seed: index i of dimension 0 of all parameters is one norm. A
-    norm that is not finite erases the gradients of its own seed, for that step. The unclipped arm
-    only observes: nothing is written to its gradients, and its records tell what clipping would
-    have done.
+    Gradients are clipped seed by seed: index i of dimension 0 of all parameters has one norm. A
+    norm that is not finite sets the gradients of its own seed to 0 in that step. The unclipped arm
+    only observes: its gradients are not written, and its records show what clipping would do.
 
     Args:
-        plan: What is trained.
-        name: One of `ARMS`.
+        plan: The settings.
+        name: Name in `ARMS`.
     """
 
     def __init__(self, plan: Plan, name: str) -> None:
@@ -69,7 +68,7 @@ class Arm:
         self._generators = generators_for("checks", plan.length, plan.seeds)
 
     def train(self, symbols: Tensor, classes: Tensor) -> None:
-        """Make one update with a batch for each seed."""
+        """Take one step with a batch for each seed."""
         self.optimizer.zero_grad()
         self.networks.loss(symbols, classes).backward()
         self.optimizer.step()
@@ -78,34 +77,36 @@ class Arm:
             self.largest_norms = torch.maximum(self.largest_norms, record.norms)
 
     def check(self, updates: int) -> None:
-        """Note after so many updates which seeds have diverged, and which have solved the task.
+        """Record which seeds have diverged and which have solved the task by now.
 
-        A seed seems to have solved it where at most 1 % of a few sequences are told wrongly; the
-        definition asks for less on 10,000 fresh ones.
+        A seed with at most 1 % errors on few sequences is a candidate: it is tested on 10,000
+        fresh sequences, as the definition requires.
         """
         drawn = sequences_of_all(self.plan.length, VALIDATION, self._generators)
         wrong = self.networks.errors(*drawn).tolist()
-        self.validation_errors.append([each / VALIDATION for each in wrong])
+        self.validation_errors.append([count / VALIDATION for count in wrong])
         for seed, finite in enumerate(self.networks.finite().tolist()):
             if not finite and self.diverged_at[seed] is None:
                 self.diverged_at[seed] = updates
-            promising = self.solved_at[seed] is None and wrong[seed] <= LARGEST_ERROR * VALIDATION
-            if promising and self.error_of(seed, self._generators[seed]) < LARGEST_ERROR:
+            is_candidate = (
+                self.solved_at[seed] is None and wrong[seed] <= LARGEST_ERROR * VALIDATION
+            )
+            if is_candidate and self.error_of(seed, self._generators[seed]) < LARGEST_ERROR:
                 self.solved_at[seed] = updates
 
     def error_of(self, seed: int, generator: torch.Generator) -> float:
-        """Return the share of 10,000 fresh sequences that a seed's network tells wrongly."""
+        """Return the error of a seed's network on 10,000 fresh sequences."""
         symbols, classes = sequences(self.plan.length, TEST, generator)
         wrong = self.networks.errors(symbols.unsqueeze(1), classes.unsqueeze(0), seed)
         return wrong.item() / TEST
 
     def final_errors(self) -> list[float]:
-        """Return the errors of all seeds, on the same sequences whenever it is asked."""
+        """Return the errors of all seeds, always on the same sequences."""
         generators = generators_for("final test", self.plan.length, self.plan.seeds)
         return [self.error_of(seed, generator) for seed, generator in enumerate(generators)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that training goes on from."""
+        """Return the state from which training continues."""
         return {
             "networks": self.networks.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -118,7 +119,7 @@ class Arm:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore a state of `state_dict`."""
         for name in ("networks", "optimizer", "clipper"):
             getattr(self, name).load_state_dict(state[name])
         for name in ("largest_norms", "solved_at", "diverged_at", "validation_errors"):
@@ -127,10 +128,10 @@ class Arm:
 
 
 class Pair:
-    """Both arms in step: the same first weights, and in every update the same sequences.
+    """Both arms together: the same initial weights, and the same sequences in every update.
 
     Args:
-        plan: What is trained.
+        plan: The settings.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -153,7 +154,7 @@ class Pair:
         self.seconds += time.monotonic() - begin
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint in place of the one before, which stays whole until this one is."""
+        """Write a checkpoint. The earlier one is replaced when this one is complete."""
         state = {
             "plan": vars(self.plan),
             "updates": self.updates,
@@ -162,18 +163,18 @@ class Pair:
             "arms": {name: arm.state_dict() for name, arm in self.arms.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        with beside.open("wb") as file:
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Restore a checkpoint.
 
         Raises:
-            ValueError: It was made by another plan.
+            ValueError: The checkpoint has another plan.
         """
         state = torch.load(path, weights_only=True)
         if state["plan"] != vars(self.plan):
@@ -188,13 +189,13 @@ class Pair:
 
 
 def trained(plan: Plan, updates: int, minutes: float, checkpoint: Path | None) -> Pair:
-    """Train until one of the budgets is spent, from the checkpoint where there is one.
+    """Train until one of the budgets is spent, starting from a checkpoint if there is one.
 
     Args:
-        plan: What to train.
-        updates: Most updates of each arm.
-        minutes: After how many, resumed runs counted together, no more rounds are begun.
-        checkpoint: Where to keep it, None for nowhere.
+        plan: The settings.
+        updates: Largest number of updates of each arm.
+        minutes: Wall time after which no round begins; resumed runs are counted together.
+        checkpoint: Path of the checkpoint; None keeps none.
     """
     pair = Pair(plan)
     if checkpoint is not None and checkpoint.exists():
@@ -204,8 +205,8 @@ def trained(plan: Plan, updates: int, minutes: float, checkpoint: Path | None) -
         if checkpoint is not None:
             pair.save(checkpoint)
         counts = {name: _solved(arm) for name, arm in pair.arms.items()}
-        told = f"L = {plan.length}, {pair.updates:,} updates, {pair.seconds:.0f} s: {counts}"
-        print(told, file=sys.stderr, flush=True)
+        progress = f"L = {plan.length}, {pair.updates:,} updates, {pair.seconds:.0f} s: {counts}"
+        print(progress, file=sys.stderr, flush=True)
     return pair
 
 

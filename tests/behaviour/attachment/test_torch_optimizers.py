@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -156,15 +155,15 @@ def clip_by_hand(parameters: list[nn.Parameter], norm: float, threshold: float) 
             parameter.grad = (gradient.double() * (threshold / norm)).to(gradient.dtype)
 
 
-def refusal(case: Case) -> str:
-    """Return what torch says, without gradclip, of a form that it lacks on the CPU."""
+def works(case: Case) -> bool:
+    """Return whether torch has a form on the CPU, where some need to be compiled."""
     run = Run(case)
     try:
         run.take(0)
         run.take(1)
-    except (AssertionError, RuntimeError) as error:
-        return str(error)
-    return ""
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def forms_of(name: str) -> Iterator[Case]:
@@ -174,10 +173,9 @@ def forms_of(name: str) -> Iterator[Case]:
 
 DENSE = [name for name in KINDS if name not in ("LBFGS", "SparseAdam")]
 SPECIAL = [case for name in DENSE for case in forms_of(name) if case.form != "plain"]
-REFUSALS = {case: said for case in SPECIAL if (said := refusal(case))}
 CASES = [
     *(Case(name) for name in DENSE),  # not tried before: if one fails, its test shall
-    *(case for case in SPECIAL if case not in REFUSALS),
+    *filter(works, SPECIAL),
     *(Case(name, sparse=True) for name in SPARSE),
 ]
 SEARCHES = (None, "strong_wolfe")
@@ -227,19 +225,7 @@ def test_all_optimizers_and_forms_are_here():
     for case in CASES:
         group = case.optimizer(case.parameters()).param_groups[0]
         assert all(group[k] == v for k, v in FORMS[case.form].items() if k in group)
-    # Those that torch takes on the CPU only when it compiles them.
-    assert {case.form for case in REFUSALS} <= {"capturable"}
-
-
-@pytest.mark.parametrize("case", REFUSALS, ids=str)
-def test_a_form_that_the_cpu_lacks(case):
-    run = Run(case)
-    clipper = GradientClipper(run.optimizer, THRESHOLD)
-    with pytest.raises(AssertionError, match=re.escape(REFUSALS[case])):
-        run.take(0)
-    with pytest.raises(AssertionError, match=re.escape(REFUSALS[case])):
-        run.take(1)
-    assert clipper.steps == 0
+    assert {case.form for case in SPECIAL if case not in CASES} <= {"capturable"}
 
 
 @cache

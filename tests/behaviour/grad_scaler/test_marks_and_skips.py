@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -90,30 +89,6 @@ def test_a_hook_that_raised_without_a_scaler_leaves_nothing_of_ours(kind, exceed
 # Skips
 
 
-@pytest.mark.parametrize("scaled", [True, False], ids=["scaler", "no scaler"])
-@pytest.mark.parametrize("steps_before", [0, 2])
-@all_kinds
-def test_a_skip_leaves_everything_bit_for_bit(kind, steps_before, scaled, route):
-    parameters, optimizer = fresh(kind)
-    clipper, scaler = GradientClipper(optimizer, SPIKE, exceed="skip"), scaler_of(enabled=scaled)
-    for step in [*range(1, 1 + steps_before), 0]:
-        before, state = values_of(parameters), copy.deepcopy(optimizer.state_dict())
-        optimizer.zero_grad()
-        scaler.scale(loss_of(step, parameters)).backward()
-        scaler.unscale_(optimizer)
-        gradients = [p.grad for p in parameters]
-        values = [g.clone() for g in gradients]
-        scaler.step(optimizer)
-        scaler.update()
-    assert (clipper.steps, clipper.skipped) == (steps_before + 1, 1)
-    assert all(p.grad is g for p, g in zip(parameters, gradients, strict=True))
-    torch.testing.assert_close(gradients, values, rtol=0, atol=0)
-    torch.testing.assert_close(values_of(parameters), before, rtol=0, atol=0)
-    after = optimizer.state_dict()
-    assert after["param_groups"] == state["param_groups"]
-    torch.testing.assert_close(after["state"], state["state"], rtol=0, atol=0)
-
-
 @unscaled_or_not
 @all_kinds
 def test_an_overflow_does_not_interrupt_skips_in_a_row(kind, unscale, route):
@@ -177,27 +152,6 @@ def test_a_skip_limit_that_only_the_device_knows(
     assert reached == ([] if raises is None else [raises])
     assert (clipper.steps, clipper.skipped) == (len(losses), losses.count(0))
     assert [row.skipped for row in sink.steps] == [which == 0 for which in losses]
-
-
-@pytest.mark.parametrize("kind", ["SGD", "fused SGD"])
-def test_skips_that_have_raised_do_not_raise_again(kind, route):
-    parameters, optimizer = fresh(kind)
-    clipper = GradientClipper(optimizer, SPIKE, exceed="skip", skip_limit=2)
-    reached = 0
-    for step in (1, 0, 0, 1, 2):
-        optimizer.zero_grad()
-        loss_of(step, parameters).backward()
-        try:
-            optimizer.step()
-        except SkipLimitError:
-            reached += 1
-    if route == "device":
-        with pytest.raises(SkipLimitError):
-            clipper.flush()
-        reached += 1
-    assert reached == 1
-    clipper.flush()
-    assert (clipper.steps, clipper.skipped) == (5, 2)
 
 
 # Marks that a user has set

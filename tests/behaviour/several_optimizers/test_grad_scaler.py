@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 
@@ -10,13 +9,10 @@ import pytest
 import torch
 
 from gradclip import AttachError, GradientClipper, Threshold
-from tests.support.device import take_the_device_route
 from tests.support.several import (
     LIMIT,
     Twins,
-    assert_close,
     assert_within,
-    clip_by_hand,
     either_order,
     fused_or_not,
     gradients_of,
@@ -24,7 +20,6 @@ from tests.support.several import (
     joint_norm,
     loss_of,
     mixed,
-    parameters_of,
     scaled_round,
     scaler_of,
     values_of,
@@ -84,43 +79,6 @@ def test_the_true_joint_norm(fused, order, unscale, given, raising):
     twins.check()
 
 
-@pytest.mark.parametrize("route", ["host", "device"])
-@scaling
-@pytest.mark.parametrize("overflow", [0, 1])
-@either_order
-@fused_or_not
-def test_an_overflow_in_one(fused, order, overflow, unscale, given, route, monkeypatch):
-    """It skips that one alone; the other is clipped by its own norm."""
-    if route == "device":
-        take_the_device_route(monkeypatch)
-    optimizers, scaler = mixed(fused), scaler_of()
-    policy = {} if route == "device" else {"nonfinite": "raise"}
-    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler if given else None, **policy)
-    scaled_round(optimizers, scaler, order, unscale=unscale)  # makes the state
-    scaler.update()
-    clipper.zero_grad()
-    before, twins = values_of(*optimizers), mixed(fused)
-    for optimizer, twin in zip(optimizers, twins, strict=True):
-        parameters_of(twin)[0].data.copy_(parameters_of(optimizer)[0].data)
-        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    loss_of(1, twins).backward()
-    good, twin = optimizers[1 - overflow], twins[1 - overflow]
-    norm = clip_by_hand(twin)
-    assert norm > 1.2
-    scaled_round(optimizers, scaler, order, step=1, unscale=unscale, overflow=overflow)
-    scaler.update()
-    twin.step()
-    assert joint_norm(good) == pytest.approx(1.0, rel=1e-6)
-    assert_close(parameters_of(good), parameters_of(twin))
-    assert torch.equal(parameters_of(optimizers[overflow])[0], before[overflow])
-    assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-5)
-    clipper.zero_grad()
-    scaled_round(optimizers, scaler, order, step=2, unscale=unscale)
-    assert joint_norm(*optimizers) == pytest.approx(1.0, rel=1e-6)
-    assert (clipper.steps, clipper.skipped) == (3, 0)
-    assert clipper.state_dict()["counters"]["nonfinite_steps"] == 0
-
-
 class Learning(Threshold):
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -133,40 +91,30 @@ class Learning(Threshold):
             self.norms.append(norms.item())
 
 
+@scaling
 @pytest.mark.parametrize("overflow", [0, 1])
 @either_order
 @fused_or_not
-def test_a_rule_learns_nothing_from_the_norm_of_a_part(fused, order, overflow):
-    rule, whole = Learning(), []
-    optimizers, scaler = mixed(fused), scaler_of()
-    clipper = GradientClipper(optimizers, rule, grad_scaler=scaler)
+def test_an_overflow_in_one(fused, order, overflow, unscale, given, route):
+    """It skips that one alone; the other is clipped by its own norm, which teaches no rule."""
+    scaler, rule, norms = scaler_of(), Learning(), []
+    options = {"grad_scaler": scaler if given else None}
+    if route == "host":
+        options["nonfinite"] = "raise"
+    twins = Twins(lambda: mixed(fused), rule, **options)
     for step in range(4):
-        clipper.zero_grad()
-        partial = step in (1, 2)
-        scaled_round(optimizers, scaler, order, step=step, overflow=overflow if partial else None)
-        scaler.update()
-        if not partial:
-            whole.append(clipper.last.norm.item())
-    assert rule.norms == whole
-    assert clipper.steps == 4
-
-
-@either_order
-@fused_or_not
-def test_accumulated_gradients_under_a_growing_scale(fused, order):
-    scaler = scaler_of(growth_interval=1)
-    twins = Twins(lambda: mixed(fused), grad_scaler=scaler)
-    for step in range(9):
-        scaler.scale(loss_of(step, twins.ours)).backward()
-        loss_of(step, twins.theirs).backward()
-        if step % 3 < 2:
-            continue
-        for number in order:
-            scaler.step(twins.ours[number])
-        scaler.update()
-        twins.take_by_hand()
         twins.zero_grad()
-    assert twins.clipper.steps == 3
+        loss_of(step, twins.theirs).backward()
+        infinite, stepping = None, order
+        if step in (1, 2):
+            infinite, stepping = overflow, [1 - overflow]
+            twins.theirs[overflow].zero_grad()
+        scaled_round(twins.ours, scaler, order, step=step, unscale=unscale, overflow=infinite)
+        scaler.update()
+        norms.append(twins.take_by_hand(stepping))
+    assert rule.norms == pytest.approx([norms[0], norms[3]], rel=1e-5)
+    assert (twins.clipper.steps, twins.clipper.skipped) == (4, 0)
+    assert twins.clipper.state_dict()["counters"]["nonfinite_steps"] == 0
     twins.check()
 
 
@@ -218,17 +166,6 @@ def test_direct_steps(fused, order):
         optimizers[number].step()
     assert joint_norm(*optimizers) == pytest.approx(1.0, rel=1e-6)
     assert clipper.steps == 1
-
-
-def test_one_optimizer_may_be_given_its_scaler():
-    optimizers, scaler = mixed((True, True)), scaler_of()
-    clipper = GradientClipper(optimizers[0], 1.0, grad_scaler=scaler)
-    scaler.scale(loss_of(0, optimizers, 30.0)).backward()
-    norm = joint_norm(optimizers[0]) / scaler.get_scale()
-    scaler.step(optimizers[0])
-    assert norm > 1
-    assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
-    assert joint_norm(optimizers[0]) == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["stepped one first", "other one first"])

@@ -338,33 +338,3 @@ def test_two_threads_give_what_they_give_one_after_the_other():
         assert state["counters"]["nonfinite_steps"] == 4
         assert state["counters"]["skipped_steps"] == 4 * which
         assert 20 < state["counters"]["clipped"] < 180
-
-
-# Frozen parameters
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_frozen_and_unused_parameters_count_once_they_have_gradients(set_to_none):
-    """Frozen again, one counts with its last gradient, as long as the optimizer steps with it."""
-    models = [nn.ModuleList([model_of(), nn.Linear(2, 2)]) for _ in range(2)]  # the last: unused
-    for model in models:
-        model[0][0].weight.requires_grad_(False)
-    begun, unused = models[0][0][0].weight.clone(), values(models[0][1])
-    optimizers = [momentum(model) for model in models]
-    clipper = GradientClipper(optimizers[0], THRESHOLD)
-    for step in range(12):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            weight = model[0][0].weight
-            weight.requires_grad_(6 <= step < 9)
-            if step != 9:  # the first step after it was frozen again has the gradient of before
-                optimizer.zero_grad(set_to_none=set_to_none)
-            loss_of(model[0], step).backward()
-            assert (weight.grad is None) == (step < 6 or (step > 9 and set_to_none))
-        norm = clip_by_hand(models[1])
-        for optimizer in optimizers:
-            optimizer.step()
-        assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-4)
-        assert torch.equal(models[0][0][0].weight, begun) == (step < 6)
-    assert torch.equal(values(models[0][1]), unused)
-    assert 0.2 < clipper.clip_rate() < 0.8
-    assert_close(models[0][0], models[1][0])

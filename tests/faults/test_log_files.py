@@ -135,26 +135,9 @@ def whole_before(content, end, kind):
     return whole
 
 
-def test_empty_file_is_no_run_and_says_so(log, capsys):
-    log.write_bytes(b"")
-    assert main(["report", str(log)]) == REFUSED
-    assert "has no steps in it (0 bytes)" in capsys.readouterr().err
-
-
 def test_damaged_file_hides_no_other_run(log, tmp_path):
     log.with_name(f"other-{log.name}").write_bytes(random.Random(0).randbytes(500))
     assert [*norms_read(tmp_path)] == [*range(STEPS)]
-
-
-@pytest.mark.parametrize("arguments", [[], ["--json"]], ids=" ".join)
-@pytest.mark.parametrize("way", ["cut short", "flipped", "garbage at the end"])
-def test_report_of_a_damaged_file_says_so(log, way, arguments, capsys):
-    content, chance = log.read_bytes(), random.Random(3)
-    log.write_bytes(content[:-7] if way == "cut short" else WAYS[way](content, chance))
-    assert main(["report", str(log), *arguments]) == DONE
-    printed = capsys.readouterr()
-    assert f"gradclip report: {log}: " in printed.err
-    assert "damaged" in printed.err or "not steps" in printed.err
 
 
 @pytest.mark.parametrize("way", ["cut short", "flipped", "garbage", "overwritten"])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 
 import pytest
-import torch
 
 from gradclip import GradientClipper, MemorySink, Sink
 from tests.support.curves import log_run
@@ -126,20 +124,6 @@ def test_sinks_are_closed_when_the_device_fails(training, monkeypatch):
     assert kept.calls == ["close"]
 
 
-def test_slow_sink_holds_a_training_up_once_a_batch(training):
-    """Batches are handed over within the step that completes them, and nothing else is."""
-    run, held_up, taken = training(), [], []
-    others = [MemorySink(), MemorySink()]
-    slow = Acting(lambda: held_up.append(len(taken)))
-    with GradientClipper(run.optimizer, 1.0, log=[others[0], slow, others[1]]):
-        for step in range(4 * BATCH + 2):
-            taken.append(step)
-            run.take(1.0)
-        assert held_up == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
-    assert held_up[4:] == [4 * BATCH + 2]
-    assert [indices(other) for other in others] == [[*range(4 * BATCH + 2)]] * 2
-
-
 def test_sink_that_blocks_holds_a_training_until_it_goes_on(training):
     """No sink misses a step."""
     run, blocked, free = training(), threading.Event(), threading.Event()
@@ -198,20 +182,6 @@ def test_interrupt_while_closing(training, method):
     GradientClipper(run.optimizer, 1.0).close()
 
 
-@pytest.mark.parametrize("method", ["write", "flush", "close"])
-def test_close_waits_for_a_slow_sink(method):
-    ends, kept = [], MemorySink()
-
-    def slowly():
-        time.sleep(0.02)
-        ends.append(time.monotonic())
-
-    clipper = log_run([Acting(slowly, method), kept], 1.0)
-    assert time.monotonic() >= ends[-1]
-    clipper.close()
-    assert (len(ends), indices(kept)) == (1, [0])
-
-
 def test_sink_may_ask_the_clipper_for_its_state(training):
     """As one that saves checkpoints: the counts are those up to the batch that it gets."""
     run, states, kept = training(), [], MemorySink()
@@ -225,19 +195,3 @@ def test_sink_may_ask_the_clipper_for_its_state(training):
         assert [state["steps"] for state in states] == [BATCH, 2 * BATCH]
         assert [state["counters"]["clipped"] for state in states] == [BATCH, 2 * BATCH]
     assert indices(kept) == [*range(2 * BATCH)]
-
-
-def test_modes_of_torch_that_a_sink_enters_reach_no_step(training):
-    run = training()
-
-    def fail_under_a_mode():
-        with torch.inference_mode():
-            raise RuntimeError("under a mode")
-
-    with GradientClipper(run.optimizer, 1.0, log=Acting(fail_under_a_mode)) as clipper:
-        with pytest.warns(RuntimeWarning, match="under a mode"):
-            run.take(*[2.0] * BATCH)
-        run.take(*[2.0] * BATCH)
-        assert not torch.is_inference_mode_enabled()
-        assert not clipper.last.norms.is_inference()
-        assert clipper.clip_rate() == 1.0

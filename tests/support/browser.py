@@ -209,12 +209,9 @@ class Page:
 
 @contextmanager
 def chromium(width: int, height: int, scale: int = 1) -> Iterator[Page]:
-    """Start the browser that the system has; nothing is downloaded.
+    """Start the browser that the system has, with a window of this size inside; download nothing.
 
-    Args:
-        width: Of the window's inside.
-        height: Of the window's inside.
-        scale: Pixels of the screen for each of the page, along each side.
+    The scale is the number of pixels of the screen for each of the page, along each side.
     """
     # Only here: who runs the other tests need not have it.
     from selenium.webdriver import Chrome, ChromeOptions

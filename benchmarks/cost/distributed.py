@@ -250,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     today = datetime.date.today().isoformat()
     environment = {**machine(), "threads": 1, "cores": os.cpu_count(), "date": today}
     lines = [
+        "Written by `python -m benchmarks.cost.distributed`.",
+        "",
         ", ".join(f"{key} {value}" for key, value in environment.items()),
         f"medians of {options.rounds} calls; ratios to torch's, lower is faster",
         "",

@@ -1,1 +1,1 @@
-"""Other packages for clipping: their cost, and their results in situations that break clippers."""
+"""Other packages for clipping: their cost, and their results in hazards."""

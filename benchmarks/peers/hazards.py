@@ -1,7 +1,7 @@
-"""What goes wrong in training loops, run with a way to clip and told by what is left behind.
+"""Hazards of training loops, each run with a way to clip and judged by its gradients.
 
-Before it comes to the hazard every way has seen `STEPS` usual steps. What a package attaches to an
-optimizer is attached, other functions are called right before a step, or in the closure.
+Before the hazard every way takes `STEPS` usual steps. A package that attaches to an optimizer is
+attached; other functions are called right before a step, or in the closure.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from benchmarks.peers.ways import Way
 
 SPIKE = 5.0
 SCALES = (2.0**16, 2.0**10)
-"""Those of a GradScaler, before and after it fell."""
+"""Scales of a GradScaler before and after an overflow."""
 
 
 def large_elements(way: Way) -> str:
-    """Float32, all elements about 1e20."""
+    """Clip float32 gradients with elements of about 1e20."""
     return spike(Scene(way).warm_up(), 1e20 * COUNT**0.5)
 
 
 def float16_overflow(way: Way) -> str:
-    """Float16, every element in range and the norm outside."""
+    """Clip float16 gradients whose elements are in range and whose norm is not."""
     return spike(Scene(way, torch.float16).warm_up(), 4e5)
 
 
@@ -70,17 +70,17 @@ def in_closure(way: Way) -> str:
 
 
 def fused_amp(way: Way) -> str:
-    """Use a fused optimizer and a GradScaler, whose scale has fallen."""
+    """Step with a fused optimizer and a GradScaler whose scale has fallen."""
     return with_scaler(way, unscale=False)
 
 
 def fused_amp_unscaled(way: Way) -> str:
-    """Do the same, after `unscale_`."""
+    """Step with a fused optimizer and a GradScaler after `unscale_`."""
     return with_scaler(way, unscale=True)
 
 
 def under_autocast(way: Way) -> str:
-    """Clip where float16 is the dtype of autocast; the norm's square is outside of its range."""
+    """Clip inside float16 autocast a norm whose square is out of float16's range."""
     scene = Scene(way).warm_up()
     scene.write(1e3)
     with torch.autocast("cpu", torch.float16):
@@ -89,7 +89,7 @@ def under_autocast(way: Way) -> str:
 
 
 def sparse_gradient(way: Way) -> str:
-    """Clip a sparse gradient, with indices that occur twice, among others."""
+    """Clip dense gradients and a sparse one whose indices occur twice."""
     return spike(Scene(way, sparse=True).warm_up(), SPIKE)
 
 
@@ -104,7 +104,7 @@ def two_optimizers(way: Way) -> str:
 
 
 def resumed(way: Way) -> str:
-    """Save what has a state dict, load it into a new one, and clip the same spikes with both."""
+    """Load the state dict into a new instance, and clip the same spikes with both."""
     old, new = Scene(way).warm_up(), Scene(way)
     if old.clipping.state is not None:
         with io.BytesIO() as file:
@@ -141,11 +141,11 @@ HAZARDS: dict[str, tuple[Callable[[Way], str], str]] = {
     "two optimizers": (two_optimizers, "one norm over the gradients of both"),
     "resume": (resumed, "the same decisions as without"),
 }
-"""What is run, and what is right, by name."""
+"""The function of each hazard and the right result, by name."""
 
 
 def outcome(way: Way, hazard: str) -> str:
-    """Run a hazard with a way to clip, and return what came of it."""
+    """Return the verdict on a way to clip in a hazard."""
     if not way.installed:
         return "not installed"
     run, _ = HAZARDS[hazard]
@@ -153,26 +153,26 @@ def outcome(way: Way, hazard: str) -> str:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             return run(way)
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is what the way does
+    except Exception as error:  # noqa: BLE001  # any error is a result of the way
         return raised(error)
 
 
 def raised(error: Exception) -> str:
-    """Return the kind of an error and the beginning of what it says."""
-    said = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".").replace("|", "/")
-    short = said if len(said) <= 100 else said[:100].rsplit(" ", 1)[0] + " ..."
+    """Return the type of an error and the beginning of its message."""
+    message = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".").replace("|", "/")
+    short = message if len(message) <= 100 else message[:100].rsplit(" ", 1)[0] + " ..."
     return f"raises {type(error).__name__}: {short}"
 
 
 def spike(scene: Scene, norm: float) -> str:
-    """Clip gradients of that norm."""
+    """Return the verdict on a step with gradients of some norm."""
     scene.write(norm)
     scene.step()
     return scene.judged()
 
 
 def not_finite(way: Way, element: float) -> str:
-    """Take a step with one such element, and look at the parameters."""
+    """Return the verdict on a step with one such element, by the parameters after it."""
     scene = Scene(way).warm_up()
     scene.move()
     scene.write(scene.usual())
@@ -196,14 +196,14 @@ def not_finite(way: Way, element: float) -> str:
 
 
 def with_scaler(way: Way, *, unscale: bool) -> str:
-    """Take a step whose gradients are scaled, as a fused optimizer is given them."""
+    """Return the verdict on a step of a fused optimizer, whose gradients are scaled."""
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALES[0])
     scaler.scale(torch.ones(()))
     scene = Scene(way, scaler=scaler, make=lambda p, lr: torch.optim.SGD(p, lr=lr, fused=True))
     for _ in range(STEPS):
         scene.write(scene.usual())
         scene.step(unscale=unscale)
-    # As after an overflow, or several.
+    # The scale after one or several overflows.
     scaler.update(SCALES[1])
     scene.move()
     scene.write(SPIKE)

@@ -1,4 +1,4 @@
-"""Other packages for clipping, each taken where it is installed.
+"""Other packages for clipping, each used if it is installed.
 
 pip install --no-deps autoclip zclip smartclip timm
 pip install lightning accelerate
@@ -39,7 +39,7 @@ Optimizers = list[Any]
 
 
 class Model(nn.Module):
-    """What some packages want instead of parameters."""
+    """A module around parameters: some packages take no parameters."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
@@ -48,19 +48,19 @@ class Model(nn.Module):
 
 @dataclass
 class Clipping:
-    """What a package clips with; called, it clips.
+    """A package's clipping of some parameters; a call clips.
 
     Args:
-        clip: Clips the gradients that are there.
-        told: Clips as well and returns the norm that is told, returned or kept somewhere; None
-            where `clip` returns it or nobody does.
-        state: What has the state dict of the clipping, where there is one.
-        attach: Given optimizers, returns what to step in their place so that their steps clip, or
-            None where the package has nothing for them.
+        clip: Clips the current gradients, and may return the norm.
+        clip_and_norm: Clips and returns the norm, for a package that keeps it elsewhere. None if
+            `clip` returns the norm or the package has none.
+        state: The object with the state dict; None without one.
+        attach: Returns optimizers whose steps clip, given optimizers; None if the package has no
+            such thing.
     """
 
     clip: Step
-    told: Step | None = None
+    clip_and_norm: Step | None = None
     state: Any = None
     attach: Callable[[Optimizers], Optimizers | None] = lambda optimizers: None
 
@@ -69,40 +69,40 @@ class Clipping:
         return self.clip()
 
     def norm(self) -> float | None:
-        """Clip, and return the norm that is told."""
-        told: Any = (self.told or self.clip)()
-        return None if told is None else float(told)
+        """Clip and return the norm that the package reports; None without one."""
+        norm: Any = (self.clip_and_norm or self.clip)()
+        return None if norm is None else float(norm)
 
 
 MakeFixed = Callable[[list[Optimizer], float, GradScaler | None], Clipping]
 
 
 def autoclip_quantile(parameters: list[nn.Parameter]) -> Clipping:
-    """Percentile 10 of the last 1000 norms, over all parameters."""
+    """Return autoclip's percentile 10 of the last 1000 norms, over all parameters."""
     package = importlib.import_module("autoclip.torch")
     clipper = package.QuantileClip(
         parameters, quantile=0.1, history_length=1000, global_threshold=True
     )
     wrapper = importlib.import_module("autoclip.torch.clipper").OptimizerWithClipping
 
-    def told() -> object:
+    def clip_and_norm() -> object:
         clipper.step()
         return clipper.state["global_history"][-1]
 
     def attach(optimizers: Optimizers) -> Optimizers | None:
         return [wrapper(optimizers[0], clipper)] if len(optimizers) == 1 else None
 
-    return Clipping(clipper.step, told, clipper, attach)
+    return Clipping(clipper.step, clip_and_norm, clipper, attach)
 
 
 def zclip(parameters: list[nn.Parameter]) -> Clipping:
-    """The z-score rule of its authors."""
+    """Return the z-score rule of ZClip's authors."""
     clipper, model = importlib.import_module("zclip").ZClip(), Model(parameters)
     return Clipping(lambda: clipper.step(model), state=_stateful(clipper))
 
 
 def smartclip_autoclip(parameters: list[nn.Parameter]) -> Clipping:
-    """Percentile 10, over all parameters."""
+    """Return smartclip's percentile 10, over all parameters."""
     return _smartclip(
         parameters,
         lambda core: core.AutoClip(mode="percentile", percentile=10.0, scope="global"),
@@ -110,12 +110,12 @@ def smartclip_autoclip(parameters: list[nn.Parameter]) -> Clipping:
 
 
 def smartclip_zscore(parameters: list[nn.Parameter]) -> Clipping:
-    """The z-score rule, over all parameters."""
+    """Return smartclip's z-score rule, over all parameters."""
     return _smartclip(parameters, lambda core: core.ZScoreClip(scope="global"))
 
 
 def timm_agc(parameters: list[nn.Parameter]) -> Clipping:
-    """AGC, unit by unit. Its one file is loaded by itself: timm wants torchvision."""
+    """Return timm's AGC. Its file is loaded alone: timm itself needs torchvision."""
     file = Path(str(distribution("timm").locate_file("timm/utils/agc.py")))
     spec = importlib.util.spec_from_file_location("timm_agc", file)
     if spec is None or spec.loader is None:
@@ -132,13 +132,13 @@ PEERS: dict[str, Callable[[list[nn.Parameter]], Clipping]] = {
     "smartclip ZScoreClip": smartclip_zscore,
     "timm adaptive_clip_grad": timm_agc,
 }
-"""Those with rules for their thresholds."""
+"""Packages with rules for their thresholds."""
 
 
 def torch_plain(
     optimizers: list[Optimizer], max_norm: float, scaler: GradScaler | None
 ) -> Clipping:
-    """Torch's own."""
+    """Return torch's clipping."""
     parameters = parameters_of(optimizers)
     return Clipping(lambda: nn.utils.clip_grad_norm_(parameters, max_norm))
 
@@ -149,10 +149,10 @@ def torch_compiled(
     scaler: GradScaler | None,
     backend: str = "inductor",
 ) -> Clipping:
-    """Torch's own, compiled; what was compiled before is forgotten."""
+    """Return torch's clipping compiled. Earlier compiled code is discarded."""
     parameters = parameters_of(optimizers)
     torch.compiler.reset()
-    # What is freed while a graph is traced may run torch operators at its end.
+    # Objects freed while a graph is traced may run torch operators, which would be traced too.
     gc.collect()
     return Clipping(
         torch.compile(lambda: nn.utils.clip_grad_norm_(parameters, max_norm), backend=backend)
@@ -160,7 +160,7 @@ def torch_compiled(
 
 
 def lightning(optimizers: list[Optimizer], max_norm: float, scaler: GradScaler | None) -> Clipping:
-    """Lightning's Fabric, which clips the parameters of one optimizer at a time."""
+    """Return the clipping of Lightning's Fabric, one optimizer at a time."""
     plugins = importlib.import_module("lightning.fabric.plugins")
     precision = scaler and plugins.MixedPrecision("16-mixed", "cpu", scaler)
     fabric = importlib.import_module("lightning.fabric").Fabric(
@@ -177,15 +177,19 @@ def lightning(optimizers: list[Optimizer], max_norm: float, scaler: GradScaler |
 
 
 def accelerate(optimizers: list[Optimizer], max_norm: float, scaler: GradScaler | None) -> Clipping:
-    """Accelerate's; with a scaler as its Accelerator has one on a GPU."""
+    """Return Accelerate's clipping, with a scaler as its Accelerator has one on a GPU."""
     importlib.import_module("accelerate.state").AcceleratorState._reset_state()
-    made: Any = importlib.import_module("accelerate").Accelerator(
+    accelerator: Any = importlib.import_module("accelerate").Accelerator(
         cpu=True, mixed_precision="fp16" if scaler else "no"
     )
     parameters = parameters_of(optimizers)
     if scaler:
-        made.native_amp, made.scaler, made._optimizers = True, scaler, optimizers
-    return Clipping(lambda: made.clip_grad_norm_(parameters, max_norm))
+        accelerator.native_amp, accelerator.scaler, accelerator._optimizers = (
+            True,
+            scaler,
+            optimizers,
+        )
+    return Clipping(lambda: accelerator.clip_grad_norm_(parameters, max_norm))
 
 
 FIXED: dict[str, MakeFixed] = {
@@ -194,11 +198,11 @@ FIXED: dict[str, MakeFixed] = {
     "Lightning Fabric": lightning,
     "Accelerate": accelerate,
 }
-"""Those with a threshold that is given."""
+"""Packages with a given threshold."""
 
 
 def peer(name: str, parameters: list[nn.Parameter]) -> Clipping | None:
-    """Return a peer's clipping, or None where its package is not installed."""
+    """Return a peer's clipping; None if its package is not installed."""
     try:
         return PEERS[name](parameters)
     except (ImportError, PackageNotFoundError):
@@ -206,7 +210,7 @@ def peer(name: str, parameters: list[nn.Parameter]) -> Clipping | None:
 
 
 def parameters_of(optimizers: list[Optimizer]) -> list[nn.Parameter]:
-    """Return the parameters of optimizers, as often as they are there."""
+    """Return the parameters of optimizers, repeated ones included."""
     return [p for each in optimizers for group in each.param_groups for p in group["params"]]
 
 
@@ -214,20 +218,22 @@ def _smartclip(parameters: list[nn.Parameter], make: Callable[[Any], Any]) -> Cl
     package = importlib.import_module("smartclip")
     backend = importlib.import_module("smartclip.backends.torch")
     clipper, model = make(package), Model(parameters)
-    # It stops to clip when what it returned is no longer held.
-    held = ExitStack()
+    # The context must stay open: it stops clipping at its end.
+    contexts = ExitStack()
 
-    def told() -> object:
+    def clip_and_norm() -> object:
         records: list[Any] = []
         backend.apply(model, clipper, records.append)
         return records[-1]["grad_norm"]
 
     def attach(optimizers: Optimizers) -> Optimizers | None:
         for optimizer in optimizers if len(optimizers) == 1 else []:
-            held.enter_context(package.clip_context(model, optimizer, clipper))
+            contexts.enter_context(package.clip_context(model, optimizer, clipper))
         return optimizers if len(optimizers) == 1 else None
 
-    return Clipping(lambda: backend.apply(model, clipper), told, _stateful(clipper), attach)
+    return Clipping(
+        lambda: backend.apply(model, clipper), clip_and_norm, _stateful(clipper), attach
+    )
 
 
 def _stateful(clipper: Any) -> Any:
@@ -241,7 +247,7 @@ LIKE_PEERS = {
     "smartclip ZScoreClip": ("global", ZScore),
     "timm adaptive_clip_grad": ("unit", RelativeToWeights),
 }
-"""The scope and the rule that are nearest to what a peer does."""
+"""The scope and the rule that are nearest to each peer."""
 
 
 class Halving(Threshold):
@@ -255,11 +261,11 @@ class Halving(Threshold):
 
 
 def measure_peers(name: str, seconds: float) -> dict[str, dict[str, float]]:
-    """Time each peer beside the nearest pair of scope and rule, after some steps of both.
+    """Return the times of each peer and of the nearest scope and rule, after some steps of both.
 
-    For AGC gradients are so small that about half of the units are clipped.
+    For AGC the gradients are so small that about half of the units are clipped.
     """
-    found = {}
+    times = {}
     for other in PEERS:
         gradients = Gradients(SETS[name](), torch.float32)
         theirs = peer(other, gradients.parameters)
@@ -282,19 +288,19 @@ def measure_peers(name: str, seconds: float) -> dict[str, dict[str, float]]:
                 prepare()
                 for step in rivals.values():
                     step()
-            found[other] = interleaved_medians(rivals, prepare, seconds)
-    return found
+            times[other] = interleaved_medians(rivals, prepare, seconds)
+    return times
 
 
 def print_peers(name: str, seconds: float) -> None:
-    """Print steps of gradclip as ratios to those of other packages."""
+    """Print the times of gradclip as ratios to those of other packages."""
     print(f"\n| {name}, beside | theirs, us | hook | clip_grad_units_ |\n|---|---|---|---|")
-    found = measure_peers(name, seconds)
+    times = measure_peers(name, seconds)
     for other in PEERS:
-        if other not in found:
+        if other not in times:
             print(f"| {other} | not installed | | |")
             continue
-        medians = found[other]
+        medians = times[other]
         theirs = medians["theirs"]
         units = medians.get("clip_grad_units_")
         last = f"{units / theirs:.2f}" if units is not None else ""

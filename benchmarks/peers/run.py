@@ -1,15 +1,14 @@
-"""The same jobs through gradclip and through other packages, side by side in one process.
+"""The same tasks by gradclip and by other packages, interleaved in one process.
 
     python -m benchmarks.peers.run [--seconds 10] [--sets small lstm] [--backend inductor]
-                               [--save benchmarks/results/peers.md]
+        [--save benchmarks/results/peers.md]
 
-Cost of a step, error of the norm against float64, and what goes wrong in training loops (see
-`peer_hazards`). A package that is not installed is shown as such. Calls are timed in turn, each on
-gradients that were rewritten just before, and told as ratios to torch's `clip_grad_norm_` in the
-same turns. All is computed by one thread, and the time is what that thread has computed: on a busy
-machine the clock would count what others do meanwhile. "gradclip hook", "Percentile", "ZScore" and
-"RelativeToWeights" are whole steps of an optimizer that does nothing, records included; all others
-are calls of a function.
+Measures the cost of a step, the error of the norm against float64, and the results in hazards (see
+`hazards.py`). A package that is not installed is shown as such. Calls are interleaved, each on
+newly rewritten gradients, and their times are ratios to torch's `clip_grad_norm_`. One thread
+computes, and the time is its CPU time: on a busy machine the wall time would count the work of
+others. "gradclip hook", "Percentile", "ZScore" and "RelativeToWeights" are whole steps of an
+optimizer that does nothing, records included; all others are calls of a function.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from benchmarks.peers.ways import Way, adaptive_ways, fixed_ways, versions
 
 REFERENCE = "torch"
 REGIMES: dict[str, tuple[float, ...]] = {"under": (0.5,), "clipping": (5.0,)}
-"""Norms of the gradients that are clipped to 1."""
+"""Norms of the gradients, whose threshold is 1."""
 VARIED = tuple(USUAL[0] + (USUAL[1] - USUAL[0]) * (index * 24 % 61) / 61 for index in range(61))
-"""Norms for rules, none of them twice in a row."""
+"""Norms for rules, never the same twice in a row."""
 HALF_OF_UNITS = 5e-4
-"""Elements of such a size have AGC clip about half of the units of `Gradients`."""
+"""Size of the elements for which AGC clips about half of the units of `Gradients`."""
 COMPILE_SECONDS = 240.0
 HARD: dict[str, tuple[Sequence[tuple[int, ...]], torch.dtype, float | None]] = {
     "1e7 elements of 0.1": ([(2500, 4000)], torch.float32, 0.1),
@@ -52,19 +51,19 @@ HARD: dict[str, tuple[Sequence[tuple[int, ...]], torch.dtype, float | None]] = {
     "float16, 1e4 elements of 3e4": ([(100, 100)], torch.float16, 3e4),
     "lstm in bfloat16": (SETS["lstm"](), torch.bfloat16, None),
 }
-"""Shapes, dtype, and the value of all elements; None: drawn from a normal distribution."""
+"""Shapes, dtype, and the value of all elements; None draws them from a normal distribution."""
 
 Medians = dict[str, float]
 Cells = dict[str, str]
 
 
 class Prepared:
-    """Ways to clip that are set up for the same gradients, and why some are not.
+    """Ways to clip the same gradients, and the reason for each that cannot.
 
     Args:
         ways: The ways.
-        gradients: What they clip.
-        prepare: Writes gradients for the first call of each.
+        gradients: The gradients to clip.
+        prepare: Writes gradients for the first call of each way.
     """
 
     def __init__(
@@ -86,46 +85,46 @@ class Prepared:
                 self.missing[way.name] = raised(error)
 
     def medians(self, prepare: Callable[[], None], seconds: float) -> Medians:
-        """Time a step of each, in seconds."""
+        """Return the median time of each way in seconds."""
         return interleaved_medians(self.clippings, prepare, seconds, timer=by_thread)
 
     def errors(self, prepare: Callable[[], None], norm: Callable[[], float]) -> Cells:
-        """Return how far the norm that each tells is from the true one."""
-        found = dict(self.missing)
+        """Return the error of the norm that each way reports."""
+        errors = dict(self.missing)
         for name, clipping in self.clippings.items():
             prepare()
             true = norm()
             try:
-                told = clipping.norm()
-                found[name] = "none told" if told is None else error_of(told, true)
-            except Exception as error:  # noqa: BLE001  # it is what there is to tell
-                found[name] = raised(error)
-        return found
+                norm_found = clipping.norm()
+                errors[name] = "none" if norm_found is None else error_of(norm_found, true)
+            except Exception as error:  # noqa: BLE001  # the error is the result
+                errors[name] = raised(error)
+        return errors
 
 
-def error_of(told: float, true: float) -> str:
-    """Return the relative error of a norm, or what the norm is instead."""
-    if not math.isfinite(told) or told == 0:
-        return f"norm {told:g}"
-    return f"{abs(told / true - 1):.0e}"
+def error_of(norm: float, true: float) -> str:
+    """Return the relative error of a norm, or the norm itself if it is 0 or not finite."""
+    if not math.isfinite(norm) or norm == 0:
+        return f"norm {norm:g}"
+    return f"{abs(norm / true - 1):.0e}"
 
 
 def scaled(gradients: Gradients, norms: Sequence[float]) -> Callable[[], None]:
-    """Return what rewrites gradients with one norm after the other."""
+    """Return a call that rewrites gradients with one norm after the other."""
     gradients.rewrite()
     usual, following = gradients.norm(), itertools.cycle(norms)
 
     def prepare() -> None:
         gradients.rewrite()
-        held: list[Any] = [parameter.grad for parameter in gradients.parameters]
-        torch._foreach_mul_(held, next(following) / usual)
+        tensors: list[Any] = [parameter.grad for parameter in gradients.parameters]
+        torch._foreach_mul_(tensors, next(following) / usual)
 
     return prepare
 
 
 def warm_up(prepared: Prepared, gradients: Gradients) -> None:
-    """Let rules see `STEPS` norms; only the smallest parameter has a gradient, for speed."""
-    held = [parameter.grad for parameter in gradients.parameters]
+    """Take `STEPS` steps with all rules; only the smallest parameter has a gradient, for speed."""
+    tensors = [parameter.grad for parameter in gradients.parameters]
     smallest = min(gradients.parameters, key=lambda parameter: parameter.numel())
     for parameter in gradients.parameters:
         parameter.grad = None
@@ -134,17 +133,17 @@ def warm_up(prepared: Prepared, gradients: Gradients) -> None:
         for clipping in prepared.clippings.values():
             smallest.grad.fill_(norm / smallest.numel() ** 0.5)
             clipping()
-    for parameter, gradient in zip(gradients.parameters, held, strict=True):
+    for parameter, gradient in zip(gradients.parameters, tensors, strict=True):
         parameter.grad = gradient
 
 
 def measure_set(
     name: str, fixed: Sequence[Way], adaptive: Sequence[Way], seconds: float
 ) -> dict[str, Any]:
-    """Measure the cost of a step and the error of the norm on one set of gradients.
+    """Return the cost of a step and the error of the norm on one set of gradients.
 
     Returns:
-        Medians of the regimes and of the two kinds of rules, errors, and what is missing.
+        Medians of the regimes and of the two kinds of rules, errors, and reasons for missing ways.
     """
     gradients = Gradients(SETS[name](), torch.float32)
     prepared = Prepared(fixed, gradients, gradients.rewrite)
@@ -186,29 +185,29 @@ def cost_table(
     """Return ratios to torch as a Markdown table."""
     names = [way.name for way in ways if way.name != REFERENCE]
     rows = []
-    for name, found in measured.items():
+    for name, results in measured.items():
         for regime in regimes:
-            reference = found[regime][REFERENCE]
+            reference = results[regime][REFERENCE]
             cells = [
-                f"{found[regime][each] / reference:.2f}"
-                if each in found[regime]
-                else found["missing"][each]
-                for each in names
+                f"{results[regime][way] / reference:.2f}"
+                if way in results[regime]
+                else results["missing"][way]
+                for way in names
             ]
             rows.append([name, regime, f"{reference * 1e6:.0f}", *cells])
     return table(["set", "regime", "torch, us", *names], rows)
 
 
 def hazard_table(ways: Sequence[Way], hazards: Sequence[str]) -> list[str]:
-    """Run hazards with ways to clip, and return what came of it as a Markdown table."""
+    """Return the results of ways to clip in hazards as a Markdown table."""
     rows = [
         [hazard, HAZARDS[hazard][1], *(outcome(way, hazard) for way in ways)] for hazard in hazards
     ]
-    return table(["hazard", "right is", *(way.name for way in ways)], rows)
+    return table(["hazard", "right result", *(way.name for way in ways)], rows)
 
 
 def error_table(errors: dict[str, Cells], ways: Sequence[Way]) -> list[str]:
-    """Return errors of norms as a Markdown table."""
+    """Return the errors of norms as a Markdown table."""
     names = [way.name for way in ways]
     return table(
         ["gradients", *names], [[case, *(e[n] for n in names)] for case, e in errors.items()]
@@ -216,7 +215,7 @@ def error_table(errors: dict[str, Cells], ways: Sequence[Way]) -> list[str]:
 
 
 def report(options: argparse.Namespace) -> list[str]:
-    """Measure everything, and return it as lines of Markdown."""
+    """Measure everything and return the lines of the Markdown report."""
     fixed, adaptive = fixed_ways(options.backend), adaptive_ways()
     rules = [way for way in adaptive if way.kind == "adaptive"]
     units = [way for way in adaptive if way.kind == "unit"]
@@ -228,7 +227,7 @@ def report(options: argparse.Namespace) -> list[str]:
         errors = {name: measured[name]["errors"] for name in options.sets}
         for case in options.hard:
             errors[case] = hard_errors([*fixed, *adaptive], case)
-    told = {
+    environment = {
         **machine(),
         "cores": os.cpu_count(),
         **versions(),
@@ -238,28 +237,28 @@ def report(options: argparse.Namespace) -> list[str]:
     return [
         "# gradclip beside other ways to clip",
         "",
-        "Written by `python -m benchmarks.peers.run`, which says how.",
+        "Written by `python -m benchmarks.peers.run`, whose docstring describes the method.",
         "",
-        ", ".join(f"{key} {value}" for key, value in told.items()),
+        ", ".join(f"{key} {value}" for key, value in environment.items()),
         "",
         "## Cost of a step",
         "",
-        "Time of the one thread that computes, as ratios to torch's `clip_grad_norm_` in the same",
-        "turns, lower is faster. Those with a threshold that is given, below it and above it:",
+        "CPU time of the computing thread, as ratios to torch's `clip_grad_norm_`.",
+        "With a given threshold, below it and above it:",
         "",
         *cost_table(measured, fixed, list(REGIMES)),
         "",
-        "Those with a threshold from the norms before, each of gradclip's behind those like it:",
+        "With a threshold learned from earlier norms; gradclip's rules follow similar packages:",
         "",
         *cost_table(measured, rules, ["adaptive"]),
         "",
-        "Those that clip unit by unit, about half of the units:",
+        "Unit by unit, with about half of the units clipped:",
         "",
         *cost_table(measured, units, ["unit"]),
         "",
         "## Error of the norm",
         "",
-        "That is returned or recorded, relative, against float64:",
+        "Relative error of the returned or recorded norm, against float64:",
         "",
         *error_table(errors, fixed),
         "",
@@ -267,9 +266,9 @@ def report(options: argparse.Namespace) -> list[str]:
         "",
         "## Hazards",
         "",
-        f"After {STEPS} usual steps. Norms are those that are left of the gradient. What attaches",
-        "itself to an optimizer is attached (autoclip's, smartclip's, gradclip's); other functions",
-        "are called right before the step, in a closure behind its backward pass.",
+        f"After {STEPS} usual steps. Norms are those of the clipped gradient. Packages that attach",
+        "to an optimizer are attached (autoclip, smartclip, gradclip); other functions are called",
+        "right before the step, or in the closure after its backward pass.",
         "",
         *hazard_table(fixed, options.hazards),
         "",
@@ -284,8 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hard", nargs="*", choices=HARD, default=list(HARD))
     parser.add_argument("--hazards", nargs="*", choices=HAZARDS, default=list(HAZARDS))
     parser.add_argument("--seconds", type=float, default=10.0, help="per row of a table of costs")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--save", type=Path, help="a file for the Markdown, too")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
+    parser.add_argument("--save", type=Path, help="also write the Markdown to this file")
     options = parser.parse_args(argv)
     threads, level = torch.get_num_threads(), logging.root.manager.disable
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""Parameters that are trained with a way to clip, on gradients that are made up.
+"""Trainings on generated gradients with a way to clip, and the verdict on its clipping.
 
-What a step leaves of its gradients is compared, in float64, with what it should be: one common
-factor, and the norm `MAX_NORM`; for rules that learn, the norm that the same rule leaves of plain
-gradients in float64; for AGC its formula for each unit.
+The clipped gradients are compared with the right ones in float64. They must have one common factor
+and the norm `MAX_NORM`; for a rule that learns, the norm that the same rule leaves of plain float64
+gradients; for AGC, the result of its formula for each unit.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from benchmarks.peers.ways import MAX_NORM, Way
 SHAPES = [(16, 8), (16,), (4, 16)]
 COUNT = sum(map(math.prod, SHAPES))
 USUAL = (0.4, 0.6)
-"""The range of the norms of usual steps."""
+"""Range of the norms of usual steps."""
 STEPS = 130
-"""Enough for every package to begin to clip."""
+"""Steps after which every package clips."""
 EVALUATIONS = 3
 TOLERANCES = {torch.float16: 1e-2}
 LEARNED = 0.25
-"""How far apart norms may be that a rule leaves twice: evaluations may count as steps."""
+"""Tolerance for the norm that a rule leaves: it may count evaluations as steps."""
 UNIT_FACTOR, UNIT_LEAST = 0.01, 1e-3
 
 
 class Repeating(torch.optim.SGD):
-    """Evaluates its closure several times in a step, and keeps the gradients that it is given."""
+    """An optimizer that evaluates its closure several times a step and records the gradients."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Evaluate, and write nothing."""
+        """Evaluate the closure without an update."""
         self.given = []
         for _ in range(EVALUATIONS):
             with torch.enable_grad():
@@ -44,11 +44,11 @@ class Repeating(torch.optim.SGD):
 
 
 class Control:
-    """A rule that is given the same gradients as another, as one vector of float64.
+    """A rule that clips the same gradients as another one, as one float64 vector.
 
     Args:
         way: The rule.
-        count: How many elements.
+        count: Number of elements.
     """
 
     def __init__(self, way: Way, count: int) -> None:
@@ -56,7 +56,7 @@ class Control:
         self._clipping = way.make([torch.optim.SGD([self._parameter], lr=0.0)], None)
 
     def left(self, gradient: Tensor) -> float:
-        """Return the norm that it leaves."""
+        """Return the norm of a gradient after clipping."""
         self._parameter.grad = gradient.clone()
         self._clipping.clip()
         return float(flat([self._parameter.grad]).norm())
@@ -66,12 +66,12 @@ class Scene:
     """A training.
 
     Args:
-        way: How to clip.
-        dtype: That of parameters and gradients.
-        groups: Indices of the parameters of each optimizer; by default all are those of one.
+        way: The way to clip.
+        dtype: Dtype of parameters and gradients.
+        groups: Indices of the parameters of each optimizer; by default one optimizer has all.
         sparse: Whether the first gradient is sparse.
-        scaler: What scales the gradients.
-        make: Makes an optimizer.
+        scaler: The scaler of the gradients, if any.
+        make: Returns an optimizer.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class Scene:
         self.random = torch.Generator().manual_seed(0)
         self.parameters = [nn.Parameter((self._draw(s) * 0.05).to(dtype)) for s in SHAPES]
         self.start = [parameter.detach().clone() for parameter in self.parameters]
-        # No step of the usual ones moves anything.
-        chosen = [[self.parameters[index] for index in group] for group in groups]
-        self.optimizers = [make(each, lr=0.0) for each in chosen]
+        # A learning rate of 0: usual steps move no parameter.
+        parameters = [[self.parameters[index] for index in group] for group in groups]
+        self.optimizers = [make(several, lr=0.0) for several in parameters]
         self.clipping = way.make(self.optimizers, scaler)
         attached = self.clipping.attach(self.optimizers)
         self.by_hand = attached is None
@@ -101,19 +101,19 @@ class Scene:
         self.wanted = MAX_NORM
 
     def warm_up(self) -> Scene:
-        """Take the usual steps."""
+        """Take the usual steps and return the scene."""
         for _ in range(STEPS):
             self.write(self.usual())
             self.step()
         return self
 
     def usual(self) -> float:
-        """Draw a usual norm."""
+        """Return a random norm of a usual step."""
         low, high = USUAL
         return low + (high - low) * torch.rand((), generator=self.random).item()
 
     def write(self, norm: float) -> None:
-        """Write gradients of about that norm, and keep what they and the parameters are."""
+        """Write gradients of about this norm, and record them and the parameters."""
         drawn = [self._draw(shape) for shape in SHAPES]
         factor = norm / flat(drawn).norm().item()
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
@@ -124,16 +124,16 @@ class Scene:
         self.weights = [parameter.detach().clone() for parameter in self.parameters]
 
     def gradients(self) -> list[Any]:
-        """Return the gradients that are there."""
+        """Return the current gradients."""
         return [parameter.grad for parameter in self.parameters]
 
     def restore(self) -> None:
-        """Give parameters the values of the start."""
+        """Restore the initial parameters."""
         for parameter, start in zip(self.parameters, self.start, strict=True):
             parameter.data.copy_(start)
 
     def step(self, *, unscale: bool = False) -> None:
-        """Clip, and take a step with every optimizer."""
+        """Clip and take a step with every optimizer."""
         self._expect()
         if self.scaler and unscale:
             self.scaler.unscale_(self.stepped[0])
@@ -167,11 +167,11 @@ class Scene:
                 group["lr"] = 1.0
 
     def moved(self) -> Tensor:
-        """Return what the last step took from the parameters."""
+        """Return the update of the last step, subtracted from the parameters."""
         return flat(self.weights) - flat(self.parameters)
 
     def judged(self, after: Tensor | None = None) -> str:
-        """Return "right", or what is wrong with what is left of the gradients."""
+        """Return "right", or the fault of the clipped gradients."""
         after = flat(self.gradients()) if after is None else after
         tolerance = TOLERANCES.get(self.dtype, 1e-3)
         lost = int((~after.isfinite()).sum())
@@ -183,19 +183,19 @@ class Scene:
             return self._judged_units(after, tolerance)
         share = (self.before @ after) / (self.before @ self.before)
         left = after.norm().item()
-        told = f"norm {left:.3g} instead of {self.wanted:.3g}"
+        difference = f"norm {left:.3g} instead of {self.wanted:.3g}"
         if torch.linalg.vector_norm(after - share * self.before) > tolerance * left:
-            return f"direction changed, {told}"
+            return f"direction changed, {difference}"
         if math.isclose(left, self.wanted, rel_tol=LEARNED if self.control else tolerance):
             return "right"
-        return "not clipped" if math.isclose(share, 1.0, rel_tol=tolerance) else told
+        return "not clipped" if math.isclose(share, 1.0, rel_tol=tolerance) else difference
 
     def _judged_units(self, after: Tensor, tolerance: float) -> str:
-        wanted, place = [], 0
+        wanted, begin = [], 0
         for weight in self.weights:
             wide = torch.view_as_real(weight) if weight.is_complex() else weight
-            gradient = self.before[place : place + wide.numel()].view(wide.shape)
-            place += wide.numel()
+            gradient = self.before[begin : begin + wide.numel()].view(wide.shape)
+            begin += wide.numel()
             wanted.append(clipped_units(gradient, wide.double(), rows=weight.dim() > 1))
         right = flat(wanted)
         if torch.linalg.vector_norm(after - right) <= tolerance * right.norm():
@@ -209,34 +209,34 @@ class Scene:
             self.wanted = self.control.left(self.before)
 
     def _draw(self, shape: tuple[int, ...]) -> Tensor:
-        """Draw elements of a magnitude between 1/2 and 1."""
+        """Return random elements with a magnitude between 1/2 and 1."""
         dtype = torch.complex128 if self.dtype.is_complex else torch.float64
         sign: Tensor = torch.randn(shape, generator=self.random, dtype=dtype).sgn()
         return sign * (1 + torch.rand(shape, generator=self.random, dtype=torch.float64)) / 2
 
 
 def flat(tensors: Sequence[Any]) -> Tensor:
-    """Return all elements in one vector of float64."""
-    parts = []
+    """Return all elements in one float64 vector; complex ones as two."""
+    vectors = []
     for tensor in tensors:
         dense = tensor.detach()
         dense = dense if dense.layout is torch.strided else dense.to_dense()
         wide = torch.view_as_real(dense) if dense.is_complex() else dense
-        parts.append(wide.double().flatten())
-    return torch.cat(parts)
+        vectors.append(wide.double().flatten())
+    return torch.cat(vectors)
 
 
 def repeated_rows(gradient: Tensor) -> Tensor:
-    """Return it sparse, with every row in two parts that are to be added."""
+    """Return a sparse gradient in which every row is the sum of two entries."""
     rows = torch.arange(len(gradient)).repeat(2)
-    parts = torch.cat([gradient * 0.75, gradient * 0.25])
-    return torch.sparse_coo_tensor(rows[None], parts, tuple(gradient.shape))
+    entries = torch.cat([gradient * 0.75, gradient * 0.25])
+    return torch.sparse_coo_tensor(rows[None], entries, tuple(gradient.shape))
 
 
 def clipped_units(gradient: Tensor, weight: Tensor, *, rows: bool) -> Tensor:
-    """Return the gradient as AGC clips it: rows, or all of it, by the norm of the weights."""
+    """Return the gradient clipped by AGC: each row, or all of it, by the norm of its weights."""
     dims = tuple(range(1 if rows else 0, weight.dim()))
     norms = [torch.linalg.vector_norm(each, dim=dims, keepdim=True) for each in (gradient, weight)]
-    limit = UNIT_FACTOR * norms[1].clamp(min=UNIT_LEAST)
-    coefficients: Tensor = (limit / norms[0]).clamp(max=1.0)
+    thresholds = UNIT_FACTOR * norms[1].clamp(min=UNIT_LEAST)
+    coefficients: Tensor = (thresholds / norms[0]).clamp(max=1.0)
     return gradient * coefficients

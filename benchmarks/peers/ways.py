@@ -1,4 +1,4 @@
-"""Ways to clip that are compared with each other: other packages' and gradclip's."""
+"""The ways to clip that are compared: those of other packages and of gradclip."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = {
     "Accelerate": "accelerate",
     **{name: name.split()[0] for name in PEERS},
 }
-"""The distribution that a way comes from."""
+"""Distribution of each way."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Way:
     """A way to clip.
 
     Args:
-        name: What it is called in tables.
-        kind: "fixed": to the norm `MAX_NORM`; "adaptive": to a norm that it takes from those
-            before; "unit": each unit by the norm of its weights.
-        make: Sets it up for optimizers and for the scaler of their gradients, if there is one.
+        name: Name in tables.
+        kind: "fixed" clips to the norm `MAX_NORM`, "adaptive" to a norm learned from earlier ones,
+            "unit" clips each unit by the norm of its weights.
+        make: Returns the clipping for optimizers and the scaler of their gradients, if any.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Way:
 
     @property
     def installed(self) -> bool:
-        """Whether its package is there."""
+        """True if its package is installed."""
         try:
             return self.name not in PACKAGES or bool(version(PACKAGES[self.name]))
         except PackageNotFoundError:
@@ -62,7 +62,7 @@ def fixed_ways(backend: str) -> list[Way]:
     """Return the ways to clip to a fixed threshold.
 
     Args:
-        backend: What torch.compile is to use.
+        backend: Backend of torch.compile.
     """
     makers: dict[str, MakeFixed] = {
         **FIXED,
@@ -76,15 +76,15 @@ def fixed_ways(backend: str) -> list[Way]:
 
 
 def adaptive_ways() -> list[Way]:
-    """Return the ways with rules, each of gradclip's behind those that it is like."""
-    found = []
+    """Return the ways with rules, each of gradclip's after the similar ones."""
+    ways = []
     for scope, rule in dict.fromkeys(LIKE_PEERS.values()):
         kind = "unit" if scope == "unit" else "adaptive"
         for name in PEERS:
             if LIKE_PEERS[name] == (scope, rule):
-                found.append(Way(name, kind, _of_parameters(PEERS[name])))
+                ways.append(Way(name, kind, _of_parameters(PEERS[name])))
         if scope == "unit":
-            found.append(
+            ways.append(
                 Way(
                     "gradclip clip_grad_units_",
                     kind,
@@ -95,19 +95,19 @@ def adaptive_ways() -> list[Way]:
                     ),
                 )
             )
-        found.append(Way(f"gradclip {rule.__name__}", kind, _hook(rule, scope)))
-    return found
+        ways.append(Way(f"gradclip {rule.__name__}", kind, _hook(rule, scope)))
+    return ways
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that are installed, or that they are not."""
-    found = {}
+    """Return the version of each package, or "not installed"."""
+    installed = {}
     for package in dict.fromkeys(PACKAGES.values()):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return {"gradclip": gradclip.__version__, **found}
+            installed[package] = "not installed"
+    return {"gradclip": gradclip.__version__, **installed}
 
 
 def _to_threshold(make: MakeFixed) -> Make:
@@ -124,17 +124,17 @@ def _function(optimizers: list[Optimizer], scaler: GradScaler | None) -> Clippin
 
 
 def _hook(rule: Callable[[], float | Threshold], scope: str) -> Make:
-    """Return what attaches a clipper; where it is called by hand, it is in an optimizer's step."""
+    """Return a maker that attaches a clipper; a call of its clipping is an optimizer's step."""
 
     def make(optimizers: list[Optimizer], scaler: GradScaler | None) -> Clipping:
         joint = optimizers if len(optimizers) > 1 else optimizers[0]
         clipper = gradclip.GradientClipper(joint, rule(), scope=scope)
 
-        def told() -> object:
+        def step_and_norm() -> object:
             optimizers[0].step()
             last: Any = clipper.last
             return last.norm if last.norm.dim() == 0 else None
 
-        return Clipping(optimizers[0].step, told, clipper, lambda optimizers: optimizers)
+        return Clipping(optimizers[0].step, step_and_norm, clipper, lambda optimizers: optimizers)
 
     return make

@@ -45,6 +45,8 @@ from benchmarks.experiments.temporal_order.training import (
     trained,
 )
 
+COMMAND = "Written by `python -m benchmarks.experiments.temporal_order.run`."
+
 
 def report(results: list[Result], updates: int, minutes: float) -> list[str]:
     """Return the report as Markdown."""
@@ -60,7 +62,7 @@ def report(results: list[Result], updates: int, minutes: float) -> list[str]:
     title = "# Temporal order, clipped and unclipped"
     versions = ", ".join(f"{key} {value}" for key, value in environment.items())
     return [
-        *_paragraphs(title, versions, budget, DEFINITION),
+        *_paragraphs(title, COMMAND, versions, budget, DEFINITION),
         *verdicts(results, updates, minutes),
         "",
         *rates(results),

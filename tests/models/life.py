@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -65,21 +64,15 @@ class Rule:
 
 
 class Number(Rule):
-    def __init__(self, limit: float) -> None:
+    """A number, or None for no threshold."""
+
+    def __init__(self, number: float | None) -> None:
         super().__init__()
-        self.real = lambda: limit
-        self._limit = limit
+        self.real = lambda: number
+        self._number = INF if number is None else number
 
     def threshold(self, state: None, norm: float) -> float:
-        return self._limit
-
-
-class Nothing(Rule):
-    def real(self) -> None:
-        return None
-
-    def threshold(self, state: None, norm: float) -> float:
-        return INF
+        return self._number
 
 
 class Plan(Rule):
@@ -128,13 +121,12 @@ class Percentile(Rule):
         return thresholds.Percentile(30, window=4, floor=0.25, cap=100.0)
 
     def threshold(self, state: tuple[float, ...], norm: float) -> float:
-        seen = sorted((*state, norm)) if norm < INF else sorted(state)
-        if not seen:
+        norms = sorted((*state, norm)) if norm < INF else sorted(state)
+        if not norms:
             return 100.0
-        place = (len(seen) - 1) * 0.3
-        below = seen[int(place)]
-        above = seen[min(int(place) + 1, len(seen) - 1)]
-        return min(max(below + (above - below) * (place % 1), 0.25), 100.0)
+        rank = (len(norms) - 1) * 0.3
+        below, above = norms[int(rank)], norms[min(int(rank) + 1, len(norms) - 1)]
+        return min(max(below + (above - below) * (rank % 1), 0.25), 100.0)
 
     def learned(self, state: tuple[float, ...], norm: float, clipped: float) -> Any:
         return (*state, norm)[-3:]
@@ -176,33 +168,16 @@ class Average(Rule):
         return count + 1, min(average, clipped) if count else clipped
 
 
-class Deviation(Rule):
-    fresh: tuple[float, ...] = ()
-    name = "MedianDeviation"
-
-    def real(self) -> Any:
-        return thresholds.MedianDeviation(1.5, window=5, warmup=4)
-
-    def threshold(self, state: tuple[float, ...], norm: float) -> float:
-        if len(state) < 3 or not (middle := statistics.median(state)):
-            return INF
-        return middle + 1.5 * statistics.median([abs(each - middle) for each in state])
-
-    def learned(self, state: tuple[float, ...], norm: float, clipped: float) -> Any:
-        return (*state, norm)[-5:]
-
-
 RULES: dict[str, Callable[[], Rule]] = {
     "one": lambda: Number(1.0),
     "five": lambda: Number(5.0),
     "zero": lambda: Number(0),
-    "nothing": Nothing,
+    "nothing": lambda: Number(None),
     "plan": Plan,
     "z-score": ZScore,
     "percentile": Percentile,
     "growth": Growth,
     "average": Average,
-    "deviation": Deviation,
 }
 
 
@@ -356,8 +331,6 @@ class Life:
         self.steps = 0
         self.counters = Counters()
         self.rows: list[dict[str, Any]] = []
-        self.history: list[float] = []
-        """The total norms that the next one is held against."""
         self.last: dict[str, Any] | None = None
         for weight in weights:
             weight.norm_index = ABSENT
@@ -538,11 +511,8 @@ class Life:
                 "nonfinite_steps": counters.nonfinite_steps,
                 "skipped_steps": counters.skipped_steps,
                 "parameter_norms": found.by_parameter or None,
-                "incident": self._is_incident(total),
-                "before": ", ".join(f"{norm:.4g}" for norm in self.history[-5:]) or "not known",
             }
         )
-        self.history.append(total)
         held = [min(n, limit) for n, limit in zip(norms, found.thresholds, strict=True)]
         for place, index in enumerate(self.ruled):
             if found.present[index] and finite[index]:
@@ -550,16 +520,6 @@ class Life:
                 state = self.rule.states[place]
                 self.rule.states[place] = self.rule.learned(state, norms[index], after)
         self.steps += 1
-
-    def _is_incident(self, norm: float) -> bool:
-        if not math.isfinite(norm):
-            return True
-        usual = [each for each in self.history if 0 < each < INF][-100:]
-        if len(usual) < 20:
-            return False
-        median = statistics.median(usual)
-        away = statistics.median([abs(each - median) for each in usual])
-        return norm > median * (1 + 1e-6) and norm > median + 10 * away
 
     def lost_keys(self, keys: list[Any]) -> bool:
         """Tell whether there is something new to warn of, and remember it."""
@@ -590,7 +550,7 @@ class Life:
 
     def load(self, saved: dict[str, Any]) -> None:
         saved = copy.deepcopy(saved)
-        self.steps, self.counters, self.history = saved["steps"], saved["counters"], []
+        self.steps, self.counters = saved["steps"], saved["counters"]
         if saved["states"] is not None:
             self.rule.states = saved["states"]
 

@@ -34,40 +34,29 @@ def test_one_life_with_every_rule_and_policy(rule, exceed):
     options = Options(rule, scope, 2.0, bound, exceed, nonfinite, None, 3, "all")
     groups = [([((2,), F64), ((3, 2), F64)], ABSENT), ([((2,), F32)], 2.0)]
     groups = groups[: 1 + number % 2]
-    machine = Machine()
+    machine, through = Machine(), "optimizer"
     machine.begin(groups, options, "model", Searching, 0.5, 0.25, {}, watched=False)
-    again, through = machine.step_again, "optimizer"
+
+    def step(gradients: Any) -> Any:
+        return lambda: machine.step(gradients, through)
+
+    def again() -> None:
+        machine.step_again(USUAL)
+
     for event in (
-        lambda: again(USUAL),
-        lambda: machine.step(SPIKE, through),
-        lambda: machine.step([("zero", 0)], through),
-        lambda: machine.step(SPIKE, through),
-        lambda: machine.save(through_a_file=False),
-        lambda: again(USUAL),
+        *(again, step(SPIKE), step([("zero", 0)]), step(SPIKE)),
+        *(lambda: machine.save(through_a_file=False), again),
         lambda: machine.step_with_closure([SPIKE, UNFIT, USUAL], through),
-        lambda: machine.step(UNFIT, through),
-        lambda: machine.step(SPIKE, through),
-        lambda: machine.load(0),
-        lambda: again(USUAL),
-        lambda: machine.set_steps(7),
-        lambda: machine.step(UNFIT, through),
+        *(step(UNFIT), step(SPIKE), lambda: machine.load(0), again),
+        *(lambda: machine.set_steps(7), step(UNFIT)),
         lambda: machine.add_group(([((3,), F64)], ABSENT)),
         lambda: machine.add_group(([((2,), F64)], 1.0)),
-        lambda: machine.step(SPIKE, "clipper"),
-        lambda: again(USUAL),
-        machine.refused,
+        *(step(SPIKE), again, machine.refused),
         *[lambda spoil=spoil: machine.load_what_does_not_fit(spoil) for spoil in SPOILED],
         machine.save_optimizer,
-        lambda: machine.load_optimizer(drop=True),
-        lambda: machine.load_optimizer(drop=True),
-        lambda: machine.load_optimizer(drop=False),
-        lambda: machine.step(SPIKE, through),
-        machine.detach,
-        lambda: machine.step(SPIKE, through),
-        lambda: machine.attach(options, reuse=True),
-        lambda: again(USUAL),
-        lambda: machine.step(SPIKE, through),
-        machine.flush,
+        *[lambda drop=drop: machine.load_optimizer(drop=drop) for drop in (True, True, False)],
+        *(step(SPIKE), machine.detach, step(SPIKE)),
+        *(lambda: machine.attach(options, reuse=True), again, step(SPIKE), machine.flush),
     ):
         event()
         machine.everything_is_as_the_model_has_it()

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from torch import nn
 
-from gradclip import GradientClipper, GradientError, thresholds
+from gradclip import GradientClipper, GradientError, NonFiniteGradientError, thresholds
 from tests.models.life import ABSENT, LR, NAN, RULES, Options
 from tests.models.machine import F32, F64, SPOILED, Machine, Searching, equal
 
@@ -136,3 +136,17 @@ def test_a_skip_limit_counts_steps_and_not_evaluations_of_their_closures():
     optimizer.step(closure)
     assert clipper.skipped == 0
     assert weight.tolist() == [-0.125, -0.125]
+
+
+@pytest.mark.parametrize("way", ["steps are set", "a state is loaded"])
+def test_norms_of_another_part_of_the_training_are_forgotten(way):
+    optimizer = sgd({})
+    clipper = GradientClipper(optimizer, None, nonfinite="raise")
+    optimizer.step()
+    if way == "steps are set":
+        clipper.steps = 7
+    else:
+        clipper.load_state_dict(clipper.state_dict())
+    optimizer.param_groups[0]["params"][0].grad.fill_(NAN)
+    with pytest.raises(NonFiniteGradientError, match="The norms before: not known"):
+        optimizer.step()

@@ -1,7 +1,5 @@
 """A training that goes on from its newest state, whenever it was killed."""
 
-from __future__ import annotations
-
 import mmap
 import os
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A log that cannot be written is reported once, and goes on when it can be written again."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """A training that is killed at any moment leaves logs and a state from which it goes on."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import signal

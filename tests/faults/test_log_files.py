@@ -3,8 +3,6 @@
 `gradclip report` is called as a user calls it: it answers, whatever a file holds.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import random

@@ -1,7 +1,5 @@
 """An operator, a launch or a closure that raises in a step leaves everything as it was."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

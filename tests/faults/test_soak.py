@@ -1,7 +1,5 @@
 """A million steps, logged: no more memory at the end than after the first, and no slower."""
 
-from __future__ import annotations
-
 import resource
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A damaged or hostile state is refused, and the clipper stays as it was."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math

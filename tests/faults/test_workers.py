@@ -1,7 +1,5 @@
 """Workers of a data loader, forked beside a clipper that logs, write nothing and hang nowhere."""
 
-from __future__ import annotations
-
 import atexit
 import gc
 import os

@@ -1,7 +1,5 @@
 """Imported by the process that others are forked from: whatever is made at first use is there."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Records stay on their device until their batch is copied, and are read when that is done."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

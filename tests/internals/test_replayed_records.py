@@ -1,7 +1,5 @@
 """The memory of replayed records: its size, its clock, and how long it lives."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """Records are framed as TensorBoard frames them, including the checksum."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Charts, curves and settings that TensorBoard draws of a demo run, in a browser."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

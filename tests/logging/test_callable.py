@@ -1,7 +1,5 @@
 """Any logger that takes a dict of numbers."""
 
-from __future__ import annotations
-
 import pytest
 
 from gradclip import ArgumentError, CallableSink, GradientClipper

@@ -1,7 +1,5 @@
 """The sentence about a step whose norm is not finite, or far above the norms before it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Lines of JSON in a file that several processes and several runs may write to."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """The ``log=`` option: what it takes, and what it refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

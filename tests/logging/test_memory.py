@@ -1,7 +1,5 @@
 """Steps in memory, and the table and the picture of them."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """The logs of a process that has ended, however it ended."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

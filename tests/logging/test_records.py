@@ -1,7 +1,5 @@
 """The record of a step as a user reads it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

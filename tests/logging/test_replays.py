@@ -1,7 +1,5 @@
 """Steps that a CUDA graph replays, with a tape in the place of the graph."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

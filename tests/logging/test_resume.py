@@ -1,7 +1,5 @@
 """A resumed run continues its curves, and those of others stay as they are."""
 
-from __future__ import annotations
-
 import gc
 import math
 import os

@@ -1,7 +1,5 @@
 """Curves, charts and settings that a TensorBoard shows over HTTP."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows of plain numbers, counted and handed to the sinks in batches."""
 
-from __future__ import annotations
-
 import gc
 import math
 import weakref

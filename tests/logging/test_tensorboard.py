@@ -1,7 +1,5 @@
 """Curves in TensorBoard: tags, values, batches, and which sink writes under which prefix."""
 
-from __future__ import annotations
-
 import gc
 import math
 import os

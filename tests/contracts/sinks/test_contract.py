@@ -1,7 +1,5 @@
 """What every sink of the package does: values, cadence, batches, parameter norms, refusals."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def by_hand(
     threshold: float = THRESHOLD,
     bf16: bool = False,
     before: float | None = None,
-    optimizer_of: Callable[[nn.Module], Optimizer] = momentum,
+    skipped: int | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """Train without a framework; return the network, and the norms before each clipping.
 
@@ -62,16 +61,19 @@ def by_hand(
         threshold: Allowed norm.
         bf16: Whether to compute in bfloat16.
         before: Allowed norm of a clipping before that, for which norms are not returned.
-        optimizer_of: Makes the optimizer.
+        skipped: Batch whose gradients are dropped.
     """
     net = net_of()
-    optimizer, norms, batches = optimizer_of(net), [], [*loader()]
+    optimizer, norms, batches = momentum(net), [], [*loader()]
     for index, batch in enumerate(batches * epochs):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = loss_of(net, batch)
         (loss / accumulate).backward()
         place = index % BATCHES + 1
         if place % accumulate and place < BATCHES:
+            continue
+        if index == skipped:
+            optimizer.zero_grad()
             continue
         if before is not None:
             nn.utils.clip_grad_norm_(net.parameters(), before)

@@ -124,30 +124,6 @@ def test_weights_without_gradients(ranks, scope):
         assert thresholds == pytest.approx(needed)
 
 
-def on_three_meshes(seed: int) -> float:
-    full, mesh = full_gradients(torch.float32, seed), {"matrix": "one", "row": "a", "vector": None}
-    parameters = []
-    for name, own in mesh.items():
-        gradient, weight = full[name], torch.zeros_like(full[name])
-        if own is not None:
-            gradient, weight = (
-                spread(tensor, mesh_of(own), placements_of("0")) for tensor in (gradient, weight)
-            )
-        parameters.append(nn.Parameter(weight))
-        parameters[-1].grad = gradient
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
-    return clipper.last.norm.item()
-
-
-@pytest.mark.slow
-def test_the_bits_of_several_groups(four_ranks):
-    """The sum over several groups has the same bits on all ranks."""
-    for seed in range(20):
-        assert len({*four_ranks.run(on_three_meshes, seed)}) == 1
-
-
 @cache
 def stages() -> Any:
     from torch.distributed.device_mesh import init_device_mesh

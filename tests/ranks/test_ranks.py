@@ -102,6 +102,26 @@ def test_dtypes(two_ranks, layout, dtype):
     check(two_ranks, layout, "global", 2.0, True, dtype)
 
 
+def tied_shards() -> dict[str, float]:
+    """Clip two stages of two shards, as Megatron-LM has, with copies of one embedding in both."""
+    stage, shard = divmod(distributed.get_rank(), 2)
+    own, copy = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
+    own.grad, copy.grad = torch.tensor([3.0]), torch.full((2,), 1.0 + shard)
+    tied = ("embed.weight", "head.weight")
+    optimizer = torch.optim.SGD([(f"own{stage}", own), (tied[stage], copy)], lr=0.0)
+    ranks = Ranks(replicated=lambda name, p: f"tied/{shard}" if name in tied else None)
+    clipper = GradientClipper(optimizer, None, scope="parameter", ranks=ranks)
+    clipper.step()
+    return dict(zip(clipper.labels, clipper.last.norms.square().tolist(), strict=True))
+
+
+@pytest.mark.slow
+def test_copied_shards(four_ranks):
+    """Of each shard of the embedding one copy counts, and of other parameters both shards."""
+    needed = {"embed.weight": 2 * 1 + 2 * 4, "own0": 2 * 9, "own1": 2 * 9}
+    assert four_ranks.run(tied_shards) == [pytest.approx(needed)] * 4
+
+
 # Many steps
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 
 from gradclip import AttachError, GradientClipper, MemorySink  # noqa: E402
-from tests.integrations.runs import (  # noqa: E402
+from tests.support.trainings import (  # noqa: E402
     BATCHES,
     THRESHOLD,
     assert_close,
@@ -155,20 +155,21 @@ SCRIPT = """
 import json, os, sys, torch
 from accelerate import Accelerator
 from gradclip import GradientClipper, MemorySink
-from tests.integrations import runs, test_accelerate
+from tests.integrations import test_accelerate
+from tests.support import trainings
 
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
-net = runs.net_of()
-batches = runs.loader(runs.SIZE // 2)  # each process takes every second of these
-net, optimizer, batches = accelerator.prepare(net, runs.momentum(net), batches)
-clipper = GradientClipper(optimizer, runs.THRESHOLD, model=net, log=(sink := MemorySink()))
+net = trainings.net_of()
+batches = trainings.loader(trainings.SIZE // 2)  # each process takes every second of these
+net, optimizer, batches = accelerator.prepare(net, trainings.momentum(net), batches)
+clipper = GradientClipper(optimizer, trainings.THRESHOLD, model=net, log=(sink := MemorySink()))
 test_accelerate.train(accelerator, net, optimizer, batches)
 clipper.close()
 kept = {
     "processes": accelerator.num_processes,
-    "norms": runs.norms_of(sink),
-    "weights": runs.values(net).tolist(),
+    "norms": trainings.norms_of(sink),
+    "weights": trainings.values(net).tolist(),
 }
 with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
     json.dump(kept, file)

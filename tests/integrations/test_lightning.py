@@ -23,7 +23,7 @@ import gradclip
 from gradclip import GradientClipper, MemorySink, Threshold
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Percentile, StepContext
-from tests.integrations.lightning_runs import (
+from tests.support.lightning import (
     IGNORED,
     Adversaries,
     adversarial,
@@ -35,7 +35,7 @@ from tests.integrations.lightning_runs import (
     scalars_in,
     trainer_of,
 )
-from tests.integrations.runs import (
+from tests.support.trainings import (
     BATCHES,
     SIZE,
     THRESHOLD,
@@ -310,14 +310,14 @@ def test_fast_dev_run(tmp_path, monkeypatch):
 SCRIPT = """
 import json, sys
 import lightning.pytorch as pl, torch
-from tests.integrations import lightning_runs, runs
+from tests.support import lightning, trainings
 from gradclip import JsonlSink
 from gradclip.integrations.lightning import GradClipCallback
 
 torch.set_num_threads(1)
 class Loader(pl.LightningDataModule):
     def train_dataloader(self):
-        return runs.loader()
+        return trainings.loader()
 
 def shard(self):
     from torch.distributed.fsdp import fully_shard
@@ -330,12 +330,12 @@ path, strategy, overrides = sys.argv[1], "ddp", {}
 if sys.argv[2] == "fsdp2":
     strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     overrides = dict(configure_model=shard, on_train_batch_end=lambda *_: None)
-module = lightning_runs.regression(**overrides)
+module = lightning.regression(**overrides)
 logger = pl.loggers.CSVLogger(path)
 log = [True, JsonlSink(path + "/steps.jsonl"), path + "/board"]
-callback = GradClipCallback(runs.rule_of(), log=log, every=1)
+callback = GradClipCallback(trainings.rule_of(), log=log, every=1)
 options = dict(strategy=strategy, devices=2, logger=logger)
-trainer = lightning_runs.trainer_of(callback, **options)
+trainer = lightning.trainer_of(callback, **options)
 trainer.fit(module, Loader())
 kept = dict(
     weights=torch.cat([whole(p).flatten() for p in module.net.parameters()]).tolist(),

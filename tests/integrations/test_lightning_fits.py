@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Schedule
-from tests.integrations.lightning_runs import (
+from tests.support.lightning import (
     IGNORED,
     adversarial,
     evaluated,
@@ -28,7 +28,7 @@ from tests.integrations.lightning_runs import (
     regression,
     trainer_of,
 )
-from tests.integrations.runs import (
+from tests.support.trainings import (
     BATCHES,
     THRESHOLD,
     assert_close,

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from gradclip import ArgumentError, AttachError, GradientClipper, JsonlSink, MemorySink, StateError
 from gradclip.integrations.lightning import GradClipCallback
-from tests.integrations.lightning_runs import (
+from tests.support.lightning import (
     IGNORED,
     adversarial,
     evaluated,
@@ -24,7 +24,7 @@ from tests.integrations.lightning_runs import (
     stepping,
     trainer_of,
 )
-from tests.integrations.runs import (
+from tests.support.trainings import (
     THRESHOLD,
     assert_close,
     by_hand,

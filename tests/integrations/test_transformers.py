@@ -31,15 +31,15 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer  # noqa: E402
 from gradclip import ArgumentError, AttachError, MemorySink, SkipLimitError  # noqa: E402
 from gradclip.integrations.transformers import GradClipCallback  # noqa: E402
 from gradclip.thresholds import Percentile  # noqa: E402
-from tests.integrations import runs  # noqa: E402
-from tests.integrations.runs import THRESHOLD, assert_free, by_hand, values  # noqa: E402
+from tests.support import trainings  # noqa: E402
+from tests.support.trainings import THRESHOLD, assert_free, by_hand, values  # noqa: E402
 
 pytestmark = [
     # The Trainer's data loader asks for pinned memory, also where there is no accelerator.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
 ]
 
-STEPS = runs.BATCHES
+STEPS = trainings.BATCHES
 NUMBERS = {
     f"grad_norm/{name}"
     for name in ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
@@ -51,10 +51,10 @@ class Model(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.net = runs.net_of(seed)
+        self.net = trainings.net_of(seed)
 
     def forward(self, inputs: Tensor, targets: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        return {"loss": runs.loss_of(self.net, (inputs, targets, scales))}
+        return {"loss": trainings.loss_of(self.net, (inputs, targets, scales))}
 
 
 class InOrder(Trainer):  # type: ignore[misc]
@@ -66,17 +66,17 @@ class InOrder(Trainer):  # type: ignore[misc]
 
 def rows() -> list[dict[str, Tensor]]:
     names = ("inputs", "targets", "scales")
-    return [dict(zip(names, row, strict=True)) for row in runs.loader().dataset]
+    return [dict(zip(names, row, strict=True)) for row in trainings.loader().dataset]
 
 
 def trainer_of(folder: Any, *callbacks: TrainerCallback, **arguments: Any) -> Any:
     model = arguments.pop("model", None) or Model()
     kind = arguments.pop("kind", InOrder)
-    optimizer = arguments.pop("optimizer", runs.momentum)(model)
+    optimizer = arguments.pop("optimizer", trainings.momentum)(model)
     given: dict[str, Any] = {
         "max_grad_norm": 0,
         "max_steps": STEPS,
-        "per_device_train_batch_size": runs.SIZE,
+        "per_device_train_batch_size": trainings.SIZE,
         "logging_steps": 2,
         "lr_scheduler_type": "constant",
         "report_to": [],
@@ -128,17 +128,17 @@ def test_ways_to_train(tmp_path, way):
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
     trainer = trained(tmp_path, callback, **options)
     net, norms = by_hand(**same)
-    assert runs.norms_of(sink) == pytest.approx(norms, rel=1e-6)
+    assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-6)
     assert max(norms) > THRESHOLD
-    runs.assert_close(trainer.model.net, net)
+    trainings.assert_close(trainer.model.net, net)
     assert callback.clipper.steps == len(norms)
-    runs.assert_unlike(by_hand(**same, threshold=math.inf)[0], net)
+    trainings.assert_unlike(by_hand(**same, threshold=math.inf)[0], net)
 
 
 def test_the_clipping_of_the_trainer(tmp_path):
     """It has the same effect."""
     trainer = trained(tmp_path, max_grad_norm=THRESHOLD)
-    runs.assert_close(trainer.model.net, by_hand()[0])
+    trainings.assert_close(trainer.model.net, by_hand()[0])
 
 
 @pytest.mark.parametrize("own", [1.0, 0.5, None])
@@ -403,9 +403,9 @@ def test_grad_scaler(tmp_path):
     trainer.train()
     assert scaler.get_scale() == 2.0**7
     net, norms = by_hand(skipped=0)
-    assert runs.norms_of(sink) == pytest.approx(norms, rel=1e-6)
+    assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-6)
     assert callback.clipper.steps == STEPS - 1
-    runs.assert_close(trainer.model.net, net)
+    trainings.assert_close(trainer.model.net, net)
 
 
 def spoiling(number: float) -> Callable[..., Any]:
@@ -424,7 +424,7 @@ def test_a_step_that_is_not_finite(tmp_path, number):
     """It is skipped, and counted in the history."""
     callback = GradClipCallback(THRESHOLD, nonfinite="skip")
     trainer = trained(tmp_path, callback, kind=spoiling(number))
-    runs.assert_close(trainer.model.net, by_hand(skipped=3)[0])
+    trainings.assert_close(trainer.model.net, by_hand(skipped=3)[0])
     for name in ("nonfinite_steps", "skipped_steps"):
         assert entries(trainer)[-1][f"grad_norm/{name}"] == 1
 
@@ -467,9 +467,9 @@ def test_gradclip_alone():
 def train_on_ranks(folder: Any) -> dict[str, Any]:
     """Train on this process's half of the batches; the script below calls it on each rank."""
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    half = {"per_device_train_batch_size": runs.SIZE // 2, "ddp_backend": "gloo"}
+    half = {"per_device_train_batch_size": trainings.SIZE // 2, "ddp_backend": "gloo"}
     trainer = trained(folder, callback, **half)
-    return {"norms": runs.norms_of(sink), "weights": values(trainer.model).tolist()}
+    return {"norms": trainings.norms_of(sink), "weights": values(trainer.model).tolist()}
 
 
 SCRIPT = """

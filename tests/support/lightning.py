@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradclip import MemorySink
-from tests.integrations.runs import BATCHES, assert_free, loader, loss_of, momentum, net_of
 from tests.support.reference import gradient_norm
+from tests.support.trainings import BATCHES, assert_free, loader, loss_of, momentum, net_of
 
 IGNORED = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

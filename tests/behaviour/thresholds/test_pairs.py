@@ -97,11 +97,12 @@ def test_every_pair_runs_and_clips_to_its_thresholds(scope, rule, engine):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_resumed_run_decides_as_one_that_never_stopped(scope, rule):
-    """From a checkpoint of any step, bit for bit."""
+    """From a checkpoint of any step, bit for bit, whatever it had learned before."""
     stop = random.Random(f"{scope} {rule}").randrange(1, 24)
     whole = [*Run(SCOPES[scope], RULES[rule]()).steps(0, 25)]
     stopped, resumed = (Run(SCOPES[scope], RULES[rule]()) for _ in range(2))
     stopped.take(0, stop)
+    resumed.take(3, 17)
     saved = io.BytesIO()
     parts = (stopped.model, stopped.optimizer, stopped.clipper)
     torch.save([*(part.state_dict() for part in parts), stopped.idle.data], saved)

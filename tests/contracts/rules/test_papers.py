@@ -205,26 +205,15 @@ OF_LAST_NORMS = {
     MeanDeviation: of_last_norms(lambda n: (statistics.fmean(n), statistics.stdev(n))),
     MedianDeviation: of_last_norms(median_and_distance),
 }
-both = pytest.mark.parametrize("rule", OF_LAST_NORMS)
 
 
-@both
+@pytest.mark.parametrize("rule", OF_LAST_NORMS)
 @pytest.mark.parametrize(
     "arguments", [(1.0, 2, 0), (6.0, 5, 3), (1.5, 6, 20), (3.0, 100, 4)], ids=str
 )
 def test_deviations_are_those_of_the_last_norms(rule, arguments):
     """Mean and sample deviation, or median and median distance."""
     agree(lambda: rule(*arguments), OF_LAST_NORMS[rule](*arguments))
-
-
-@both
-def test_there_is_no_limit_before_the_warm_up_is_over(rule):
-    """Half the window, and never before the third norm, since a deviation needs two."""
-    for warmup in (0, 1, 2, 3):
-        limits = Driver(rule(window=4, warmup=warmup)).run([[1.0], [1.0], [9.0]])
-        assert limits == [[math.inf], [math.inf], [1.0]]
-    limits = Driver(rule(window=20)).run([[1.0 + step % 2] for step in range(12)])
-    assert [limit == math.inf for [limit] in limits] == [True] * 9 + [False] * 3
 
 
 def test_large_norms_that_hardly_differ_keep_their_deviation():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gradclip import GradientClipper
 from tests.support.reference import parameter_with
 from tests.support.rules import RULES
 
@@ -39,6 +40,13 @@ def sgd(
 def weights_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """Return the parameters of an optimizer, in order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def stepped(optimizers: Any, max_norm: Any = 1.0, **options: Any) -> GradientClipper:
+    """Return a clipper that has taken one step."""
+    clipper = GradientClipper(optimizers, max_norm, **options)
+    clipper.step()
+    return clipper
 
 
 class Training:

@@ -11,6 +11,7 @@ import torch
 
 import gradclip
 from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink
+from tests.support.clippers import stepped
 from tests.support.reference import gradient_norm, parameter_with
 
 ABSENT = object()
@@ -37,8 +38,7 @@ def norms(optimizer: torch.optim.Optimizer) -> list[float]:
 def test_a_group_with_the_key_has_a_norm_and_a_threshold_of_its_own():
     """Groups without it share one norm."""
     optimizer, sink = three_groups(), MemorySink()
-    clipper = GradientClipper(optimizer, 1.0, log=sink)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0, log=sink)
     clipper.close()
     assert norms(optimizer) == pytest.approx([0.5, 1.0, 50.0], rel=1e-6)
     assert clipper.labels == ("group 0", "global")
@@ -50,18 +50,15 @@ def test_a_group_with_the_key_has_a_norm_and_a_threshold_of_its_own():
     assert sink.steps[0].clipped_norm == pytest.approx(1.25**0.5)
     assert sink.steps[0].threshold is None
     optimizer = three_groups()
-    clipper = GradientClipper(optimizer, None)
-    optimizer.step()
+    clipper = stepped(optimizer, None)
     assert norms(optimizer) == pytest.approx([0.5, 10.0, 50.0])
     assert clipper.last.threshold.tolist() == [0.5, math.inf]
     optimizer = groups_with((ABSENT, [3.0]), (2, [7.0]), (ABSENT, [4.0]))
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0)
     assert norms(optimizer) == pytest.approx([0.6, 2.0, 0.8], rel=1e-6)
     assert clipper.labels == ("global", "group 1")
     optimizer = groups_with((1, [4.0]), (2, [8.0]))  # no norm is left for the clipper's threshold
-    clipper = GradientClipper(optimizer, lambda step: pytest.fail("asked"))
-    optimizer.step()
+    clipper = stepped(optimizer, lambda step: pytest.fail("asked"))
     assert norms(optimizer) == pytest.approx([1.0, 2.0])
     assert clipper.labels == ("group 0", "group 1")
 
@@ -69,15 +66,13 @@ def test_a_group_with_the_key_has_a_norm_and_a_threshold_of_its_own():
 def test_groups_with_keys_stand_beside_any_scope():
     """And beside several optimizers."""
     optimizer = groups_with((ABSENT, [3.0]), (0.5, [3.0, 4.0]), (None, [9.0]), (ABSENT, [4.0]))
-    clipper = GradientClipper(optimizer, 0.1, scope="parameter")
-    clipper.step()
+    clipper = stepped(optimizer, 0.1, scope="parameter")
     positions = [f"group {group}, parameter 0" for group in (0, 3)]
     assert clipper.labels == (positions[0], "group 1", positions[1])
     assert clipper.last.threshold.tolist() == [0.1, 0.5, 0.1]
     assert norms(optimizer) == pytest.approx([0.1, 0.5, 9.0, 0.1], rel=1e-6)
     one, other = three_groups(), three_groups()
-    clipper = GradientClipper([one, other], 1.0)
-    clipper.step()
+    clipper = stepped([one, other], 1.0)
     assert clipper.labels == ("optimizer 0, group 0", "global", "optimizer 1, group 0")
     for optimizer in (one, other):
         assert norms(optimizer) == pytest.approx([0.5, 0.5**0.5, 50.0], rel=1e-6)
@@ -87,13 +82,11 @@ def test_groups_with_keys_stand_beside_any_scope():
 def test_one_norm_left_is_a_record_of_0d_tensors():
     """Also where none is left, until a group is added."""
     optimizer = groups_with((ABSENT, [3.0, 4.0]), (None, [9.0]))
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0)
     assert (clipper.last.norm.shape, clipper.last.norm.item()) == ((), 5.0)
     assert norms(optimizer) == pytest.approx([1.0, 9.0])
     optimizer = groups_with((None, [3.0]))
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0)
     assert (norms(optimizer), clipper.last.norm.item()) == ([3.0], 0.0)
     optimizer.add_param_group({"params": [parameter_with(torch.tensor([4.0]))]})
     optimizer.step()
@@ -104,8 +97,7 @@ def test_a_group_outside_every_norm_does_not_hide_or_cause_anything():
     """Its NaN raises nothing, and the norms that exceed skip the step."""
     optimizer = three_groups()
     optimizer.param_groups[2]["params"][0].grad[0] = math.nan
-    clipper = GradientClipper(optimizer, 1.0, nonfinite="raise", exceed="skip", max_value=100.0)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0, nonfinite="raise", exceed="skip", max_value=100.0)
     assert not clipper.last.nonfinite.any()
     assert clipper.skipped == 1
     optimizer.param_groups[0]["params"][0].grad[0] = math.nan
@@ -135,8 +127,7 @@ def test_an_invalid_key_is_refused_with_the_group_it_was_found_in(key):
 def test_a_group_that_is_added_is_read_at_the_next_step():
     """Its norm comes after the others."""
     optimizer = groups_with((ABSENT, [3.0, 4.0]))
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0)
     optimizer.add_param_group({"params": [parameter_with(torch.tensor([8.0]))], "max_norm": 2.0})
     optimizer.step()
     assert norms(optimizer) == pytest.approx([1.0, 2.0])
@@ -198,8 +189,7 @@ def test_after_detaching_no_key_matters():
 def test_groups_may_be_removed_only_where_nothing_numbers_them():
     """Else nothing says which keys or labels belong to the groups that are left."""
     optimizer = groups_with((ABSENT, [3.0]), (ABSENT, [4.0]))
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0)
     del optimizer.param_groups[0]
     optimizer.step()
     assert clipper.last.norm.item() == pytest.approx(0.8)

@@ -12,7 +12,7 @@ from torch import nn
 
 import gradclip
 from gradclip import ArgumentError, GradientClipper, GradientError, Scope
-from tests.support.clippers import sgd
+from tests.support.clippers import sgd, stepped
 from tests.support.reference import coefficient_of, gradient_norm, norm_of, parameter_with
 
 engines = pytest.mark.parametrize("engine", ["reference", "operators"])
@@ -172,8 +172,7 @@ def test_what_is_excluded_is_in_no_norm_and_never_written(kind, exclude, engine)
     model[1].weight.grad[0, 0] = math.nan
     before, optimizer = gradients(model), optimizer_of(model)
     options = {"scope": Scope(kind, exclude=exclude), "nonfinite": "raise", "engine": engine}
-    clipper = GradientClipper(optimizer, 0.01, model=model, **options)
-    optimizer.step()
+    clipper = stepped(optimizer, 0.01, model=model, **options)
     assert not any(label.startswith("1.") for label in clipper.labels)
     for name, gradient in gradients(model).items():
         if name.startswith("1."):
@@ -205,8 +204,7 @@ def test_where_everything_is_excluded_the_record_says_so():
     model = network()
     before = gradients(model)
     scope = Scope("unit", exclude="*")
-    clipper = GradientClipper(optimizer_of(model), 1.0, scope=scope, model=model)
-    clipper.step()
+    clipper = stepped(optimizer_of(model), 1.0, scope=scope, model=model)
     assert clipper.last.norm.item() == 0.0
     assert all(map(torch.equal, before.values(), gradients(model).values()))
 
@@ -251,8 +249,7 @@ def test_rows_without_a_label_are_left_alone(engine):
     gradient = torch.tensor([[3.0, 4.0], [math.nan, 1.0], [6.0, 8.0], [30.0, 40.0]])
     before, labels = gradient.clone(), ["a", None, "a", "b"]
     options = {"max_value": 35.0, "nonfinite": "raise", "engine": engine}
-    clipper = GradientClipper(sgd(gradient), 1.0, scope=lambda *_: labels, **options)
-    clipper.step()
+    clipper = stepped(sgd(gradient), 1.0, scope=lambda *_: labels, **options)
     assert clipper.last.norm.tolist() == pytest.approx([125**0.5, 50.0])
     assert torch.equal(gradient[1].nan_to_num(), before[1].nan_to_num())
     assert gradient[[0, 2]].norm().item() == pytest.approx(1.0)
@@ -262,15 +259,13 @@ def test_rows_without_a_label_are_left_alone(engine):
 def test_a_label_may_span_rows_and_whole_parameters():
     """And one label for some of the rows is one norm."""
     weight, bias = torch.tensor([[3.0], [7.0]]), torch.tensor([4.0])
-    clipper = GradientClipper(
+    clipper = stepped(
         sgd(weight, bias), 1.0, scope=lambda name, p: ["a", "b"] if p.dim() > 1 else "a"
     )
-    clipper.step()
     assert clipper.last.norm.tolist() == [5.0, 7.0]
     assert [*weight.flatten().tolist(), bias.item()] == pytest.approx([0.6, 1.0, 0.8])
     some = torch.tensor([[3.0], [100.0], [4.0]])
-    clipper = GradientClipper(sgd(some), 1.0, scope=lambda name, p: ["a", None, "a"])
-    clipper.step()
+    clipper = stepped(sgd(some), 1.0, scope=lambda name, p: ["a", None, "a"])
     assert clipper.last.norm.item() == 5.0
     assert some.flatten().tolist() == pytest.approx([0.6, 100.0, 0.8])
 
@@ -300,8 +295,7 @@ def test_what_is_added_later_gets_labels_of_its_own(scope):
     """After those that were there."""
     model, later = network(), nn.Linear(4, 3)
     optimizer = optimizer_of(model)
-    clipper = GradientClipper(optimizer, 1.0, scope=scope)
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0, scope=scope)
     old = clipper.labels
     for parameter in later.parameters():
         parameter.grad = torch.full_like(parameter, 5.0)
@@ -319,8 +313,7 @@ def test_what_is_added_later_gets_labels_of_its_own(scope):
 def test_a_parameter_in_place_of_another_has_its_label():
     """Where there is no model, names are positions."""
     optimizer, second = sgd([3.0]), parameter_with(torch.tensor([4.0]))
-    clipper = GradientClipper(optimizer, 1.0, scope="parameter")
-    optimizer.step()
+    clipper = stepped(optimizer, 1.0, scope="parameter")
     optimizer.param_groups[0]["params"][0] = second
     optimizer.step()
     assert clipper.labels == ("group 0, parameter 0",)
@@ -382,8 +375,7 @@ def test_several_optimizers_share_the_norms_of_any_scope(scope):
     weights, others = [model[0].weight, model[1].weight], [model[0].bias, model[1].bias]
     others += [*model[2].parameters(), model.scale]
     optimizers = [torch.optim.SGD(parameters, lr=0.0) for parameters in (weights, others)]
-    clipper = GradientClipper(optimizers, 0.5, scope=scope, model=model)
-    clipper.step()
-    GradientClipper(optimizer_of(twin), 0.5, scope=scope, model=twin).step()
+    clipper = stepped(optimizers, 0.5, scope=scope, model=model)
+    stepped(optimizer_of(twin), 0.5, scope=scope, model=twin)
     assert all(map(torch.equal, gradients(model).values(), gradients(twin).values()))
     assert clipper.steps == 1

@@ -6,10 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from gradclip.gradients.buckets import buckets_of, copies_of
-from gradclip.gradients.held import distinct, gradients_of, parameters_of
 from gradclip.scopes.norm_indices import NormIndices
 
 
@@ -48,14 +46,6 @@ def test_complex_gradients_become_real_in_the_same_memory(dtype, order, conjugat
 def test_the_modulus_of_a_large_complex_element_is_finite():
     [bucket] = buckets_of([torch.tensor([3e38 + 3e38j])], math.inf)
     assert bucket.measured[0].item() == pytest.approx(3e38 * math.sqrt(2))
-
-
-def test_gradients_are_collected_once_each_from_all_groups():
-    first, second, idle = (nn.Parameter(torch.ones(1)) for _ in range(3))
-    first.grad = second.grad = torch.ones(1)
-    groups = [{"params": [first, idle]}, {"params": [second, first]}]
-    assert gradients_of(parameters_of(groups)) == [first.grad]
-    assert distinct([first, second, first]) == [first, second]
 
 
 def test_copies_leave_the_gradients_alone():

@@ -57,6 +57,7 @@ def test_coefficients_have_device_and_dtype_of_the_norms(norms, dtype):
     norms = torch.tensor(norms, dtype=dtype)
     with torch.device("meta"):
         found = clip_coefficients(norms, torch.full_like(norms, 2.0), erase=True)
+        assert torch.equal(clip_coefficients(norms, 2.0, erase=True), found)
     assert (found.device, found.dtype, found.shape) == (norms.device, dtype, norms.shape)
     assert clip_coefficients(norms.to("meta"), 1.0, erase=True).shape == norms.shape
 

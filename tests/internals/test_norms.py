@@ -61,35 +61,25 @@ def approx(values: Iterable[float]) -> object:
 
 
 @pytest.mark.parametrize("engine", ["reference", "operators"])
-@every_order
-def test_each_index_has_the_norm_of_its_gradients(engine, order):
-    """Their sums come one by one if asked for, and change no bit of the norms."""
-    gradients = [torch.randn(50).to(kind) for kind in (F32, F64, F32, BF16)]
-    indices = [2, 0, 0, 2]
-    buckets = buckets_of(gradients, order, map(indices_of, indices))
-    norms = norms_of(buckets, order, count=3, engine=engine)
-    needed = [norm_of(each, order) for each in by_index(gradients, indices, 3)]
-    assert (norms.tolist(), norms.dtype) == (approx(needed), F64)
-    sums: list[Tensor] = []
-    beside = norms_of(buckets, order, count=3, engine=engine, gradient_sums=sums)
-    assert torch.equal(beside, norms)
-    measured = [gradient for bucket in buckets for gradient in bucket.measured]
-    assert torch.cat(sums).tolist() == approx(power_sum([each], order) for each in measured)
-
-
-@pytest.mark.parametrize("scalar", [True, False])
+@pytest.mark.parametrize("indices", [None, [0, 2, 0, 0, 1, 2]])
 @pytest.mark.parametrize("kinds", [[F32], [F32, F64, BF16]])
 @every_order
-def test_without_indices_all_gradients_have_one_norm(order, kinds, scalar):
-    gradients = [torch.randn(2, 9).to(kind) for kind in 2 * kinds]
-    buckets = buckets_of(gradients, order)
-    norm = norms_of(buckets, order, scalar=scalar)
-    assert (norm.shape, norm.dtype) == (() if scalar else (1,), F64)
-    assert norm.item() == pytest.approx(norm_of(gradients, order), rel=1e-7)
-    sums: list[Tensor] = []
-    assert torch.equal(norms_of(buckets, order, scalar=scalar, gradient_sums=sums), norm)
+def test_each_norm_is_that_of_its_gradients(order, kinds, indices, engine):
+    """Sums of single gradients come along if asked for, and change no bit of the norms."""
+    gradients = [torch.randn(2, 9).to(kind) for kind in (6 * kinds)[:6]]
+    norm_indices = None if indices is None else map(indices_of, indices)
+    buckets, sums = buckets_of(gradients, order, norm_indices), []
+    options = {"count": 1 if indices is None else 3, "engine": engine}
+    norms = norms_of(buckets, order, **options)
+    groups = by_index(gradients, indices or [0] * 6, options["count"])
+    assert (norms.tolist(), norms.dtype) == (approx(norm_of(each, order) for each in groups), F64)
+    assert torch.equal(norms_of(buckets, order, gradient_sums=sums, **options), norms)
     measured = [gradient for bucket in buckets for gradient in bucket.measured]
     assert torch.cat(sums).tolist() == approx(power_sum([each], order) for each in measured)
+    if indices is None:
+        for sums in (None, []):
+            norm = norms_of(buckets, order, scalar=True, engine=engine, gradient_sums=sums)
+            assert (norm.shape, norm.item()) == ((), norms.item())
 
 
 @every_order

@@ -32,17 +32,6 @@ def decide_(gradients: StepGradients, threshold: float) -> Decision:
     return decision
 
 
-def test_each_index_has_its_norm_and_its_coefficient():
-    """A norm without a gradient is 0 and not present."""
-    tensors = [torch.tensor([3.0]), torch.tensor([5.0]), torch.tensor([4.0])]
-    gradients = step_gradients(*tensors, labels=[2, 0, 2], count=3)
-    assert gradients.norms().tolist() == [5.0, 0.0, 5.0]
-    assert gradients.present().tolist() == [True, False, True]
-    assert decide_(gradients, 1.0).coefficients.tolist() == [0.2, 1.0, 0.2]
-    assert [tensor.item() for tensor in tensors] == pytest.approx([0.6, 1.0, 0.8])
-    assert step_gradients().present().tolist() == [False]
-
-
 @pytest.mark.parametrize("scale", [None, 8.0])
 @pytest.mark.parametrize("exceed", ["scale", "skip"])
 def test_bounds_hold_in_the_scale_of_the_gradients(scale, exceed):
@@ -70,13 +59,3 @@ def test_an_overflow_that_only_the_device_knows_leaves_the_gradients(overflow, e
     written = exceed == "scale" and not overflow
     assert (tensor.tolist() == [3.0, 0.5]) is not written
     assert (decision.reduction.item() == 1.0) is not written
-
-
-def test_a_norm_that_is_not_finite_is_not_bounded():
-    """Its neighbour is: a bound would turn an infinite element into a finite one."""
-    tensors = [torch.tensor([3.0, math.nan]), torch.tensor([5.0])]
-    gradients = step_gradients(
-        *tensors, labels=[0, 1], count=2, max_value=1.0, nonfinite="propagate"
-    )
-    decide_(gradients, 10.0)
-    assert [tensors[0][0].item(), tensors[1].item()] == [3.0, 1.0]

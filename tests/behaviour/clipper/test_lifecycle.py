@@ -60,9 +60,8 @@ def test_a_state_that_does_not_fit_is_refused(spoil):
 
 @pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_of_a_clipper_is_refused(copier):
-    clipper = GradientClipper(sgd([1.0]), 1.0)
     with pytest.raises(AttachError, match="cannot be copied or pickled"):
-        copier(clipper)
+        copier(GradientClipper(sgd([1.0]), 1.0))
 
 
 @pytest.mark.parametrize("end", ["detach", "close", "exception"])

@@ -83,14 +83,6 @@ def test_a_unit_that_is_not_finite_stays():
     assert math.isnan(total.item())
 
 
-def test_rows_of_sparse_gradients_have_the_norms_of_their_weights():
-    table = nn.Parameter(torch.tensor([[3.0, 4.0], [1.0, 1.0], [30.0, 40.0]]))
-    table.grad = torch.sparse_coo_tensor([[2, 0, 2]], [[1.0, 0], [1.0, 0], [1.0, 0]], (3, 2))
-    gradclip.clip_grad_units_([table])
-    expected = torch.tensor([[0.05, 0.0], [0.0, 0.0], [0.5, 0.0]])
-    torch.testing.assert_close(table.grad.to_dense(), expected)
-
-
 def test_parameters_are_read_once_and_count_once():
     """Layouts of other shapes are found anew."""
     idle = nn.Parameter(torch.ones(1))

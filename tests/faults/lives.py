@@ -14,7 +14,7 @@ SAVE_EVERY = 37
 BAD_EVERY = 53
 
 
-class Life:
+class LoggedTraining:
     """A parameter under momentum, whose gradient depends on itself and on the step."""
 
     def __init__(self, *sinks):
@@ -77,7 +77,7 @@ def live(folder, last):
     torch.set_num_threads(1)
     with shared_number(folder) as number:
         number[0] = 0
-        life, state = Life(*sinks(folder)), folder / "state.pt"
+        life, state = LoggedTraining(*sinks(folder)), folder / "state.pt"
         if state.exists():
             life.load(state)
         while (steps := life.clipper.steps) < last:

@@ -13,7 +13,7 @@ import torch
 
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
 from gradclip.report import read_runs
-from tests.faults.lives import Life, sinks
+from tests.faults.lives import LoggedTraining, sinks
 from tests.support.curves import steps_in
 
 PRE = "grad_norm/pre"
@@ -114,7 +114,7 @@ def test_interrupt_within_a_write(tmp_path, training, disk):
 def write_up_to_a_limit(folder):
     """Train while files may not grow beyond a size, as with a quota, and go on without a limit."""
     endless = resource.RLIM_INFINITY
-    life, alone = Life(*sinks(folder, 10)), Life()
+    life, alone = LoggedTraining(*sinks(folder, 10)), LoggedTraining()
     cut_off = ["is the disk full?", "File too large"]
     with warnings_of(JsonlSink=cut_off, TensorBoardSink=["File too large"]):
         for limit, steps in ((endless, 10), (4000, 30), (endless, 15)):

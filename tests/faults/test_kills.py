@@ -11,7 +11,7 @@ import torch
 
 from gradclip import MemorySink
 from gradclip.report import read_runs
-from tests.faults.lives import FLUSH_EVERY, Life, live, shared_number
+from tests.faults.lives import FLUSH_EVERY, LoggedTraining, live, shared_number
 from tests.support.curves import curves_in, steps_in
 
 KILLS = 20
@@ -29,7 +29,7 @@ class Uninterrupted:
 
     def __init__(self):
         self._sink = MemorySink(flush_every=1)
-        self._life = Life(self._sink)
+        self._life = LoggedTraining(self._sink)
 
     def steps(self, count):
         while len(self._sink.steps) < count:

@@ -42,7 +42,7 @@ def kind(request):
 
 
 @pytest.fixture
-def log(tmp_path, kind):
+def log_file(tmp_path, kind):
     """The file of a run."""
     log_to(tmp_path, kind, *(1.0 + step % 5 for step in range(STEPS)))
     place = place_of(tmp_path, kind)
@@ -90,13 +90,13 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_damaged_file(log, kind, way):
+def test_damaged_file(log_file, kind, way):
     """Of an event file everything before the damage is read, else every line that is whole."""
-    chance, content = random.Random(way), log.read_bytes()
+    chance, content = random.Random(way), log_file.read_bytes()
     for _ in range(40):
         spoilt = WAYS[way](content, chance)
-        log.write_bytes(spoilt)
-        norms = norms_read(log)
+        log_file.write_bytes(spoilt)
+        norms = norms_read(log_file)
         if way != "two beginnings":
             whole = whole_before(content, same_at_first(content, spoilt), kind)
             assert [*norms][:whole] == [*range(whole)]
@@ -133,22 +133,22 @@ def whole_before(content, end, kind):
     return whole
 
 
-def test_damaged_file_hides_no_other_run(log, tmp_path):
-    log.with_name(f"other-{log.name}").write_bytes(random.Random(0).randbytes(500))
+def test_damaged_file_hides_no_other_run(log_file, tmp_path):
+    log_file.with_name(f"other-{log_file.name}").write_bytes(random.Random(0).randbytes(500))
     assert [*norms_read(tmp_path)] == [*range(STEPS)]
 
 
 @pytest.mark.parametrize("way", ["cut short", "flipped", "garbage", "overwritten"])
-def test_run_that_continues_beside_a_damaged_file(log, tmp_path, kind, way):
-    content, chance = log.read_bytes(), random.Random(way)
+def test_run_that_continues_beside_a_damaged_file(log_file, tmp_path, kind, way):
+    content, chance = log_file.read_bytes(), random.Random(way)
     for _ in range(5):
-        log.write_bytes(WAYS[way](content, chance))
+        log_file.write_bytes(WAYS[way](content, chance))
         log_to(tmp_path, kind, *[1.0] * 15, first=STEPS)
         assert [*norms_read(place_of(tmp_path, kind))][-15:] == [*range(STEPS, STEPS + 15)]
         if kind == "events":
-            steps = steps_in(log.parent)["grad_norm/pre"]
+            steps = steps_in(log_file.parent)["grad_norm/pre"]
             assert steps[-15:] == [*range(STEPS, STEPS + 15)]
-            for file in log.parent.iterdir():
+            for file in log_file.parent.iterdir():
                 file.unlink()
 
 
@@ -165,11 +165,11 @@ def little_memory():
 
 @pytest.mark.parametrize("length", [1 << 31, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1])
 @pytest.mark.parametrize("kind", ["events"], indirect=True)
-def test_record_that_claims_to_be_huge_takes_no_memory(log, length, little_memory, capsys):
+def test_record_that_claims_to_be_huge_takes_no_memory(log_file, length, little_memory, capsys):
     """Its length is right by its checksum."""
-    with log.open("ab") as file:
+    with log_file.open("ab") as file:
         file.write(header_of(length) + b"little")
-    assert main(["report", "--json", str(log)]) == DONE
+    assert main(["report", "--json", str(log_file)]) == DONE
     printed = capsys.readouterr()
     assert json.loads(printed.out)
     assert "cut short or damaged" in printed.err

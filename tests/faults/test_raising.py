@@ -36,7 +36,7 @@ KERNELS = (
 )
 ENGINES = [*([] if INTERPRETED else KERNELS), "operators", "reference"]
 """Interpreted kernels are numpy's matter, not that of torch's operators."""
-with_kernels = pytest.mark.parametrize("engine", KERNELS, indirect=True)
+with_kernels = pytest.mark.parametrize("engine_name", KERNELS, indirect=True)
 with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -45,7 +45,7 @@ class LaunchError(RuntimeError):
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request):
+def engine_name(request):
     name = request.param.split()[0]
     if name == "native" and name not in engines._ENGINES:
         pytest.skip("the native engine was not built")
@@ -57,7 +57,7 @@ def engine(request):
         yield name
 
 
-class Run:
+class SteppedRun:
     """Parameters under momentum that have gradients to step with, longer than any threshold."""
 
     def __init__(self, engine, dtypes=(torch.float32,), **options):
@@ -98,12 +98,12 @@ def check_each_fault(engine, fault, *, renews=False, **options):
         renews: Whether some gradients may be written already, so that they are made again.
         options: Of the run.
     """
-    whole = Run(engine, **options)
+    whole = SteppedRun(engine, **options)
     whole.optimizer.step()
     at, raised = -1, True
     while raised:
         at += 1
-        run = Run(engine, **options)
+        run = SteppedRun(engine, **options)
         with fault(run, at) as failing:
             try:
                 run.optimizer.step()
@@ -148,10 +148,10 @@ def failing_operator(run, at):
 
 
 @with_options
-def test_operator_that_fails(engine, options):
+def test_operator_that_fails(engine_name, options):
     """Whichever of those that the clipper runs it is."""
-    in_parts = engine == "reference" and options == OPTIONS["unit"]  # writes unit by unit
-    assert check_each_fault(engine, failing_operator, renews=in_parts, **options) > 2
+    in_parts = engine_name == "reference" and options == OPTIONS["unit"]  # writes unit by unit
+    assert check_each_fault(engine_name, failing_operator, renews=in_parts, **options) > 2
 
 
 class Launches:
@@ -196,8 +196,8 @@ def failing_launch(run, at):
 
 @with_kernels
 @with_options
-def test_launch_that_fails(engine, options):
-    assert check_each_fault(engine, failing_launch, **options) >= 1
+def test_launch_that_fails(engine_name, options):
+    assert check_each_fault(engine_name, failing_launch, **options) >= 1
 
 
 @with_kernels
@@ -206,9 +206,9 @@ def test_launch_that_fails(engine, options):
     [{"dtypes": (torch.float32, torch.float64, torch.bfloat16)}, {"max_value": 0.1}],
     ids=["several dtypes", "bounded and scaled"],
 )
-def test_launch_that_fails_among_several(engine, options):
+def test_launch_that_fails_among_several(engine_name, options):
     """All but the gradients is as it was; here they are made anew."""
-    assert check_each_fault(engine, failing_launch, renews=True, **options) >= 2
+    assert check_each_fault(engine_name, failing_launch, renews=True, **options) >= 2
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ class Acting(Sink):
             self.act()
 
 
-class Failing(Acting):
+class FailingSink(Acting):
     """Raises in some of its methods."""
 
     def __init__(self, *methods, flush_every=1):
@@ -58,7 +58,7 @@ def interrupt():
 def test_sink_that_fails_is_reported_once(training, method):
     """It is given the next batch, and the other sinks get everything."""
     run, kept = training(), Acting(int, flush_every=100)
-    one, other = Failing(method), Failing(method)
+    one, other = FailingSink(method), FailingSink(method)
     clipper = GradientClipper(run.optimizer, 1.0, log=[one, other, kept])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -70,7 +70,7 @@ def test_sink_that_fails_is_reported_once(training, method):
         clipper.close()
     assert [warning.category for warning in caught] == [RuntimeWarning] * 2
     text = (
-        "Failing failed and may miss steps: OSError: no disk. Training goes on, and its later "
+        "FailingSink failed and may miss steps: OSError: no disk. Training goes on, and its later "
         "failures are not reported. Check that its destination is writable."
     )
     assert [str(warning.message) for warning in caught] == [text] * 2
@@ -82,7 +82,7 @@ def test_sink_that_fails_is_reported_once(training, method):
 def test_warnings_as_errors(training):
     """The other sinks are served first."""
     run, kept = training(), Acting(int)
-    clipper = GradientClipper(run.optimizer, 1.0, log=[Failing("write", "close"), kept])
+    clipper = GradientClipper(run.optimizer, 1.0, log=[FailingSink("write", "close"), kept])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning):

@@ -15,7 +15,7 @@ NAMES = [name for name in RULES if name != "None"]  # which is Fixed
 every = pytest.mark.parametrize("name", NAMES)
 
 
-class Run:
+class SavedRun:
     """Two parameters with a norm each, and gradients that are the same in every run."""
 
     def __init__(self, rule):
@@ -51,7 +51,7 @@ class Run:
     def check_as_never_tried(self):
         """Check that it goes on like a run that no state was loaded into."""
         assert self.seen() == self.before
-        other = Run(self._rule)
+        other = SavedRun(self._rule)
         for run in (self, other):
             run.take(8)
             run.clipper.close()
@@ -73,7 +73,7 @@ def plain(value):
 @every
 def test_file_with_changed_bytes_is_refused_or_usable(name):
     """Without a zip's checksums, as old files were, numbers may change: they have to fit."""
-    run, chance, buffer, refused = Run(name), random.Random(name), io.BytesIO(), 0
+    run, chance, buffer, refused = SavedRun(name), random.Random(name), io.BytesIO(), 0
     torch.save(run.clipper.state_dict(), buffer, _use_new_zipfile_serialization=False)
     for _ in range(40):
         octets = bytearray(buffer.getvalue())
@@ -148,7 +148,7 @@ def fits(value, odd):
 
 @every
 def test_odd_values_anywhere_are_refused(name):
-    run = Run(name)
+    run = SavedRun(name)
     state = run.clipper.state_dict()
     for way, value in ways_into(state):
         for odd in ODD:
@@ -165,7 +165,7 @@ def test_odd_values_anywhere_are_refused(name):
 
 @every
 def test_missing_and_surplus_keys_anywhere_are_refused(name):
-    run = Run(name)
+    run = SavedRun(name)
     state = run.clipper.state_dict()
     for way, value in ways_into(state):
         wrong = []
@@ -180,9 +180,9 @@ def test_missing_and_surplus_keys_anywhere_are_refused(name):
 
 
 def test_states_of_other_rules_are_refused():
-    states = {name: Run(name).clipper.state_dict() for name in NAMES}
+    states = {name: SavedRun(name).clipper.state_dict() for name in NAMES}
     for name in NAMES:
-        run = Run(name)
+        run = SavedRun(name)
         for other, state in states.items():
             if other != name:
                 run.refuses(state)
@@ -190,7 +190,7 @@ def test_states_of_other_rules_are_refused():
 
 def test_impossible_counts_are_refused():
     """No run takes 2**62 steps, nor clips more norms than there were."""
-    run = Run("Fixed")
+    run = SavedRun("Fixed")
     for count in (2**63, 10**30):
         for name in ("clipped", "finite", "nonfinite_steps", "skipped_steps"):
             state = run.clipper.state_dict()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tests.faults.lives import Life, sinks
+from tests.faults.lives import LoggedTraining, sinks
 from tests.support.curves import lines_in, steps_in
 
 BEFORE, EPOCHS, LENGTH = 5, 2, 8
@@ -32,7 +32,7 @@ class Data(Dataset):
         return os.getpid()
 
 
-def loader(data, *, persistent=False):
+def forking_loader(data, *, persistent=False):
     options = {"num_workers": 2, "multiprocessing_context": "fork"}
     return DataLoader(data, batch_size=None, persistent_workers=persistent, **options)
 
@@ -40,7 +40,7 @@ def loader(data, *, persistent=False):
 def begun(folder):
     """Return a training that has taken steps which wait to be written."""
     torch.set_num_threads(1)
-    life = Life(*sinks(folder))
+    life = LoggedTraining(*sinks(folder))
     for _ in range(BEFORE):
         life.step()
     return life
@@ -52,8 +52,8 @@ def end(life):
     life.clipper.close()
 
 
-def train(folder, persistent=False):
-    life, data = begun(folder), loader(Data(), persistent=persistent)
+def train_with_workers(folder, persistent=False):
+    life, data = begun(folder), forking_loader(Data(), persistent=persistent)
     readers = set()
     for _ in range(EPOCHS):
         for reader in data:
@@ -65,12 +65,12 @@ def train(folder, persistent=False):
 
 
 def train_with_persistent_workers(folder):
-    train(folder, persistent=True)
+    train_with_workers(folder, persistent=True)
 
 
 def train_with_a_worker_that_fails(folder):
     life = begun(folder)
-    items = iter(loader(Data(raises_at=3)))
+    items = iter(forking_loader(Data(raises_at=3)))
     for _ in range(3):
         next(items)
         life.step()
@@ -83,7 +83,7 @@ def leave_a_clipper_to_a_worker(folder):
     """Leave a clipper to the garbage collector, which runs first in a worker."""
     gc.disable()
     begun(folder)
-    list(loader(Data(collects=True)))
+    list(forking_loader(Data(collects=True)))
     gc.collect()
 
 
@@ -117,7 +117,7 @@ def close_in_a_child(folder):
 @pytest.mark.parametrize(
     ("life", "steps"),
     [
-        (train, STEPS),
+        (train_with_workers, STEPS),
         (train_with_persistent_workers, STEPS),
         (train_with_a_worker_that_fails, STEPS),
         (leave_a_clipper_to_a_worker, BEFORE),

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.lives import FLUSH_EVERY, Life, sinks
+from tests.faults.lives import FLUSH_EVERY, LoggedTraining, sinks
 
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as folder:
-    life = Life(*sinks(Path(folder)))
+    life = LoggedTraining(*sinks(Path(folder)))
     for _ in range(3 * FLUSH_EVERY):
         life.step()
     life.save(Path(folder) / "state.pt")

@@ -55,7 +55,7 @@ class DeviceTensor(Tensor):
 
 
 @pytest.fixture
-def device(monkeypatch):
+def late_device(monkeypatch):
     owner = Device()
 
     class Event:
@@ -94,46 +94,46 @@ def host_record(*norms):
     return ClipRecord(0, 0.0, torch.tensor(norms, dtype=torch.float64), ones, ones)
 
 
-def norms_of(batch):
+def norms_in(batch):
     return batch.values()[0].tolist()
 
 
-def test_step_runs_no_operator_and_a_full_batch_one_copy(device):
-    *first, last = device.records(4)
+def test_step_runs_no_operator_and_a_full_batch_one_copy(late_device):
+    *first, last = late_device.records(4)
     buffer = filled(first, 4)
     assert list(buffer.take(wait=False)) == []
-    assert device.operators == []
+    assert late_device.operators == []
     buffer.append(last)
-    assert device.operators == ["aten.stack.default"] * 4 + ["aten.copy_.default"]
+    assert late_device.operators == ["aten.stack.default"] * 4 + ["aten.copy_.default"]
 
 
-def test_copy_is_read_only_after_its_event(device):
-    buffer = filled(device.records(4), 4)
+def test_copy_is_read_only_after_its_event(late_device):
+    buffer = filled(late_device.records(4), 4)
     assert list(buffer.take(wait=False)) == list(buffer.take(wait=False)) == []
-    device.finish()
+    late_device.finish()
     (batch,) = buffer.take(wait=False)
-    assert norms_of(batch) == [[0.0], [1.0], [2.0], [3.0]]
+    assert norms_in(batch) == [[0.0], [1.0], [2.0], [3.0]]
 
 
-def test_taking_everything_waits_for_the_device_and_the_copy(device):
-    buffer = filled(device.records(3), 4)
+def test_taking_everything_waits_for_the_device_and_the_copy(late_device):
+    buffer = filled(late_device.records(3), 4)
     (batch,) = buffer.take(wait=True)
-    assert device.waits == ["cuda:0"], "the steps may have run on another stream"
-    assert norms_of(batch) == [[0.0], [1.0], [2.0]]
-    assert device.waits == ["cuda:0", "event"]
+    assert late_device.waits == ["cuda:0"], "the steps may have run on another stream"
+    assert norms_in(batch) == [[0.0], [1.0], [2.0]]
+    assert late_device.waits == ["cuda:0", "event"]
     assert list(buffer.take(wait=True)) == []
 
 
-def test_recorder_counts_late_copies_in_order_without_waiting(device):
+def test_recorder_counts_late_copies_in_order_without_waiting(late_device):
     recorder = Recorder([], order=2.0)
     recorder._buffer = RecordBuffer(2)
-    for record in device.records(5):
+    for record in late_device.records(5):
         recorder.add(record)
     assert recorder._counter.counters.finite == 0
-    device.finish()
+    late_device.finish()
     recorder._deliver(wait=False)
     assert recorder._counter.counters.finite == 4
-    assert device.waits == []
+    assert late_device.waits == []
     assert recorder.counters.finite == 5
 
 
@@ -152,7 +152,7 @@ def test_step_on_the_host_runs_no_operator():
 
 def test_records_of_another_number_of_norms_begin_a_batch():
     buffer = filled([host_record(1.0), host_record(2.0), host_record(3.0, 4.0)], 10)
-    assert [*map(norms_of, buffer.take(wait=True))] == [[[1.0], [2.0]], [[3.0, 4.0]]]
+    assert [*map(norms_in, buffer.take(wait=True))] == [[[1.0], [2.0]], [[3.0, 4.0]]]
 
 
 def test_batch_has_copies_of_the_tensors():
@@ -160,4 +160,4 @@ def test_batch_has_copies_of_the_tensors():
     record = host_record(1.0)
     buffer = filled([record], 1)
     record.norms.fill_(5.0)
-    assert [*map(norms_of, buffer.take(wait=True))] == [[[1.0]]]
+    assert [*map(norms_in, buffer.take(wait=True))] == [[[1.0]]]

@@ -9,7 +9,7 @@ from torch import nn
 from gradclip import thresholds
 from gradclip.records import replays
 from gradclip.records.record import ClipRecord
-from tests.logging.test_replays import WARM_UP, Training, batches
+from tests.logging.test_replays import WARM_UP, GraphTraining, replay_batches
 
 
 def test_many_norms_take_no_more_memory():
@@ -39,7 +39,7 @@ def leaves(things):
 
 def test_memory_of_a_graph_outlives_the_clipper_and_later_labels(tape, captured, kept):
     rule = thresholds.Percentile(50, window=5)
-    training = Training(rule, scope="parameter").replayed(batches(5), tape, captured)
+    training = GraphTraining(rule, scope="parameter").replayed(replay_batches(5), tape, captured)
     ring = training.clipper._recorder._replayed
     used = [ring._rows, ring._written, *training.clipper._threshold.state.values()]
     addresses = {tensor.data_ptr() for tensor in used}
@@ -55,7 +55,7 @@ def test_memory_of_a_graph_outlives_the_clipper_and_later_labels(tape, captured,
 
 @pytest.mark.parametrize("scope", ["parameter", "unit", lambda name, parameter: parameter.dim()])
 def test_norm_indices_are_kept_for_a_graph(scope, tape, captured, kept):
-    training = Training(0.5, scope=scope).eager(batches(WARM_UP))
+    training = GraphTraining(0.5, scope=scope).eager(replay_batches(WARM_UP))
     with captured(), tape:
         training.step()
     tables = [thing.dtype for thing in kept.values() if isinstance(thing, torch.Tensor)]
@@ -64,7 +64,7 @@ def test_norm_indices_are_kept_for_a_graph(scope, tape, captured, kept):
 
 
 def test_step_outside_the_graph_reads_only_the_number_of_replays(tape, captured):
-    training = Training(0.5).replayed(batches(5), tape, captured)
+    training = GraphTraining(0.5).replayed(replay_batches(5), tape, captured)
     training.step()
     ring = training.clipper._recorder._replayed
     rows, ring._rows = ring._rows, None

@@ -35,15 +35,15 @@ def page():
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     assert main(["demo", "--steps", str(STEPS), "--out", str(folder)]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(demo):
-    with tensorboard(demo, demo / "messages") as server:
+def server(demo_run):
+    with tensorboard(demo_run, demo_run / "messages") as server:
         wait_for(server, *RUNS, last=STEPS - 1)
         yield server
 
@@ -75,7 +75,7 @@ def in_the_log(folder, runs, title):
     }
 
 
-def test_every_chart_shows_each_point_of_the_log(page, server, demo):
+def test_every_chart_shows_each_point_of_the_log(page, server, demo_run):
     """The overlay, enlarged and with its legend open, is drawn in a colour for each run."""
     page.show(server.address, OVERLAY, names_in(OVERLAY, *RUNS))
     curves = sum(len(RUNS) * len(names) for names in CHARTS.values())
@@ -84,7 +84,7 @@ def test_every_chart_shows_each_point_of_the_log(page, server, demo):
         lambda charts: sum(map(len, charts.values())) >= curves,
         f"{curves} curves in all charts",
     )
-    assert charts == {title: in_the_log(demo, RUNS, title) for title in CHARTS}
+    assert charts == {title: in_the_log(demo_run, RUNS, title) for title in CHARTS}
     assert {len(points) for chart in charts.values() for points in chart.values()} == {STEPS}
     lines = page.until(
         lambda: page.lines(OVERLAY),

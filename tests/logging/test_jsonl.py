@@ -13,7 +13,7 @@ from gradclip import ArgumentError, GradientClipper, JsonlSink, LoggedStep
 from tests.support.curves import lines_in, log_run
 
 
-def step(index, norm=1.0):
+def row_of(index, norm=1.0):
     return LoggedStep(index, 0.0, norm, norm, None, 1.0, False, False, 0.0, 0, 0)
 
 
@@ -23,7 +23,7 @@ def test_line_has_all_numbers_of_a_step(tmp_path, training):
         run.take(4.0, 1.0)
         clipper.flush()
         first, second = lines_in(path)
-    fields = step(0, 4.0)._asdict()
+    fields = row_of(0, 4.0)._asdict()
     del fields["parameter_norms"], fields["incident"]
     changes = {"clipped_norm": 2.0, "threshold": 2.0, "coefficient": 0.5, "clip_rate": 1.0}
     assert first | {"wall_time": 0} == fields | changes
@@ -35,14 +35,14 @@ def test_line_has_all_numbers_of_a_step(tmp_path, training):
 def test_run_that_continues_appends(tmp_path):
     path = tmp_path / "run.jsonl"
     for first in (0, 2):
-        JsonlSink(path).write([step(first), step(first + 1)])
+        JsonlSink(path).write([row_of(first), row_of(first + 1)])
     assert [line["step"] for line in lines_in(path)] == [0, 1, 2, 3]
 
 
 def test_line_that_was_cut_off_is_ended_before_the_next(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_text('{"step": 0}\n{"ste')
-    JsonlSink(path).write([step(7)])
+    JsonlSink(path).write([row_of(7)])
     first, torn, last = path.read_text().splitlines()
     assert (first, torn, json.loads(last)["step"]) == ('{"step": 0}', '{"ste', 7)
 
@@ -55,7 +55,7 @@ def test_sink_waits_for_a_line_of_another_process(tmp_path):
     ):
         fcntl.flock(other, fcntl.LOCK_EX)
         print('{"step":', end="", file=other, flush=True)
-        written = pool.submit(JsonlSink(path).write, [step(7)])
+        written = pool.submit(JsonlSink(path).write, [row_of(7)])
         with pytest.raises(concurrent.futures.TimeoutError):
             written.result(timeout=0.1)
         print(" 0}", file=other, flush=True)
@@ -67,7 +67,7 @@ def test_sink_waits_for_a_line_of_another_process(tmp_path):
 def write_batches(path, number):
     sink = JsonlSink(path)
     for _ in range(50):
-        sink.write([step(number)] * 20)
+        sink.write([row_of(number)] * 20)
 
 
 def test_batches_of_several_processes_stay_whole(tmp_path, children):
@@ -83,7 +83,7 @@ def test_batches_of_several_processes_stay_whole(tmp_path, children):
 @pytest.mark.parametrize("locks", [None, Mock(flock=Mock(side_effect=OSError(errno.ENOLCK, "")))])
 def test_file_systems_without_locks(locks, monkeypatch, tmp_path):
     monkeypatch.setattr("gradclip.records.sinks.jsonl.fcntl", locks)
-    JsonlSink(tmp_path / "run.jsonl").write([step(7)])
+    JsonlSink(tmp_path / "run.jsonl").write([row_of(7)])
     assert [line["step"] for line in lines_in(tmp_path / "run.jsonl")] == [7]
 
 

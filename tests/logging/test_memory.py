@@ -10,7 +10,7 @@ from tests.support.curves import log_run
 COLUMNS = [name for name in LoggedStep._fields[1:] if name != "parameter_norms"]
 
 
-def kept(*norms, **options):
+def kept_steps(*norms, **options):
     """Return a sink that keeps steps with these norms."""
     sink = MemorySink(**options)
     log_run(sink, *norms)
@@ -18,7 +18,7 @@ def kept(*norms, **options):
 
 
 def test_table_has_a_row_for_each_step():
-    table = kept(4.0, 1.0).to_pandas()
+    table = kept_steps(4.0, 1.0).to_pandas()
     assert table.index.name == "step"
     assert list(table.columns) == COLUMNS == list(MemorySink().to_pandas().columns)
     assert table["norm"].tolist() == [4.0, 1.0]
@@ -26,7 +26,7 @@ def test_table_has_a_row_for_each_step():
 
 
 def test_table_has_a_column_for_each_parameter():
-    table = kept(5.0, 3.0, 4.0, per_parameter=1, per_parameter_every=2).to_pandas()
+    table = kept_steps(5.0, 3.0, 4.0, per_parameter=1, per_parameter_every=2).to_pandas()
     assert list(table.columns) == [*COLUMNS, "parameter_norm/group 0, parameter 0"]
     assert table.iloc[:, -1].fillna(-1).tolist() == [5.0, -1, 4.0]
 
@@ -34,11 +34,11 @@ def test_table_has_a_column_for_each_parameter():
 def test_without_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pandas"):
-        kept(1.0).to_pandas()
+        kept_steps(1.0).to_pandas()
 
 
 def test_picture_shows_the_steps_with_parameter_norms(tmp_path):
-    sink = kept(4.0, 1.0, 3.0, per_parameter="all", per_parameter_every=2)
+    sink = kept_steps(4.0, 1.0, 3.0, per_parameter="all", per_parameter_every=2)
     before = "matplotlib.pyplot" in sys.modules
     figure = sink.plot()
     norms, rates, _, parameters, *_ = figure.axes
@@ -68,12 +68,12 @@ def test_picture_of_nothing_or_at_another_path(tmp_path):
     with pytest.raises(ArgumentError, match="no steps to draw yet.*flush"):
         MemorySink().plot(tmp_path / "a.png")
     with pytest.raises(ArgumentError, match="ends with .png or .svg"):
-        kept(4.0).plot(tmp_path / "a.pdf")
+        kept_steps(4.0).plot(tmp_path / "a.pdf")
     assert [*tmp_path.iterdir()] == []
 
 
 def test_without_matplotlib(monkeypatch):
-    sink = kept(4.0)
+    sink = kept_steps(4.0)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "gradclip\[report\]"'):
         sink.plot()

@@ -33,7 +33,7 @@ def parameters_with(**norms):
     return [*parameters.items()]
 
 
-def logged(parameters, *, order=2.0, sink=None, steps=1, **options):
+def logged_norms(parameters, *, order=2.0, sink=None, steps=1, **options):
     """Step with the gradients that the parameters have; return the parameter norms of each step."""
     sink = sink or Asking()
     optimizer = torch.optim.SGD(parameters, lr=0.0)
@@ -45,7 +45,7 @@ def logged(parameters, *, order=2.0, sink=None, steps=1, **options):
 
 def test_mapping():
     """A copy holds the norms of its step alone, not those of the whole batch."""
-    norms, _ = logged(parameters_with(a=3.0, b=0.0, c=4.0), steps=2)
+    norms, _ = logged_norms(parameters_with(a=3.0, b=0.0, c=4.0), steps=2)
     assert dict(norms) == {"a": 3.0, "b": 0.0, "c": 4.0}
     assert (len(norms), [*norms], repr(norms)) == (3, ["a", "b", "c"], repr(dict(norms)))
     copies = copy.deepcopy(norms), pickle.loads(pickle.dumps(norms))
@@ -61,7 +61,7 @@ def test_mapping():
 def test_largest_come_first(count, names):
     """NaN and infinity come before them."""
     parameters = parameters_with(a=3.0, b=INF, c=4.0, d=NAN, e=1.0)
-    [norms] = logged(parameters, sink=MemorySink(per_parameter=count))
+    [norms] = logged_norms(parameters, sink=MemorySink(per_parameter=count))
     assert [*(norms or "")] == [*names]
     assert not count or norms["c"] == 4.0
 
@@ -113,14 +113,14 @@ def test_each_parameter_has_its_norm_before_clipping(scope, order, engine):
         rows = model.matrix.grad[1:].double()
         needed["matrix"] = torch.linalg.vector_norm(rows, order).item()
     options = {"scope": SCOPES[scope], "engine": engine, "model": model}
-    [norms] = logged(model.parameters(), order=order, **options)
+    [norms] = logged_norms(model.parameters(), order=order, **options)
     assert norms == pytest.approx(needed, rel=1e-6)
 
 
 def test_excluded_parameters_have_none():
     model, scope = Model(), Scope(exclude=["matrix", "c*"])
     needed = {name: model.norms()[name] for name in ("brain", "table", "wide", "number", "row")}
-    [norms] = logged(model.parameters(), scope=scope, model=model)
+    [norms] = logged_norms(model.parameters(), scope=scope, model=model)
     assert norms == pytest.approx(needed, rel=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_gradient_that_parameters_share_is_that_of_the_first(scope):
     first, second, third = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     first.grad = second.grad = torch.tensor([3.0, 4.0])
     third.grad = torch.ones(2)
-    [norms] = logged([("a", first), ("b", second), ("c", third)], scope=scope)
+    [norms] = logged_norms([("a", first), ("b", second), ("c", third)], scope=scope)
     assert norms == pytest.approx({"a": 5.0, "c": math.sqrt(2)})
 
 

@@ -48,7 +48,7 @@ with SummaryWriter(sys.argv[1]) as writer:
 SLOW = {"an exception within with", "a writer that its user has closed"}
 
 
-def run(script, directory):
+def run_script(script, directory):
     options = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
     command = [sys.executable, *options, "-c", PRELUDE + script, directory]
     return subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
@@ -58,7 +58,7 @@ def run(script, directory):
     "end", [pytest.param(end, marks=[pytest.mark.slow] * (end in SLOW)) for end in ENDS]
 )
 def test_all_steps_are_there_after(tmp_path, end):
-    ended = run(ENDS[end], tmp_path)
+    ended = run_script(ENDS[end], tmp_path)
     raises = "raise" in ENDS[end]
     assert ended.returncode == raises
     assert ended.stderr.endswith("KeyError: 'uncaught'\n" if raises else "")
@@ -72,5 +72,5 @@ GradientClipper(optimizer, 1.0, log=TensorBoardSink(sys.argv[1], flush_every=20)
 train(59)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert run(script, tmp_path).returncode == -signal.SIGKILL
+    assert run_script(script, tmp_path).returncode == -signal.SIGKILL
     assert steps_in(tmp_path)[PRE] == [*range(40)]

@@ -10,13 +10,13 @@ from gradclip import ClipRecord
 INF, NAN = math.inf, math.nan
 
 
-def record(norms, thresholds, coefficients):
+def record_of(norms, thresholds, coefficients):
     vectors = (norms, thresholds, coefficients)
     return ClipRecord(3, 1e9, *(torch.tensor(vector, dtype=torch.float64) for vector in vectors))
 
 
 def test_one_norm_reads_as_scalars():
-    one = record([4.0], [1.0], [0.25])
+    one = record_of([4.0], [1.0], [0.25])
     read = (one.norm, one.clipped_norm, one.threshold, one.coefficient, one.nonfinite)
     assert [value.shape for value in read] == [()] * 5
     assert [value.item() for value in read] == [4.0, 1.0, 1.0, 0.25, False]
@@ -24,7 +24,7 @@ def test_one_norm_reads_as_scalars():
 
 
 def test_several_norms_read_as_vectors():
-    three = record([4.0, 0.5, INF], [1.0, 2.0, 3.0], [0.25, 1.0, 0.0])
+    three = record_of([4.0, 0.5, INF], [1.0, 2.0, 3.0], [0.25, 1.0, 0.0])
     assert three.norm.tolist() == [4.0, 0.5, INF]
     assert three.clipped_norm.tolist() == [1.0, 0.5, 0.0]
     assert three.threshold.tolist() == [1.0, 2.0, 3.0]
@@ -36,14 +36,14 @@ def test_several_norms_read_as_vectors():
 @pytest.mark.parametrize("norm", [NAN, INF])
 def test_norm_of_gradients_set_to_0_is_0(norm):
     """If they were left, it stays NaN or infinite."""
-    assert record([norm], [1.0], [0.0]).clipped_norm.item() == 0.0
-    left = record([norm], [1.0], [1.0])
+    assert record_of([norm], [1.0], [0.0]).clipped_norm.item() == 0.0
+    left = record_of([norm], [1.0], [1.0])
     assert not left.clipped_norm.isfinite()
     assert left.nonfinite.item() is True
 
 
 def test_repr_names_the_values_a_user_reads():
-    assert repr(record([4.0], [1.0], [0.25])) == (
+    assert repr(record_of([4.0], [1.0], [0.25])) == (
         "ClipRecord(step=3, norm=tensor(4., dtype=torch.float64), "
         "clipped_norm=tensor(1., dtype=torch.float64), "
         "threshold=tensor(1., dtype=torch.float64), "
@@ -52,7 +52,7 @@ def test_repr_names_the_values_a_user_reads():
 
 
 def test_records_compare_by_identity_and_cannot_be_changed():
-    one, other = record([1.0, 2.0], [1.0, 1.0], [1.0, 1.0]), record([1.0], [1.0], [1.0])
+    one, other = record_of([1.0, 2.0], [1.0, 1.0], [1.0, 1.0]), record_of([1.0], [1.0], [1.0])
     assert one == one
     assert one != other
     with pytest.raises(AttributeError):

@@ -14,7 +14,7 @@ WARM_UP = 3
 CAPTURABLE = [name for name in RULES if name != "Schedule"]  # which asks at each step
 
 
-class Training:
+class GraphTraining:
     """A small network, whose batches are copied into one tensor, as a graph needs it."""
 
     def __init__(self, max_norm, *, fused=True, **options):
@@ -55,7 +55,7 @@ class Training:
         return [getattr(step, name) for step in self.sink.steps]
 
 
-def batches(count):
+def replay_batches(count):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(5, 4, generator=generator) * (1 + index % 4) for index in range(count)]
 
@@ -65,7 +65,7 @@ def six(tape, captured):
     """Return a training after six steps, of which the last two are replays."""
 
     def train(max_norm=0.5, **options):
-        return Training(max_norm, **options).replayed(batches(6), tape, captured)
+        return GraphTraining(max_norm, **options).replayed(replay_batches(6), tape, captured)
 
     return train
 
@@ -73,8 +73,8 @@ def six(tape, captured):
 @pytest.mark.parametrize("scope", ["global", "parameter", "unit"])
 @pytest.mark.parametrize("rule", CAPTURABLE, indirect=True)
 def test_replayed_step_clips_learns_and_logs_as_a_step_does(rule, scope, tape, captured):
-    one = Training(rule(), scope=scope).eager(batches(12))
-    other = Training(rule(), scope=scope).replayed(batches(12), tape, captured)
+    one = GraphTraining(rule(), scope=scope).eager(replay_batches(12))
+    other = GraphTraining(rule(), scope=scope).replayed(replay_batches(12), tape, captured)
     assert other.clipper.steps == 12
     rows = []
     for training in (one, other):
@@ -93,9 +93,9 @@ def test_replayed_step_clips_learns_and_logs_as_a_step_does(rule, scope, tape, c
 
 @pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"nonfinite": "zero"}, {}])
 def test_norms_that_are_not_finite(options, tape, captured):
-    given = batches(8)
+    given = replay_batches(8)
     given[5][0, 0] = math.nan
-    training = Training(0.5, **options).replayed(given, tape, captured)
+    training = GraphTraining(0.5, **options).replayed(given, tape, captured)
     skipped = options.get("nonfinite") == "skip"
     assert training.clipper.skipped == skipped
     assert training.field("nonfinite") == [n == 5 for n in range(8)]
@@ -106,7 +106,7 @@ def test_norms_that_are_not_finite(options, tape, captured):
 def test_step_that_exceeds_is_skipped_and_changes_nothing(six, tape):
     training = six(1e6, exceed="skip")
     before = training.parameters()
-    training.batch.copy_(batches(1)[0] * 1e6)
+    training.batch.copy_(replay_batches(1)[0] * 1e6)
     tape.replay()
     assert all(map(torch.equal, before, training.parameters()))
     assert (training.clipper.skipped, training.clipper.steps) == (1, 7)
@@ -114,7 +114,7 @@ def test_step_that_exceeds_is_skipped_and_changes_nothing(six, tape):
 
 def test_too_many_skips_raise_at_the_next_flush(six, tape):
     training = six(1e6, exceed="skip", skip_limit=2)
-    training.batch.copy_(batches(1)[0] * 1e6)
+    training.batch.copy_(replay_batches(1)[0] * 1e6)
     tape.replay()
     training.clipper.flush()
     tape.replay()
@@ -156,7 +156,7 @@ def test_state_that_is_loaded_goes_on_from_its_own_step(six, tape):
 
 def test_overwritten_records_are_counted(monkeypatch, tape, captured):
     monkeypatch.setattr("gradclip.records.replays.CAPACITY", 4)
-    training = Training(0.5).replayed(batches(WARM_UP + 10), tape, captured)
+    training = GraphTraining(0.5).replayed(replay_batches(WARM_UP + 10), tape, captured)
     with pytest.warns(RuntimeWarning, match="6 records .* flush\\(\\) at least every 4 replays"):
         assert training.field("step") == [0, 1, 2, 9, 10, 11, 12]
     assert training.clipper.steps == 13
@@ -180,15 +180,17 @@ def refusal(training, tape, captured):
     ],
 )
 def test_steps_that_need_the_host_are_not_captured(max_norm, options, reason, tape, captured):
-    assert reason in refusal(Training(max_norm, **options).eager(batches(2)), tape, captured)
+    assert reason in refusal(
+        GraphTraining(max_norm, **options).eager(replay_batches(2)), tape, captured
+    )
 
 
 def test_step_before_any_other_is_not_captured(tape, captured):
-    assert "take a few steps on a side stream first" in refusal(Training(0.5), tape, captured)
+    assert "take a few steps on a side stream first" in refusal(GraphTraining(0.5), tape, captured)
 
 
 def test_step_of_other_parameters_than_before_is_not_captured(tape, captured):
-    training = Training(0.5, scope="parameter").eager(batches(3))
+    training = GraphTraining(0.5, scope="parameter").eager(replay_batches(3))
     training.model[0].weight.requires_grad_(False)
     with captured(), pytest.raises(AttachError, match="Other parameters had gradients"):
         training.step()
@@ -199,8 +201,8 @@ def test_own_threshold_is_captured_only_if_it_says_it_can_be(tape, captured):
         def thresholds(self, norms, context):
             return norms * 0.5
 
-    training = Training(Own()).eager(batches(2))
+    training = GraphTraining(Own()).eager(replay_batches(2))
     assert "'capturable = True'" in refusal(training, tape, captured)
     Own.capturable = True
-    training.replayed(batches(5), tape, captured)
+    training.replayed(replay_batches(5), tape, captured)
     assert training.field("coefficient") == [0.5] * 7

@@ -26,7 +26,7 @@ def norm_at(step):
     return math.nan if step % 10 == 9 else 4.0 if step < 40 else 1.0
 
 
-def norms(first, last):
+def norms_between(first, last):
     return [norm_at(step) for step in range(first, last)]
 
 
@@ -40,7 +40,7 @@ def check_continued(curves):
     assert rates == pytest.approx([min(count, 36) / count for count in finite])
 
 
-def live(logs, state, first, last):
+def live_and_die(logs, state, first, last):
     """Log up to a step beside a user's writer; the first life saves at step 50 and dies."""
     run, writer = Training(), SummaryWriter(logs)
     clipper = GradientClipper(run.optimizer, 2.0, log=logs)
@@ -59,9 +59,9 @@ def live(logs, state, first, last):
 
 def test_run_that_died_continues_in_another_process(tmp_path, children):
     logs, state = tmp_path / "logs", tmp_path / "state.pt"
-    children.run(live, logs, state, 0, 70, exitcode=3)
+    children.run(live_and_die, logs, state, 0, 70, exitcode=3)
     assert steps_in(logs)[PRE] == [*range(70)]
-    children.run(live, logs, state, 50, 90, exitcode=3)
+    children.run(live_and_die, logs, state, 50, 90, exitcode=3)
     curves = curves_in(logs)
     check_continued(curves)
     # Their own curves count otherwise: TensorBoard's mark for a restart would have dropped them.
@@ -78,9 +78,9 @@ def test_run_continues_in_the_same_process(tmp_path, training, kind):
     writers = [SummaryWriter(str(tmp_path)) for _ in range(count)]
     run = training()
     clipper = GradientClipper(run.optimizer, 2.0, log=writers[0] if writers else tmp_path)
-    run.take(*norms(0, 50))
+    run.take(*norms_between(0, 50))
     state = clipper.state_dict()
-    run.take(*norms(50, 70))
+    run.take(*norms_between(50, 70))
     if kind != "same clipper":
         if kind != "not closed":
             clipper.close()
@@ -89,7 +89,7 @@ def test_run_continues_in_the_same_process(tmp_path, training, kind):
         gc.collect()
         clipper = GradientClipper(run.optimizer, 2.0, log=writers[-1] if writers else tmp_path)
     clipper.load_state_dict(state)
-    run.take(*norms(50, 90))
+    run.take(*norms_between(50, 90))
     clipper.close()
     for writer in writers:
         writer.close()

@@ -22,7 +22,7 @@ STEPS = [(1.0, 2.0, 3.0), (5.0, 4.0, 3.0), (0.0, 1.0, 0.5), (7.0, 8.0, 9.0)]
 SPIKE = [*[(1.0, 1.0 + step % 3 / 10, 0.0) for step in range(33)], (1.0, 50.0, 2.0)]
 
 
-class Training:
+class NamedTraining:
     """Three parameters, whose gradients at each step are those that are given."""
 
     def __init__(self, *sinks):
@@ -101,7 +101,7 @@ def as_tags(fields):
 
 
 @pytest.fixture(params=[TensorBoard, Lines, Memory, Logger])
-def log(request, tmp_path):
+def make_log(request, tmp_path):
     """Make a log with some options of its sink."""
     return lambda **options: request.param(tmp_path, options)
 
@@ -116,9 +116,9 @@ def parameter_norms(log):
     return found
 
 
-def test_norms_before_and_after(log):
+def test_norms_before_and_after(make_log):
     """JSON has no number for norms that are not finite: there they are null."""
-    made = log()
+    made = make_log()
     log_run(made.sink, 4.0, math.nan, math.inf, 1.0, first=100)
     found = made.numbers()
     assert [*found] == [100, 101, 102, 103]
@@ -130,8 +130,8 @@ def test_norms_before_and_after(log):
     assert [numbers["grad_norm/post"] for numbers in found.values()] == [2.0, 0.0, 0.0, 1.0]
 
 
-def test_every_and_flush_every(log, training):
-    made, run = log(every=3, flush_every=2), training()
+def test_every_and_flush_every(make_log, training):
+    made, run = make_log(every=3, flush_every=2), training()
     with GradientClipper(run.optimizer, None, log=made.sink) as clipper:
         assert (made.sink.every, made.sink.flush_every) == (3, 2)
         run.take(*[1.0] * 5)
@@ -163,25 +163,25 @@ def test_every_and_flush_every(log, training):
     ],
     ids=["none", "all", "the largest", "a cadence of their own"],
 )
-def test_parameter_norms_before_clipping(log, options, needed):
-    made = log(**options)
-    Training(made.sink).take(*STEPS).clipper.close()
+def test_parameter_norms_before_clipping(make_log, options, needed):
+    made = make_log(**options)
+    NamedTraining(made.sink).take(*STEPS).clipper.close()
     assert parameter_norms(made) == needed
 
 
-def test_incidents_at_any_cadence(log):
+def test_incidents_at_any_cadence(make_log):
     """A text in TensorBoard; a step of its own in files and memory."""
-    made = log(every=100)
-    Training(made.sink).take(*SPIKE).clipper.close()
+    made = make_log(every=100)
+    NamedTraining(made.sink).take(*SPIKE).clipper.close()
     if (incidents := made.incidents()) is not None:
         assert [*incidents] == [33]
         assert "most of it in b.weight (50)" in incidents[33]
     assert [*made.numbers()] == ([0, 33] if isinstance(made, Lines | Memory) else [0])
 
 
-def test_parameter_norms_of_incidents_at_any_cadence(log):
-    made = log(per_parameter=1, per_parameter_every=100)
-    Training(made.sink).take(*SPIKE, (1.0, 3.0, math.inf)).clipper.close()
+def test_parameter_norms_of_incidents_at_any_cadence(make_log):
+    made = make_log(per_parameter=1, per_parameter_every=100)
+    NamedTraining(made.sink).take(*SPIKE, (1.0, 3.0, math.inf)).clipper.close()
     found = parameter_norms(made)
     assert found.pop(34) in ({"c": math.inf}, {"c": None})
     assert found == {0: {"a": 1.0}, 33: {"b.weight": 50.0}}
@@ -202,9 +202,9 @@ def test_parameter_norms_of_incidents_at_any_cadence(log):
         ("per_parameter", "many", 'give how many parameters, or "all".'),
     ],
 )
-def test_invalid_numbers_are_refused(log, name, value, needed):
+def test_invalid_numbers_are_refused(make_log, name, value, needed):
     with pytest.raises(ArgumentError) as caught:
-        log(**{name: value})
+        make_log(**{name: value})
     assert str(caught.value) == f"{name} is {value!r}: {needed}"
 
 
@@ -224,7 +224,7 @@ def test_only_sinks_that_ask_get_parameter_norms():
             self.steps += [{**(step.parameter_norms or {})} for step in steps]
 
     plain, asking = Plain(), Asking()
-    training = Training(plain, asking)
+    training = NamedTraining(plain, asking)
     training.optimizer.step()  # no parameter has a gradient
     training.take(*STEPS).clipper.close()
     assert [step.parameter_norms for step in plain.steps] == [None] * 5

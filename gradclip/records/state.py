@@ -70,6 +70,6 @@ def _check_keys(name: str, given: object, needed: set[str]) -> None:
     if not isinstance(given, Mapping) or set(given) != needed:
         keys = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
         raise StateError(
-            f"{name} has {keys}, needed are the keys {sorted(needed)}: give what "
+            f"{name} has {keys} and needs the keys {sorted(needed)}: give what "
             "GradientClipper.state_dict() returned. Nothing was loaded."
         )

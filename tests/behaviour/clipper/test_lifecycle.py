@@ -53,7 +53,7 @@ def test_a_state_that_does_not_fit_is_refused(spoil):
     spoil(state)
     with pytest.raises(StateError):
         clipper.load_state_dict(state)
-    with pytest.raises(StateError, match="state has list, needed are the keys"):
+    with pytest.raises(StateError, match="state has list and needs the keys"):
         clipper.load_state_dict([1])
     assert clipper.state_dict() == before
 

@@ -129,7 +129,7 @@ def test_a_state_of_other_norms_is_refused():
         with pytest.raises(StateError, match=f"{said}.*Nothing was loaded"):
             Run(scope, Percentile(window=window)).clipper.load_state_dict(saved)
     without = {key: saved[key] for key in saved if key != "labels"}
-    with pytest.raises(StateError, match="needed are the keys"):
+    with pytest.raises(StateError, match="needs the keys"):
         Run("parameter", Percentile(window=20)).clipper.load_state_dict(without)
 
 

@@ -23,47 +23,26 @@ import gradclip
 from gradclip import GradientClipper, MemorySink, Threshold
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Percentile, StepContext
-from tests.support.lightning import (
-    IGNORED,
-    Adversaries,
-    adversarial,
-    evaluated,
-    fit,
-    halves,
-    regression,
-    rows_in,
-    scalars_in,
-    trainer_of,
-)
-from tests.support.trainings import (
-    BATCHES,
-    SIZE,
-    THRESHOLD,
-    assert_close,
-    assert_unlike,
-    by_hand,
-    loader,
-    loss_of,
-    momentum,
-    net_of,
-    norms_of,
-    rule_of,
-    values,
-)
+from tests.support import lightning, trainings
+from tests.support.lightning import fit
+from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
 
-pytestmark = IGNORED
+pytestmark = lightning.IGNORED
 
 # Automatic optimization
 
 
 def test_either_package(package):
     """A run equals one by hand, in a Trainer of either package."""
-    callback, module = GradClipCallback(THRESHOLD, log=(sink := MemorySink())), regression(package)
+    callback, module = (
+        GradClipCallback(THRESHOLD, log=(sink := MemorySink())),
+        lightning.regression(package),
+    )
     trainer = fit(module, callback, package=package, max_epochs=2)
     expected, norms = by_hand(epochs=2)
-    assert_close(module.net, expected)
-    assert_unlike(module.net, by_hand(epochs=2, threshold=math.inf)[0])
-    assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
+    trainings.assert_close(module.net, expected)
+    trainings.assert_unlike(module.net, by_hand(epochs=2, threshold=math.inf)[0])
+    assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert max(module.after) <= THRESHOLD * (1 + 1e-6) < max(norms)
     [clipper] = callback.clippers
     assert clipper.steps == trainer.global_step == 2 * BATCHES
@@ -83,13 +62,16 @@ WAYS = {
 def test_ways_to_train(way):
     """Each step is clipped once, and its norm is the true one."""
     options, same = WAYS[way]
-    callback, module = GradClipCallback(THRESHOLD, log=(sink := MemorySink())), evaluated()
-    trainer = trainer_of(callback, **options)
+    callback, module = (
+        GradClipCallback(THRESHOLD, log=(sink := MemorySink())),
+        lightning.evaluated(),
+    )
+    trainer = lightning.trainer_of(callback, **options)
     trainer.fit(module, loader(), loader())
     expected, norms = by_hand(**same)
-    assert_close(module.net, expected)
-    assert_unlike(module.net, by_hand(**same, threshold=math.inf)[0])
-    assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
+    trainings.assert_close(module.net, expected)
+    trainings.assert_unlike(module.net, by_hand(**same, threshold=math.inf)[0])
+    assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert callback.clippers[0].steps == trainer.global_step == len(norms)
 
 
@@ -99,21 +81,21 @@ def quasi_newton(net: nn.Module) -> Optimizer:
 
 def test_lbfgs():
     """Every evaluation is clipped. In float64, as the method makes much of a rounding."""
-    module = regression(configure_optimizers=lambda self: quasi_newton(self.net))
+    module = lightning.regression(configure_optimizers=lambda self: quasi_newton(self.net))
     fit(module, GradClipCallback(THRESHOLD), precision="64-true")
-    net, norms = net_of().double(), []
+    net, norms = trainings.net_of().double(), []
     optimizer = quasi_newton(net)
     for batch in loader():
 
         def closure(batch: Any = batch) -> Tensor:
             optimizer.zero_grad()
-            loss = loss_of(net, [part.double() for part in batch])
+            loss = trainings.loss_of(net, [part.double() for part in batch])
             loss.backward()
             norms.append(gradclip.clip_grad_norm_(net.parameters(), THRESHOLD).item())
             return loss
 
         optimizer.step(closure)
-    assert_close(module.net, net)
+    trainings.assert_close(module.net, net)
     assert len(norms) > BATCHES
     assert max(norms) > THRESHOLD
 
@@ -122,22 +104,25 @@ def test_grad_scaler():
     """Norms are true, and overflows do not count."""
     made = {"init_scale": 2.0**127, "backoff_factor": 2.0**-60}
     scaler, scaler_by_hand = (torch.amp.GradScaler("cpu", **made) for _ in range(2))
-    callback, module = GradClipCallback(THRESHOLD, log=(sink := MemorySink())), regression()
+    callback, module = (
+        GradClipCallback(THRESHOLD, log=(sink := MemorySink())),
+        lightning.regression(),
+    )
     precision = MixedPrecision("16-mixed", "cpu", scaler)
     precision.forward_context = torch.enable_grad  # scaled as in float16, computed in float32
     trainer = fit(module, callback, plugins=[precision])
-    net, norms = net_of(), []
-    optimizer = momentum(net)
+    net, norms = trainings.net_of(), []
+    optimizer = trainings.momentum(net)
     for batch in loader():
         optimizer.zero_grad()
-        scaler_by_hand.scale(loss_of(net, batch)).backward()
+        scaler_by_hand.scale(trainings.loss_of(net, batch)).backward()
         scaler_by_hand.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(net.parameters(), THRESHOLD))
         norms += [norm] if math.isfinite(norm) else []
         scaler_by_hand.step(optimizer)
         scaler_by_hand.update()
-    assert_close(module.net, net)
-    assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
+    trainings.assert_close(module.net, net)
+    assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert callback.clippers[0].steps == len(norms) < trainer.global_step == BATCHES
     assert scaler.get_scale() == scaler_by_hand.get_scale() > 1
     trainer.fit_loop.max_epochs = 2
@@ -148,8 +133,8 @@ def test_grad_scaler():
 # Several optimizers under manual optimization
 
 
-def adversaries_by_hand(*rules: Any) -> tuple[Adversaries, list[GradientClipper]]:
-    nets = Adversaries()
+def adversaries_by_hand(*rules: Any) -> tuple[lightning.Adversaries, list[GradientClipper]]:
+    nets = lightning.Adversaries()
     optimizers = nets.optimizers_of()
     clippers = [GradientClipper(*pair) for pair in zip(optimizers, rules, strict=True)]
     for batch in loader():
@@ -166,10 +151,10 @@ def adversaries_by_hand(*rules: Any) -> tuple[Adversaries, list[GradientClipper]
 def test_several_optimizers(step_with_closure):
     """Each has a clipper, with a copy of the rule that learns for itself."""
     rule = Percentile(50, window=5)
-    callback, module = GradClipCallback(rule), adversarial(step_with_closure)
+    callback, module = GradClipCallback(rule), lightning.adversarial(step_with_closure)
     trainer = fit(module, callback)
     nets, clippers = adversaries_by_hand(Percentile(50, window=5), Percentile(50, window=5))
-    assert_close(module.nets, nets)
+    trainings.assert_close(module.nets, nets)
     states = [clipper.state_dict() for clipper in callback.clippers]
     assert repr(states) == repr([clipper.state_dict() for clipper in clippers])
     assert repr(states[0]["threshold"]) != repr(states[1]["threshold"])
@@ -193,22 +178,22 @@ class Largest(Threshold):
 
 def test_a_rule_of_ones_own():
     """It is copied with its state."""
-    rule, module = Largest(), adversarial()
+    rule, module = Largest(), lightning.adversarial()
     fit(module, GradClipCallback(rule))
-    assert_close(module.nets, adversaries_by_hand(Largest(), Largest())[0])
+    trainings.assert_close(module.nets, adversaries_by_hand(Largest(), Largest())[0])
     assert rule.norms == []
 
 
 def test_joint_optimizers():
     """They share one norm, which makes a difference."""
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()), joint=True)
-    fit(module := halves(), callback)
+    fit(module := lightning.halves(), callback)
     expected, norms = by_hand()
-    assert_close(module.net, expected)
-    assert norms_of(sink) == pytest.approx(norms, rel=1e-4)
+    trainings.assert_close(module.net, expected)
+    assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-4)
     assert [clipper.steps for clipper in callback.clippers] == [BATCHES]
-    fit(apart := halves(), GradClipCallback(THRESHOLD))
-    assert_unlike(apart.net, expected)
+    fit(apart := lightning.halves(), GradClipCallback(THRESHOLD))
+    trainings.assert_unlike(apart.net, expected)
 
 
 # Logs
@@ -223,8 +208,8 @@ def test_loggers(tmp_path):
     """The loggers of the trainer get the numbers of its steps."""
     loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
     callback = GradClipCallback(THRESHOLD, log=[True, sink := MemorySink()])
-    fit(regression(), callback, logger=loggers, log_every_n_steps=2, max_epochs=2)
-    curves, rows = scalars_in(loggers[0].log_dir), rows_in(loggers[1].log_dir)
+    fit(lightning.regression(), callback, logger=loggers, log_every_n_steps=2, max_epochs=2)
+    curves, rows = lightning.scalars_in(loggers[0].log_dir), lightning.rows_in(loggers[1].log_dir)
     expected = sink.steps[::2]
     assert len(sink.steps) == 2 * BATCHES
     assert {*curves} == NAMES <= {*rows[0]}
@@ -242,8 +227,8 @@ def test_every(tmp_path, every, every_of_trainer, steps):
     """The option, or the trainer, says which steps the loggers get."""
     logger = TensorBoardLogger(tmp_path)
     options = {"logger": logger, "log_every_n_steps": every_of_trainer}
-    fit(regression(), GradClipCallback(THRESHOLD, every=every), **options)
-    curve = scalars_in(logger.log_dir).get("grad_norm/pre", [])
+    fit(lightning.regression(), GradClipCallback(THRESHOLD, every=every), **options)
+    curve = lightning.scalars_in(logger.log_dir).get("grad_norm/pre", [])
     assert [step for step, _ in curve] == steps
 
 
@@ -256,7 +241,7 @@ def test_the_end_of_an_epoch():
 
     counts: list[int] = []
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    fit(regression(), callback, Looks(), max_epochs=3)
+    fit(lightning.regression(), callback, Looks(), max_epochs=3)
     assert counts == [0, BATCHES, 2 * BATCHES]
 
 
@@ -264,8 +249,8 @@ def test_logs_of_several_clippers(tmp_path):
     """They have curves of their own."""
     loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
     callback = GradClipCallback(THRESHOLD, every=1)
-    fit(adversarial(), callback, logger=loggers)
-    curves, rows = scalars_in(loggers[0].log_dir), rows_in(loggers[1].log_dir)
+    fit(lightning.adversarial(), callback, logger=loggers)
+    curves, rows = lightning.scalars_in(loggers[0].log_dir), lightning.rows_in(loggers[1].log_dir)
     second = {name.replace("grad_norm", "grad_norm_2") for name in NAMES}
     assert {*curves} == NAMES | second <= {*rows[0]}
     assert curves["grad_norm/pre"] != curves["grad_norm_2/pre"]
@@ -277,28 +262,33 @@ def test_logs_of_several_clippers(tmp_path):
 def test_logs_of_ones_own(tmp_path, log):
     """A directory gets all steps, None logs nothing, and the trainer's loggers get none."""
     logger, log = TensorBoardLogger(tmp_path), log and str(tmp_path / log)
-    fit(regression(), GradClipCallback(THRESHOLD, log=log), logger=logger, log_every_n_steps=1)
-    assert scalars_in(logger.log_dir) == {}
-    assert log is None or len(scalars_in(log)["grad_norm/pre"]) == BATCHES
+    fit(
+        lightning.regression(),
+        GradClipCallback(THRESHOLD, log=log),
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    assert lightning.scalars_in(logger.log_dir) == {}
+    assert log is None or len(lightning.scalars_in(log)["grad_norm/pre"]) == BATCHES
 
 
 def test_a_logger_of_several_fits(tmp_path):
     """A second fit and a resumed one continue its curves."""
     options = {"logger": TensorBoardLogger(tmp_path), "log_every_n_steps": 1}
-    trainer = fit(module := regression(), GradClipCallback(THRESHOLD), **options)
+    trainer = fit(module := lightning.regression(), GradClipCallback(THRESHOLD), **options)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     options |= {"max_epochs": 3, "resume": str(tmp_path / "a.ckpt")}
     fit(module, GradClipCallback(THRESHOLD), **options)
-    curve = scalars_in(options["logger"].log_dir)["grad_norm/pre"]
+    curve = lightning.scalars_in(options["logger"].log_dir)["grad_norm/pre"]
     assert [step for step, _ in curve] == [*range(3 * BATCHES)]
 
 
 def test_fast_dev_run(tmp_path, monkeypatch):
     """It clips, and writes nothing."""
     monkeypatch.chdir(tmp_path)
-    callback, module = GradClipCallback(THRESHOLD), regression()
+    callback, module = GradClipCallback(THRESHOLD), lightning.regression()
     fit(module, callback, fast_dev_run=4, logger=True)
     assert callback.clippers[0].steps == 4
     assert max(module.after) <= THRESHOLD * (1 + 1e-6)
@@ -363,21 +353,21 @@ def test_two_processes(strategy, tmp_path):
     assert first["steps"] == [steps, steps]
 
     # Gradients are means over both ranks, whose samples Lightning shuffles.
-    net, samples = net_of(), loader().dataset
+    net, samples = trainings.net_of(), loader().dataset
     dealt = [[*DistributedSampler(samples, 2, rank)] for rank in (0, 1)]
-    optimizer, norms = momentum(net), []
-    with GradientClipper(optimizer, rule_of()) as clipper:
+    optimizer, norms = trainings.momentum(net), []
+    with GradientClipper(optimizer, trainings.rule_of()) as clipper:
         for index in range(steps):
             optimizer.zero_grad()
             for order in dealt:
-                batch = samples[order[SIZE * index : SIZE * (index + 1)]]
-                (loss_of(net, batch) / 2).backward()
+                batch = samples[order[trainings.SIZE * index : trainings.SIZE * (index + 1)]]
+                (trainings.loss_of(net, batch) / 2).backward()
             optimizer.step()
             norms.append(clipper.last.norm.item())
         assert 0 < clipper.clip_rate() < 1
-    assert first["weights"] == pytest.approx(values(net).tolist(), rel=1e-4, abs=1e-6)
+    assert first["weights"] == pytest.approx(trainings.values(net).tolist(), rel=1e-4, abs=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [line["norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
-    assert len(rows_in(first["folder"])) == steps
-    assert len(scalars_in(tmp_path / "board")["grad_norm/pre"]) == steps
+    assert len(lightning.rows_in(first["folder"])) == steps
+    assert len(lightning.scalars_in(tmp_path / "board")["grad_norm/pre"]) == steps
     assert len([*(tmp_path / "board").iterdir()]) == 1

@@ -18,30 +18,11 @@ from torch.optim import SGD, Optimizer
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Schedule
-from tests.support.lightning import (
-    IGNORED,
-    adversarial,
-    evaluated,
-    fit,
-    in_turn,
-    numbers_of,
-    regression,
-    trainer_of,
-)
-from tests.support.trainings import (
-    BATCHES,
-    THRESHOLD,
-    assert_close,
-    assert_free,
-    by_hand,
-    loader,
-    loss_of,
-    norms_of,
-    rule_of,
-    values,
-)
+from tests.support import lightning, trainings
+from tests.support.lightning import fit
+from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
 
-pytestmark = IGNORED
+pytestmark = lightning.IGNORED
 
 # Checkpoints, and fits one after the other
 
@@ -58,27 +39,27 @@ class LateStrategy(SingleDeviceStrategy):
 def test_a_resumed_run(steps, late, tmp_path):
     """It makes the same decisions and continues the curves."""
     sinks = [MemorySink() for _ in range(3)]
-    whole, first, second = (GradClipCallback(rule_of(), log=sink) for sink in sinks)
-    modules = [regression(training_step=in_turn) for _ in range(3)]
+    whole, first, second = (GradClipCallback(trainings.rule_of(), log=sink) for sink in sinks)
+    modules = [lightning.regression(training_step=lightning.in_turn) for _ in range(3)]
     fit(modules[0], whole, max_epochs=3, max_steps=14)
     fit(modules[1], first, max_steps=steps).save_checkpoint(tmp_path / "a.ckpt")
     strategy = LateStrategy("cpu") if late else "auto"
-    trainer = trainer_of(second, max_epochs=3, max_steps=14, strategy=strategy)
+    trainer = lightning.trainer_of(second, max_epochs=3, max_steps=14, strategy=strategy)
     trainer.fit(
         modules[2],
         loader(),
         ckpt_path=str(tmp_path / "a.ckpt"),
         weights_only=None if late else True,
     )
-    assert torch.equal(values(modules[2].net), values(modules[0].net))
-    numbers = [numbers_of(sink) for sink in sinks]
+    assert torch.equal(trainings.values(modules[2].net), trainings.values(modules[0].net))
+    numbers = [lightning.numbers_of(sink) for sink in sinks]
     assert numbers[1] + numbers[2] == numbers[0]
     assert repr(second.state_dict()) == repr(whole.state_dict())
     assert second.clippers[0].steps == trainer.global_step == 14
     assert 0 < second.clippers[0].clip_rate() < 1
 
 
-@pytest.mark.parametrize("made", [regression, adversarial])
+@pytest.mark.parametrize("made", [lightning.regression, lightning.adversarial])
 def test_a_run_resumed_without_a_state(made, tmp_path):
     """It counts on from the trainer's step."""
     fit(made(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
@@ -91,7 +72,7 @@ def thresholds_of(norms: list[float]) -> list[float]:
     """Return the thresholds of the rule for these norms."""
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer, thresholds = SGD([parameter], lr=0.0), []
-    with GradientClipper(optimizer, rule_of()) as clipper:
+    with GradientClipper(optimizer, trainings.rule_of()) as clipper:
         for norm in norms:
             parameter.grad = torch.full_like(parameter, norm)
             optimizer.step()
@@ -101,7 +82,10 @@ def thresholds_of(norms: list[float]) -> list[float]:
 
 def test_several_fits():
     """A second fit of a trainer continues, one of another begins anew, unless a state is loaded."""
-    callback, module = GradClipCallback(rule_of(), log=(sink := MemorySink())), regression()
+    callback, module = (
+        GradClipCallback(trainings.rule_of(), log=(sink := MemorySink())),
+        lightning.regression(),
+    )
     trainer = fit(module, callback)
     first = callback.clippers[0]
     trainer.fit_loop.max_epochs = 2
@@ -110,31 +94,31 @@ def test_several_fits():
     assert callback.clippers[0].steps == trainer.global_step == 2 * BATCHES
     assert [step.step for step in sink.steps] == [*range(2 * BATCHES)]
     thresholds = [step.threshold for step in sink.steps]
-    assert thresholds[BATCHES:] == thresholds_of(norms_of(sink))[BATCHES:]
+    assert thresholds[BATCHES:] == thresholds_of(trainings.norms_of(sink))[BATCHES:]
 
-    fit(regression(), callback)
+    fit(lightning.regression(), callback)
     assert callback.clippers[0].steps == BATCHES
     assert [step.threshold for step in sink.steps[2 * BATCHES :]] == thresholds[:BATCHES]
 
     callback.load_state_dict(callback.state_dict())
-    fit(regression(), callback)
+    fit(lightning.regression(), callback)
     assert callback.clippers[0].steps == 2 * BATCHES
 
 
 def test_evaluation(tmp_path):
     """It attaches nothing, and takes no state from a checkpoint, but one that is loaded stays."""
-    first = GradClipCallback(rule_of())
-    fit(regression(), first).save_checkpoint(tmp_path / "a.ckpt")
-    callback, module = GradClipCallback(rule_of()), evaluated()
-    trainer = trainer_of(callback)
+    first = GradClipCallback(trainings.rule_of())
+    fit(lightning.regression(), first).save_checkpoint(tmp_path / "a.ckpt")
+    callback, module = GradClipCallback(trainings.rule_of()), lightning.evaluated()
+    trainer = lightning.trainer_of(callback)
     for evaluate in (trainer.validate, trainer.test):
         evaluate(module, loader(), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False)
         assert (callback.clippers, callback.state_dict()) == ([], {})
-    trainer.fit(regression(), loader())
+    trainer.fit(lightning.regression(), loader())
     assert callback.clippers[0].steps == BATCHES
 
-    callback = GradClipCallback(rule_of())
-    trainer_of(callback).validate(module, loader(), verbose=False)
+    callback = GradClipCallback(trainings.rule_of())
+    lightning.trainer_of(callback).validate(module, loader(), verbose=False)
     callback.load_state_dict(first.state_dict())
     assert repr(callback.state_dict()) == repr(first.state_dict())
 
@@ -153,16 +137,18 @@ class Replaces(pl.Callback):
 def test_replaced_optimizers():
     """They are clipped as the first were, in the same curves."""
     sinks = [MemorySink(), MemorySink()]
-    callbacks = [GradClipCallback(rule_of(), log=sink) for sink in sinks]
+    callbacks = [GradClipCallback(trainings.rule_of(), log=sink) for sink in sinks]
     modules = [
-        regression(configure_optimizers=lambda self: SGD(self.parameters(), lr=0.05))
+        lightning.regression(configure_optimizers=lambda self: SGD(self.parameters(), lr=0.05))
         for _ in range(2)
     ]
     fit(modules[0], callbacks[0], max_epochs=2)
     fit(modules[1], Replaces(), callbacks[1], max_epochs=2)
-    torch.testing.assert_close(values(modules[0].net), values(modules[1].net), rtol=0, atol=0)
+    torch.testing.assert_close(
+        trainings.values(modules[0].net), trainings.values(modules[1].net), rtol=0, atol=0
+    )
     assert repr(callbacks[0].state_dict()) == repr(callbacks[1].state_dict())
-    assert numbers_of(sinks[0]) == numbers_of(sinks[1])
+    assert lightning.numbers_of(sinks[0]) == lightning.numbers_of(sinks[1])
     assert [step.step for step in sinks[1].steps] == [*range(2 * BATCHES)]
 
 
@@ -172,9 +158,9 @@ def test_a_replaced_optimizer_of_other_parameters():
     def head(self: Any) -> Any:
         return SGD((self.net[2] if self.trainer.global_step else self).parameters(), lr=0.05)
 
-    callback = GradClipCallback(rule_of(), scope="parameter", log=(sink := MemorySink()))
+    callback = GradClipCallback(trainings.rule_of(), scope="parameter", log=(sink := MemorySink()))
     with pytest.warns(UserWarning, match="replaced by one whose clipper begins anew: .*label"):
-        fit(regression(configure_optimizers=head), Replaces(), callback)
+        fit(lightning.regression(configure_optimizers=head), Replaces(), callback)
     assert callback.clippers[0].labels == ("net.2.weight", "net.2.bias")
     assert callback.clippers[0].steps == BATCHES
     assert [*dict.fromkeys(step.step for step in sink.steps)] == [*range(BATCHES)]
@@ -194,18 +180,18 @@ def test_an_exception(error):
     def fail(self: Any, batch: Any, index: int) -> Tensor:
         if index == 5 and error is SuddenError:
             raise SuddenError("net.0.weight")
-        return loss_of(self.net, batch) * (math.nan if index == 5 else 1.0)
+        return trainings.loss_of(self.net, batch) * (math.nan if index == 5 else 1.0)
 
     callback = GradClipCallback(THRESHOLD, nonfinite="raise", log=(sink := MemorySink()))
-    trainer = trainer_of(callback)
+    trainer = lightning.trainer_of(callback)
     with pytest.raises(error, match=r"net\.0\.weight"):
-        trainer.fit(regression(training_step=fail), loader())
-    assert_free(trainer.optimizers[0])
-    assert norms_of(sink)[:5] == pytest.approx(by_hand()[1][:5], rel=1e-4)
+        trainer.fit(lightning.regression(training_step=fail), loader())
+    trainings.assert_free(trainer.optimizers[0])
+    assert trainings.norms_of(sink)[:5] == pytest.approx(by_hand()[1][:5], rel=1e-4)
     steps = 5 if error is SuddenError else 6  # a step that raises counts
     assert callback.state_dict()["clippers"][0]["steps"] == len(sink.steps) == steps
-    fit(module := regression(), callback)
-    assert_close(module.net, by_hand()[0])
+    fit(module := lightning.regression(), callback)
+    trainings.assert_close(module.net, by_hand()[0])
 
 
 # Copies
@@ -216,15 +202,15 @@ COPIERS = {"copy": copy.deepcopy, "pickle": lambda what: pickle.loads(pickle.dum
 @pytest.mark.parametrize("copier", COPIERS)
 def test_copies(copier):
     """They have the options and begin anew, or with a state that waits for a fit."""
-    callback = GradClipCallback(rule_of(), scope="parameter", joint=True, log=None)
-    fit(regression(), callback)
+    callback = GradClipCallback(trainings.rule_of(), scope="parameter", joint=True, log=None)
+    fit(lightning.regression(), callback)
     twin = COPIERS[copier](callback)
     assert (twin.clippers, twin.state_dict()) == ([], {})
-    fit(regression(), twin)
+    fit(lightning.regression(), twin)
     assert repr(twin.state_dict()) == repr(callback.state_dict())
     assert len(twin.clippers[0].labels) == 4
 
-    waiting = GradClipCallback(rule_of(), scope="parameter", log=None)
+    waiting = GradClipCallback(trainings.rule_of(), scope="parameter", log=None)
     waiting.load_state_dict(callback.state_dict())
     assert repr(COPIERS[copier](waiting).state_dict()) == repr(callback.state_dict())
 
@@ -239,11 +225,11 @@ def test_copies_made_within_a_run():
         on_validation_batch_end = on_train_batch_end
 
     twins: list[GradClipCallback] = []
-    callback, module = GradClipCallback(THRESHOLD), evaluated()
-    trainer = trainer_of(callback, Copies(), limit_val_batches=1)
+    callback, module = GradClipCallback(THRESHOLD), lightning.evaluated()
+    trainer = lightning.trainer_of(callback, Copies(), limit_val_batches=1)
     trainer.validate(module, loader(), verbose=False)
     trainer.fit(module, loader(), loader())
-    assert_close(module.net, by_hand()[0])
+    trainings.assert_close(module.net, by_hand()[0])
     for twin in (twins[0], twins[-1]):
         assert twin.clippers == []
         twin.load_state_dict(callback.state_dict())
@@ -261,8 +247,8 @@ def test_bound_functions():
     asked: list[Plan] = []
     plan = Plan()
     for max_norm in (plan.at, Schedule(plan.at)):
-        fit(module := regression(), GradClipCallback(max_norm))
-        assert_close(module.net, by_hand()[0])
+        fit(module := lightning.regression(), GradClipCallback(max_norm))
+        trainings.assert_close(module.net, by_hand()[0])
     assert {*map(id, asked)} == {id(plan)}
 
 
@@ -277,28 +263,28 @@ def test_the_finder_of_learning_rates(as_callback, tmp_path):
     def configure(self: Any) -> Optimizer:
         return SGD(self.net.parameters(), lr=self.lr, momentum=0.9)
 
-    module = regression(configure_optimizers=configure, lr=0.05)
-    callback = GradClipCallback(rule_of(), log=(sink := MemorySink()))
+    module = lightning.regression(configure_optimizers=configure, lr=0.05)
+    callback = GradClipCallback(trainings.rule_of(), log=(sink := MemorySink()))
     finder = pl.callbacks.LearningRateFinder(num_training_steps=6, update_attr=False)
-    trainer = trainer_of(callback, *[finder] * as_callback, default_root_dir=tmp_path)
+    trainer = lightning.trainer_of(callback, *[finder] * as_callback, default_root_dir=tmp_path)
     if not as_callback:
         Tuner(trainer).lr_find(module, loader(), num_training=6, update_attr=False)
         assert callback.state_dict() == {}
     trainer.fit(module, loader())
-    straight, untuned = regression(), MemorySink()
-    fit(straight, GradClipCallback(rule_of(), log=untuned))
-    assert_close(module.net, straight.net)
-    assert numbers_of(sink) == numbers_of(untuned)
+    straight, untuned = lightning.regression(), MemorySink()
+    fit(straight, GradClipCallback(trainings.rule_of(), log=untuned))
+    trainings.assert_close(module.net, straight.net)
+    assert lightning.numbers_of(sink) == lightning.numbers_of(untuned)
 
 
 def test_the_finder_of_batch_sizes(tmp_path):
     """It leaves no trace."""
-    module = regression(batch_size=2)
+    module = lightning.regression(batch_size=2)
     module.train_dataloader = loader
     callback = GradClipCallback(THRESHOLD)
-    trainer = trainer_of(callback, default_root_dir=tmp_path)
+    trainer = lightning.trainer_of(callback, default_root_dir=tmp_path)
     Tuner(trainer).scale_batch_size(module, max_trials=1, steps_per_trial=2)
     assert callback.state_dict() == {}
     trainer.fit(module)
     assert callback.clippers[0].steps == BATCHES
-    assert_close(module.net, by_hand()[0])
+    trainings.assert_close(module.net, by_hand()[0])

@@ -14,25 +14,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from gradclip import ArgumentError, AttachError, GradientClipper, JsonlSink, MemorySink, StateError
 from gradclip.integrations.lightning import GradClipCallback
-from tests.support.lightning import (
-    IGNORED,
-    adversarial,
-    evaluated,
-    fit,
-    halves,
-    regression,
-    stepping,
-    trainer_of,
-)
-from tests.support.trainings import (
-    THRESHOLD,
-    assert_close,
-    by_hand,
-    loader,
-    norms_of,
-)
+from tests.support import lightning, trainings
+from tests.support.lightning import fit
+from tests.support.trainings import THRESHOLD, loader
 
-pytestmark = IGNORED
+pytestmark = lightning.IGNORED
 
 
 class ClipsLater(pl.Callback):
@@ -52,7 +38,7 @@ class Engine(SingleDeviceStrategy):
 
 def of_other_clippers(tmp_path: Any) -> dict[str, Any]:
     path = str(tmp_path / "a.ckpt")
-    fit(adversarial(), GradClipCallback(THRESHOLD)).save_checkpoint(path)
+    fit(lightning.adversarial(), GradClipCallback(THRESHOLD)).save_checkpoint(path)
     return {"resume": path, "max_epochs": 2}
 
 
@@ -78,25 +64,25 @@ REFUSED = {
         "Engine takes the steps in an engine of its own",
     ),
     "joint optimizers under a GradScaler": (
-        lambda _: {"module": halves(), "plugins": [MixedPrecision("16-mixed", "cpu")]},
+        lambda _: {"module": lightning.halves(), "plugins": [MixedPrecision("16-mixed", "cpu")]},
         AttachError,
         "Lightning updates after the step of each optimizer",
     ),
     "a sink for several clippers": (
         lambda folder: {
-            "module": adversarial(),
+            "module": lightning.adversarial(),
             "given": {"log": [JsonlSink(folder / "steps")], "joint": False},
         },
         ArgumentError,
         "2 optimizers with a clipper each",
     ),
     "a checkpoint of other clippers": (
-        lambda folder: {"module": adversarial(), **of_other_clippers(folder)},
+        lambda folder: {"module": lightning.adversarial(), **of_other_clippers(folder)},
         StateError,
         "of 2 clippers, and there are 1",
     ),
     "an optimizer replaced within a batch": (
-        lambda _: {"module": stepping(), "other": ReplacesWithin()},
+        lambda _: {"module": lightning.stepping(), "other": ReplacesWithin()},
         AttachError,
         "SGD was added within a batch",
     ),
@@ -108,7 +94,10 @@ def test_refusals(case, tmp_path):
     """A fit ends with an error, before anything is clipped twice or wrongly."""
     made, error, message = REFUSED[case]
     options = made(tmp_path)
-    module, other = options.pop("module", None) or regression(), options.pop("other", None)
+    module, other = (
+        options.pop("module", None) or lightning.regression(),
+        options.pop("other", None),
+    )
     callback = GradClipCallback(THRESHOLD, **{"joint": True, **options.pop("given", {})})
     callbacks = [callback] if other is None else [other, callback]
     with pytest.raises(error, match=message):
@@ -119,15 +108,15 @@ def test_refusals(case, tmp_path):
 def test_a_trainer_that_clips_can_evaluate(package):
     """Only a fit is refused, in either package."""
     options = {"package": package, "gradient_clip_val": 0.5}
-    trainer = trainer_of(GradClipCallback(THRESHOLD), **options)
+    trainer = lightning.trainer_of(GradClipCallback(THRESHOLD), **options)
     with pytest.raises(ArgumentError, match="gradient_clip_val"):
-        trainer.fit(regression(package), loader())
-    trainer.validate(evaluated(package), loader(), verbose=False)
+        trainer.fit(lightning.regression(package), loader())
+    trainer.validate(lightning.evaluated(package), loader(), verbose=False)
 
 
 def test_an_optimizer_that_is_refused():
     """It leaves the others free."""
-    module = adversarial()
+    module = lightning.adversarial()
     optimizers = module.nets.optimizers_of()
     optimizers[1].param_groups[0]["differentiable"] = True
     module.configure_optimizers = lambda: optimizers
@@ -164,7 +153,7 @@ def test_invalid_states():
 def test_two_callbacks_in_one_trainer():
     """Lightning refuses them."""
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        trainer_of(GradClipCallback(THRESHOLD), GradClipCallback(THRESHOLD))
+        lightning.trainer_of(GradClipCallback(THRESHOLD), GradClipCallback(THRESHOLD))
 
 
 # Modules that clip by themselves
@@ -176,27 +165,29 @@ def clips(self: Any, optimizer: Any, **_: Any) -> None:
 
 def test_a_module_that_overrides_the_clipping(package):
     """It gets a warning: the gradients were clipped before they were measured."""
-    module = regression(package, configure_gradient_clipping=clips)
+    module = lightning.regression(package, configure_gradient_clipping=clips)
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
     with pytest.warns(UserWarning, match="Regression overrides configure_gradient_clipping"):
         fit(module, callback, package=package)
-    assert max(norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
+    assert max(trainings.norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_module_that_clips_by_hand():
     """It gets one warning under manual optimization."""
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
     with pytest.warns(UserWarning, match="Regression writes to its gradients between") as caught:
-        fit(stepping(limit=0.1), callback)
+        fit(lightning.stepping(limit=0.1), callback)
     assert len([each for each in caught if "writes to its gradients" in str(each.message)]) == 1
-    assert max(norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
+    assert max(trainings.norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_module_that_steps_by_hand():
     """It gets no warning, also with a method that Lightning never calls then, and is clipped."""
-    module = stepping(configure_gradient_clipping=lambda *_, **__: pytest.fail("it was called"))
+    module = lightning.stepping(
+        configure_gradient_clipping=lambda *_, **__: pytest.fail("it was called")
+    )
     fit(module, GradClipCallback(THRESHOLD))
-    assert_close(module.net, by_hand()[0])
+    trainings.assert_close(module.net, trainings.by_hand()[0])
 
 
 # Configurations and installations
@@ -227,7 +218,10 @@ def test_a_configuration(tmp_path, package, monkeypatch):
     (tmp_path / "config.yaml").write_text(CONFIGURATION)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
     ran = cli(
-        type(regression(package)), seed_everything_default=0, run=False, save_config_callback=None
+        type(lightning.regression(package)),
+        seed_everything_default=0,
+        run=False,
+        save_config_callback=None,
     )
     [callback] = [each for each in ran.trainer.callbacks if isinstance(each, GradClipCallback)]
     ran.trainer.fit(ran.model, loader())

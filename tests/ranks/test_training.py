@@ -1,8 +1,9 @@
-"""Training of wrapped modules on several ranks, against one process with the whole batch."""
+"""Training of modules spread over ranks, against their whole gradients and one process."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,131 +13,311 @@ from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper, Ranks
 from gradclip.thresholds import Percentile, RelativeToWeights
-from tests.support.dtensors import Recorded, mesh_of, quick
+from tests.support.dtensors import INF, SCOPES, Recorded, mesh_of, oracle, quick
 
+LIMITS = {"global": 0.1, "parameter": 0.05, "unit": 0.02}
 RULES = {
     "fixed": {},
-    "each parameter": {"scope": "parameter", "max_norm": 0.01},
-    "each unit": {"scope": "unit", "max_norm": 0.005},
-    "largest element": {"norm_type": math.inf, "max_norm": 0.01},
+    "each parameter": {"scope": "parameter"},
+    "each unit": {"scope": "unit"},
+    "largest element": {"norm_type": INF},
     "skipped": {"nonfinite": "skip"},
     "erased": {"nonfinite": "zero"},
-    "percentile": {"max_norm": lambda: Percentile(50), "scope": "unit"},
-    "weights": {"max_norm": lambda: RelativeToWeights(0.01), "scope": "unit"},
+    "percentile": {"max_norm": "percentile", "scope": "unit"},
+    "weights": {"max_norm": "weights", "scope": "unit"},
 }
-COLLECTIVES = {"fsdp2": 1, "ddp": 0, "zero": 0, "fsdp": 1, "fsdp flat": 1}
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3, bias=False))
-        self.head = nn.Linear(3, 1)
+        self.norm = nn.LayerNorm(4)
+        self.up = nn.Linear(4, 7)
+        self.down = nn.Linear(7, 3)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.inner(inputs).tanh())
+    def forward(self, inputs: Tensor, _: Tensor) -> Tensor:
+        return self.down(self.up(self.norm(inputs)).tanh()) + 0.5
 
 
-def wrapped(kind: str, net: Net) -> nn.Module:
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+class Experts(nn.Module):
+    """Each token goes to one of four experts, wherever that is, and its result comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 5)
+        self.experts = nn.Parameter(torch.randn(4, 5, 3) / 3)
+        self.mesh: Any = None
+
+    def forward(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+        from torch.distributed import _functional_collectives as collectives
+
+        tokens, weights, mesh = self.dense(inputs).tanh(), self.experts, self.mesh
+        if mesh is not None:
+            weights = weights.to_local()
+            tokens = collectives.all_gather_tensor_autograd(tokens, 0, mesh.get_group())
+            chosen = collectives.all_gather_tensor(chosen, 0, mesh.get_group())
+            chosen = chosen - len(weights) * mesh.get_local_rank()
+        results = 0 * tokens[:, :3]
+        for index in range(len(weights)):
+            own = (chosen == index)[:, None]
+            if own.any():
+                results = torch.where(own, tokens @ weights[index], results)
+        if mesh is not None:
+            results = collectives.reduce_scatter_tensor_autograd(
+                results, "sum", 0, mesh.get_group()
+            )
+        return results + 0.5
+
+    def add_up(self) -> None:
+        """Average the gradients of the experts as those of the rest are, over copies as well."""
+        if self.mesh is None or self.experts.grad is None:
+            return
+        local = self.experts.grad.to_local()
+        local /= distributed.get_world_size()
+        if self.mesh.size() < distributed.get_world_size():
+            distributed.all_reduce(local, group=mesh_of("a").get_group())
+
+
+@cache
+def mesh_of_experts() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("experts",))
+
+
+def over_tensors(net: nn.Module, mesh: Any) -> None:
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    plan = {
+        "norm": SequenceParallel(sequence_dim=0),
+        "up": ColwiseParallel(input_layouts=Shard(0), use_local_output=False),
+        "down": RowwiseParallel(),
+    }
+    parallelize_module(net, mesh, plan)
+
+
+def fully_sharded(net: nn.Module, mesh: Any, **options: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(net.up, mesh=mesh, **options)
+    fully_shard(net, mesh=mesh, **options)
+
+
+def experts_over(net: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    fully_shard(net.dense, mesh=mesh_of("one"))
+    net.experts = nn.Parameter(distribute_tensor(net.experts.detach(), mesh, [Shard(0)]))
+    net.mesh = mesh
+
+
+def spread(net: Any, kind: str) -> Any:
+    """Spread a module over the ranks; return it, or its wrapper."""
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FullyShardedDataParallel,
+        MixedPrecisionPolicy,
+    )
     from torch.nn.parallel import DistributedDataParallel
 
-    if kind == "fsdp2":
-        fully_shard(net.inner, mesh=mesh_of("one"))
-        fully_shard(net, mesh=mesh_of("one"))
-    elif kind in ("ddp", "zero"):
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if kind in ("ddp", "zero"):
         return DistributedDataParallel(net)
-    elif kind.startswith("fsdp"):
-        return FullyShardedDataParallel(
-            net, use_orig_params=kind == "fsdp", device_id=torch.device("cpu")
-        )
+    if kind in ("fsdp", "fsdp flat"):
+        options = {"use_orig_params": kind == "fsdp", "device_id": torch.device("cpu")}
+        return FullyShardedDataParallel(net, **options)
+    if kind == "tensor":
+        over_tensors(net, mesh_of("one"))
+    elif kind == "tensor and fsdp2":
+        over_tensors(net, mesh_of("two")["b"])
+        fully_sharded(net, mesh_of("two")["a"])
+    elif kind == "hsdp":
+        fully_sharded(net, mesh_of("two"))
+    elif kind == "fsdp2":
+        fully_sharded(net, mesh_of("one"))
+    elif kind == "mixed":
+        fully_sharded(net, mesh_of("one"), mp_policy=bf16)
+    elif kind == "offload":
+        fully_sharded(net, mesh_of("one"), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    elif kind == "bfloat16":
+        fully_sharded(net.bfloat16(), mesh_of("one"))
+    else:
+        experts_over(net, mesh_of("b") if kind == "experts with copies" else mesh_of_experts())
     return net
 
 
-def trained(kind: str, name: str, log: str | None = None) -> Any:
+def wholes(named: dict[str, nn.Parameter], kind: str) -> dict[str, Tensor]:
+    """Return the whole gradients; where there is none here, its part is 0."""
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()
+    }
+    if kind in ("fsdp", "fsdp flat"):
+        return {}  # not known on any rank
+    return {n: getattr(g, "full_tensor", g.clone)().detach().clone() for n, g in gradients.items()}
+
+
+def trained(kind: str, options: dict[str, Any], alone: bool = False) -> Any:
     """Train a few steps, in one process or spread over the ranks, each with its part of a batch.
 
     Returns:
-        The norms of each step, the outputs afterwards, the collectives of a step, and the state.
+        For each step norms, thresholds, and the whole gradients before and after; outputs after
+        the last step; the collectives of a step; the counters; the placements of gradients.
     """
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     torch.manual_seed(0)
-    net = wrapped(kind, Net())
+    net: Any = Experts() if "experts" in kind else Net()
+    module = net if alone else spread(net, kind)
+    model = net if kind in ("ddp", "zero") else module  # whose names have no prefix
+    named, options = dict(model.named_parameters()), dict(options)
+    dtype = next(iter(named.values())).dtype
+    made = {"percentile": Percentile(50, window=5), "weights": RelativeToWeights(0.01)}
+    given = options.pop("max_norm", LIMITS[options.get("scope", "global")])
+    if kind.startswith("fsdp") and kind != "fsdp2" and not alone:
+        options["ranks"] = Ranks(module.process_group)
+    optimizer: Any = torch.optim.SGD(module.parameters(), lr=0.5)
     if kind == "zero":
-        optimizer: Any = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=2.0)
-    else:
-        optimizer = torch.optim.SGD(net.parameters(), lr=2.0)
-    options = {"max_norm": 0.05, "log": log, "model": net} | RULES[name]
-    if callable(options["max_norm"]):
-        options["max_norm"] = options["max_norm"]()
-    if kind in ("fsdp", "fsdp flat"):
-        options["ranks"] = Ranks(net.process_group)
-    clipper = GradientClipper(optimizer, **options)
-    norms, size = [], 8 // distributed.get_world_size()
-    for step in range(6):
-        batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
-        if step == 3 and options.get("nonfinite"):
+        optimizer = ZeroRedundancyOptimizer(module.parameters(), torch.optim.SGD, lr=0.5)
+    clipper = GradientClipper(optimizer, made.get(given, given), model=model, **options)
+    rank, size = distributed.get_rank(), 8 // distributed.get_world_size()
+    own = slice(None) if alone else slice(size * rank, size * (rank + 1))
+    served = {"idle experts": [2], "resting experts": [4, 2]}.get(kind, [3])
+    steps = []
+    for step in range(4):
+        batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).to(dtype)
+        if step == 2 and "nonfinite" in options:
             batch[-1, 0] = math.nan  # on the last rank alone
+        chosen = torch.arange(8) % served[step % len(served)]  # the rest get no token
         optimizer.zero_grad()
-        own = batch if kind == "alone" else batch[size * distributed.get_rank() :][:size]
-        net(own).square().mean().backward()
+        module(batch[own], chosen[own]).float().square().mean().backward()
+        if "experts" in kind:
+            net.add_up()
+        before = wholes(named, kind)
         with Recorded() as calls:
             optimizer.step()
-        norms.append(clipper.last.norms.tolist())
+        norms = dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True))
+        steps.append((norms, clipper.last.thresholds.tolist(), before, wholes(named, kind)))
     clipper.close()
+    placements = repr([getattr(p.grad, "placements", p.grad) for p in named.values()])
+    probe = torch.randn(16, 4, generator=torch.Generator().manual_seed(9)).to(dtype)
     with torch.no_grad():
-        outputs = net(torch.randn(64, 5, generator=torch.Generator().manual_seed(9)))
-    return norms, outputs, len(calls), clipper.state_dict()
+        outputs = module(probe, torch.arange(16) % 4)
+    return steps, outputs, calls, clipper.state_dict()["counters"], placements
 
 
-def check(pool: Any, kind: str, name: str) -> None:
-    needed, outputs, _, state = pool.run(trained, "alone", name)[0]
-    results = pool.run(trained, kind, name)
-    for norms, own, calls, own_state in results:
-        assert repr(norms) == repr(results[0][0])  # the same bits on all ranks
-        for step, expected in zip(norms, needed, strict=True):
-            assert step == pytest.approx(expected, rel=1e-4, abs=1e-7, nan_ok=True)
-        torch.testing.assert_close(own, outputs, rtol=1e-3, atol=1e-5)
-        if kind != "zero":  # whose own broadcasts are in its step
-            assert calls == COLLECTIVES[kind]
-        assert own_state["counters"] == state["counters"]
+def check(pool: Any, kind: str, options: dict[str, Any]) -> Any:
+    """Compare all ranks with the oracle and with one process; return what they returned."""
+    results = pool.run(trained, kind, options)
+    needed, outputs, _, counters, _ = pool.run(trained, kind, options, True)[0]
+    scope, order = options.get("scope", "global"), options.get("norm_type", 2.0)
+    limit, exact = LIMITS[scope], kind not in ("mixed", "bfloat16")
+    for steps, own_outputs, _, own_counters, _ in results:
+        for index, (norms, thresholds, before, after) in enumerate(steps):
+            assert repr(norms) == repr(results[0][0][index][0])  # the same bits on all ranks
+            assert repr(thresholds) == repr(results[0][0][index][1])
+            if exact:
+                near = {"rel": 1e-4, "abs": 1e-7, "nan_ok": True}
+                assert norms == pytest.approx(needed[index][0], **near)
+                assert thresholds == pytest.approx(needed[index][1], **near)
+            if "max_norm" in options or not all(map(math.isfinite, norms.values())):
+                continue
+            expected, clipped = oracle(before, scope, order, limit)
+            assert norms == pytest.approx(expected or norms, rel=1e-6)
+            for name, gradient in after.items():
+                most, eps = clipped[name].abs().max().item(), torch.finfo(gradient.dtype).eps
+                torch.testing.assert_close(
+                    gradient.double(), clipped[name], rtol=2 * eps, atol=8 * eps * most
+                )
+        if exact and "tensor" not in kind:  # whose ranks take their part of a batch alone
+            torch.testing.assert_close(own_outputs, outputs, rtol=1e-3, atol=1e-5)
+            assert own_counters == counters
+        assert own_counters["clipped"] > 0
+    return results
+
+
+HERE = {
+    "tensor": "Partial",
+    "mixed": "Shard",
+    "offload": "Shard",
+    "bfloat16": "Shard",
+    "experts": "Shard",
+    "idle experts": "None",
+}
+ON_TWO_DIMENSIONS = {
+    "tensor and fsdp2": "_StridedShard",
+    "hsdp": "Replicate",
+    "experts with copies": "Shard",
+}
+
+
+@pytest.mark.parametrize("order", quick([2.0, INF], 2.0))
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", quick(HERE, "tensor", "experts", "mixed"))
+def test_modules(ranks, kind, scope, order):
+    """Modules are clipped by the norms of their whole gradients."""
+    results = check(ranks, kind, {"scope": scope, "norm_type": order})
+    assert any(HERE[kind] in placements for *_, placements in results)
+
+
+@pytest.mark.parametrize("order", [2.0, INF])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", ON_TWO_DIMENSIONS)
+@pytest.mark.slow
+def test_meshes_of_two_dimensions(four_ranks, kind, scope, order):
+    """So are modules on meshes of two dimensions."""
+    results = check(four_ranks, kind, {"scope": scope, "norm_type": order})
+    assert all(ON_TWO_DIMENSIONS[kind] in placements for *_, placements in results)
+
+
+@pytest.mark.parametrize("scope", ["parameter", "unit"])
+def test_a_rank_without_a_gradient_now_and_then(ranks, scope):
+    """Rules learn the same on all ranks, and as in one process."""
+    check(ranks, "resting experts", {"scope": scope, "max_norm": "percentile"})
 
 
 @pytest.mark.parametrize("name", quick(RULES, "fixed", "each unit", "skipped", "weights"))
 @pytest.mark.parametrize("kind", quick(["fsdp2", "ddp"], "fsdp2"))
 def test_rules(ranks, kind, name):
-    """Under FSDP2 and DDP every rule decides as in one process."""
-    check(ranks, kind, name)
+    """Every rule decides as in one process, under FSDP2 in one collective, under DDP in none."""
+    for _, _, calls, *_ in check(ranks, kind, RULES[name]):
+        assert calls == ["allreduce"] * (kind == "fsdp2")
 
 
 @pytest.mark.parametrize("kind", ["zero", "fsdp", "fsdp flat"])
 def test_other_wrappers(ranks, kind):
     """ZeroRedundancyOptimizer needs nothing; FullyShardedDataParallel needs ``ranks=``."""
-    check(ranks, kind, "skipped")
+    for _, _, calls, *_ in check(ranks, kind, RULES["skipped"]):
+        assert calls == ["allreduce"] or kind == "zero"  # which broadcasts in its step
 
 
-def test_only_rank_0_logs(two_ranks, tmp_path):
-    """It writes into a directory that all ranks were given."""
-    two_ranks.run(trained, "fsdp2", "fixed", str(tmp_path / "logs"))
+def test_logs(two_ranks, tmp_path):
+    """Of a directory that all ranks were given, rank 0 alone writes into it."""
+    two_ranks.run(trained, "fsdp2", {"log": str(tmp_path / "logs")})
     [file] = (tmp_path / "logs").iterdir()
     reader = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-    assert [point.step for point in reader.Scalars("grad_norm/pre")] == [*range(6)]
+    assert [point.step for point in reader.Scalars("grad_norm/pre")] == [*range(4)]
 
 
 def scaled() -> Any:
     """Train under a GradScaler, with an overflow at the third step on the last rank alone."""
     torch.manual_seed(0)
-    net = wrapped("fsdp2", Net())
+    net = spread(Net(), "fsdp2")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     clipper = GradientClipper(optimizer, 0.05)
     scaler, rows = torch.amp.GradScaler("cpu", init_scale=1024.0), []
     for step in range(4):
-        batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-        scaler.scale(net(batch).square().mean()).backward()
+        batch = torch.randn(4, 4, generator=torch.Generator().manual_seed(step))
+        scaler.scale(net(batch, batch).square().mean()).backward()
         if step == 2 and distributed.get_rank() == distributed.get_world_size() - 1:
-            net.head.weight.grad.to_local().view(-1)[:1] = math.inf
-            net.inner[0].weight.grad.to_local().view(-1)[:1] = math.inf
+            net.down.weight.grad.to_local().view(-1)[:1] = math.inf
+            net.up.weight.grad.to_local().view(-1)[:1] = math.inf
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

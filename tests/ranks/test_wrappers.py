@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gradclip import AttachError, GradientClipper, Ranks
-from tests.ranks.test_training import Net, wrapped
+from tests.ranks.test_training import Net
+from tests.ranks.test_training import spread as spread_module
 from tests.support.dtensors import (
     LIMIT,
     SCOPES,
@@ -29,7 +30,7 @@ def attach(case: str) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     if case.startswith("flat"):
-        net, rows = wrapped("fsdp", Net()), case == "flat rows"
+        net, rows = spread_module(Net(), "fsdp"), case == "flat rows"
         options = {"scope": "unit", "model": net, "ranks": Ranks()} if rows else {}
         GradientClipper(torch.optim.SGD(net.parameters(), lr=1.0), 1.0, **options)
     elif case == "some ranks of a mesh":

@@ -85,9 +85,7 @@ class Batch:
         # One tensor, so that one copy brings everything but the sums of parameters.
         values = torch.stack([torch.stack(row) for row in rows])
         measured = [sums for record in records if (sums := record.parameter_sums) is not None]
-        vectors = [vector for sums in measured for vector in sums.sums]
-        if any(vector.device != values.device for vector in vectors):
-            vectors = [vector.to(values.device) for vector in vectors]
+        vectors = [vector.to(values.device) for sums in measured for vector in sums.sums]
         self._host = _on_host(values)
         self._sums = _on_host(torch.cat(vectors)) if vectors else None
         self._event = None

@@ -43,6 +43,8 @@ def test_sinks_show_where_they_write(tmp_path):
         f"JsonlSink('{tmp_path}/a')",
         "MemorySink(0 steps)",
     ]
+    sinks[0].close()
+    assert [*tmp_path.iterdir()] == [], "nothing was written"
 
 
 @pytest.mark.parametrize(

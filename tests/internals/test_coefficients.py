@@ -21,7 +21,7 @@ INF, NAN = math.inf, math.nan
 sizes = st.floats(min_value=0, allow_infinity=False)
 
 
-def vector(*values: float) -> torch.Tensor:
+def norm_vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -29,8 +29,8 @@ def vector(*values: float) -> torch.Tensor:
 @example(norms=[0.0, 5e-324], threshold=0.0)
 def test_a_coefficient_is_threshold_over_norm_and_at_most_one(norms, threshold):
     """One number serves all norms; norm and threshold of 0 give 1."""
-    for thresholds in (torch.full_like(vector(*norms), threshold), threshold):
-        found = clip_coefficients(vector(*norms), thresholds, erase=True).tolist()
+    for thresholds in (torch.full_like(norm_vector(*norms), threshold), threshold):
+        found = clip_coefficients(norm_vector(*norms), thresholds, erase=True).tolist()
         assert found == [1.0 if norm <= threshold else threshold / norm for norm in norms]
 
 
@@ -39,15 +39,19 @@ def test_a_coefficient_is_threshold_over_norm_and_at_most_one(norms, threshold):
 @pytest.mark.parametrize(("erase", "needed"), [(True, 0.0), (False, 1.0)])
 @pytest.mark.parametrize("others", [[], [5.0]])
 def test_a_norm_that_is_not_finite_erases_or_leaves(bad, threshold, erase, needed, others):
-    norms = vector(bad, *others)
+    norms = norm_vector(bad, *others)
     found = clip_coefficients(norms, torch.full_like(norms, threshold), erase=erase)
     assert found.tolist() == [needed, *(min(1.0, threshold / 5) for _ in others)]
-    assert [are_finite(norms), are_finite(vector(*others, bad)), are_finite(vector(0, 5))] == [
+    assert [
+        are_finite(norms),
+        are_finite(norm_vector(*others, bad)),
+        are_finite(norm_vector(0, 5)),
+    ] == [
         False,
         False,
         True,
     ]
-    assert are_finite(vector(1e308))
+    assert are_finite(norm_vector(1e308))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -89,7 +93,7 @@ def test_a_skipped_step_has_the_coefficient_one(kind):
 
 
 def test_bound_and_coefficient_reduce_a_norm_together():
-    norms, bounded = vector(4.0, 0.0, INF, 4.0, 0.5), vector(2.0, 0.0, INF, 4.0, 0.25)
-    coefficients = vector(0.5, 1.0, 0.0, 0.5, 1.0)
+    norms, bounded = norm_vector(4.0, 0.0, INF, 4.0, 0.5), norm_vector(2.0, 0.0, INF, 4.0, 0.25)
+    coefficients = norm_vector(0.5, 1.0, 0.0, 0.5, 1.0)
     assert reduction_of(coefficients, bounded, norms).tolist() == [0.25, 1.0, 0.0, 0.5, 0.5]
     assert reduction_of(coefficients, norms, norms) is coefficients

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-class Half(Threshold):
+class HalvingRule(Threshold):
     observed = ()
 
     def thresholds(self, norms, context):
@@ -48,7 +48,7 @@ def test_what_a_rule_observes(asks, flags, partial, observed):
 
     A rule that asks for skipped steps is told the norms that scaling would have given.
     """
-    rule, norms = Half(), torch.tensor([8.0], dtype=torch.float64)
+    rule, norms = HalvingRule(), torch.tensor([8.0], dtype=torch.float64)
     rule.observes_skipped = asks
     labels = NormLabels([torch.optim.SGD([nn.Parameter(torch.ones(1))])], Scope())
     gradients = StepGradients([torch.ones(1)], None, Settings(), 1, CPU, partial=partial)

@@ -45,13 +45,15 @@ def indices_of(*indices: int, rows: bool = False) -> NormIndices:
     return NormIndices(torch.tensor(indices), rows)
 
 
-def power_sum(gradients: Iterable[Tensor], order: float) -> float:
+def power_sum_of(gradients: Iterable[Tensor], order: float) -> float:
     """Return the power sum of all elements, of infinite order the largest."""
     norm = norm_of(gradients, order)
     return norm if order == math.inf else norm**order
 
 
-def by_index(gradients: Sequence[Tensor], indices: list[int], count: int) -> list[list[Tensor]]:
+def grouped_by_index(
+    gradients: Sequence[Tensor], indices: list[int], count: int
+) -> list[list[Tensor]]:
     pairs = list(zip(gradients, indices, strict=True))
     return [[gradient for gradient, of in pairs if of == index] for index in range(count)]
 
@@ -71,11 +73,11 @@ def test_each_norm_is_that_of_its_gradients(order, kinds, indices, engine):
     buckets, sums = buckets_of(gradients, order, norm_indices), []
     options = {"count": 1 if indices is None else 3, "engine": engine}
     norms = norms_of(buckets, order, **options)
-    groups = by_index(gradients, indices or [0] * 6, options["count"])
+    groups = grouped_by_index(gradients, indices or [0] * 6, options["count"])
     assert (norms.tolist(), norms.dtype) == (approx(norm_of(each, order) for each in groups), F64)
     assert torch.equal(norms_of(buckets, order, gradient_sums=sums, **options), norms)
     measured = [gradient for bucket in buckets for gradient in bucket.measured]
-    assert torch.cat(sums).tolist() == approx(power_sum([each], order) for each in measured)
+    assert torch.cat(sums).tolist() == approx(power_sum_of([each], order) for each in measured)
     if indices is None:
         for sums in (None, []):
             norm = norms_of(buckets, order, scalar=True, engine=engine, gradient_sums=sums)
@@ -90,7 +92,7 @@ def test_rows_without_a_norm_do_not_count(order):
     buckets, sums = buckets_of([whole, rows], order, indices), []
     norms = norms_of(buckets, order, count=2, gradient_sums=sums)
     assert norms.tolist() == approx([norm_of([rows[2]], order), norm_of([whole, rows[0]], order)])
-    needed = [power_sum([whole], order), power_sum([rows[0], rows[2]], order)]
+    needed = [power_sum_of([whole], order), power_sum_of([rows[0], rows[2]], order)]
     assert torch.cat(sums).tolist() == approx(needed)
     shared = measure_across_ranks(
         buckets,
@@ -161,8 +163,8 @@ def buckets_of_ranks(
 def sum_of_ranks(gradients: Sequence[Tensor], order: float) -> float:
     """Return the power sum that both ranks measure: copies count on the other rank alone."""
     here = [gradient for gradient in gradients if gradient.dtype is not BF16]
-    sharded = power_sum([gradient for gradient in here if gradient.dtype is F32], order)
-    total = power_sum(here, order)
+    sharded = power_sum_of([gradient for gradient in here if gradient.dtype is F32], order)
+    total = power_sum_of(here, order)
     return total if order == math.inf else total + sharded
 
 
@@ -192,11 +194,13 @@ def test_ranks_measure_together(order, parameters, weights, present):
     )
 
     def norms(tensors: list[Tensor]) -> object:
-        return approx(norm_of_ranks(each, order) for each in by_index(tensors, indices, 3))
+        return approx(norm_of_ranks(each, order) for each in grouped_by_index(tensors, indices, 3))
 
     assert shared.norms.tolist() == norms(gradients)
     if parameters:
-        needed = (sum_of_ranks(each, order) for each in by_index(gradients, of_parameters, 6))
+        needed = (
+            sum_of_ranks(each, order) for each in grouped_by_index(gradients, of_parameters, 6)
+        )
         assert shared.parameter_sums.tolist() == approx(needed)
     if weights:
         assert shared.weight_norms.tolist() == norms(values)
@@ -229,7 +233,7 @@ def test_a_group_within_the_ranks_around_it_needs_no_collective(order, norm_rank
     parameters = ((indices_of(2), indices_of(0)), 3)
     shared = measure_across_ranks(buckets, order, norm_ranks, parameters=parameters, **options)
     factor = 2 if norm_ranks.across and order < math.inf else 1
-    first, second = (factor * power_sum([gradient], order) for gradient in gradients)
+    first, second = (factor * power_sum_of([gradient], order) for gradient in gradients)
     assert shared.parameter_sums.tolist() == approx([second, 0.0, first])
 
 

@@ -65,7 +65,7 @@ def norm_by_torch(*values: float, dtype: torch.dtype = F64, order: float = 2.0) 
     return utils.get_total_norm([torch.tensor(values, dtype=dtype)], order)
 
 
-def entries() -> Tensor:
+def sparse_entries() -> Tensor:
     return torch.sparse_coo_tensor([[0, 0, 2]], [2.0, 1.0, 4.0], (3,), dtype=F64)
 
 
@@ -110,7 +110,9 @@ EXCLUDED = {
     "sparse": Exclusion(
         "torch does not clip sparse gradients",
         lambda: all(
-            fails(lambda clip=clip: clip([parameter_with(entries())], 1.0), NotImplementedError)
+            fails(
+                lambda clip=clip: clip([parameter_with(sparse_entries())], 1.0), NotImplementedError
+            )
             for clip in (utils.clip_grad_norm_, utils.clip_grad_value_)
         ),
     ),
@@ -200,7 +202,7 @@ def test_torch_is_still_no_measure(name):
 # Random gradients
 
 
-class Given(NamedTuple):
+class GradientCase(NamedTuple):
     """A gradient in words."""
 
     dtype: torch.dtype
@@ -214,12 +216,15 @@ class Given(NamedTuple):
         """Make it; every call makes an equal one in memory of its own."""
         generator = torch.Generator().manual_seed(self.seed)
         numel = math.prod(self.shape)
-        wide = C128 if self.dtype.is_complex else F64
-        values = torch.randn(numel, generator=generator, dtype=wide) * self.scale
+        entries_in_float64 = C128 if self.dtype.is_complex else F64
+        values = torch.randn(numel, generator=generator, dtype=entries_in_float64) * self.scale
         if self.values == "constant":
             values.fill_(0.7 * self.scale)
         elif self.values == "few":
-            values = torch.randint(-1, 2, (numel,), generator=generator).to(wide) * self.scale
+            values = (
+                torch.randint(-1, 2, (numel,), generator=generator).to(entries_in_float64)
+                * self.scale
+            )
         elif numel and self.values in ("nan", "inf", "-inf"):
             values[self.seed % numel] = float(self.values)
         return laid_out(values.to(self.dtype).reshape(self.shape), self.layout)
@@ -250,10 +255,10 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
-class Case(NamedTuple):
+class Arguments(NamedTuple):
     """What a function is given."""
 
-    gradients: list[Given | None]
+    gradients: list[GradientCase | None]
     twice: str
     container: str
     order: float
@@ -276,15 +281,15 @@ ODD = ["expanded", "overlapping", "conjugate", "negative", "sparse", "uncoalesce
 VALUES = ["random", "random", "constant", "few"]
 
 
-def cases(
+def argument_cases(
     dtypes: Iterable[torch.dtype] = DTYPES,
     layouts: Iterable[str] = (*LAYOUTS, *ODD),
     values: Iterable[str] = (*VALUES, *VALUES, "nan", "inf", "-inf"),
     scales: Iterable[float] = (1.0, 1.0, 1e-3, 300.0, 1e-30, 1e30, 1e-42, 1e200),
     twice: Iterable[str] = ("no", "no", "no", "parameter", "gradient"),
-) -> st.SearchStrategy[Case]:
+) -> st.SearchStrategy[Arguments]:
     gradients = st.builds(
-        Given,
+        GradientCase,
         st.sampled_from([*dtypes]),
         st.sampled_from(SHAPES),
         st.sampled_from([*layouts]),
@@ -293,7 +298,7 @@ def cases(
         st.integers(0, 2**16),
     )
     return st.builds(
-        Case,
+        Arguments,
         st.lists(st.one_of(gradients, gradients, gradients, st.none()), max_size=7),
         st.sampled_from([*twice]),
         st.sampled_from(["list", "tuple", "generator", "iterator", "single"]),
@@ -303,7 +308,7 @@ def cases(
     )
 
 
-ordinary = cases([F64], LAYOUTS, VALUES, [1.0, 1e-3, 300.0, 1e30], ["no"])
+ordinary = argument_cases([F64], LAYOUTS, VALUES, [1.0, 1e-3, 300.0, 1e30], ["no"])
 """What torch has to agree about to the last digits."""
 
 
@@ -319,12 +324,12 @@ def contained(tensors: list[Tensor], container: str) -> Any:
     return makers.get(container, list)(tensors)
 
 
-def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
+def distinct_gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Return the distinct gradients."""
     return [*{id(p.grad): p.grad for p in parameters if p.grad is not None}.values()]
 
 
-def wide(gradient: Tensor) -> Tensor:
+def entries_in_float64(gradient: Tensor) -> Tensor:
     """Return a copy of the elements in float64, of a sparse gradient those of its entries."""
     gradient = gradient._values() if gradient.is_sparse else gradient
     return gradient.detach().to(C128 if gradient.is_complex() else F64).clone()
@@ -332,7 +337,7 @@ def wide(gradient: Tensor) -> Tensor:
 
 def dense(gradient: Tensor) -> Tensor:
     """Return a copy of the elements in float64, of a sparse gradient all sums of its entries."""
-    return wide(gradient.to_dense() if gradient.is_sparse else gradient)
+    return entries_in_float64(gradient.to_dense() if gradient.is_sparse else gradient)
 
 
 def magnitudes(gradients: Iterable[Tensor]) -> list[float]:
@@ -344,7 +349,7 @@ def magnitudes(gradients: Iterable[Tensor]) -> list[float]:
     return found
 
 
-def exact_norm(values: list[float], order: float) -> float:
+def exactly_rounded_norm(values: list[float], order: float) -> float:
     """Return the norm, correctly rounded but for the root; infinite where it is beyond float64."""
     if any(map(math.isnan, values)):
         return NAN
@@ -357,18 +362,18 @@ def exact_norm(values: list[float], order: float) -> float:
         return INF
 
 
-def narrow(gradients: Iterable[Tensor]) -> bool:
+def has_narrow_dtype(gradients: Iterable[Tensor]) -> bool:
     return any(real(gradient.dtype) is not F64 for gradient in gradients)
 
 
-def exclusions(case: Case, parameters: list[nn.Parameter]) -> set[str]:
+def exclusions(case: Arguments, parameters: list[nn.Parameter]) -> set[str]:
     """Say why torch is no measure of a case."""
-    gradients = gradients_of(parameters)
+    gradients = distinct_gradients(parameters)
     given = [each for each in case.gradients if each is not None]
     layouts = {each.layout for each in given}
     largest = max((value for value in magnitudes(gradients) if value < INF), default=0.0)
-    least, most = (1e-6, 1e4) if narrow(gradients) else (1e-90, 1e90)
-    norm = exact_norm(magnitudes(gradients), case.order)
+    least, most = (1e-6, 1e4) if has_narrow_dtype(gradients) else (1e-90, 1e90)
+    norm = exactly_rounded_norm(magnitudes(gradients), case.order)
     reasons = {
         "twice": sum(p.grad is not None for p in parameters) > len(gradients),
         "sparse": any(gradient.is_sparse for gradient in gradients),
@@ -380,16 +385,16 @@ def exclusions(case: Case, parameters: list[nn.Parameter]) -> set[str]:
         "complex value": any(gradient.is_complex() for gradient in gradients),
         "range": largest != 0 and (not least < largest < most or most * 6 < norm < INF),
         "not finite": not norm < INF,
-        "rounded norm": narrow(gradients),
+        "rounded norm": has_narrow_dtype(gradients),
     }
     found = {name for name, holds in reasons.items() if holds}
     met.update(found)
     return found
 
 
-def norm_margin(case: Case, gradients: list[Tensor]) -> float:
+def norm_margin(case: Arguments, gradients: list[Tensor]) -> float:
     """How far torch's norm may be off, which rounds each tensor's norm and adds in float32."""
-    if not narrow(gradients):
+    if not has_narrow_dtype(gradients):
         return 1e-12
     count = sum(gradient.numel() for gradient in gradients)
     unit = max(ROUNDOFF[real(gradient.dtype)] for gradient in gradients)
@@ -397,44 +402,47 @@ def norm_margin(case: Case, gradients: list[Tensor]) -> float:
     return 2 * parts / min(1.0, case.order)
 
 
-def bits(gradient: Tensor) -> tuple[bytes, int]:
+def bits_and_version(gradient: Tensor) -> tuple[bytes, int]:
     values = gradient._values() if gradient.is_sparse else gradient
     return bits_of(values.resolve_conj().resolve_neg()), gradient._version
 
 
-def assert_scaled(found: Tensor, original: Tensor, factor: float, accuracy: float) -> None:
+def assert_is_product(found: Tensor, original: Tensor, factor: float, accuracy: float) -> None:
     """Check that a gradient is another times a factor, up to the rounding of its dtype."""
     dtype = real(found.dtype)
     margin = original.abs() * factor * (3 * ROUNDOFF[dtype] + accuracy) + 2 * SMALLEST[dtype]
-    assert bool(((wide(found) - original * factor).abs() <= margin).all())
+    assert bool(((entries_in_float64(found) - original * factor).abs() <= margin).all())
 
 
-def limit_of(case: Case, norm: float) -> float:
+def limit_of(case: Arguments, norm: float) -> float:
     return norm * case.share if 0 < norm < INF and case.share else min(case.share, 1.0)
 
 
 # Clipping it
 
 
-def check_clipping(case: Case, *, apart: bool, raises: bool) -> None:
+def check_clipping(case: Arguments, *, apart: bool, raises: bool) -> None:
     """Clip with gradclip, look at what became of the gradients, and let torch do the same."""
     ours, theirs = case.parameters(), case.parameters()
     excluded = exclusions(case, theirs)
-    gradients = gradients_of(ours)
-    norm = exact_norm(magnitudes(gradients), case.order)
-    accuracy = 1e-6 if narrow(gradients) else 1e-12
-    before, originals = [bits(g) for g in gradients], [wide(g) for g in gradients]
+    gradients = distinct_gradients(ours)
+    norm = exactly_rounded_norm(magnitudes(gradients), case.order)
+    accuracy = 1e-6 if has_narrow_dtype(gradients) else 1e-12
+    before, originals = (
+        [bits_and_version(g) for g in gradients],
+        [entries_in_float64(g) for g in gradients],
+    )
     measured = gradclip.get_total_norm(gradients, case.order).item()
     assert measured == pytest.approx(norm, rel=accuracy, abs=0, nan_ok=True)
-    assert [bits(g) for g in gradients] == before
+    assert [bits_and_version(g) for g in gradients] == before
     if not excluded & {"sparse", "empty", "range"}:
-        needed = utils.get_total_norm(gradients_of(theirs), case.order).item()
+        needed = utils.get_total_norm(distinct_gradients(theirs), case.order).item()
         assert measured == pytest.approx(needed, rel=norm_margin(case, gradients), nan_ok=True)
     limit = limit_of(case, measured)
     objects = [p.grad for p in ours]
     found: float | None
     try:
-        found = clipped(gradclip, ours, limit, case, apart=apart, raises=raises)
+        found = clip_by(gradclip, ours, limit, case, apart=apart, raises=raises)
     except NonFiniteGradientError:
         assert raises
         assert not norm < INF
@@ -444,26 +452,26 @@ def check_clipping(case: Case, *, apart: bool, raises: bool) -> None:
         assert found == pytest.approx(norm, rel=accuracy, abs=0, nan_ok=True)
         assert norm < INF or not raises
     if not measured > limit or not measured < INF:
-        assert [bits(g) for g in gradients] == before
+        assert [bits_and_version(g) for g in gradients] == before
     else:
         for gradient, original in zip(gradients, originals, strict=True):
-            assert_scaled(gradient, original, limit / norm, accuracy)
+            assert_is_product(gradient, original, limit / norm, accuracy)
     unfit = {"twice", "sparse", "shared memory", "conjugate", "empty", "range", "not finite"}
     if excluded & {*unfit, "no generator"} or not norm < INF:
         return
     met.add("epsilon")
-    assert clipped(utils, theirs, limit, case, apart=apart, raises=raises) == pytest.approx(
+    assert clip_by(utils, theirs, limit, case, apart=apart, raises=raises) == pytest.approx(
         norm, rel=norm_margin(case, gradients)
     )
     if limit < INF and not any(g.dtype in (F16, BF16) for g in gradients):
         factor = min(1.0, limit / (norm + EPSILON))
         margin = norm_margin(case, gradients)
-        for gradient, original in zip(gradients_of(theirs), originals, strict=True):
-            assert_scaled(gradient, original, factor, margin)
+        for gradient, original in zip(distinct_gradients(theirs), originals, strict=True):
+            assert_is_product(gradient, original, factor, margin)
 
 
-def clipped(
-    module: Any, parameters: list[nn.Parameter], limit: float, case: Case, **way: bool
+def clip_by(
+    module: Any, parameters: list[nn.Parameter], limit: float, case: Arguments, **way: bool
 ) -> float:
     """Clip in one call or in two; return the norm."""
     given, foreach = contained(parameters, case.container), case.foreach
@@ -478,44 +486,44 @@ def clipped(
 
 
 def check_given_norm(
-    case: Case, norm: float, dtype: torch.dtype, shape: tuple[int, ...], limit: float
+    case: Arguments, norm: float, dtype: torch.dtype, shape: tuple[int, ...], limit: float
 ) -> None:
     """Scale by any norm that is given."""
     ours, theirs = case.parameters(), case.parameters()
     total = torch.full(shape, norm, dtype=dtype)
     norm = total.item()
-    before = [bits(p.grad) for p in ours if p.grad is not None]
-    originals = [wide(p.grad) for p in ours if p.grad is not None]
+    before = [bits_and_version(p.grad) for p in ours if p.grad is not None]
+    originals = [entries_in_float64(p.grad) for p in ours if p.grad is not None]
     call = (limit, total, case.foreach)
     gradclip.clip_grads_with_norm_(contained(ours, case.container), *call)
     scaled = norm < INF and norm > limit
-    for gradient, bit, original in zip(gradients_of(ours), before, originals, strict=True):
-        assert scaled or bits(gradient) == bit
-        assert_scaled(gradient, original, limit / norm if scaled else 1.0, 1e-12)
+    for gradient, bit, original in zip(distinct_gradients(ours), before, originals, strict=True):
+        assert scaled or bits_and_version(gradient) == bit
+        assert_is_product(gradient, original, limit / norm if scaled else 1.0, 1e-12)
     if shape:
         met.add("one element")
         return
     if not norm < INF or limit == INF or not originals:
         return
     utils.clip_grads_with_norm_(contained(theirs, case.container), *call)
-    for gradient, original in zip(gradients_of(theirs), originals, strict=True):
+    for gradient, original in zip(distinct_gradients(theirs), originals, strict=True):
         factor = min(1.0, limit / (norm + EPSILON))
-        assert_scaled(gradient, original, factor, 4 * ROUNDOFF[dtype])
+        assert_is_product(gradient, original, factor, 4 * ROUNDOFF[dtype])
 
 
 # Bounding elements
 
 
-def check_bounding(case: Case, bound: float) -> None:
+def check_bounding(case: Arguments, bound: float) -> None:
     ours, theirs = case.parameters(), case.parameters()
     excluded = exclusions(case, ours)
-    gradients = gradients_of(ours)
-    before, originals = [bits(g) for g in gradients], [dense(g) for g in gradients]
+    gradients = distinct_gradients(ours)
+    before, originals = [bits_and_version(g) for g in gradients], [dense(g) for g in gradients]
     given = contained(ours, case.container)
     if "complex value" in excluded:
         with pytest.raises(GradientError, match="complex elements cannot be bounded"):
             gradclip.clip_grad_value_(given, bound, case.foreach)
-        assert [bits(g) for g in gradients] == before
+        assert [bits_and_version(g) for g in gradients] == before
         return
     assert gradclip.clip_grad_value_(given, bound, case.foreach) is None
     for gradient, bit, original in zip(gradients, before, originals, strict=True):
@@ -525,24 +533,24 @@ def check_bounding(case: Case, bound: float) -> None:
         needed = original.clamp(-rounded, rounded)
         torch.testing.assert_close(dense(gradient), needed, rtol=0, atol=0, equal_nan=True)
         if not gradient.is_sparse and not bool((original.abs() > rounded).any()):
-            assert bits(gradient) == bit
+            assert bits_and_version(gradient) == bit
     if any(torch.finfo(gradient.dtype).max < bound < INF for gradient in gradients):
         excluded.add("large bound")
         met.add("large bound")
     unfit = {"no gradients", "sparse", "shared memory", "conjugate", "large bound"}
     if not excluded & unfit:
         utils.clip_grad_value_(contained(theirs, case.container), bound, case.foreach)
-        for one, other in zip(gradients, gradients_of(theirs), strict=True):
+        for one, other in zip(gradients, distinct_gradients(theirs), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 # Random gradients, few in every run and many in the slow one
 
-real_cases = cases([F64, F32, F16, BF16] * 4 + [C64])
+real_cases = argument_cases([F64, F32, F16, BF16] * 4 + [C64])
 CHECKS = {
     "clipping": (
         check_clipping,
-        {"case": cases(), "apart": st.booleans(), "raises": st.booleans()},
+        {"case": argument_cases(), "apart": st.booleans(), "raises": st.booleans()},
         300,
         1500,
     ),
@@ -571,7 +579,7 @@ CHECKS = {
 
 
 @cache
-def checked(name: str, *, many: bool) -> frozenset[str]:
+def run_check(name: str, *, many: bool) -> frozenset[str]:
     """Run a check on random gradients, once; return the exclusions that these meet."""
     check, strategies, few, more = CHECKS[name]
     met.clear()
@@ -583,9 +591,9 @@ def checked(name: str, *, many: bool) -> frozenset[str]:
 @pytest.mark.parametrize("name", CHECKS)
 def test_random_gradients(name, many):
     """The norm is exact, gradients are scaled or bounded exactly, and torch agrees where it can."""
-    checked(name, many=many)
+    run_check(name, many=many)
 
 
 def test_random_gradients_meet_all_that_is_excluded():
-    found = {name for check in CHECKS for name in checked(check, many=False)}
+    found = {name for check in CHECKS for name in run_check(check, many=False)}
     assert found == {name for name, exclusion in EXCLUDED.items() if not exclusion.refused}

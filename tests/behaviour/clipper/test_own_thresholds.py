@@ -12,7 +12,7 @@ from tests.support.clippers import weights_of
 from tests.support.reference import parameter_with
 
 
-class Half(Threshold):
+class HalfOfNorm(Threshold):
     """Allows half of every norm, and notes what it observes."""
 
     def __init__(self, answer=lambda norms: norms / 2) -> None:
@@ -28,7 +28,7 @@ class Half(Threshold):
         self.observed.append((norms.tolist(), clipped_norms.tolist(), context.present.tolist()))
 
 
-def clipped(rule: Threshold, *gradients: float, keys=(...,), **options) -> GradientClipper:
+def after_one_step(rule: Threshold, *gradients: float, keys=(...,), **options) -> GradientClipper:
     """Return a clipper after a step, with a parameter group for each gradient and its key."""
     groups = [
         {
@@ -44,7 +44,7 @@ def clipped(rule: Threshold, *gradients: float, keys=(...,), **options) -> Gradi
 
 def test_it_rules_the_norms_that_no_group_rules():
     """Thresholds stand in the order of the labels; it observes its own norm alone."""
-    clipper = clipped(rule := Half(), 8.0, 6.0, 4.0, 2.0, keys=(1.0, ..., 0.25, None))
+    clipper = after_one_step(rule := HalfOfNorm(), 8.0, 6.0, 4.0, 2.0, keys=(1.0, ..., 0.25, None))
     assert rule.started == [(("global",), "cpu", torch.float64)]
     by_label = dict(zip(clipper.labels, clipper.last.threshold.tolist(), strict=True))
     assert sorted(by_label.values()) == [0.25, 1.0, 3.0]
@@ -74,26 +74,26 @@ def test_what_is_no_vector_of_thresholds_is_an_error(returned):
     """Before anything is written."""
     gradient = torch.tensor([8.0])
     optimizer = torch.optim.SGD([parameter_with(gradient)], lr=1.0)
-    GradientClipper(optimizer, Half(lambda norms: returned))
-    with pytest.raises(ArgumentError, match=r"Half.thresholds\(\) returned .*: return "):
+    GradientClipper(optimizer, HalfOfNorm(lambda norms: returned))
+    with pytest.raises(ArgumentError, match=r"HalfOfNorm.thresholds\(\) returned .*: return "):
         optimizer.step()
     assert [gradient.item(), weights_of(optimizer)[0].item()] == [8.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_thresholds_of_another_precision_are_converted(dtype):
-    last = clipped(Half(lambda norms: norms.to(dtype) / 2), 8.0).last
+    last = after_one_step(HalfOfNorm(lambda norms: norms.to(dtype) / 2), 8.0).last
     assert (last.threshold.item(), last.threshold.dtype) == (4.0, torch.float64)
 
 
 def test_the_threshold_of_a_norm_that_is_not_finite_may_be_nan():
-    assert math.isnan(clipped(Half(), math.nan).last.threshold.item())
+    assert math.isnan(after_one_step(HalfOfNorm(), math.nan).last.threshold.item())
 
 
 def test_what_it_writes_to_is_its_own():
     """Neither its arguments nor the record of the step change."""
 
-    class Careless(Half):
+    class Careless(HalfOfNorm):
         def thresholds(self, norms, context):
             context.present.zero_()
             return norms.mul_(0.5)
@@ -103,7 +103,7 @@ def test_what_it_writes_to_is_its_own():
             context.present.zero_()
             norms.zero_()
 
-    clipper = clipped(rule := Careless(), 8.0, exceed="observe")
+    clipper = after_one_step(rule := Careless(), 8.0, exceed="observe")
     clipper.step()
     assert clipper.last.norm.item() == 8.0
     assert rule.observed == [([8.0], [4.0], [True])] * 2

@@ -14,7 +14,7 @@ from gradclip import GradientClipper
 
 
 @pytest.fixture(params=["like a device", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request) -> torch.device:
+def target(request) -> torch.device:
     if request.param == "cuda":
         return torch.device("cuda")
     request.getfixturevalue("like_a_device")
@@ -22,9 +22,9 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture
-def unread(device, request) -> Callable:
+def unread(target, request) -> Callable:
     """A block in which a host that waits for a value raises."""
-    tape = None if device.type == "cuda" else request.getfixturevalue("tape")
+    tape = None if target.type == "cuda" else request.getfixturevalue("tape")
 
     @contextmanager
     def block():
@@ -52,15 +52,15 @@ def refusing(way: Callable) -> Callable:
     return refuse
 
 
-def training(device, max_norm, *, fused: bool, **options):
+def trained_steps(target, max_norm, *, fused: bool, **options):
     """Return a clipper and a function that takes a step; three steps have been taken."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(target)
     kind = torch.optim.AdamW if fused else torch.optim.SGD  # others read their count of steps
     optimizer = kind(model.parameters(), lr=0.01, fused=fused)
     # On a device a batch is read once its copy has arrived; here it would be read at once.
-    sink = gradclip.MemorySink(flush_every=2 if device.type == "cuda" else 100)
+    sink = gradclip.MemorySink(flush_every=2 if target.type == "cuda" else 100)
     clipper = GradientClipper(optimizer, max_norm, log=sink, **options)
-    batches = {factor: torch.randn(5, 4, device=device) * factor for factor in FACTORS}
+    batches = {factor: torch.randn(5, 4, device=target) * factor for factor in FACTORS}
 
     def step(factor: float = 1.0) -> None:
         optimizer.zero_grad()
@@ -76,8 +76,8 @@ FACTORS = (1.0, 100.0, float("nan"), 0.01)
 
 
 @pytest.mark.parametrize("rule", ["Fixed", "Percentile"], indirect=True)
-def test_no_policy_waits(device, rule, options, unread):
-    step, clipper = training(device, rule(), fused=True, **options)
+def test_no_policy_waits(target, rule, options, unread):
+    step, clipper = trained_steps(target, rule(), fused=True, **options)
     with unread():
         for factor in FACTORS:
             step(factor)
@@ -85,8 +85,8 @@ def test_no_policy_waits(device, rule, options, unread):
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter"])
-def test_no_threshold_waits(device, rule, scope, unread):
-    step, clipper = training(device, rule(), fused=False, scope=scope)
+def test_no_threshold_waits(target, rule, scope, unread):
+    step, clipper = trained_steps(target, rule(), fused=False, scope=scope)
     with unread():
         for factor in FACTORS:
             step(factor)
@@ -97,16 +97,16 @@ def test_no_threshold_waits(device, rule, scope, unread):
     ("fused", "options"),
     [(True, {"nonfinite": "raise"}), (False, {"nonfinite": "skip"}), (False, {"exceed": "skip"})],
 )
-def test_what_says_that_it_waits_does(device, fused, options, unread):
-    step, _ = training(device, 0.5, fused=fused, **options)
+def test_what_says_that_it_waits_does(target, fused, options, unread):
+    step, _ = trained_steps(target, 0.5, fused=fused, **options)
     reason = "would wait for a value|synchronizing"
     with unread(), pytest.raises((AssertionError, RuntimeError), match=reason):
         step()
 
 
-def test_functions_do_not_wait(device, unread):
-    weights = [nn.Parameter(torch.ones(size, device=device)) for size in (3, 500, 70_000)]
-    weights.append(nn.Parameter(torch.ones(9, 70, device=device)[:, ::2]))
+def test_functions_do_not_wait(target, unread):
+    weights = [nn.Parameter(torch.ones(size, device=target)) for size in (3, 500, 70_000)]
+    weights.append(nn.Parameter(torch.ones(9, 70, device=target)[:, ::2]))
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     gradclip.clip_grad_units_(weights)  # keeps where units are

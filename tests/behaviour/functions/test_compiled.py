@@ -46,11 +46,11 @@ def learned(dtype: torch.dtype = torch.float32, width: int = 6) -> list[nn.Param
     return [*parameters, parameters[0]]
 
 
-def compiled(function: Callable[..., object], backend: str = "eager") -> Callable[..., object]:
+def in_one_graph(function: Callable[..., object], backend: str = "eager") -> Callable[..., object]:
     return torch.compile(function, backend=backend, fullgraph=True)
 
 
-def assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
+def assert_equal_parameters(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one, other)
         assert (one.grad is None) == (other.grad is None)
@@ -85,11 +85,11 @@ WAYS = {
 def test_one_graph_does_what_eager_code_does(way, backend, dtype):
     """Bit by bit, for every function."""
     ours, theirs = learned(dtype), learned(dtype)
-    norm, needed = compiled(WAYS[way], backend)(ours), WAYS[way](theirs)
+    norm, needed = in_one_graph(WAYS[way], backend)(ours), WAYS[way](theirs)
     if needed is not None:
         assert (norm.shape, norm.dtype, norm.requires_grad) == ((), torch.float64, False)
         assert torch.equal(norm, needed)
-    assert_same(ours, theirs)
+    assert_equal_parameters(ours, theirs)
 
 
 def descend(parameters: list[nn.Parameter]) -> Tensor:
@@ -103,16 +103,16 @@ def descend(parameters: list[nn.Parameter]) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_follows_in_the_graph_sees_clipped_gradients(backend):
     ours, theirs = learned(), learned()
-    assert torch.equal(compiled(descend, backend)(ours), descend(theirs))
-    assert_same(ours, theirs)
+    assert torch.equal(in_one_graph(descend, backend)(ours), descend(theirs))
+    assert_equal_parameters(ours, theirs)
 
 
 def test_other_shapes_and_thresholds():
-    clip = compiled(gradclip.clip_grad_norm_, "aot_eager")
+    clip = in_one_graph(gradclip.clip_grad_norm_, "aot_eager")
     for width, limit in [(6, 1.0), (9, 1.0), (12, 0.5), (12, 0.25), (1, 100.0)]:
         ours, theirs = learned(width=width), learned(width=width)
         assert torch.equal(clip(ours, limit), gradclip.clip_grad_norm_(theirs, limit))
-        assert_same(ours, theirs)
+        assert_equal_parameters(ours, theirs)
 
 
 # Gradients that the graph itself computes
@@ -140,7 +140,7 @@ def functional_step(weights: dict[str, Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_torch_func_are_clipped_in_their_graph(backend):
     (ours, x), (theirs, _) = made_weights(), made_weights()
-    norm, needed = compiled(functional_step, backend)(ours, x), functional_step(theirs, x)
+    norm, needed = in_one_graph(functional_step, backend)(ours, x), functional_step(theirs, x)
     assert needed > 1
     # What inductor makes of the model rounds otherwise.
     tolerance = 1e-5 if backend == "inductor" else 0
@@ -154,7 +154,7 @@ def test_a_gradient_given_twice_counts_and_is_scaled_once(backend):
         gradient = x * 2
         return gradclip.clip_gradients_([gradient, gradient], 1.0), gradient
 
-    norm, gradient = compiled(clip, backend)(torch.tensor([1.5, 2.0]))
+    norm, gradient = in_one_graph(clip, backend)(torch.tensor([1.5, 2.0]))
     assert norm.item() == 5.0
     assert gradient.tolist() == pytest.approx([0.6, 0.8])
 
@@ -173,7 +173,7 @@ def test_the_gradients_themselves_are_handed_over(backend, monkeypatch):
 
     monkeypatch.setattr(f"{module}.buckets_of", noting)
     parameters = learned()
-    compiled(descend, backend)(parameters)
+    in_one_graph(descend, backend)(parameters)
     assert addresses == [p.grad.data_ptr() for p in parameters[:3]]
 
 
@@ -182,7 +182,7 @@ def buffers_of_gradients(step: Callable[..., object]) -> list[int]:
     from torch._inductor.utils import run_and_get_code  # takes seconds
 
     weights, x = made_weights()
-    _, [code] = run_and_get_code(compiled(step, "inductor"), weights, x)
+    _, [code] = run_and_get_code(in_one_graph(step, "inductor"), weights, x)
     assert "torch.ops.gradclip.clip_norm_.default(" in code
     made = [literal_eval(shape) for shape in re.findall(r"= empty_strided\w*\((\(.*?\))", code)]
     sizes = [math.prod(shape) for shape in made]
@@ -213,7 +213,7 @@ def test_a_norm_that_is_not_finite_is_an_error_at_run_time(backend):
 
     for function in (WAYS["finite"], measure):
         parameters = learned()
-        run = compiled(function, backend)
+        run = in_one_graph(function, backend)
         run(parameters)
         parameters[0].grad[0, 0] = math.nan
         before = parameters[1].grad.clone()
@@ -237,16 +237,16 @@ def test_invalid_arguments_are_refused_in_the_same_words():
 # The operators
 
 
-def gradients() -> list[Tensor]:
+def mixed_gradients() -> list[Tensor]:
     return [torch.randn(3, 4), torch.randn(5).to(torch.bfloat16), torch.randn(2, 3).t()]
 
 
 OPERATORS = {
-    "clip_norm_": lambda: (gradients(), 1.0, 2.0, True),
-    "total_norm": lambda: (gradients(), 2.0),
-    "clip_with_norm_": lambda: (gradients(), 1.0, torch.tensor(9.0, dtype=torch.float64)),
-    "clip_value_": lambda: (gradients(), 0.1),
-    "clip_units_": lambda: (gradients(), gradients(), 0.01, 1e-3, 2.0),
+    "clip_norm_": lambda: (mixed_gradients(), 1.0, 2.0, True),
+    "total_norm": lambda: (mixed_gradients(), 2.0),
+    "clip_with_norm_": lambda: (mixed_gradients(), 1.0, torch.tensor(9.0, dtype=torch.float64)),
+    "clip_value_": lambda: (mixed_gradients(), 0.1),
+    "clip_units_": lambda: (mixed_gradients(), mixed_gradients(), 0.01, 1e-3, 2.0),
 }
 
 

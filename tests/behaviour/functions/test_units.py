@@ -14,7 +14,7 @@ from gradclip.thresholds import RelativeToWeights
 from tests.support.reference import norm_of, parameter_with
 
 
-def network(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def unit_network(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """Return parameters of every number of dimensions, weights and gradients of unlike sizes."""
     torch.manual_seed(0)
     parameters = []
@@ -41,7 +41,7 @@ def clipped_by_hand(parameter: nn.Parameter, factor: float, eps: float, order: f
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_unit_is_clipped_by_the_norm_of_its_weights(dtype, order):
-    parameters = network(dtype)
+    parameters = unit_network(dtype)
     before = [(p.grad.clone(), p.data.clone()) for p in parameters]
     needed = [clipped_by_hand(p, 0.02, 1e-3, order) for p in parameters]
     total = gradclip.clip_grad_units_(parameters, 0.02, norm_type=order)
@@ -58,7 +58,7 @@ def test_every_unit_is_clipped_by_the_norm_of_its_weights(dtype, order):
 @pytest.mark.filterwarnings("ignore:.*Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("way", ["hook", "compiled"])
 def test_the_hook_and_compiled_code_do_the_same(way):
-    ours, theirs = network(), network()
+    ours, theirs = unit_network(), unit_network()
     gradclip.clip_grad_units_(ours)
     if way == "hook":
         optimizer = torch.optim.SGD(theirs, lr=0.0)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib
 import pytest
@@ -23,7 +24,7 @@ from gradclip.cli.demo.options import CELLS, LOG_SUFFIX, Options
 from gradclip.cli.demo.picture import draw
 from gradclip.cli.demo.progress import Bars, Lines, progress
 from gradclip.cli.demo.run import show_table
-from gradclip.cli.demo.task import GAIN, HIDDEN, Text, batches, read_text, seeded_model
+from gradclip.cli.demo.task import read_text, seeded_model
 from gradclip.cli.demo.training import Curves
 from tests.support.curves import curves_in, values_in
 
@@ -74,7 +75,6 @@ def demo(tmp_path, capsys, monkeypatch):
     """Run the demo with a few steps; without its picture, to be quick."""
 
     def demo(*arguments: str, steps: int = 3, folder: str = "out", picture: bool = False) -> Done:
-        capsys.readouterr()
         path = tmp_path / folder
         with monkeypatch.context() as patch:
             patch.setattr("gradclip.cli.demo.run.read_text", text)
@@ -208,14 +208,7 @@ def test_a_second_demo_replaces_only_the_logs_of_the_first(demo):
 
 
 def test_an_interrupt_leaves_the_logs_so_far(demo, monkeypatch):
-    advance, losses = Lines.advance, []
-
-    def interrupted(self, loss):
-        advance(self, loss)
-        losses.append(loss)
-        if len(losses) == 7:
-            raise KeyboardInterrupt
-
+    interrupted = Mock(side_effect=[None] * 6 + [KeyboardInterrupt])
     monkeypatch.setattr(Lines, "advance", interrupted)
     done = demo(steps=5)
     last = f"gradclip demo: interrupted; the logs so far are in {done.folder}"
@@ -225,14 +218,13 @@ def test_an_interrupt_leaves_the_logs_so_far(demo, monkeypatch):
 
 
 def test_a_full_disk_ends_it_with_a_line(demo, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", Mock(side_effect=full))
     done = demo()
     assert done.code == 1
-    assert done.err.splitlines()[-1].startswith("gradclip demo: stopped, a file cannot be written")
-    assert "No space left on device" in done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("gradclip demo: stopped, a file cannot be written")
+    assert "No space left on device" in last
 
 
 @pytest.mark.slow
@@ -250,34 +242,7 @@ def test_the_default_demo_shows_the_use_of_clipping(tmp_path):
     assert is_picture(tmp_path / "demo/demo.png")
 
 
-# Its task, table, progress and picture
-
-
-def test_the_task_is_a_long_text_in_sequences():
-    full = text()
-    assert len(full.characters) > 300_000
-    assert "statement" in "".join(full.alphabet[i] for i in full.characters.tolist())
-    for inputs, targets in batches(Text(torch.arange(102), ""), steps=3, seed=0):
-        assert inputs.shape == targets.shape == (32, 100)
-        assert torch.equal(targets, inputs + 1)
-        assert {*inputs[:, 0].tolist()} == {0, 1}  # both ends of the text are reached
-
-
-@pytest.mark.parametrize(
-    ("cell", "mode", "count"),
-    [
-        ("rnn-tanh", "RNN_TANH", 1),
-        ("rnn-relu", "RNN_RELU", 1),
-        ("lstm", "LSTM", 4),
-        ("gru", "GRU", 3),
-    ],
-)
-def test_every_recurrent_matrix_is_orthogonal_with_a_gain(cell, mode, count):
-    recurrent = seeded_model(cell, 7, seed=0).recurrent
-    matrices = recurrent.weight_hh_l0.split(HIDDEN)
-    assert (recurrent.mode, len(matrices)) == (mode, count)
-    for matrix in matrices:
-        torch.testing.assert_close(matrix @ matrix.T, GAIN**2 * torch.eye(HIDDEN))
+# Its table, progress and picture
 
 
 def curves_of(losses, norms, *, clips=False):

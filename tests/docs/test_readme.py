@@ -121,13 +121,10 @@ def test_a_command_for_a_claim_exists(pointer):
 @pytest.mark.parametrize(
     "wrong",
     [
-        "tests/test_nothing.py",
         "tests/docs/test_readme.py -k nothing_of_the_kind",
         "tests/docs/test_readme.py -m snippets",
         "tests/conftest.py",
-        "python -m benchmarks.nothing",
         "python -m benchmarks.common.shapes",
-        "python examples/nothing.py",
         "make nothing",
         ".ci/nothing",
     ],

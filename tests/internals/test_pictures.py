@@ -424,14 +424,9 @@ def test_a_long_curve_keeps_every_spike_and_gap(count):
     for column, height in zip(columns, (1e3, 2e3, 3e3), strict=True):
         assert height in shown.high[max(column - 1, 0) : column + 2]
     assert (np.nanmax(shown.line[1]), np.nanmin(shown.line[1])) == (3e3, 1e-3)
-
-
-def test_marks_of_a_long_run_are_thinned():
-    steps = np.arange(10**6) + 5
-    kept = thinned(steps)
-    assert len(kept) <= COLUMNS + 1
-    assert (kept[0], np.diff(kept).max()) == (5, 10**6 / COLUMNS)
-    assert thinned(steps[:30]).tolist() == steps[:30].tolist()
+    marks = thinned(np.arange(count) + 5)
+    assert len(marks) <= COLUMNS + 1
+    assert (marks[0], np.diff(marks).max()) == (5, -(-(count - 1) // COLUMNS))
 
 
 def test_a_million_steps_are_drawn_in_seconds():

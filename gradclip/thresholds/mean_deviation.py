@@ -51,24 +51,24 @@ class MeanDeviation(AdaptiveThreshold):
         self.factor = checked_positive("factor", factor)
         self.window = checked_count("window", window, least=2)
         self.warmup = window // 2 if warmup is None else checked_count("warmup", warmup)
-        self._norms = NormWindow(self.window)
+        self._ring = NormWindow(self.window)
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`."""
-        return self._norms.fresh(count, device, dtype)
+        return self._ring.fresh(count, device, dtype)
 
     def rebuild(self) -> None:
         """See `AdaptiveThreshold.rebuild`."""
-        self._norms.follow(self.state)
+        self._ring.follow(self.state)
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:
         """See `Rule.limits`."""
-        return self._norms.limits(norms, self.warmup, self._limit)
+        return self._ring.limits(norms, self.warmup, self._limit)
 
     def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
         """See `AdaptiveThreshold.learn`."""
-        self._norms.add(norms, observed)
+        self._ring.add(norms, observed)
 
-    def _limit(self, norms: Row | Rows) -> Any:
-        mean, deviation = norms.mean_and_deviation()
+    def _limit(self, recent: Row | Rows) -> Any:
+        mean, deviation = recent.mean_and_deviation()
         return mean + self.factor * deviation

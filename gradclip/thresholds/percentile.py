@@ -60,25 +60,25 @@ class Percentile(AdaptiveThreshold):
         self.percentile = checked_percentile(percentile)
         self.window = checked_count("window", window, least=2)
         super().__init__(cap=cap, floor=floor)
-        self._norms = NormWindow(self.window - 1)  # the current norm is the last of the window
-        self._ordered = OrderedNorms(self._norms.norms)
+        self._ring = NormWindow(self.window - 1)  # the current norm is the last of the window
+        self._ordered = OrderedNorms(self._ring.norms)
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`."""
-        return self._norms.fresh(count, device, dtype)
+        return self._ring.fresh(count, device, dtype)
 
     def rebuild(self) -> None:
         """See `AdaptiveThreshold.rebuild`."""
-        self._norms.follow(self.state)
-        if not self._ordered.fits(self._norms.norms):
-            self._ordered = OrderedNorms(self._norms.norms)
-        self._ordered.sort_(self._norms.norms)
+        self._ring.follow(self.state)
+        if not self._ordered.fits(self._ring.norms):
+            self._ordered = OrderedNorms(self._ring.norms)
+        self._ordered.sort_(self._ring.norms)
 
     def limits(self, norms: Tensor, context: StepContext) -> Tensor:
         """See `Rule.limits`."""
-        norm, present, count = numbers_or_tensors(norms, context.present, self._norms.counts)
+        norm, present, count = numbers_or_tensors(norms, context.present, self._ring.counts)
         usable = present & (norm < math.inf)
-        count = clamped(count, high=self._norms.length) + usable
+        count = clamped(count, high=self._ring.length) + usable
         # A label without any norm is computed like one with a single norm, and has no limit.
         position = (as_floats(clamped(count, low=1), norms) - 1) * (self.percentile / 100)
         rank, fraction = position // 1, position % 1
@@ -89,4 +89,4 @@ class Percentile(AdaptiveThreshold):
 
     def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
         """See `AdaptiveThreshold.learn`."""
-        self._ordered.replace_(*self._norms.add(norms, observed))
+        self._ordered.replace_(*self._ring.add(norms, observed))

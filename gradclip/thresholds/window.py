@@ -1,8 +1,8 @@
 """A window of recent norms for each label, with its mean, median and percentile.
 
-A rule has a `NormWindow`, whose two tensors are the state of the rule. Statistics come from
-`NormWindow.rows`: as numbers from a `Row` where there is one norm on the CPU, else as tensors of
-shape (k,) from `Rows`. A rule is written once for both.
+A rule has a `NormWindow`, whose two tensors are the state of the rule. `NormWindow.limits` gives it
+a `Row` where there is one norm on the CPU, with statistics that are numbers, else `Rows`, with
+statistics of shape (k,): a rule is written once for both. `OrderedNorms` keeps a window sorted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NormWindow:
 
     A step costs the same whatever the length, and the memory never grows: k ``length`` norms and k
     counts. Free slots hold the largest number of the dtype, so that they come last when a row is
-    sorted, and so that no reader of the device needs the counts.
+    sorted.
 
     Args:
         length: How many norms of each label are kept.
@@ -51,7 +51,8 @@ class NormWindow:
     def follow(self, state: Mapping[str, Tensor]) -> None:
         """Work on these tensors from now on; see `AdaptiveThreshold.rebuild`."""
         self.norms, self.counts = state["window"], state["counts"]
-        if self._slots.device != self.norms.device:  # else a captured CUDA graph may read them
+        # Made anew only where it has to be: a captured CUDA graph may read the ones before.
+        if self._slots.device != self.norms.device:
             self._slots = torch.arange(self.length, device=self.norms.device)
         # A loaded state may be of another dtype, whose largest number is another one.
         self.norms.masked_fill_(~self.filled(), torch.finfo(self.norms.dtype).max)
@@ -91,8 +92,8 @@ class NormWindow:
         needed = max(warmup, 3) - 1
         if not is_number(norms):
             return torch.where(self.counts >= needed, limit(Rows(self)), math.inf)
-        count = self.counts.item()
-        row = Row(self.norms.numpy()[0, : int(min(count, self.length))])
+        count = int(self.counts.item())
+        row = Row(self.norms.numpy()[0, :count])
         return as_limits(limit(row) if count >= needed else math.inf, norms)
 
     def filled(self) -> Tensor:

@@ -157,13 +157,13 @@ def is_number(norms: Tensor) -> bool:
     return norms.numel() == 1 and host_may_read(norms)
 
 
-def numbers_or_tensors(norms: Tensor, *state: Tensor) -> tuple[Any, ...]:
+def numbers_or_tensors(norms: Tensor, *state: Tensor) -> Sequence[Any]:
     """Return the tensors, all of shape (k,), as numbers if the host may read the one norm.
 
     With several norms, or on another device, they are returned as they are.
     """
     if is_number(norms):
-        return (norms.item(), *(tensor.item() for tensor in state))
+        return [tensor.item() for tensor in (norms, *state)]
     return (norms, *state)
 
 

@@ -218,36 +218,28 @@ def test_skipped_steps(name):
     assert torch.equal(ours.values(), without.values())
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers(name):
-    """The optimizer inside is clipped."""
-    ours, theirs = Run(WRAPPERS[name]), Run(WRAPPERS[name])
-    clipper = GradientClipper(ours.optimizer, THRESHOLD)
-    assert clip_inner(theirs) is not theirs.optimizer
-    for step in range(STEPS):
-        ours.take(step)
-        theirs.take(step)
-    assert_same(clipper, ours, theirs)
-
-
-@pytest.mark.parametrize("name", WITH_CLOSURE)
-def test_closures(name):
-    """Every evaluation within a step is clipped."""
-    ours, theirs = Run(WITH_CLOSURE[name]), Run(WITH_CLOSURE[name])
+@pytest.mark.parametrize("name", [*WRAPPERS, *WITH_CLOSURE])
+def test_wrappers_and_closures(name):
+    """The optimizer inside is clipped, at every evaluation of a closure."""
+    make, closes = (WRAPPERS | WITH_CLOSURE)[name], name in WITH_CLOSURE
+    ours, theirs = Run(make), Run(make)
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
     wraps = clip_inner(theirs) is not theirs.optimizer
+    assert wraps or closes
+
+    def evaluated(run: Run, step: int) -> Tensor:
+        loss = run.backward(step)
+        if run is theirs and not wraps:
+            clip_grad_norm_(run.parameters, THRESHOLD)
+        return loss
+
     for step in range(STEPS):
-        ours.backward(step)
-        ours.optimizer.step(lambda step=step: ours.backward(step))
-
-        def closure(step: int = step) -> Tensor:
-            loss = theirs.backward(step)
-            if not wraps:
-                clip_grad_norm_(theirs.parameters, THRESHOLD)
-            return loss
-
-        theirs.backward(step)
-        theirs.optimizer.step(closure)
+        for run in (ours, theirs):
+            if closes:
+                run.backward(step)
+                run.optimizer.step(lambda run=run, step=step: evaluated(run, step))
+            else:
+                run.take(step)
     assert_same(clipper, ours, theirs)
 
 

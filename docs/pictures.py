@@ -1,4 +1,4 @@
-"""Make the README's pictures anew from a demo run: ``make pictures``."""
+"""The README's pictures, made from a run of the demo: ``make pictures``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MARGIN = 12
 
 
 def tensorboard(logs: Path, path: Path) -> None:
-    """Take a picture of the chart that overlays norms and threshold, as TensorBoard shows it."""
+    """Save a screenshot of TensorBoard's chart that overlays norms and threshold."""
     curves = {
         f"grad_norm/{name} ({run})"
         for name in ("pre", "post", "threshold")
         for run in ("unclipped", "clipped")
     }
-    # Without its data server TensorBoard gives a curve the same symbol in both runs.
+    # Without its data server, TensorBoard gives a curve the same symbol in both runs.
     with (
         server.tensorboard(logs, logs / "messages", "--load_fast=false") as served,
         browser.chromium(1200, 1000, scale=2) as page,
@@ -37,26 +37,26 @@ def tensorboard(logs: Path, path: Path) -> None:
 
 
 def report(logs: Path, path: Path) -> None:
-    """Draw the report of both runs."""
+    """Save the picture of the report of both runs."""
     end(main(["report", str(logs / "unclipped"), str(logs / "clipped"), "--plot", str(path)]))
     make_small(path, 256)
 
 
 def make_small(path: Path, colours: int) -> None:
-    """Write a picture again with few colours."""
+    """Reduce a picture to few colours."""
     with Image.open(path) as picture:
         few_colours = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
     few_colours.save(path, optimize=True)
 
 
 def end(code: int) -> None:
-    """End with the exit code of a command, unless it is 0."""
+    """Exit with the exit code of a failed command."""
     if code:
         raise SystemExit(code)
 
 
 def make() -> None:
-    """Run the demo, as long as its curves can be told apart, and make every picture of it."""
+    """Run the demo for as many steps as its curves stay distinct, and make every picture."""
     logs = Path("demo")
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         end(main(["demo", "--steps", str(STEPS), "--out", str(logs)]))

@@ -18,6 +18,7 @@ from benchmarks.experiments.spikes.training import ARMS as SPIKE_ARMS
 from benchmarks.experiments.spikes.training import CORRUPTIONS
 from benchmarks.experiments.temporal_order import run as temporal_order
 from benchmarks.experiments.temporal_order import training as temporal_training
+from benchmarks.experiments.temporal_order.training import ARMS as ORDER_ARMS
 from benchmarks.peers import run as peers
 from benchmarks.peers.packages import PEERS
 from benchmarks.peers.ways import adaptive_ways, fixed_ways
@@ -136,9 +137,8 @@ def test_spikes(capsys, tmp_path, monkeypatch):
     spike_training.text.cache_clear()
     printed = capsys.readouterr().out
     assert printed == saved.read_text()
-    for corruption in CORRUPTIONS:
-        for arm in SPIKE_ARMS:
-            assert printed.count(f"\n| {corruption} | {arm} | ") == 1
+    rows = [f"\n| {corruption} | {arm} | " for corruption in CORRUPTIONS for arm in SPIKE_ARMS]
+    assert [printed.count(row) for row in rows] == [1] * len(rows)
     assert "| 1 NaN | no clipping | diverged |" in printed
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -158,7 +158,6 @@ def test_temporal_order(capsys, tmp_path, monkeypatch):
     assert "2 updates" not in printed.err
     text = saved.read_text()
     assert text.startswith(printed.out)
-    for length in (10, 20):
-        for arm in temporal_training.ARMS:
-            assert f"| {length} | {arm} | 0/2 | 0.00 to 0.66 |" in text
+    rows = [f"| {n} | {arm} | 0/2 | 0.00 to 0.66 |" for n in (10, 20) for arm in ORDER_ARMS]
+    assert all(row in text for row in rows)
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

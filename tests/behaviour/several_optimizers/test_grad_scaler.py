@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.support.several import (
     joint_norm,
     loss_of,
     mixed,
+    parameters_of,
     scaled_round,
     scaler_of,
     values_of,
@@ -59,7 +61,7 @@ def test_the_true_joint_norm(fused, order, unscale, given, raising):
     if raising == "a hook":
         twins.ours[order[0]].register_step_pre_hook(fail)
     for now in range(11):
-        twins.zero_grad()
+        twins.zero_grad(set_to_none=now % 3 == 0 or now - 1 in broken)
         try:
             infinite = now in overflows
             scaled_round(twins.ours, scaler, order, step=now, unscale=unscale, infinite=infinite)
@@ -168,13 +170,17 @@ def test_direct_steps(fused, order):
     assert clipper.steps == 1
 
 
+@pytest.mark.parametrize("overflow", [True, False])
 @pytest.mark.parametrize("first", [0, 1], ids=["stepped one first", "other one first"])
 @pytest.mark.parametrize("unscale", [True, False], ids=["unscale_", "step"])
 @fused_or_not
-def test_gradients_added_to_those_of_another_scale_are_refused(fused, unscale, first):
+def test_gradients_added_to_those_of_another_scale(fused, unscale, first, overflow):
+    """They are refused, unless an overflow makes them useless."""
     optimizers, scaler = mixed(fused), scaler_of()
     clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
     scaler.scale(loss_of(0, optimizers)).backward()
+    if overflow:
+        parameters_of(optimizers[1])[0].grad[0, 0] = math.inf
     scaler.step(optimizers[0])  # unscales both
     scaler.update()
     optimizers[0].zero_grad()
@@ -182,10 +188,24 @@ def test_gradients_added_to_those_of_another_scale_are_refused(fused, unscale, f
     scaler.scale(loss_of(1, optimizers)).backward()
     if unscale:
         scaler.unscale_(optimizers[first])
-    with pytest.raises(AttachError, match="another scale"):
+    with nullcontext() if overflow else pytest.raises(AttachError, match="another scale"):
         scaler.step(optimizers[first])
-    assert all(map(torch.equal, values_of(*optimizers), before))
-    assert clipper.steps == 1
+    taken = int(overflow and first == 0)
+    assert all(map(torch.equal, values_of(*optimizers[taken:]), before[taken:]))
+    assert clipper.steps == 1 + taken
+
+
+@fused_or_not
+def test_gradients_added_to_an_optimizer_that_has_stepped(fused):
+    """They carry the scale until the scaler's update, and are in no norm before."""
+    optimizers, scaler = mixed(fused), scaler_of()
+    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    scaler.scale((parameters_of(optimizers[0])[0] ** 2).sum()).backward()
+    scaler.step(optimizers[0])
+    scaler.scale(loss_of(1, optimizers)).backward()
+    norm = joint_norm(optimizers[1]) / scaler.get_scale()
+    scaler.step(optimizers[1])
+    assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -17,14 +17,11 @@ from gradclip.scopes.norm_indices import (
     row_values,
     sums_by_norm,
 )
+from tests.support.engines import vector
 
 
-def rows(*indices: list[int]) -> tuple[NormIndices, ...]:
+def row_indices(*indices: list[int]) -> tuple[NormIndices, ...]:
     return tuple(NormIndices(torch.tensor(each, dtype=torch.int64), rows=True) for each in indices)
-
-
-def double(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @given(
@@ -34,8 +31,8 @@ def double(*values: float) -> torch.Tensor:
 )
 def test_sums_and_values_find_their_norms(indices, order, random):
     """Rows in no norm enter none, and get the other value."""
-    norm_indices, flat = rows(*indices), [index for each in indices for index in each]
-    sums = double(*(random.random() for _ in flat))
+    norm_indices, flat = row_indices(*indices), [index for each in indices for index in each]
+    sums = vector(*(random.random() for _ in flat))
     found = sums_by_norm(sums.clone(), order, norm_indices, 5)
     for norm in range(5):
         parts = [s for s, index in zip(sums.tolist(), flat, strict=True) if index == norm]
@@ -50,17 +47,17 @@ def test_sums_and_values_find_their_norms(indices, order, random):
 
 def test_one_row_for_each_norm_in_order_is_the_very_tensor():
     """Not where there are more norms, or fewer rows."""
-    values, norm_indices = double(1, 4, 9), rows([0], [1, 2])
+    values, norm_indices = vector(1, 4, 9), row_indices([0], [1, 2])
     assert row_values(values, norm_indices, 1.0) is values
     assert sums_by_norm(values, 2.0, norm_indices, 3) is values
     assert sums_by_norm(values, 2.0, norm_indices, 4).tolist() == [1.0, 4.0, 9.0, 0.0]
-    assert row_values(double(1, 2, 3, 4), norm_indices, 1.0).tolist() == [1.0, 2.0, 3.0]
+    assert row_values(vector(1, 2, 3, 4), norm_indices, 1.0).tolist() == [1.0, 2.0, 3.0]
 
 
 def test_sums_of_rows_become_sums_of_gradients():
     """Without the rows in no norm."""
-    indices = gradient_indices(rows([3, 3], [NOWHERE, 2, 0], [1]))
-    sums = sums_by_norm(double(1, 2, 4, 8, 16, 32), 2.0, indices, 3)
+    indices = gradient_indices(row_indices([3, 3], [NOWHERE, 2, 0], [1]))
+    sums = sums_by_norm(vector(1, 2, 4, 8, 16, 32), 2.0, indices, 3)
     assert sums.tolist() == [3.0, 24.0, 32.0]
 
 
@@ -81,7 +78,7 @@ def test_the_same_sums_give_the_same_bits():
 
 def test_no_value_is_read():
     """Tensors of the device "meta" have none."""
-    norm_indices = rows([0, NOWHERE], [2, 0])
+    norm_indices = row_indices([0, NOWHERE], [2, 0])
     sums = torch.empty(4, dtype=torch.float64, device="meta")
     assert sums_by_norm(sums, 2.0, norm_indices, 3).shape == (3,)
     assert row_values(torch.empty(3, device="meta"), norm_indices, 1.0).shape == (4,)

@@ -31,11 +31,11 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return model
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.SGD:
+def frozen(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+def gradients_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.double().clone() for name, p in model.named_parameters()}
 
 
@@ -59,12 +59,12 @@ PARTS = {
 def test_every_part_is_clipped_by_its_own_norm(kind, dtype, order, engine):
     """A gradient within its threshold is not written at all."""
     model = network(dtype)
-    needed = gradients(model)
+    needed = gradients_by_name(model)
     parts = PARTS[kind](needed)
     norms = [norm_of(part, order) for part in parts]
     threshold = sorted(norms)[len(norms) // 2] * 0.9
     clipper = GradientClipper(
-        optimizer_of(model), threshold, scope=kind, model=model, norm_type=order, engine=engine
+        frozen(model), threshold, scope=kind, model=model, norm_type=order, engine=engine
     )
     before = [p.grad.clone() for p in model.parameters()]
     clipper.step()
@@ -73,7 +73,7 @@ def test_every_part_is_clipped_by_its_own_norm(kind, dtype, order, engine):
         for view in part:
             view.mul_(coefficient_of(norm, threshold))
     tolerance = 2.0**-7 if dtype is torch.bfloat16 else 1e-6
-    for found, expected in zip(gradients(model).values(), needed.values(), strict=True):
+    for found, expected in zip(gradients_by_name(model).values(), needed.values(), strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
     if kind == "parameter":
         for parameter, old, norm in zip(model.parameters(), before, norms, strict=True):
@@ -170,11 +170,11 @@ def test_what_is_excluded_is_in_no_norm_and_never_written(kind, exclude, engine)
     """What is not finite in it raises nothing."""
     model = network()
     model[1].weight.grad[0, 0] = math.nan
-    before, optimizer = gradients(model), optimizer_of(model)
+    before, optimizer = gradients_by_name(model), frozen(model)
     options = {"scope": Scope(kind, exclude=exclude), "nonfinite": "raise", "engine": engine}
     clipper = stepped(optimizer, 0.01, model=model, **options)
     assert not any(label.startswith("1.") for label in clipper.labels)
-    for name, gradient in gradients(model).items():
+    for name, gradient in gradients_by_name(model).items():
         if name.startswith("1."):
             assert torch.equal(gradient.nan_to_num(), before[name].nan_to_num())
             assert model.get_parameter(name).grad._version <= 1
@@ -190,7 +190,7 @@ def test_excluded_names_match_parameters():
         match=r"exclude='haed.\*' matches no parameter; there are scale, 0.weight, 0.bias, "
         r"1.weight, 1.bias, \.\.\.\. Names are the model's with model=",
     ):
-        GradientClipper(optimizer_of(model), 1.0, scope=Scope(exclude="haed.*"), model=model)
+        GradientClipper(frozen(model), 1.0, scope=Scope(exclude="haed.*"), model=model)
     with pytest.raises(ArgumentError, match=r"there are group 0, parameter 0\. Names are"):
         clipper_with(scope=Scope(exclude="1.*"))
     parameters = [(name, nn.Parameter(torch.zeros(1))) for name in ("a[0]", "a0")]
@@ -202,11 +202,11 @@ def test_excluded_names_match_parameters():
 def test_where_everything_is_excluded_the_record_says_so():
     """There is one norm, of no gradient."""
     model = network()
-    before = gradients(model)
+    before = gradients_by_name(model)
     scope = Scope("unit", exclude="*")
-    clipper = stepped(optimizer_of(model), 1.0, scope=scope, model=model)
+    clipper = stepped(frozen(model), 1.0, scope=scope, model=model)
     assert clipper.last.norm.item() == 0.0
-    assert all(map(torch.equal, before.values(), gradients(model).values()))
+    assert all(map(torch.equal, before.values(), gradients_by_name(model).values()))
 
 
 # A function as scope
@@ -294,7 +294,7 @@ def test_labels_need_the_rows_they_were_given_for():
 def test_what_is_added_later_gets_labels_of_its_own(scope):
     """After those that were there."""
     model, later = network(), nn.Linear(4, 3)
-    optimizer = optimizer_of(model)
+    optimizer = frozen(model)
     clipper = stepped(optimizer, 1.0, scope=scope)
     old = clipper.labels
     for parameter in later.parameters():
@@ -357,7 +357,7 @@ def test_the_error_names_parameters_and_says_how_many_norms():
     model = network()
     model[0].weight.grad.fill_(math.nan)
     model[1].weight.grad[2:4, 0] = math.inf
-    optimizer = optimizer_of(model)
+    optimizer = frozen(model)
     scope = Scope("unit", exclude="0.*")
     GradientClipper(optimizer, 1.0, scope=scope, model=model, nonfinite="raise")
     with pytest.raises(
@@ -376,6 +376,8 @@ def test_several_optimizers_share_the_norms_of_any_scope(scope):
     others += [*model[2].parameters(), model.scale]
     optimizers = [torch.optim.SGD(parameters, lr=0.0) for parameters in (weights, others)]
     clipper = stepped(optimizers, 0.5, scope=scope, model=model)
-    stepped(optimizer_of(twin), 0.5, scope=scope, model=twin)
-    assert all(map(torch.equal, gradients(model).values(), gradients(twin).values()))
+    stepped(frozen(twin), 0.5, scope=scope, model=twin)
+    assert all(
+        map(torch.equal, gradients_by_name(model).values(), gradients_by_name(twin).values())
+    )
     assert clipper.steps == 1

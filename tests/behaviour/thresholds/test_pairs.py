@@ -37,7 +37,7 @@ SCOPES = {
 ADAPTIVE = [name for name, make in RULES.items() if type(make()).observe is not Threshold.observe]
 
 
-class Run:
+class HostileRun:
     """A model that is trained on the same batches every time, some of which are hostile."""
 
     def __init__(self, scope, rule: Threshold, **options) -> None:
@@ -79,7 +79,7 @@ class Run:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_every_pair_runs_and_clips_to_its_thresholds(scope, rule, engine):
     """Whatever a step brings; what is not finite becomes 0."""
-    run = Run(SCOPES[scope], RULES[rule](), engine=engine)
+    run = HostileRun(SCOPES[scope], RULES[rule](), engine=engine)
     clipped = 0
     for thresholds, coefficients, parameters in run.steps(0, 30):
         norms = run.clipper.last.norms
@@ -99,8 +99,8 @@ def test_every_pair_runs_and_clips_to_its_thresholds(scope, rule, engine):
 def test_a_resumed_run_decides_as_one_that_never_stopped(scope, rule):
     """From a checkpoint of any step, bit for bit, whatever it had learned before."""
     stop = random.Random(f"{scope} {rule}").randrange(1, 24)
-    whole = [*Run(SCOPES[scope], RULES[rule]()).steps(0, 25)]
-    stopped, resumed = (Run(SCOPES[scope], RULES[rule]()) for _ in range(2))
+    whole = [*HostileRun(SCOPES[scope], RULES[rule]()).steps(0, 25)]
+    stopped, resumed = (HostileRun(SCOPES[scope], RULES[rule]()) for _ in range(2))
     stopped.take(0, stop)
     resumed.take(3, 17)
     saved = io.BytesIO()
@@ -121,16 +121,16 @@ def test_a_resumed_run_decides_as_one_that_never_stopped(scope, rule):
 
 def test_a_state_of_other_norms_is_refused():
     """Other labels, another window, or keys that lack."""
-    saved = Run("parameter", Percentile(window=20)).clipper.state_dict()
+    saved = HostileRun("parameter", Percentile(window=20)).clipper.state_dict()
     for scope, window, said in (
         ("unit", 20, r"has the labels \['0.weight', .*, the clipper has \['0.w"),
         ("parameter", 30, r"'window' has the shape \(5, 19\) and needs \(5, 29\), .* the size of"),
     ):
         with pytest.raises(StateError, match=f"{said}.*Nothing was loaded"):
-            Run(scope, Percentile(window=window)).clipper.load_state_dict(saved)
+            HostileRun(scope, Percentile(window=window)).clipper.load_state_dict(saved)
     without = {key: saved[key] for key in saved if key != "labels"}
     with pytest.raises(StateError, match="needs the keys"):
-        Run("parameter", Percentile(window=20)).clipper.load_state_dict(without)
+        HostileRun("parameter", Percentile(window=20)).clipper.load_state_dict(without)
 
 
 @pytest.mark.parametrize("rule", RULES)

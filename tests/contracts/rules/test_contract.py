@@ -69,7 +69,7 @@ def copies(rule):
     return {name: tensor.clone() for name, tensor in tensors_of(rule).items()}
 
 
-def same(one, other):
+def equal_tensors(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -138,9 +138,9 @@ def test_an_unusable_norm_leaves_the_state_bit_for_bit(make, count, unusable):
         run.rule.observe(norms, norms * factor, run.context([2.0] * count))
     else:
         run.step([unusable] * count)
-    assert same(tensors_of(run.rule), before)
+    assert equal_tensors(tensors_of(run.rule), before)
     run.step(STEPS[1][:count])
-    assert not same(tensors_of(run.rule), before)
+    assert not equal_tensors(tensors_of(run.rule), before)
 
 
 @every
@@ -172,7 +172,7 @@ def test_added_labels_start_fresh_and_leave_the_others_bit_for_bit(make):
     for name, tensor in tensors_of(run.rule).items():
         assert torch.equal(tensor[2:], tensors_of(fresh.rule)[name]), name
     run.rule.start(["label 1", "label 0", "new"], CPU, torch.float64)
-    assert same(tensors_of(run.rule), tensors_of(Driver(make(), 3).rule))
+    assert equal_tensors(tensors_of(run.rule), tensors_of(Driver(make(), 3).rule))
 
 
 NOT_DENSE = "ZScore's 'mean' is a {}, not a dense tensor with values"
@@ -212,7 +212,7 @@ def test_the_error_says_what_is_wrong_in_a_state(wrong, said):
         run.rule.load_state_dict(other)
     assert said in str(refused.value)
     assert str(refused.value).endswith(REMEDY.format("labels and the "))
-    assert same(tensors_of(run.rule), before)
+    assert equal_tensors(tensors_of(run.rule), before)
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in ADAPTIVE])

@@ -52,7 +52,7 @@ class NativeEngine(Engine):
         self._library = library
 
     def unsupported(self, device: torch.device) -> str | None:
-        """See `Engine.unserved`."""
+        """See `Engine.unsupported`."""
         if device.type == "cpu":
             return None
         return (

@@ -1,3 +1,5 @@
+"""The plan of a launch: every element in one piece, and about the same work for each program."""
+
 from __future__ import annotations
 
 import itertools
@@ -26,10 +28,6 @@ H200 = 132
 GIBI = 2**30
 
 
-def lengths_of(shapes):
-    return [*map(prod, shapes)]
-
-
 def strips(lengths, counts=None, strides=None):
     """Tensor, first element and length of every strip, one by one."""
     for tensor, length in enumerate(lengths):
@@ -38,7 +36,7 @@ def strips(lengths, counts=None, strides=None):
 
 
 def checked(lengths, counts=None, strides=None, *, processors=1, block=BLOCK) -> Plan:
-    """Make a plan, and check what every plan promises."""
+    """Make a plan, and check the promises of every plan."""
     made = plan(lengths, counts, strides, processors=processors, block=block)
     assert all(table.dtype == torch.int64 and table.is_cpu for table in made.tables)
     expected = [*strips(lengths, counts, strides)]
@@ -49,58 +47,50 @@ def checked(lengths, counts=None, strides=None, *, processors=1, block=BLOCK) ->
 
 
 def check_pieces(made, expected, block) -> None:
-    """Every strip is the pieces that it is said to have, one after the other, and nothing else."""
+    """Every strip consists of its pieces, one after the other, and of nothing else."""
     pieces, first_pieces = made.pieces.tolist(), made.first_pieces.tolist()
-    assert first_pieces[0] == 0
-    assert first_pieces[-1] == len(pieces)
+    assert (first_pieces[0], first_pieces[-1]) == (0, len(pieces))
     for index, (tensor, begin, length) in enumerate(expected):
-        own = pieces[first_pieces[index] : first_pieces[index + 1]]
         at = begin
-        for piece in own:
-            assert (piece[TENSOR], piece[STRIP]) == (tensor, index)
-            assert piece[FIRST] == at
+        for piece in pieces[first_pieces[index] : first_pieces[index + 1]]:
+            assert (piece[TENSOR], piece[STRIP], piece[FIRST]) == (tensor, index, at)
             assert (at - begin) % block == 0
             assert 0 < piece[LENGTH] <= PIECE * block
             at += piece[LENGTH]
         assert at == begin + length
-    each = [last - first for first, last in itertools.pairwise(first_pieces)]
-    assert sum(each) == len(pieces)
-    assert made.whole is all(many == 1 for many in each)
+    counts = [last - first for first, last in itertools.pairwise(first_pieces)]
+    assert sum(counts) == len(pieces)
+    assert made.whole is all(count == 1 for count in counts)
 
 
 def check_programs(made, expected, processors, block) -> None:
     starts = made.starts.tolist()
     assert len(starts) == made.programs + 1
-    assert starts[0] == 0
-    assert starts[-1] == len(made.pieces)
+    assert (starts[0], starts[-1]) == (0, len(made.pieces))
     assert starts == sorted(starts)
     cost = sum(length + STRIP_COST * block for *_, length in expected if length)
     worth = max(1, cost // (PROGRAM_COST * block))
     assert made.programs == min(worth, PROGRAMS * processors)
     assert 1 <= made.writers <= WRITERS * processors
     assert (made.writers - 1) * made.grouped < made.programs <= made.writers * made.grouped
-    # A cut lies where the cost is even, or before: by less than a block, or where its strip begins.
+    # A cut lies where the cost is even, or before: by less than a block, or at the strip's start.
     assert max(costs(made, block)) <= cost / made.programs + 1 + (STRIP_COST + 1) * block
 
 
 def costs(made, block) -> list[int]:
-    """What each program has to do, in elements; a strip costs who has its first piece."""
+    """The work of each program, in elements; the program with its first piece pays for a strip."""
     first = (made.pieces[:, STRIP].diff(prepend=torch.tensor([-1])) != 0).long()
     cost = torch.cat([torch.zeros(1), made.pieces[:, LENGTH] + STRIP_COST * block * first])
     return cost.long().cumsum(0)[made.starts].diff().tolist()
 
 
-BLOCKS = st.sampled_from([1, 2, 8, 16])
-PROCESSORS = st.integers(1, 3)
-
-
 @st.composite
 def tensors(draw):
-    """Lengths, in blocks and a rest, of a few tensors with as many rows of such a stride."""
-    block = draw(BLOCKS)
+    """Lengths, in blocks and a rest, of a few tensors with some rows of some stride."""
+    block = draw(st.sampled_from([1, 2, 8, 16]))
     length = st.builds(
         lambda blocks, rest: max(0, blocks * block + rest),
-        st.sampled_from([0, 0, 1, 3, 4, 9, PIECE, 2 * PIECE, 70]),
+        st.sampled_from([0, 0, 1, 3, 4, 9, PIECE, 2 * PIECE, 70, 190]),
         st.integers(-2, 2),
     )
     lengths = draw(st.lists(length, max_size=9))
@@ -109,29 +99,32 @@ def tensors(draw):
     return block, lengths, counts, strides
 
 
-@given(tensors(), PROCESSORS)
-def test_every_element_of_a_tensor_is_in_one_piece(given_, processors):
-    block, lengths, _, _ = given_
-    checked(lengths, processors=processors, block=block)
+@given(tensors(), st.integers(1, 3), st.booleans())
+def test_every_element_is_in_one_piece(drawn, processors, rows):
+    block, lengths, counts, strides = drawn
+    if rows:
+        checked(lengths, counts, strides, processors=processors, block=block)
+    else:
+        checked(lengths, processors=processors, block=block)
 
 
-@given(tensors(), PROCESSORS)
-def test_every_element_of_a_row_is_in_one_piece(given_, processors):
-    block, lengths, counts, strides = given_
-    checked(lengths, counts, strides, processors=processors, block=block)
-
-
-@given(st.integers(0, 3000), st.integers(0, 30), BLOCKS, PROCESSORS)
-def test_one_long_strip_among_short_ones_is_shared_out(length, others, block, processors):
-    lengths = [*range(others), length, *range(others)]
-    checked(lengths, processors=processors, block=block)
-
-
-def test_a_small_tensor_is_one_piece_of_one_program():
-    made = checked([5])
-    assert made.pieces.tolist() == [[0, 0, 5, 0]]
-    assert (made.starts.tolist(), made.first_pieces.tolist()) == ([0, 1], [0, 1])
-    assert (made.whole, made.programs, made.grouped, made.writers) == (True, 1, 1, 1)
+@pytest.mark.parametrize(
+    ("given_", "pieces", "first_pieces", "whole"),
+    [
+        (([5],), [[0, 0, 5, 0]], [0, 1], True),
+        (([],), [], [0], True),
+        (([0, 0],), [], [0, 0, 0], False),
+        (([0, 3, 0, 0, 7, 0],), [[1, 0, 3, 1], [4, 0, 7, 4]], [0, 0, 1, 1, 1, 2, 2], False),
+        (([3, 2], [2, 1], [10, 2]), [[0, 0, 3, 0], [0, 10, 3, 1], [1, 0, 2, 2]], None, True),
+        (([3, 0, 2], [0, 4, 1], [3, 0, 2]), [[2, 0, 2, 4]], [0, 0, 0, 0, 0, 1], False),
+    ],
+)
+def test_small_plans_by_hand(given_, pieces, first_pieces, whole):
+    """Empty tensors and rows have no piece; rows start a stride apart."""
+    made = checked(*given_)
+    assert made.pieces.tolist() == pieces
+    assert first_pieces in (None, made.first_pieces.tolist())
+    assert (made.whole, made.programs, made.grouped, made.writers) == (whole, 1, 1, 1)
 
 
 def test_a_strip_is_cut_where_a_piece_is_full_and_where_a_program_ends():
@@ -140,48 +133,15 @@ def test_a_strip_is_cut_where_a_piece_is_full_and_where_a_program_ends():
     assert made.programs == PROGRAMS
     assert made.pieces[:, LENGTH].max() == full
     assert 100 < len(made.pieces) <= 100 + PROGRAMS - 1
-    assert not made.whole
-
-
-def test_what_is_shorter_than_a_piece_is_cut_for_programs_alone():
-    made = checked([8 * PROGRAM_COST + 1] * 3, block=8)
+    made = checked([8 * PROGRAM_COST + 1] * 3, block=8)  # shorter than a piece
     assert made.programs == 4
     assert len(made.pieces) < 3 + made.programs
-
-
-@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
-def test_where_there_are_no_elements_there_is_no_piece(lengths):
-    made = checked(lengths)
-    assert made.pieces.shape == (0, 4)
-    assert made.starts.tolist() == [0, 0]
-    assert made.first_pieces.tolist() == [0] * (len(lengths) + 1)
-    assert made.whole is (not lengths)
-
-
-def test_empty_tensors_between_others_have_no_piece():
-    made = checked([0, 3, 0, 0, 7, 0])
-    assert made.pieces.tolist() == [[1, 0, 3, 1], [4, 0, 7, 4]]
-    assert made.first_pieces.tolist() == [0, 0, 1, 1, 1, 2, 2]
-    assert not made.whole
-
-
-def test_rows_begin_a_stride_apart():
-    made = checked([3, 2], [2, 3], [10, 2])
-    assert made.pieces[:, :2].tolist() == [[0, 0], [0, 10], [1, 0], [1, 2], [1, 4]]
-    assert made.pieces[:, STRIP].tolist() == [0, 1, 2, 3, 4]
-    assert made.whole
-
-
-def test_tensors_without_rows_or_with_rows_of_nothing():
-    made = checked([3, 0, 2], [0, 4, 1], [3, 0, 2])
-    assert made.pieces.tolist() == [[2, 0, 2, 4]]
-    assert made.first_pieces.tolist() == [0, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("processors", [1, 16, H200])
 @pytest.mark.parametrize("shapes", [gpt2, resnet50, tiny])
 def test_the_gradients_of_models_are_shared_out_evenly(shapes, processors):
-    made = checked(lengths_of(shapes()), processors=processors)
+    made = checked([*map(prod, shapes())], processors=processors)
     mean = sum(costs(made, BLOCK)) / made.programs
     assert max(costs(made, BLOCK)) < 2 * mean
     if shapes is not tiny:
@@ -199,13 +159,9 @@ def test_rows_of_a_large_embedding_are_shared_out_evenly():
 @pytest.mark.parametrize("length", [5 * 2 * GIBI, 5 * 2 * GIBI - 1])
 def test_offsets_beyond_32_bits_are_exact(length):
     made = checked([7, length, 7], processors=H200)
-    at = made.pieces[made.pieces[:, TENSOR] == 1]
-    assert at[-1, FIRST] > 4 * 2 * GIBI
-    assert at[:, LENGTH].sum() == length
-    assert made.programs == PROGRAMS * H200
-
-
-def test_rows_beyond_32_bits_begin_where_they_should():
+    pieces = made.pieces[made.pieces[:, TENSOR] == 1]
+    assert pieces[-1, FIRST] > 4 * 2 * GIBI
+    assert pieces[:, LENGTH].sum() == length
     made = checked([100, 3], [3, 2], [3 * GIBI, 2])
     assert made.pieces[:3, FIRST].tolist() == [0, 3 * GIBI, 6 * GIBI]
 
@@ -213,26 +169,21 @@ def test_rows_beyond_32_bits_begin_where_they_should():
 def test_programs_are_begun_for_work_that_is_worth_it():
     for blocks, programs in ((1, 1), (PROGRAM_COST, 1), (2 * PROGRAM_COST, 2), (8000, PROGRAMS)):
         assert plan([(blocks - STRIP_COST) * 16], block=16).programs == programs
-    assert plan([8000 * 16], block=16, processors=3).programs == 3 * PROGRAMS
-
-
-def test_a_program_that_writes_has_the_work_of_several():
     made = plan([10**6], block=16, processors=2)
-    assert made.programs == 2 * PROGRAMS
-    assert made.grouped == PROGRAMS // WRITERS
+    assert (made.programs, made.grouped) == (2 * PROGRAMS, PROGRAMS // WRITERS)
     assert made.writers == 2 * WRITERS
 
 
 def test_a_plan_depends_on_lengths_alone():
-    given_ = lengths_of(resnet50())
-    once = plan(given_, processors=3)
+    lengths = [*map(prod, resnet50())]
+    once = plan(lengths, processors=3)
     with torch.device("meta"):
-        again = plan(tuple(given_), processors=3)
-    assert all(map(torch.equal, once.tables, again.tables))
-    assert (again.programs, again.grouped, again.whole) == (
-        once.programs,
-        once.grouped,
-        once.whole,
-    )
-    given_by_rows = plan(given_, [1] * len(given_), [0] * len(given_), processors=3)
-    assert all(map(torch.equal, once.tables, given_by_rows.tables))
+        again = plan(tuple(lengths), processors=3)
+    by_rows = plan(lengths, [1] * len(lengths), [0] * len(lengths), processors=3)
+    for other in (again, by_rows):
+        assert all(map(torch.equal, once.tables, other.tables))
+        assert (other.programs, other.grouped, other.whole) == (
+            once.programs,
+            once.grouped,
+            once.whole,
+        )

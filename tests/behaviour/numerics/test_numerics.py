@@ -1,10 +1,10 @@
-"""The invariants of the numbers, always by measuring the gradients again in float64."""
+"""Norms and clipped gradients keep the promised accuracy, measured again in float64."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,46 +13,57 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradclip
-from gradclip import get_total_norm
+from gradclip import clip_gradients_, get_total_norm
 from tests.support.engines import bits, denormals_flushed
-
-UNIT = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
-SMALLEST = {
-    torch.float64: 2.0**-1074,
-    torch.float32: 2.0**-149,
-    torch.float16: 2.0**-24,
-    torch.bfloat16: 2.0**-133,
-}
-LARGEST = {dtype: torch.finfo(dtype).max for dtype in UNIT}
-CONSTANTS = [0.1, 1 / 3, 0.7, 1e-3, 3.3e10, 1.0000001, 1.9999999, 1.4142135]
-
+from tests.support.tolerances import NORM, ROUNDOFF
 
 pytestmark = pytest.mark.usefixtures("cpu_engine")
+
+FINFO = {dtype: torch.finfo(dtype) for dtype in ROUNDOFF}
+SMALLEST = {dtype: info.smallest_normal * info.eps for dtype, info in FINFO.items()}
+CONSTANTS = [0.1, 1 / 3, 0.7, 1e-3, 3.3e10, 1.0000001, 1.9999999, 1.4142135]
+narrow = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+wide_range = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+flushed = pytest.mark.parametrize("flush", [False, True])
 
 
 def exact_norm(gradients: list[torch.Tensor], order: float = 2.0) -> float:
     """The norm in float64, in chunks so that large tensors need little memory."""
-    total = 0.0
-    for gradient in gradients:
-        for chunk in gradient.detach().reshape(-1).split(1 << 22):
-            magnitudes = chunk.double().abs()
-            if order == math.inf:
-                total = max(total, magnitudes.max().item() if magnitudes.numel() else 0.0)
-            else:
-                total += magnitudes.pow(order).sum().item()
-    return total if order == math.inf else total ** (1 / order)
+    chunks = [chunk for gradient in gradients for chunk in gradient.reshape(-1).split(1 << 22)]
+    norms = [torch.linalg.vector_norm(chunk.double(), order) for chunk in chunks if len(chunk)]
+    return torch.linalg.vector_norm(torch.stack(norms), order).item() if norms else 0.0
+
+
+def assert_norm(gradients: list[torch.Tensor], order: float = 2.0) -> None:
+    found = get_total_norm(gradients, order).item()
+    assert found == pytest.approx(exact_norm(gradients, order), rel=NORM, abs=0)
+
+
+def assert_clipped(gradients: list[torch.Tensor], threshold: float, order: float = 2.0) -> None:
+    """Check that the norm is the threshold, but for the rounding of the elements."""
+    count = sum(g.numel() for g in gradients)
+    unit = max(ROUNDOFF[g.dtype] for g in gradients)
+    smallest = max(SMALLEST[g.dtype] for g in gradients)
+    spread = count ** (0 if order == math.inf else 1 / order)
+    margin = threshold * (NORM + 2 * unit) + spread * smallest / 2
+    assert abs(exact_norm(gradients, order) - threshold) <= margin
+
+
+def assert_direction(
+    gradients: list[torch.Tensor], originals: list[torch.Tensor], factor: float
+) -> None:
+    """Check that every element was multiplied by one common factor."""
+    for gradient, original in zip(gradients, originals, strict=True):
+        margin = 2.5 * ROUNDOFF[gradient.dtype] + NORM
+        error = (gradient.double() - original * factor).abs()
+        allowed = original.abs() * factor * margin + SMALLEST[gradient.dtype]
+        assert bool((error <= allowed).all())
 
 
 def strided(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same kind of values, laid out in another way."""
+    """The same kind of values in another layout."""
     if layout == "sliced":
-        buffer = torch.stack([values, values], -1)
-        return buffer[..., 0]
+        return torch.stack([values, values], -1)[..., 0]
     if layout == "transposed" and values.numel():
         return values.reshape(-1, 1).expand(-1, 3).contiguous().t()
     if layout == "misaligned":
@@ -60,20 +71,22 @@ def strided(values: torch.Tensor, layout: str) -> torch.Tensor:
     return values
 
 
+VALUES = {
+    "random": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64).clamp(-8, 8),
+    "constant": lambda n, g: torch.full((n,), 0.7, dtype=torch.float64),
+    "few": lambda n, g: torch.randint(-1, 2, (n,), generator=g).double() / 3,
+}
+
+
 @st.composite
 def gradient_lists(draw) -> list[torch.Tensor]:
     gradients = []
     for _ in range(draw(st.integers(1, 4))):
-        dtype = draw(st.sampled_from(list(UNIT)))
+        dtype = draw(st.sampled_from(list(ROUNDOFF)))
         numel = draw(st.sampled_from([0, 1, 2, 7, 257, 1000, 4095, 8192, 8193, 9000]))
-        magnitude = 10.0 ** draw(st.integers(-30, 38))
-        magnitude = min(magnitude, LARGEST[dtype] / 8)
+        magnitude = min(10.0 ** draw(st.integers(-30, 38)), FINFO[dtype].max / 8)
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-        values = {
-            "random": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64).clamp(-8, 8),
-            "constant": lambda n, g: torch.full((n,), 0.7, dtype=torch.float64),
-            "few": lambda n, g: torch.randint(-1, 2, (n,), generator=g).double() / 3,
-        }[draw(st.sampled_from(["random", "constant", "few"]))](numel, generator)
+        values = draw(st.sampled_from([*VALUES.values()]))(numel, generator)
         layout = draw(st.sampled_from(["contiguous", "sliced", "transposed", "misaligned"]))
         gradients.append(strided((values * magnitude).to(dtype), layout))
     return gradients
@@ -88,63 +101,40 @@ def gradient_lists(draw) -> list[torch.Tensor]:
 def test_any_gradients_end_at_the_threshold_or_keep_their_bits(gradients, order, share):
     norm = exact_norm(gradients, order)
     threshold = norm * share if math.isfinite(norm * share) else 1.0
-    before = [bits(g) for g in gradients]
-    versions = [g._version for g in gradients]
+    before = [(bits(g), g._version) for g in gradients]
     originals = [g.to(torch.float64, copy=True) for g in gradients]
-    found = gradclip.clip_gradients_(gradients, threshold, order).item()
-    assert found == pytest.approx(norm, rel=1e-6, abs=0)
+    found = clip_gradients_(gradients, threshold, order).item()
+    assert found == pytest.approx(norm, rel=NORM, abs=0)
     if found <= threshold:
-        assert [g._version for g in gradients] == versions
-        assert all(map(torch.equal, before, map(bits, gradients)))
+        for gradient, (old, version) in zip(gradients, before, strict=True):
+            assert torch.equal(bits(gradient), old)
+            assert gradient._version == version
         return
     assert_clipped(gradients, threshold, order)
     assert_direction(gradients, originals, threshold / found)
 
 
-def assert_clipped(gradients: list[torch.Tensor], threshold: float, order: float = 2.0) -> None:
-    """Check that the norm is the threshold, but for the rounding of the elements."""
-    count = sum(g.numel() for g in gradients)
-    unit = max(UNIT[g.dtype] for g in gradients)
-    smallest = max(SMALLEST[g.dtype] for g in gradients)
-    spread = count ** (0 if order == math.inf else 1 / order)
-    margin = threshold * (1e-6 + 2 * unit) + spread * smallest / 2
-    assert abs(exact_norm(gradients, order) - threshold) <= margin
-
-
-def assert_direction(
-    gradients: list[torch.Tensor], originals: list[torch.Tensor], factor: float
-) -> None:
-    """Check that every element was multiplied by one common factor."""
-    for gradient, original in zip(gradients, originals, strict=True):
-        margin = 2.5 * UNIT[gradient.dtype] + 1e-6
-        error = (gradient.double() - original * factor).abs()
-        allowed = original.abs() * factor * margin + SMALLEST[gradient.dtype]
-        assert bool((error <= allowed).all())
-
-
 # The size of the error
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@narrow
 @pytest.mark.parametrize("constant", CONSTANTS)
 def test_constant_data_keep_the_accuracy(dtype, constant):
-    gradient = torch.full((3_000_001,), min(constant, LARGEST[dtype])).to(dtype)
+    gradient = torch.full((3_000_001,), min(constant, FINFO[dtype].max)).to(dtype)
     element = gradient[0].double().item()
     for order, count in ((1.0, gradient.numel()), (2.0, math.sqrt(gradient.numel()))):
-        found = gradclip.get_total_norm([gradient], order).item()
-        assert found == pytest.approx(element * count, rel=1e-6, abs=0)
+        found = get_total_norm([gradient], order).item()
+        assert found == pytest.approx(element * count, rel=NORM, abs=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@narrow
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
 def test_random_data_keep_the_accuracy(dtype, order):
-    gradient = torch.randn(3_000_001).to(dtype)
-    found = gradclip.get_total_norm([gradient], order).item()
-    assert found == pytest.approx(exact_norm([gradient], order), rel=1e-6, abs=0)
+    assert_norm([torch.randn(3_000_001).to(dtype)], order)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@narrow
 @pytest.mark.parametrize("kind", ["random", "constant", "few"])
 def test_124_million_elements_keep_the_accuracy(dtype, kind):
     size = (124_000_000,)
@@ -153,155 +143,159 @@ def test_124_million_elements_keep_the_accuracy(dtype, kind):
         "constant": lambda: torch.full(size, 0.1),
         "few": lambda: torch.randint(-1, 2, size).float() / 3,
     }[kind]().to(dtype)
-    found = gradclip.get_total_norm([gradient]).item()
-    assert found == pytest.approx(exact_norm([gradient]), rel=1e-6, abs=0)
-    gradclip.clip_gradients_([gradient], 1.0)
+    assert_norm([gradient])
+    clip_gradients_([gradient], 1.0)
     assert_clipped([gradient], 1.0)
+
+
+@narrow
+@pytest.mark.parametrize("kind", ["spikes", "scales", "alternating"])
+def test_unlike_elements_keep_the_accuracy(dtype, kind):
+    generator = torch.Generator().manual_seed(3)
+    for size in (9000, 16384, 70000):
+        for _ in range(30):
+            values = torch.randn(size, dtype=torch.float64, generator=generator)
+            if kind == "spikes":
+                values *= 1e-3
+                values[torch.randint(size, (1,), generator=generator)] = 1e4
+            elif kind == "scales":
+                exponents = torch.randn(size // 64 + 1, dtype=torch.float64, generator=generator)
+                values *= (exponents * 2).exp().repeat_interleave(64)[:size]
+            else:
+                values = torch.tensor([1.0, -1.0]).double().repeat(size)[:size]
+                values *= torch.rand(1, dtype=torch.float64, generator=generator)
+            assert_norm([values.to(dtype)])
+
+
+@narrow
+@pytest.mark.parametrize(("large", "period"), [(2, 256), (16, 512), (64, 1024)])
+def test_few_large_elements_before_many_small_ones_keep_the_accuracy(dtype, large, period):
+    gradient = torch.ones(65536, dtype=dtype)
+    gradient.view(-1, period)[:, :large] = 100.0
+    assert_norm([gradient])
+
+
+@narrow
+@pytest.mark.parametrize("scope", ["unit", "global"])
+def test_one_element_far_larger_than_the_others_keeps_the_accuracy(cpu_engine, dtype, scope):
+    """The worst case: each far smaller element is rounded alike when it is added."""
+    bases = torch.linspace(1, 2, 200, dtype=torch.float64)[:, None]
+    for size in (100, 380, 610, 870, 960):
+        for first in (1, 2):
+            values = bases.expand(200, 256).clone()
+            values[:, :first] *= size
+            gradient = values.to(dtype)
+            if scope == "unit":
+                found = cpu_engine.power_sums([gradient], 2.0, rows=True).sqrt()
+                needed = gradient.double().norm(dim=1)
+            else:
+                found = torch.stack([get_total_norm([row.repeat(40)]) for row in gradient[::20]])
+                needed = gradient.double()[::20].norm(dim=1) * 40**0.5
+            assert (found / needed - 1).abs().max().item() <= NORM
 
 
 # Beyond the range of float32
 
 
+@wide_range
 @pytest.mark.parametrize(
     ("element", "count"),
     [(1e20, 5), (1e20, 100_000), (3e38, 1000), (3e38, 10_000), (1e-25, 5), (1e-25, 10_000)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_and_tiny_elements_have_their_true_norm_and_are_clipped(element, count, dtype):
     gradient = torch.full((count,), element).to(dtype)
     needed = gradient[0].double().item() * math.sqrt(count)
     threshold = needed / 1e3 if element < 1 else 1.0
-    found = gradclip.clip_gradients_([gradient], threshold).item()
-    assert found == pytest.approx(needed, rel=1e-6, abs=0)
+    found = clip_gradients_([gradient], threshold).item()
+    assert found == pytest.approx(needed, rel=NORM, abs=0)
     assert_clipped([gradient], threshold)
 
 
 def test_float16_norms_beyond_float16_are_clipped_and_not_erased():
     gradient = torch.full((1_000_000,), 60000.0, dtype=torch.float16)
-    assert gradclip.clip_gradients_([gradient], 1.0).item() == pytest.approx(6e7, rel=1e-6)
+    assert clip_gradients_([gradient], 1.0).item() == pytest.approx(6e7, rel=NORM)
     assert_clipped([gradient], 1.0)
     assert gradient.min().item() > 0
 
 
-def test_one_huge_tensor_does_not_hide_what_a_tiny_one_is():
-    gradients = [torch.full((5000,), 1e-22), torch.full((5000,), 1e-20)]
-    found = gradclip.get_total_norm(gradients).item()
-    assert found == pytest.approx(exact_norm(gradients), rel=1e-6, abs=0)
-    assert gradclip.get_total_norm([torch.full((2,), 1e30), torch.ones(2)]).item() == pytest.approx(
-        math.sqrt(2) * 1e30, rel=1e-6
-    )
-
-
-def test_elements_of_all_magnitudes_in_one_gradient_count_rightly():
+def test_elements_and_tensors_of_all_magnitudes_count_rightly():
+    assert_norm([torch.full((5000,), 1e-22), torch.full((5000,), 1e-20)])
+    assert_norm([torch.full((2,), 1e30), torch.ones(2)])
     for magnitudes in ([1e30, 1e-30], [1e-12, 1e-22], [1e-24, 1e-21], [3e38, 1.0]):
-        gradient = torch.tensor(magnitudes).repeat(10_000)
-        found = gradclip.get_total_norm([gradient]).item()
-        assert found == pytest.approx(exact_norm([gradient]), rel=1e-6, abs=0)
+        assert_norm([torch.tensor(magnitudes).repeat(10_000)])
 
 
 @pytest.mark.parametrize("threshold", [1e-2, 1e-20, 1e-30, 1e-40])
 def test_no_gradient_is_too_large_for_a_tiny_threshold(threshold):
     gradient = torch.full((1000,), 3e38)
-    gradclip.clip_gradients_([gradient], threshold)
+    clip_gradients_([gradient], threshold)
     assert_clipped([gradient], threshold)
     assert gradient.min().item() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@wide_range
+@flushed
 @pytest.mark.parametrize("count", [3, 10_000])
-@pytest.mark.parametrize("flush", [False, True])
 def test_denormal_elements_have_their_true_norm(dtype, count, flush):
     gradient = torch.full((count,), 1e-39).to(dtype)
     needed = exact_norm([gradient])
     assert needed > 0
     with denormals_flushed(flush):
-        found = gradclip.get_total_norm([gradient]).item()
-    assert found == pytest.approx(needed, rel=1e-6, abs=0)
+        found = get_total_norm([gradient]).item()
+    assert found == pytest.approx(needed, rel=NORM, abs=0)
 
 
-@pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@wide_range
+@flushed
 def test_a_coefficient_below_the_normal_numbers_does_not_erase(dtype, flush):
     gradient = torch.full((1000,), 3e38).to(dtype)  # norm 9.5e39, coefficient 1e-40
     with denormals_flushed(flush):
-        gradclip.clip_gradients_([gradient], 1.0)
+        clip_gradients_([gradient], 1.0)
     assert_clipped([gradient], 1.0)
 
 
-# Settings that others make
+# Settings of torch
 
 
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
+@contextmanager
+def called(function, value: object, before: object) -> Iterator[None]:
+    function(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextlib.contextmanager
-def default_device() -> Iterator[None]:
-    torch.set_default_device("meta")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def medium_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def rounded_products() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+        function(before)
 
 
 SETTINGS = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "float16 autocast": lambda: torch.autocast("cpu", dtype=torch.float16),
-    "matmul precision": medium_precision,
-    "wide default dtype": lambda: default_dtype(torch.float64),
-    "narrow default dtype": lambda: default_dtype(torch.bfloat16),
-    "default device": default_device,
-    "deterministic": deterministic,
+    "matmul precision": lambda: called(
+        torch.set_float32_matmul_precision, "medium", torch.get_float32_matmul_precision()
+    ),
+    "wide default dtype": lambda: called(torch.set_default_dtype, torch.float64, torch.float32),
+    "narrow default dtype": lambda: called(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "default device": lambda: called(torch.set_default_device, "meta", None),
+    "deterministic": lambda: called(torch.use_deterministic_algorithms, True, False),
     "inference": torch.inference_mode,
 }
 if hasattr(torch.backends.mkldnn, "matmul"):  # younger than the oldest torch that is supported
-    SETTINGS["rounded products"] = rounded_products
+    MATMUL = torch.backends.mkldnn.matmul
+    SETTINGS["rounded products"] = lambda: called(
+        lambda precision: setattr(MATMUL, "fp32_precision", precision),
+        "bf16",
+        MATMUL.fp32_precision,
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("dtype", list(UNIT))
+@pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
 @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
 def test_settings_of_torch_change_neither_norm_nor_gradients(name, dtype, order):
     plain = [torch.randn(70, 190).to(dtype), torch.randn(5).to(dtype), torch.randn(9000).to(dtype)]
     under = [g.clone() for g in plain]
-    norm = gradclip.clip_gradients_(plain, 0.5, order)
+    norm = clip_gradients_(plain, 0.5, order)
     with SETTINGS[name]():
-        found = gradclip.clip_gradients_(under, 0.5, order)
+        found = clip_gradients_(under, 0.5, order)
     assert found.device.type == "cpu"
     assert found.item() == norm.item()
     assert all(map(torch.equal, plain, under))
@@ -325,27 +319,26 @@ def test_settings_of_torch_change_nothing_in_a_step(name):
 
 def test_the_same_gradients_give_the_same_bits_whatever_the_number_of_threads():
     gradients = [torch.randn(n) for n in (5, 3000, 1_000_000, 70_001)]
-    first = gradclip.get_total_norm(gradients)
+    first = get_total_norm(gradients)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, threads):
             torch.set_num_threads(count)
-            assert torch.equal(gradclip.get_total_norm(gradients), first)
+            assert torch.equal(get_total_norm(gradients), first)
     finally:
         torch.set_num_threads(threads)
 
 
-# How a gradient lies in memory
+# Layout in memory
 
 
 def test_a_view_into_a_larger_buffer_leaves_the_rest_as_it_is():
     buffer = torch.full((40, 50), 2.0)
     inside = buffer[5:20, 10:30]
-    assert gradclip.clip_gradients_([inside], 1.0).item() == pytest.approx(2 * math.sqrt(300))
-    assert exact_norm([inside]) == pytest.approx(1.0, rel=1e-6)
-    outside = buffer.clone()
-    outside[5:20, 10:30] = 2.0
-    assert torch.equal(outside, torch.full((40, 50), 2.0))
+    assert clip_gradients_([inside], 1.0).item() == pytest.approx(2 * math.sqrt(300))
+    assert_clipped([inside], 1.0)
+    inside.fill_(2.0)
+    assert torch.equal(buffer, torch.full((40, 50), 2.0))
 
 
 @pytest.mark.parametrize(
@@ -360,62 +353,13 @@ def test_a_view_into_a_larger_buffer_leaves_the_rest_as_it_is():
 def test_elements_that_share_memory_count_one_by_one_and_are_scaled_once(make):
     gradient = make()
     needed = 2 * math.sqrt(gradient.numel())
-    assert gradclip.clip_gradients_([gradient], needed / 4).item() == pytest.approx(needed)
+    assert clip_gradients_([gradient], needed / 4).item() == pytest.approx(needed)
     assert torch.equal(gradient, torch.full(gradient.shape, 0.5))
 
 
 def test_channels_last_0d_and_empty_gradients_are_clipped_together():
     image = torch.full((2, 3, 4, 5), 1.0).contiguous(memory_format=torch.channels_last)
     gradients = [image, torch.tensor(1.0), torch.empty(0), torch.empty(3, 0, 2)]
-    assert gradclip.clip_gradients_(gradients, 1.1).item() == 11.0
-    assert exact_norm(gradients) == pytest.approx(1.1, rel=1e-6)
+    assert clip_gradients_(gradients, 1.1).item() == 11.0
+    assert_clipped(gradients, 1.1)
     assert image.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["spikes", "scales", "alternating"])
-def test_rows_of_unlike_elements_keep_the_bound(dtype, kind):
-    generator = torch.Generator().manual_seed(3)
-    for size in (9000, 16384, 70000):
-        for _ in range(60):
-            values = torch.randn(size, dtype=torch.float64, generator=generator)
-            if kind == "spikes":
-                values *= 1e-3
-                values[torch.randint(size, (1,), generator=generator)] = 1e4
-            elif kind == "scales":
-                exponents = torch.randn(size // 64 + 1, dtype=torch.float64, generator=generator)
-                values *= (exponents * 2).exp().repeat_interleave(64)[:size]
-            else:
-                values = torch.tensor([1.0, -1.0]).double().repeat(size)[:size]
-                values *= torch.rand(1, dtype=torch.float64, generator=generator)
-            gradient = values.to(dtype)
-            norm = gradclip.get_total_norm([gradient]).item()
-            assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6, abs=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("large", "period"), [(2, 256), (16, 512), (64, 1024)])
-def test_few_large_elements_before_many_small_ones_keep_the_bound(dtype, large, period):
-    gradient = torch.ones(65536, dtype=dtype)
-    gradient.view(-1, period)[:, :large] = 100.0
-    norm = gradclip.get_total_norm([gradient]).item()
-    assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6, abs=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scope", ["rows", "whole"])
-def test_one_element_far_larger_than_the_others_keeps_the_bound(cpu_engine, dtype, scope):
-    # The worst of many: what is far smaller is rounded alike every time it is added.
-    bases = torch.linspace(1, 2, 200, dtype=torch.float64)[:, None]
-    for size in (100, 380, 610, 870, 960):
-        for first in (1, 2):
-            values = bases.expand(200, 256).clone()
-            values[:, :first] *= size
-            gradient = values.to(dtype)
-            if scope == "rows":
-                found = cpu_engine.power_sums([gradient], 2.0, rows=True).sqrt()
-                needed = gradient.double().norm(dim=1)
-            else:
-                found = torch.stack([get_total_norm([row.repeat(40)]) for row in gradient[::20]])
-                needed = gradient.double()[::20].norm(dim=1) * 40**0.5
-            assert (found / needed - 1).abs().max().item() <= 1e-6

@@ -1,3 +1,5 @@
+"""The choice of an engine for a device, and the errors for one that is missing."""
+
 from __future__ import annotations
 
 import sys
@@ -9,7 +11,7 @@ import torch
 from gradclip import ArgumentError, EngineUnavailableError, engines
 from gradclip.engines import base, check_engine_name, engine_for, norm_dtype
 
-CUDA = torch.device("cuda", 0)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -24,29 +26,30 @@ def unloaded(monkeypatch):
     engines._load_triton.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["auto", "operators", "reference"])
-def test_the_names_of_engines_that_are_there_are_accepted(name):
-    assert check_engine_name(name) == name
-
-
-def test_an_engine_that_is_asked_for_and_not_there_is_an_error(monkeypatch):
+def test_an_engine_asked_for_by_name_that_is_missing_is_an_error(monkeypatch):
+    for name in ("auto", "operators", "reference"):
+        assert check_engine_name(name) == name
     monkeypatch.setattr(engines, "_load_native", lambda: "engine='native' is not available: reason")
     with pytest.raises(EngineUnavailableError, match="engine='native' is not available: reason"):
         check_engine_name("native")
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_without_triton_its_engine_is_refused_and_torch_operators_serve_cuda(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(EngineUnavailableError, match=r"not available: import of triton.*Install"):
-        check_engine_name("triton")
-    assert engine_for("auto", CUDA).name == "operators"
-
-
-@pytest.mark.usefixtures("unloaded")
-def test_a_triton_that_is_too_old_is_refused_with_its_version(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.1.0+git"))
-    with pytest.raises(EngineUnavailableError, match=r"Triton 3.1.0\+git is .* 3.2 or newer"):
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, r"not available: import of triton.*Install"),
+        (types.SimpleNamespace(__version__="3.1.0+git"), r"Triton 3.1.0\+git is .* 3.2 or newer"),
+    ],
+    ids=["missing", "too old"],
+)
+def test_without_triton_torch_operators_serve_cuda(module, reason, monkeypatch):
+    """Nothing looks for Triton before a CUDA device or its name asks for it."""
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert check_engine_name("auto") == "auto"
+    engine_for("auto", CPU)
+    assert engines._load_triton.cache_info().currsize == 0
+    with pytest.raises(EngineUnavailableError, match=reason):
         check_engine_name("triton")
     assert engine_for("auto", CUDA).name == "operators"
 
@@ -91,14 +94,7 @@ def test_triton_asked_for_by_name_serves_no_cpu():
     pytest.importorskip("triton", reason="there is no Triton")
     check_engine_name("triton")
     with pytest.raises(EngineUnavailableError, match="of type cuda, and there are gradients on cp"):
-        engine_for("triton", torch.device("cpu"))
-
-
-def test_nothing_looks_for_triton_before_it_is_needed(unloaded, monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert check_engine_name("auto") == "auto"
-    engine_for("auto", torch.device("cpu"))
-    assert engines._load_triton.cache_info().currsize == 0
+        engine_for("triton", CPU)
 
 
 @pytest.mark.parametrize("name", ["fast", None, 1, ""])
@@ -107,39 +103,24 @@ def test_what_names_no_engine_is_refused(name):
         check_engine_name(name)
 
 
-def test_only_auto_chooses(native_engine):
-    cpu = torch.device("cpu")
-    assert engine_for("auto", cpu) is native_engine
-    assert engine_for("auto", torch.device("meta")).name == "operators"
+def test_only_auto_chooses(native_engine, monkeypatch):
+    assert engine_for("auto", CPU) is native_engine
     for name in ("native", "operators", "reference"):
-        assert engine_for(name, cpu).name == name
-
-
-@pytest.mark.parametrize("kind", ["xpu", "mps", "hpu", "meta"])
-def test_torch_operators_serve_every_other_device(kind):
-    assert engine_for("auto", torch.device(kind)).name == "operators"
-
-
-def test_without_the_native_engine_torch_operators_serve_the_cpu(monkeypatch):
-    monkeypatch.setattr(engines, "_BEST", {})
-    assert engine_for("auto", torch.device("cpu")).name == "operators"
-
-
-def test_the_native_engine_asked_for_by_name_serves_no_other_device(native_engine):
+        assert engine_for(name, CPU).name == name
+    for kind in ("xpu", "mps", "hpu", "meta"):
+        assert engine_for("auto", torch.device(kind)).name == "operators"
     with pytest.raises(EngineUnavailableError, match="serves the CPU, .* on meta: give engine='au"):
         engine_for("native", torch.device("meta"))
+    monkeypatch.setattr(engines, "_BEST", {})
+    assert engine_for("auto", CPU).name == "operators"
 
 
-def test_norms_are_kept_in_float64_where_the_device_has_it():
-    assert norm_dtype(torch.device("cpu")) == torch.float64
-    assert norm_dtype(torch.device("cuda")) == torch.float64
+def test_norms_have_float64_if_the_device_has_it(monkeypatch):
+    assert norm_dtype(CPU) == norm_dtype(torch.device("cuda")) == torch.float64
     assert norm_dtype(torch.device("mps")) == torch.float32
-
-
-@pytest.mark.parametrize(("has", "dtype"), [(True, torch.float64), (False, torch.float32)])
-def test_some_xpu_devices_have_no_float64(has, dtype, monkeypatch):
-    properties = types.SimpleNamespace(has_fp64=has)
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
-    base._has_float64.cache_clear()
-    assert norm_dtype(torch.device("xpu", 0)) == dtype
+    for has, dtype in ((True, torch.float64), (False, torch.float32)):
+        properties = types.SimpleNamespace(has_fp64=has)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, p=properties: p)
+        base._has_float64.cache_clear()
+        assert norm_dtype(torch.device("xpu", 0)) == dtype
     base._has_float64.cache_clear()

@@ -1,10 +1,9 @@
-"""What the engine of Triton kernels does beside what every engine promises."""
+"""The Triton engine beyond the contract: pieces, alignment, rows, gaps, and what it keeps."""
 
 from __future__ import annotations
 
 import gc
 import math
-import os
 import weakref
 
 import pytest
@@ -17,10 +16,10 @@ from gradclip.engines.base import TensorList
 from gradclip.engines.layout import addresses_of
 from gradclip.engines.reference import ReferenceEngine
 from gradclip.engines.triton.plan import plan
+from tests.support.engines import INTERPRETED, random, vector
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.cuda]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REFERENCE = ReferenceEngine()
 MIXED = (1, 0, 15, 16, 17, 255, 256, 257, 700, 3)
 """Lengths around a block of 16 elements and a piece of 16 blocks."""
@@ -41,24 +40,12 @@ def tiny(triton):
         yield triton.TritonEngine(block=16)
 
 
-def vector(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def random(*shape, dtype=torch.float32):
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
 def mixed(dtype=torch.float32):
     return [random(length, dtype=dtype) for length in MIXED]
 
 
-def clones(tensors):
-    return [tensor.clone() for tensor in tensors]
-
-
 def measured_alike(engine, tensors, order, rel=1e-6):
-    """Tell whether an engine measures tensors as the reference does."""
+    """Return whether an engine measures tensors as the reference does."""
     found, expected = (
         [*one.power_sums(tensors, order).tolist(), one.norm(tensors, order, scalar=True).item()]
         for one in (engine, REFERENCE)
@@ -67,8 +54,8 @@ def measured_alike(engine, tensors, order, rel=1e-6):
 
 
 def changed_alike(engine, tensors, numbers, *, rows=False, limit=False):
-    """Tell whether an engine changes tensors as the reference does, up to one rounding more."""
-    expected = clones(tensors)
+    """Return whether an engine changes tensors as the reference does, up to one rounding."""
+    expected = [tensor.clone() for tensor in tensors]
     verb = "clamp_" if limit else "scale_"
     getattr(engine, verb)(tensors, numbers, rows=rows)
     getattr(REFERENCE, verb)(expected, numbers, rows=rows)
@@ -87,13 +74,13 @@ def all_close(found, expected, rel):
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf, pytest.param(3.0, marks=pytest.mark.slow)])
-def test_many_pieces_are_measured_as_by_the_reference(tiny, dtype, order):
+def test_many_pieces_are_measured(tiny, dtype, order):
     assert plan(MIXED, block=16).grouped > 1
     assert measured_alike(tiny, mixed(dtype), order)
 
 
 @pytest.mark.parametrize("limit", [False, True])
-def test_many_pieces_are_changed_as_by_the_reference(tiny, dtype, limit):
+def test_many_pieces_are_changed(tiny, dtype, limit):
     tensors = mixed(dtype)
     assert changed_alike(tiny, tensors, vector(0.3), limit=limit)
     each = vector(*(0.1 * index for index in range(len(MIXED))))
@@ -110,26 +97,21 @@ def test_any_order_is_measured(tiny, order):
 # Alignment
 
 
-@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
-def test_sums_have_the_same_bits_wherever_a_tensor_begins(tiny, dtype, order):
-    values = random(700, dtype=dtype)
-    aligned = tiny.power_sums([values], order), tiny.norm([values], order)
+def test_bits_do_not_depend_on_where_a_tensor_begins(tiny, dtype):
+    values, coefficient, orders = random(700, dtype=dtype), vector(0.3), (1.0, 2.0, math.inf)
+    sums = [tiny.power_sums([values], order) for order in orders]
+    norms = [tiny.norm([values], order) for order in orders]
+    scaled = values.clone()
+    tiny.scale_([scaled], coefficient)
     for offset in (1, 2, 3):
-        moved = torch.zeros(710, dtype=dtype)[offset:][:700].copy_(values)
-        assert torch.equal(tiny.power_sums([moved], order), aligned[0])
-        assert torch.equal(tiny.norm([moved], order), aligned[1])
-
-
-def test_products_have_the_same_bits_wherever_a_tensor_begins(tiny, dtype):
-    values, coefficient = random(300, dtype=dtype), vector(0.3)
-    aligned = values.clone()
-    tiny.scale_([aligned], coefficient)
-    for offset in (1, 2, 3):
-        buffer = torch.zeros(310, dtype=dtype)
-        moved = buffer[offset:][:300].copy_(values)
+        buffer = torch.zeros(710, dtype=dtype)
+        moved = buffer[offset:][:700].copy_(values)
+        for index, order in enumerate(orders):
+            assert torch.equal(tiny.power_sums([moved], order), sums[index])
+            assert torch.equal(tiny.norm([moved], order), norms[index])
         tiny.scale_([moved], coefficient)
-        assert torch.equal(moved, aligned)
-        assert not bool(buffer[:offset].any() | buffer[offset + 300 :].any())
+        assert torch.equal(moved, scaled)
+        assert not bool(buffer[:offset].any() | buffer[offset + 700 :].any())
 
 
 # Beyond the range of float32
@@ -232,42 +214,42 @@ def test_every_program_that_arrived_is_forgotten(tiny):
             assert [count.item() for count in tiny._requests._arrived.values()] == [0]
 
 
-def test_a_batch_is_looked_at_once(tiny, monkeypatch):
+def test_a_list_is_looked_at_once(tiny, monkeypatch):
     looked = []
     monkeypatch.setattr(
         "gradclip.engines.triton.requests.addresses_of",
         lambda *given: looked.append(given) or addresses_of(*given),
     )
-    batch = TensorList([random(20), random(3)])
-    expected = 0.5 * batch[0]
-    assert measured_alike(tiny, batch, 2.0)
-    tiny.scale_(batch, vector(0.5))
+    tensors = TensorList([random(20), random(3)])
+    expected = 0.5 * tensors[0]
+    assert measured_alike(tiny, tensors, 2.0)
+    tiny.scale_(tensors, vector(0.5))
     assert len(looked) == 1
-    assert torch.equal(batch[0], expected)
+    assert torch.equal(tensors[0], expected)
 
 
-def test_a_batch_with_gaps_is_written_where_it_lies(tiny):
-    batch = TensorList([random(5, 6)[:, ::2], random(3, 4).t()])
-    expected = [0.5 * tensor for tensor in batch]
-    tiny.norm(batch, 2.0)
-    tiny.scale_(batch, vector(0.5))
-    assert all(map(torch.equal, batch, expected))
+def test_a_list_with_gaps_is_written_where_it_lies(tiny):
+    tensors = TensorList([random(5, 6)[:, ::2], random(3, 4).t()])
+    expected = [0.5 * tensor for tensor in tensors]
+    tiny.norm(tensors, 2.0)
+    tiny.scale_(tensors, vector(0.5))
+    assert all(map(torch.equal, tensors, expected))
 
 
-def test_a_batch_goes_with_its_tensors_when_nobody_holds_them(tiny):
-    batch = TensorList([random(20), random(3)])
-    seen = [weakref.ref(tensor) for tensor in batch]
+def test_a_list_goes_with_its_tensors_when_nobody_holds_them(tiny):
+    tensors = TensorList([random(20), random(3)])
+    references = [weakref.ref(tensor) for tensor in tensors]
     gc.disable()  # which would find a cycle
     try:
-        tiny.norm(batch, 2.0)
-        tiny.scale_(batch, vector(0.5))
-        del batch
-        assert [tensor() for tensor in seen] == [None, None]
+        tiny.norm(tensors, 2.0)
+        tiny.scale_(tensors, vector(0.5))
+        del tensors
+        assert [tensor() for tensor in references] == [None, None]
     finally:
         gc.enable()
 
 
-# Autograd, tensors given twice, and devices that are not served
+# Autograd, and devices that are not supported
 
 
 def test_autograd_sees_that_a_tensor_was_scaled(tiny):
@@ -282,12 +264,7 @@ def test_autograd_sees_that_a_tensor_was_scaled(tiny):
         loss.backward()
 
 
-def test_a_tensor_that_is_given_twice_is_measured_twice(tiny):
-    tensor = random(300)
-    assert measured_alike(tiny, [tensor, random(7), tensor], 2.0)
-
-
-def test_a_device_that_is_not_served_is_refused(tiny, monkeypatch):
+def test_an_unsupported_device_is_refused(tiny, monkeypatch):
     other = torch.device("cuda" if INTERPRETED else "cpu")
     where = "where TRITON_INTERPRET is set" if INTERPRETED else "of type cuda,"
     assert where in tiny.unsupported(other)
@@ -301,14 +278,14 @@ def test_a_device_that_is_not_served_is_refused(tiny, monkeypatch):
 
 
 def clipped(engine, monkeypatch, clip):
-    """Clip the same gradients with an engine; return the norms, if they are told, and them."""
+    """Clip the same gradients with an engine; return the norms, if it does, and the gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(70, 9), nn.Linear(9, 80), nn.Linear(300, 2))
     for parameter in model.parameters():
         parameter.grad = random(*parameter.shape)
     monkeypatch.setitem(engines._BEST, torch.empty(1).device.type, engine)
-    told = clip(model)
-    return [*([] if told is None else [told]), *(one.grad for one in model.parameters())]
+    norms = clip(model)
+    return [*([] if norms is None else [norms]), *(one.grad for one in model.parameters())]
 
 
 def step(model, **options):

@@ -33,6 +33,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
+def channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return random(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
 def vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -114,6 +118,13 @@ def cpu_engine(request) -> Iterator[engines.Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(engines._BEST, "cpu", _ENGINES[request.param])
         yield _ENGINES[request.param]
+
+
+@pytest.fixture
+def without_graph():
+    """Gradient tracking is off, as it is whenever an engine is called."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

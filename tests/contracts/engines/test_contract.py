@@ -15,6 +15,7 @@ from tests.support.engines import (
     SMALL,
     assert_scaled,
     bits,
+    channels_last,
     power_sum,
     random,
     storage,
@@ -24,10 +25,6 @@ from tests.support.engines import (
 
 def windows(buffer: torch.Tensor, count: int, width: int, step: int) -> torch.Tensor:
     return buffer.as_strided((count, width), (step, 1), 1)
-
-
-def channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return random(*shape, dtype=dtype).to(memory_format=torch.channels_last)
 
 
 LAYOUTS = {

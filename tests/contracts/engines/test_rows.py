@@ -18,16 +18,12 @@ from tests.support.engines import (
     ORDERS,
     assert_scaled,
     bits,
+    channels_last,
     power_sum,
     random,
     storage,
     vector,
 )
-
-
-def channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return random(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
 
 LAYOUTS = {
     "no rows": lambda dtype: torch.empty(0, 3, dtype=dtype),
@@ -63,7 +59,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
-def layout(request):
+def row_layout(request):
     return request.param
 
 
@@ -71,7 +67,7 @@ def all_layouts(dtype: torch.dtype) -> list[torch.Tensor]:
     return [make(dtype) for make in LAYOUTS.values()]
 
 
-def rows_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def all_rows(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [row for tensor in tensors for row in tensor]
 
 
@@ -83,7 +79,7 @@ def places(tensor: torch.Tensor) -> torch.Tensor:
 
 def assert_row_sums(engine: Engine, tensors: list[torch.Tensor], order: float) -> None:
     sums = engine.power_sums(tensors, order, rows=True)
-    needed = [power_sum(row, order) for row in rows_of(tensors)]
+    needed = [power_sum(row, order) for row in all_rows(tensors)]
     assert sums.shape == (len(needed),)
     assert sums.dtype == torch.float64
     assert sums.tolist() == pytest.approx(needed, rel=1e-6, abs=0, nan_ok=True)
@@ -160,10 +156,10 @@ COEFFICIENTS = [1.0, 0.3, 1.0, 0.0, 0.999, 1e-5, 1.0]
 def test_each_row_is_multiplied_by_its_own_coefficient(engine: Engine, dtype, pattern):
     tensors = all_layouts(dtype)
     whole = [storage(tensor).clone() for tensor in tensors]
-    originals = [row.clone() for row in rows_of(tensors)]
+    originals = [row.clone() for row in all_rows(tensors)]
     each = [*itertools.islice(itertools.cycle(pattern), len(originals))]
     engine.scale_(tensors, vector(*each), rows=True)
-    for row, original, coefficient in zip(rows_of(tensors), originals, each, strict=True):
+    for row, original, coefficient in zip(all_rows(tensors), originals, each, strict=True):
         assert_scaled(row, original, coefficient)
     assert_written_rows(tensors, whole, [coefficient != 1 for coefficient in each])
 
@@ -179,9 +175,9 @@ def test_tensors_without_a_row_below_one_are_not_written(engine: Engine, rewritt
     assert tensors[1].tolist() == [[1.0] * 5, [0.5] * 5]
 
 
-def test_a_row_coefficient_of_zero_erases_nan_and_infinity_too(engine: Engine, layout, dtype):
+def test_a_row_coefficient_of_zero_erases_nan_and_infinity_too(engine: Engine, row_layout, dtype):
     for share in (1, 2):
-        tensor = layout(dtype)
+        tensor = row_layout(dtype)
         for row in tensor:
             row.fill_(math.nan)
         engine.scale_([tensor], torch.arange(len(tensor)).remainder(share).double(), rows=True)
@@ -207,11 +203,11 @@ def test_tiny_row_coefficients_keep_their_value(engine: Engine, dtype, width):
 def test_each_row_is_limited_by_its_own_bound(engine: Engine, dtype):
     tensors = all_layouts(dtype)
     whole = [storage(tensor).clone() for tensor in tensors]
-    originals = [row.clone() for row in rows_of(tensors)]
+    originals = [row.clone() for row in all_rows(tensors)]
     each = [*itertools.islice(itertools.cycle([0.5, math.inf, 0.1, 100.0, 0.0]), len(originals))]
     engine.clamp_(tensors, vector(*each), rows=True)
     written = []
-    for row, original, bound in zip(rows_of(tensors), originals, each, strict=True):
+    for row, original, bound in zip(all_rows(tensors), originals, each, strict=True):
         needed = original.clamp(-bound, bound)
         assert torch.equal(row, needed)
         written.append(not torch.equal(needed, original))
@@ -234,8 +230,8 @@ def test_nan_stays_in_rows_that_are_limited_and_hides_nothing(
     assert int(tensor.isnan().sum()) == 5
 
 
-def test_rows_that_fit_their_bound_are_not_written(engine: Engine, rewritten, layout, dtype):
-    tensor = layout(dtype)
+def test_rows_that_fit_their_bound_are_not_written(engine: Engine, rewritten, row_layout, dtype):
+    tensor = row_layout(dtype)
     engine.clamp_([tensor], torch.full((len(tensor),), 0.1, dtype=torch.float64), rows=True)
     version = tensor._version  # 0.1 is in no binary dtype, and the rounded bound fits itself
     rewritten.forget()
@@ -309,9 +305,9 @@ def test_any_strides_are_measured_and_written_row_by_row(engine: Engine, tensors
     for verb in (engine.scale_, engine.clamp_):
         each = [*itertools.islice(itertools.cycle(numbers), count)]
         whole = [storage(tensor).clone() for tensor in tensors]
-        originals = [row.clone() for row in rows_of(tensors)]
+        originals = [row.clone() for row in all_rows(tensors)]
         verb(tensors, vector(*each), rows=True)
-        for row, original, number in zip(rows_of(tensors), originals, each, strict=True):
+        for row, original, number in zip(all_rows(tensors), originals, each, strict=True):
             if verb == engine.scale_:
                 assert_scaled(row, original, number)
             else:

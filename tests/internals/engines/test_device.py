@@ -20,13 +20,10 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 rows = pytest.mark.parametrize("rows", [False, True], ids=["tensors", "rows"])
 
 
-@pytest.fixture(autouse=True)
-def without_graph():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_graph")
 
 
-def gradients(dtype: torch.dtype, rows: bool) -> list[torch.Tensor]:
+def gradients_for(dtype: torch.dtype, rows: bool) -> list[torch.Tensor]:
     shared = [
         random(30, 7, dtype=dtype),
         torch.empty(0, 3, dtype=dtype),
@@ -51,7 +48,7 @@ def gradients(dtype: torch.dtype, rows: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_it_measures_as_the_reference(dtype, order, rows):
-    given = gradients(dtype, rows)
+    given = gradients_for(dtype, rows)
     found, needed = (
         device.power_sums(given, order, rows=rows),
         REFERENCE.power_sums(given, order, rows=rows),
@@ -82,7 +79,7 @@ NUMBERS = {
 )
 def test_it_writes_as_the_reference(dtype, verb, numbers, rows):
     """One number for all or one each, over NaN, infinity and the largest elements."""
-    given = gradients(dtype, rows)
+    given = gradients_for(dtype, rows)
     given[0][0, 0] = torch.finfo(dtype).max / 2
     if verb == "clamp_" or numbers[0] in (0, 1):
         given[0][3, :3] = torch.tensor([math.nan, -math.inf, math.inf])

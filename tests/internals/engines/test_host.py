@@ -24,14 +24,11 @@ UNLIKE = [0.0, 1e20, 1.0, 3e38, 1e-25, -1e-39, 1e-30, -0.0, 1e-44, 0.5]
 """Magnitudes that float32 holds and whose squares it does not."""
 
 
-@pytest.fixture(autouse=True)
-def without_graph():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_graph")
 
 
 @pytest.fixture
-def exact(monkeypatch):
+def exact_shapes(monkeypatch):
     """The shapes that were summed in float64 from the first element on."""
     shapes, row_sums = [], host._row_sums
 
@@ -81,7 +78,7 @@ def test_narrower_vector_units_keep_the_accuracy(capability):
 
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float16], ids=str)
-def test_zeros_are_not_summed_again(exact, dtype, order):
+def test_zeros_are_not_summed_again(exact_shapes, dtype, order):
     """Idle experts and unused rows of an embedding are all zero: common, and quickly done."""
     table = torch.zeros(1000, 300, dtype=dtype)
     table[::20] = 0.5
@@ -92,32 +89,32 @@ def test_zeros_are_not_summed_again(exact, dtype, order):
     for given in ([torch.zeros(SMALL + 1), torch.zeros(3), torch.empty(0)], [torch.ones(9000)]):
         total = ENGINE.norm(given, order).item()
         assert total == pytest.approx(REFERENCE.norm(given, order).item(), rel=1e-6)
-    assert not exact
+    assert not exact_shapes
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_only_sums_out_of_range_are_computed_again(exact, dtype):
+def test_only_sums_out_of_range_are_computed_again(exact_shapes, dtype):
     table = torch.ones(1000, 300, dtype=dtype)
     table[3, 5], table[500], table[999, 7] = 1e20, 1e-25, math.inf
     given = [torch.ones(50, 200, dtype=dtype), table]
     found, needed = (one.power_sums(given, 2.0, rows=True) for one in (ENGINE, REFERENCE))
     torch.testing.assert_close(found, needed, rtol=1e-6, atol=0)
-    assert exact == [(3, 300)]
-    exact.clear()
+    assert exact_shapes == [(3, 300)]
+    exact_shapes.clear()
     given = [torch.ones(9000), torch.full((10000,), 1e-25), torch.zeros(9000), torch.ones(4)]
     given = [tensor.to(dtype) for tensor in given]
     found, needed = (one.power_sums(given, 2.0) for one in (ENGINE, REFERENCE))
     torch.testing.assert_close(found, needed, rtol=1e-6, atol=0)
-    assert exact == [(1, 10000)]
+    assert exact_shapes == [(1, 10000)]
 
 
-def test_norms_in_range_and_nan_are_computed_once(exact):
+def test_norms_in_range_and_nan_are_computed_once(exact_shapes):
     given = [torch.randn(SMALL + PIECE), torch.full((9,), 1e-3), torch.zeros(2)]
     for order in (1.0, 2.0, math.inf):
         ENGINE.norm(given, order)
     ENGINE.norm([*given[:2], torch.tensor([math.nan])], 2.0)
     ENGINE.power_sums([given[0], torch.tensor([math.nan])], 2.0)
-    assert not exact
+    assert not exact_shapes
 
 
 # Denormals where they are flushed

@@ -32,7 +32,7 @@ ONCE = {"max_examples": 60, "suppress_health_check": [HealthCheck.function_scope
 
 
 @pytest.fixture
-def engine(native_engine):
+def c_engine(native_engine):
     threads = torch.get_num_threads()
     with torch.no_grad():
         yield native_engine
@@ -41,8 +41,8 @@ def engine(native_engine):
 
 
 @pytest.fixture(params=[0, 1, 2])
-def level(request, engine):
-    if engine._library.gradclip_choose(request.param) < request.param:
+def level(request, c_engine):
+    if c_engine._library.gradclip_choose(request.param) < request.param:
         pytest.skip("the processor has no such instructions")
     return request.param
 
@@ -62,39 +62,39 @@ lengths = st.builds(
 
 @settings(**ONCE)
 @given(st.lists(lengths, min_size=1, max_size=3), st.integers(0, 9), st.sampled_from(DTYPES))
-def test_sums_are_right_and_their_bits_depend_on_values_alone(engine, sizes, start, dtype):
+def test_sums_are_right_and_their_bits_depend_on_values_alone(c_engine, sizes, start, dtype):
     generator = torch.Generator().manual_seed(sum(sizes) + start)
     given = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     moved = [torch.empty(start + len(one), dtype=dtype)[start:].copy_(one) for one in given]
     for order in ORDERS:
-        engine._library.gradclip_choose(native.BEST)
+        c_engine._library.gradclip_choose(native.BEST)
         torch.set_num_threads(2)
-        sums = engine.power_sums(given, order)
+        sums = c_engine.power_sums(given, order)
         needed = REFERENCE.power_sums(given, order)
         assert torch.allclose(sums, needed, rtol=1e-6, atol=0)
-        norm = engine.norm(given, order)
+        norm = c_engine.norm(given, order)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for chosen in (0, 1, 2):
-                engine._library.gradclip_choose(chosen)
-                assert torch.equal(engine.power_sums(moved, order), sums)
-                assert torch.equal(engine.norm(moved, order), norm)
+                c_engine._library.gradclip_choose(chosen)
+                assert torch.equal(c_engine.power_sums(moved, order), sums)
+                assert torch.equal(c_engine.norm(moved, order), norm)
 
 
 @settings(**ONCE)
 @given(lengths, st.integers(0, 9), st.sampled_from(DTYPES))
 def test_writing_touches_the_elements_alone_and_every_processor_writes_alike(
-    engine, size, start, dtype
+    c_engine, size, start, dtype
 ):
     generator = torch.Generator().manual_seed(size + start)
     buffer = torch.randn(start + size + 5, generator=generator).to(dtype)
     for change in (
-        lambda tensors: engine.scale_(tensors, vector(0.3)),
-        lambda tensors: engine.clamp_(tensors, vector(0.1)),
+        lambda tensors: c_engine.scale_(tensors, vector(0.3)),
+        lambda tensors: c_engine.clamp_(tensors, vector(0.1)),
     ):
         written = []
         for chosen, threads in ((0, 1), (1, 2), (2, 3)):
-            engine._library.gradclip_choose(chosen)
+            c_engine._library.gradclip_choose(chosen)
             torch.set_num_threads(threads)
             copy = buffer.clone()
             change([copy[start : start + size]])
@@ -112,14 +112,14 @@ def test_writing_touches_the_elements_alone_and_every_processor_writes_alike(
     st.sampled_from(DTYPES),
     st.integers(0, 9),
 )
-def test_rows_of_any_length_lie_anywhere(engine, columns, rows, dtype, gap):
+def test_rows_of_any_length_lie_anywhere(c_engine, columns, rows, dtype, gap):
     generator = torch.Generator().manual_seed(columns)
     rows = min(rows, 7) if columns > 700 else rows
     table = torch.randn(rows, columns + gap, generator=generator).to(dtype)[:, :columns]
     if rows > 5 and columns:
         table[3], table[5, -1] = 0, math.nan
     for order in ORDERS:
-        found = engine.power_sums([table, table[::2]], order, rows=True)
+        found = c_engine.power_sums([table, table[::2]], order, rows=True)
         needed = REFERENCE.power_sums([table, table[::2]], order, rows=True)
         assert torch.allclose(found, needed, rtol=1e-6, atol=0, equal_nan=True)
 
@@ -128,25 +128,25 @@ def test_rows_of_any_length_lie_anywhere(engine, columns, rows, dtype, gap):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_half_is_read_as_torch_reads_it(engine, level, dtype):
+def test_every_half_is_read_as_torch_reads_it(c_engine, level, dtype):
     halves = all_halves(dtype).unsqueeze(1)
     for order in (1.0, math.inf):
-        found = engine.power_sums([halves], order, rows=True)
+        found = c_engine.power_sums([halves], order, rows=True)
         needed = halves.double().abs().flatten()
         assert torch.allclose(found, needed, rtol=0, atol=0, equal_nan=True)
     # Long enough for the quick sums.
     repeated = halves[halves.isfinite()].unsqueeze(1).repeat(1, 8200)[::997]
-    found = engine.power_sums([repeated], 2.0, rows=True)
+    found = c_engine.power_sums([repeated], 2.0, rows=True)
     assert torch.allclose(found, repeated.double().square().sum(1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("coefficient", [0.5, 0.3, 0.99999, 1e-3, 2.0**-14, 1e-7, 1e-30])
-def test_every_half_is_scaled_and_rounded_as_torch_does(engine, level, dtype, coefficient):
+def test_every_half_is_scaled_and_rounded_as_torch_does(c_engine, level, dtype, coefficient):
     halves = all_halves(dtype)
     factor = torch.tensor(coefficient, dtype=torch.float32)
     needed = (halves.float() * factor).to(dtype)
-    engine.scale_([halves], vector(coefficient))
+    c_engine.scale_([halves], vector(coefficient))
     nan = needed.isnan()
     assert torch.equal(halves.isnan(), nan)
     assert torch.equal(bits(halves)[~nan], bits(needed)[~nan])
@@ -154,22 +154,22 @@ def test_every_half_is_scaled_and_rounded_as_torch_does(engine, level, dtype, co
 
 @pytest.mark.parametrize("coefficient", [1e-39, 1e-45, 3e-60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_scaled_below_the_normal_numbers_is_rounded_once(engine, level, dtype, coefficient):
+def test_products_below_the_normal_numbers_are_rounded_once(c_engine, level, dtype, coefficient):
     values = torch.randn(999).mul(3e38).clamp(-3e38, 3e38).to(dtype)
     needed = (values.double() * coefficient).float().to(dtype)
-    engine.scale_([values], vector(coefficient))
+    c_engine.scale_([values], vector(coefficient))
     assert torch.equal(bits(values), bits(needed))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bound", [0.0, 6e-8, 1.0, 60000.0, math.inf])
-def test_every_half_is_limited_and_nan_keeps_its_bits(engine, level, dtype, bound):
+def test_every_half_is_limited_and_nan_keeps_its_bits(c_engine, level, dtype, bound):
     halves = all_halves(dtype)
     limit = vector(bound)
     rounded = limit.to(dtype).item()
     fits = ~(halves.float().abs() > rounded)  # NaN among them
     before = bits(halves)
-    engine.clamp_([halves], limit)
+    c_engine.clamp_([halves], limit)
     assert torch.equal(bits(halves)[fits], before[fits])
     assert bool((halves[~fits].float().abs() == rounded).all())
     assert torch.equal(halves[~fits].signbit(), before[~fits] < 0)
@@ -182,52 +182,52 @@ def test_every_half_is_limited_and_nan_keeps_its_bits(engine, level, dtype, boun
         *[(torch.float64, number) for number in (0x7FF0000000000001, 0x7FF8000000000000, -1)],
     ],
 )
-def test_nan_of_any_payload_is_nan(engine, level, dtype, payload):
+def test_nan_of_any_payload_is_nan(c_engine, level, dtype, payload):
     for length in (1, 40, 9000, 40_000):
         values = torch.ones(length, dtype=dtype)
         bits_of = values.view(INTEGERS[dtype.itemsize])
         bits_of[length // 2] = payload
         for order in ORDERS:
-            assert math.isnan(engine.norm([values], order).item())
-        engine.clamp_([values], vector(0.5))
+            assert math.isnan(c_engine.norm([values], order).item())
+        c_engine.clamp_([values], vector(0.5))
         assert bits_of[length // 2] == payload
-        engine.scale_([values], vector(0.5))
+        c_engine.scale_([values], vector(0.5))
         assert int(values.isnan().sum()) == 1
 
 
 @pytest.mark.parametrize("length", [5, 9000, 40_000])
 @pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("value", [1e-45, 1e-39, 1.2e-38, 1e-25, 0.0, 3.4e38])
-def test_the_ends_of_the_range_have_their_true_sums(engine, level, value, flush, length):
+def test_the_ends_of_the_range_have_their_true_sums(c_engine, level, value, flush, length):
     for dtype in (torch.float32, torch.bfloat16):
         values = torch.full((length,), value).to(dtype)
         needed = values.double().norm().item()
         with denormals_flushed(flush):
-            found = engine.norm([values], 2.0).item()
-            largest = engine.norm([values], math.inf).item()
+            found = c_engine.norm([values], 2.0).item()
+            largest = c_engine.norm([values], math.inf).item()
             still = torch.tensor([1e-39]).mul(1.0).item()
         assert found == pytest.approx(needed, rel=1e-6, abs=0)
         assert largest == pytest.approx(needed / math.sqrt(length), rel=1e-6, abs=0)
         assert (still == 0) == flush  # as the program had it
 
 
-def test_few_float32_are_summed_as_exactly_as_float64(engine):
+def test_few_float32_are_summed_as_exactly_as_float64(c_engine):
     values = torch.rand(8192).mul(1e3)
     exact = math.sqrt(math.fsum(value * value for value in values.tolist()))
-    assert engine.norm([values], 2.0).item() == pytest.approx(exact, rel=1e-14, abs=0)
+    assert c_engine.norm([values], 2.0).item() == pytest.approx(exact, rel=1e-14, abs=0)
 
 
 # Autograd, inference mode, torch.func
 
 
-def test_only_written_tensors_have_a_new_version(engine):
+def test_only_written_tensors_have_a_new_version(c_engine):
     tensors = [torch.ones(5), torch.full((5,), 3.0), torch.empty(0)]
-    engine.scale_(tensors, vector(1.0, 0.5, 0.5))
-    engine.clamp_(tensors, vector(1.2))
+    c_engine.scale_(tensors, vector(1.0, 0.5, 0.5))
+    c_engine.clamp_(tensors, vector(1.2))
     assert [tensor._version for tensor in tensors] == [0, 2, 0]
     with torch.inference_mode():
         inferred = torch.ones(3)
-    engine.scale_([inferred], vector(0.5))
+    c_engine.scale_([inferred], vector(0.5))
     assert inferred.tolist() == [0.5] * 3
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.zeros(3)
@@ -236,13 +236,13 @@ def test_only_written_tensors_have_a_new_version(engine):
 
 
 @pytest.mark.parametrize("where", ["inference mode", "torch.func"])
-def test_spare_tensors_made_in_a_special_mode_stay_there(engine, where):
+def test_spare_tensors_made_in_a_special_mode_stay_there(c_engine, where):
     """Outside, autograd or torch.func would refuse them."""
     gradient = torch.tensor([3.0, 4.0])
 
     def measure(x):
-        assert engine.norm([gradient], 2.0, scalar=True).item() == 5.0
-        assert engine.power_sums([gradient], 2.0).sum().item() == 25.0
+        assert c_engine.norm([gradient], 2.0, scalar=True).item() == 5.0
+        assert c_engine.power_sums([gradient], 2.0).sum().item() == 25.0
         return (x * x).sum()
 
     for spare in native._SPARE:
@@ -252,7 +252,7 @@ def test_spare_tensors_made_in_a_special_mode_stay_there(engine, where):
     else:
         with torch.inference_mode():
             measure(gradient)
-    norms = [engine.norm([gradient], 2.0, scalar=True) for _ in range(40)]
+    norms = [c_engine.norm([gradient], 2.0, scalar=True) for _ in range(40)]
     assert not any(norm.is_inference() for norm in norms)
     assert {norm.item() for norm in norms} == {5.0}
     assert len({norm.data_ptr() for norm in norms}) == 40
@@ -265,29 +265,29 @@ class Named(torch.Tensor):
     """A subclass, which may have no memory of its own."""
 
 
-def test_tensors_without_memory_are_left_to_torch_operators(engine):
+def test_tensors_without_memory_are_left_to_torch_operators(c_engine):
     nothing = torch._efficientzerotensor((4,))
-    assert engine.norm([nothing, torch.ones(9)], 2.0).item() == 3.0
-    assert engine.power_sums([nothing], 2.0).tolist() == [0.0]
-    assert engine.norm([torch._efficientzerotensor((10,))[3:]], 2.0).item() == 0.0
+    assert c_engine.norm([nothing, torch.ones(9)], 2.0).item() == 3.0
+    assert c_engine.power_sums([nothing], 2.0).tolist() == [0.0]
+    assert c_engine.norm([torch._efficientzerotensor((10,))[3:]], 2.0).item() == 0.0
 
     def halve(x):
         part = (x * 2)[3:]
-        engine.scale_([part], vector(0.5))
+        c_engine.scale_([part], vector(0.5))
         return part
 
     assert torch.func.functionalize(halve)(torch.ones(5)).tolist() == [1.0, 1.0]
     named = torch.tensor([3.0, 4.0]).as_subclass(Named)
-    assert engine.norm([named], 2.0).item() == 5.0
-    engine.scale_([named], vector(0.5))
+    assert c_engine.norm([named], 2.0).item() == 5.0
+    c_engine.scale_([named], vector(0.5))
     assert named.tolist() == [1.5, 2.0]
-    found = torch.func.vmap(lambda row: engine.power_sums([row, row], math.inf))
+    found = torch.func.vmap(lambda row: c_engine.power_sums([row, row], math.inf))
     with pytest.raises(RuntimeError):  # torch's own: it cannot divide into samples what it joins
         found(torch.ones(3, 4))
 
 
-def test_numbers_without_memory_are_left_to_torch_operators(engine):
-    for verb in (engine.scale_, engine.clamp_):
+def test_numbers_without_memory_are_left_to_torch_operators(c_engine):
+    for verb in (c_engine.scale_, c_engine.clamp_):
         tensors = [torch.ones(3), torch.ones(2)]
         for numbers, result in (
             (vector(0.5).as_subclass(Named), 0.5),
@@ -298,22 +298,22 @@ def test_numbers_without_memory_are_left_to_torch_operators(engine):
 
 
 @pytest.mark.parametrize("flush", [False, True])
-def test_roots_are_taken_of_denormal_sums(engine, flush):
+def test_roots_are_taken_of_denormal_sums(c_engine, flush):
     smallest, wide = torch.tensor([2.0**-149]), vector(1e-310)
     with denormals_flushed(flush):
-        seventh = engine.norm([smallest], 7.0).item()
-        largest = engine.norm([wide], math.inf).item()
+        seventh = c_engine.norm([smallest], 7.0).item()
+        largest = c_engine.norm([wide], math.inf).item()
     assert seventh == pytest.approx(2.0**-149, rel=1e-6, abs=0)
     assert largest == 1e-310
 
 
-def test_only_tensors_with_gaps_are_left_to_torch_operators(engine, monkeypatch):
+def test_only_tensors_with_gaps_are_left_to_torch_operators(c_engine, monkeypatch):
     left, scale_ = [], host.scale_
     monkeypatch.setattr(
         host, "scale_", lambda tensors, *a, **k: left.extend(tensors) or scale_(tensors, *a, **k)
     )
     gaps, plain = torch.ones(6, 6)[:, ::2], torch.ones(4)
-    engine.scale_([plain, gaps, plain.clone()], vector(0.5, 0.25, 1.0))
+    c_engine.scale_([plain, gaps, plain.clone()], vector(0.5, 0.25, 1.0))
     assert len(left) == 1
     assert left[0] is gaps
     assert plain.tolist() == [0.5] * 4
@@ -344,12 +344,12 @@ LARGE = """
 import os, re, sys, torch
 from gradclip.engines import _ENGINES
 torch.set_num_threads(1)
-engine, large = _ENGINES["native"], torch.ones(4_000_000)
+c_engine, large = _ENGINES["native"], torch.ones(4_000_000)
 def threads(): return len(os.listdir("/proc/self/task"))
 """
 
 
-def run(program: str) -> str:
+def run_program(program: str) -> str:
     command = [sys.executable, "-c", LARGE + program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -361,12 +361,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads
 
 @linux
 def test_the_threads_are_those_of_torch_and_as_many(native_engine):
-    found = run("""
+    found = run_program("""
 before = threads()
-engine.norm([large], 2.0); one = threads()
-engine.norm([torch.ones(1000)] * 20, 2.0)
-torch.set_num_threads(3); engine.norm([torch.ones(1000)] * 20, 2.0); small = threads()
-engine.norm([large], 2.0); three = threads()
+c_engine.norm([large], 2.0); one = threads()
+c_engine.norm([torch.ones(1000)] * 20, 2.0)
+torch.set_num_threads(3); c_engine.norm([torch.ones(1000)] * 20, 2.0); small = threads()
+c_engine.norm([large], 2.0); three = threads()
 torch.ones(4_000_000).add_(1).sum(); with_torch = threads()
 maps = open("/proc/self/maps").read()
 runtimes = set(re.findall(r"\\S+/lib(?:g|i|)omp\\S*", maps))
@@ -377,12 +377,12 @@ print(one - before, small - before, three - before, with_torch - before, len(run
 
 @linux
 def test_without_a_runtime_one_thread_does_it_all(native_engine):
-    found = run("""
+    found = run_program("""
 import ctypes
 torch.set_num_threads(3)
-needed = engine.norm([large], 2.0)
-engine._library.gradclip_use_threads_of(ctypes.c_void_p(None))
-print(torch.equal(engine.norm([large], 2.0), needed))
+needed = c_engine.norm([large], 2.0)
+c_engine._library.gradclip_use_threads_of(ctypes.c_void_p(None))
+print(torch.equal(c_engine.norm([large], 2.0), needed))
 """)
     assert found.split() == ["True"]
 
@@ -394,14 +394,14 @@ def test_no_runtime_is_no_error(monkeypatch):
 
 @linux
 def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(native_engine):
-    found = run("""
+    found = run_program("""
 torch.set_num_threads(3)
-engine.norm([large], 2.0)
+c_engine.norm([large], 2.0)
 child = os.fork()
 if child == 0:
-    engine.scale_([large], torch.tensor([0.5], dtype=torch.float64))
-    os._exit(int(engine.norm([large], 2.0).item()) != 1000)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), engine.norm([large], 2.0).item())
+    c_engine.scale_([large], torch.tensor([0.5], dtype=torch.float64))
+    os._exit(int(c_engine.norm([large], 2.0).item()) != 1000)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), c_engine.norm([large], 2.0).item())
 """)
     assert found.split() == ["0", "2000.0"]
 
@@ -416,8 +416,8 @@ class _Measured(torch.utils.data.Dataset):
         return get_total_norm([torch.full((1_000_000,), float(index))])
 
 
-def test_workers_of_a_data_loader_measure(engine):
-    engine.norm([torch.ones(1_000_000)], 2.0)
+def test_workers_of_a_data_loader_measure(c_engine):
+    c_engine.norm([torch.ones(1_000_000)], 2.0)
     loader = DataLoader(_Measured(), batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert [norm.item() for norm in loader] == [0.0, 1000.0, 2000.0, 3000.0]
 

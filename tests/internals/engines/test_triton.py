@@ -40,7 +40,7 @@ def tiny(triton):
         yield triton.TritonEngine(block=16)
 
 
-def mixed(dtype=torch.float32):
+def mixed_lengths(dtype=torch.float32):
     return [random(length, dtype=dtype) for length in MIXED]
 
 
@@ -76,12 +76,12 @@ def all_close(found, expected, rel):
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_many_pieces_are_measured(tiny, dtype, order):
     assert plan(MIXED, block=16).grouped > 1
-    assert measured_alike(tiny, mixed(dtype), order)
+    assert measured_alike(tiny, mixed_lengths(dtype), order)
 
 
 @pytest.mark.parametrize("limit", [False, True])
 def test_many_pieces_are_changed(tiny, dtype, limit):
-    tensors = mixed(dtype)
+    tensors = mixed_lengths(dtype)
     assert changed_alike(tiny, tensors, vector(0.3), limit=limit)
     each = vector(*(0.1 * index for index in range(len(MIXED))))
     assert changed_alike(tiny, tensors, each, limit=limit)
@@ -208,7 +208,7 @@ def test_what_has_gaps_is_changed_among_what_has_none(tiny, limit):
 
 
 def test_every_program_that_arrived_is_forgotten(tiny):
-    for tensors in (mixed(), [random(5)], mixed()):
+    for tensors in (mixed_lengths(), [random(5)], mixed_lengths()):
         for order in (2.0, math.inf):
             assert measured_alike(tiny, tensors, order)
             assert [count.item() for count in tiny._requests._arrived.values()] == [0]
@@ -277,7 +277,7 @@ def test_an_unsupported_device_is_refused(tiny, monkeypatch):
 # Through the names that users call
 
 
-def clipped(engine, monkeypatch, clip):
+def clipped_with(engine, monkeypatch, clip):
     """Clip the same gradients with an engine; return the norms, if it does, and the gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(70, 9), nn.Linear(9, 80), nn.Linear(300, 2))
@@ -318,8 +318,8 @@ def test_clipping_is_that_of_the_reference(triton_engine, triton, monkeypatch, c
     monkeypatch.setattr(
         triton, "launch", lambda *given, **more: launched.append(given) or launch(*given, **more)
     )
-    expected = clipped(REFERENCE, monkeypatch, clip)
+    expected = clipped_with(REFERENCE, monkeypatch, clip)
     assert not launched
-    found = clipped(triton_engine, monkeypatch, clip)
+    found = clipped_with(triton_engine, monkeypatch, clip)
     assert launched
     assert all_close(found, expected, 1e-6)

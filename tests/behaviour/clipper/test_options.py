@@ -13,7 +13,6 @@ from gradclip import (
     EngineUnavailableError,
     GradientClipper,
     GradientError,
-    Threshold,
 )
 from tests.support.clippers import sgd, weights_of
 from tests.support.reference import gradient_norm
@@ -83,19 +82,13 @@ def test_an_engine_that_cannot_serve_is_refused():
     GradientClipper(optimizer, 1.0)
 
 
-class Two(Threshold):
-    def thresholds(self, norms, context):
-        return torch.ones(2)
-
-
 @pytest.mark.parametrize(
     ("max_norm", "options", "gradient", "error", "message"),
     [
-        (Two(), {}, [3.0], ArgumentError, r"Two.thresholds\(\) returned the shape \(2,\)"),
         (lambda step: 1 / 0, {}, [3.0], ZeroDivisionError, "division"),
         (1.0, {"max_value": 1.0}, [5 + 5j], GradientError, "complex elements cannot be bounded"),
     ],
-    ids=["threshold", "function", "complex"],
+    ids=["function", "complex"],
 )
 def test_a_step_that_raises_changes_nothing(max_norm, options, gradient, error, message):
     optimizer = sgd([3.0, 4.0], gradient)

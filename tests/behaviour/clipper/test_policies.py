@@ -13,7 +13,6 @@ from gradclip import (
     MemorySink,
     NonFiniteGradientError,
     SkipLimitError,
-    StateError,
 )
 from tests.support.clippers import sgd, weights_of
 from tests.support.reference import bits_of
@@ -110,21 +109,6 @@ def test_too_many_skipped_steps_in_a_row_raise(bad):
     run.step(GOOD)
     run.step(bad)
     assert (run.clipper.steps, run.clipper.skipped) == (9, 7)
-
-
-def test_a_resumed_run_goes_on_counting_skips_in_a_row():
-    """A limit of 1 raises at once, and a state without the count is refused."""
-    run, resumed = (Steps(exceed="skip", skip_limit=2) for _ in range(2))
-    run.step(LARGE)
-    state = run.clipper.state_dict()
-    resumed.clipper.load_state_dict(state)
-    with pytest.raises(SkipLimitError, match="up to step 1"):
-        resumed.step(LARGE)
-    with pytest.raises(SkipLimitError, match="1 steps in a row"):
-        Steps(exceed="skip", skip_limit=1).step(LARGE)
-    del state["counters"]["skipped_in_a_row"]
-    with pytest.raises(StateError, match="skipped_in_a_row"):
-        run.clipper.load_state_dict(state)
 
 
 # nonfinite

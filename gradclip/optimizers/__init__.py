@@ -1,20 +1,20 @@
 """The hooks of a clipper on an optimizer, and everything they do around one step.
 
 ``supported.py`` says which optimizers can be clipped. ``attachment.py`` holds the hooks, with
-``closures.py`` for the closure of a step and ``step_changes.py`` for what is set on an optimizer
-until the step ends. ``joint.py`` collects the gradients of one step; ``several.py`` chooses among
-those of several optimizers, with ``clipped_already.py`` as its memory. ``grad_scaler.py`` reads a
-GradScaler, ``joint_scaling.py`` unscales several optimizers, and ``shared_overflow.py`` lets ranks
-skip a step together.
+``closures.py`` for the closure of a step and ``step_changes.py`` for changes of an optimizer that
+last until the step ends. ``joint.py`` collects the gradients of one step; ``several.py`` chooses
+among the gradients of several optimizers, with ``clipped_already.py`` as its memory.
+``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and
+``shared_overflow.py`` lets ranks skip a step together.
 
 Where torch has no hook
     A step pre-hook is given the optimizer and the arguments of the step, a post-hook the same
-    (pytorch/pytorch#89176). What else a clipper has to know is found by these means, each in one
-    place, and none of them in a usual step of one optimizer:
+    (pytorch/pytorch#89176). The rest of its situation a clipper finds by these means. Each is in
+    one place, and a usual step of one optimizer needs none of them:
 
     * *Running functions* (``call_stack.py``). A subclass whose ``step`` calls ``super().step()``
       fires all hooks twice, and hooks are not called after a step that raised: whether a pre-hook
-      belongs to a running step or to the next one shows only in what is running. Neither do hooks
+      belongs to a running step or to the next one shows on the call stack alone. Neither do hooks
       learn that ``GradScaler.step`` is the caller (pytorch/pytorch#67590 asks for a sign of it),
       nor that torch's distributed checkpoint is, which steps with gradients of 0 to make the
       optimizer's state.

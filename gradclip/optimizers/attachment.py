@@ -64,8 +64,8 @@ class Attachment:
         self._clip_in_closure = torch.compiler.disable(self._clip_or_skip)
         before = optimizer.register_step_pre_hook(torch.compiler.disable(self._before))
         after = optimizer.register_step_post_hook(torch.compiler.disable(self._after))
-        # The first of all post-hooks: those of others are to find everything put back. As a
-        # pre-hook it is the last so far: those before it may still change the gradients.
+        # Before all other post-hooks, which are to find the optimizer restored. The pre-hook comes
+        # after the earlier ones, which may still change the gradients.
         cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(
             after.id, last=False
         )
@@ -231,7 +231,7 @@ class Attachment:
 
 
 class _RunningStep:
-    """A step that has begun: what was found, changed and decided so far."""
+    """A step that has begun: its changes, its closure and its record so far."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.step_changes = StepChanges(optimizer)

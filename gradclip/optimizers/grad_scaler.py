@@ -27,7 +27,7 @@ Muon ignore them without a word; foreach and plain steps raise on them."""
 
 
 def checked_scaler(given: object) -> GradScaler | None:
-    """Return what the option ``grad_scaler`` was given.
+    """Check the clipper's option ``grad_scaler``, and return it.
 
     Raises:
         ArgumentError: It is neither a GradScaler nor None.
@@ -63,7 +63,7 @@ def mend_marks(optimizer: Optimizer, marks: Sequence[object]) -> None:
         return
     scaler = running_scaler()
     if scaler is None:
-        # Those of a user, set since, are theirs.
+        # Marks that a user has set since stay.
         if all(now is then for now, then in zip(marks_of(optimizer), marks, strict=True)):
             delete_marks(optimizer)
     elif "grad_scale" in vars(optimizer):

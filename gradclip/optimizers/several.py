@@ -58,7 +58,7 @@ class SeveralOptimizers:
         self._round: WeakSet[Optimizer] = WeakSet()
         """Across ranks: the optimizers that have stepped since the last collective."""
         self._round_states: object = None
-        """What the GradScaler knew of optimizers when the round began."""
+        """The GradScaler's record of its optimizers when the round began."""
 
     def at_step(
         self, stepping: Optimizer, step_changes: StepChanges
@@ -67,7 +67,7 @@ class SeveralOptimizers:
 
         Args:
             stepping: The optimizer that is about to step.
-            step_changes: What is set on that optimizer for this step.
+            step_changes: The changes that last until that step ends.
 
         Returns:
             The gradients; or the record of the clipping that they have already had; or None where
@@ -90,8 +90,8 @@ class SeveralOptimizers:
         uncovered = [gradient for gradient in gradients if not self._clipped.knows(gradient)]
         self._scaling.refuse_new(stepping, uncovered)
         # All of the stepping optimizer's gradients are measured, also those that were clipped and
-        # stepped with before: they are part of what it steps with now. Of the others only what is
-        # new, since the rest is within its threshold already.
+        # stepped with before, as it steps with them again. Of the other optimizers only new
+        # gradients are: the rest is within its threshold already.
         needed = {*map(id, gradients)}
         others, partial = self._still_to_step(stepping)
         held = self._held_by([stepping, *others]).filtered(

@@ -130,6 +130,7 @@ def test_norms_lie_with_the_first_gradient_or_where_asked(groups, count):
     assert norms_of(on_meta, 2.0, groups=groups).device == META
     here = buckets_of([torch.ones(3)], 2.0)
     assert norms_of(here, 2.0, groups=groups, device=META).device == META
+    assert norms_of(here, 2.0, groups=groups).device == CPU
 
 
 def test_without_float64_sums_meet_in_float32(monkeypatch):

@@ -137,7 +137,8 @@ def test_the_explosion_of_the_demo_begins_in_the_recurrent_weights(tmp_path):
     assert cli.main(["demo", "--steps", "100", "--out", str(tmp_path / "demo")]) == 0
     values = values_in(tmp_path / "demo/unclipped")
     norms, prefix = values["grad_norm/pre"], "parameter_norm/"
-    top = norms.index(max(norms))  # how high depends on the processor: its roundings grow
-    at_top = {tag.removeprefix(prefix): v[top] for tag, v in values.items() if prefix in tag}
-    assert max(at_top, key=at_top.__getitem__).startswith("recurrent.weight")
-    assert at_top["head.weight"] < 0.5 * norms[top]
+    # Its first step: later ones, and their heights, depend on the processor, whose roundings grow.
+    first = next(step for step, norm in enumerate(norms) if norm > 100)
+    begin = {tag.removeprefix(prefix): v[first] for tag, v in values.items() if prefix in tag}
+    assert max(begin, key=begin.__getitem__).startswith("recurrent.weight")
+    assert begin["head.weight"] < 0.5 * norms[first]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import errno
 import fcntl
+import io
 import json
 import os
 from unittest.mock import Mock
@@ -92,6 +93,17 @@ def test_full_disk_is_reported_and_training_goes_on(tmp_path):
     (tmp_path / "run.jsonl").symlink_to("/dev/full")
     with pytest.warns(RuntimeWarning, match="JsonlSink failed and may miss steps: OSError"):
         assert log_run(JsonlSink(tmp_path / "run.jsonl"), 1.0, 1.0).steps == 2
+
+
+def test_write_that_the_disk_cuts_short_is_an_error(tmp_path, monkeypatch):
+    class Short(io.FileIO):
+        def write(self, content):
+            return super().write(content[:5])
+
+    name = "gradclip.records.sinks.jsonl.open"
+    monkeypatch.setattr(name, lambda path, mode, buffering: Short(path, mode), raising=False)
+    with pytest.raises(OSError, match="not all of the lines were written; is the disk full?"):
+        JsonlSink(tmp_path / "run.jsonl").write([row_of(7)])
 
 
 @pytest.mark.parametrize("path", [None, 3, "", b"run.jsonl", "."])

@@ -1,4 +1,4 @@
-"""The README: its snippets, its prose, and the tests and commands that it names for its claims."""
+"""README and docs/: their snippets, their prose, and the commands that show their claims."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+"""The text of each page by its path."""
+CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SNIPPETS = [code for text in PAGES.values() for code in CODE.findall(text)]
 FRAMEWORKS = re.compile("lightning|transformers|accelerate")
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+PROSE = {
+    path: re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for path, text in PAGES.items()
+}
 HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
-BRACKETS = re.compile(r"\[(`[^`]*`(?:,\s+`[^`]*`)*)\](?!\()")
+EVIDENCE = re.compile(r"<!-- test: (.+?) -->", re.DOTALL)
+"""The comment behind a claim, which names the tests and commands that show it."""
 
 
-def pointers_in(text: str) -> list[str]:
-    """Return the tests and commands in square brackets."""
-    return [code for codes in BRACKETS.findall(text) for code in re.findall("`([^`]*)`", codes)]
+def commands_in(text: str) -> list[str]:
+    """Return the tests and commands that show the claims of a text."""
+    return [
+        " ".join(command.split())
+        for commands in EVIDENCE.findall(text)
+        for command in commands.split(";")
+    ]
 
 
 def sections_of(text: str) -> dict[str, str]:

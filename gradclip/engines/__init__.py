@@ -1,9 +1,9 @@
-"""Engines: the arithmetic of clipping over plain tensors, and the choice of one for a device.
+"""Engines: the arithmetic of clipping on plain tensors, and the engine for each device.
 
-An engine knows nothing of scopes, thresholds or ranks. ``base.py`` is the protocol and
-``reference.py`` its plainest form; ``operators/`` uses torch's own operators, ``native/`` is C,
-``triton/`` is CUDA. ``layout.py``, ``no_grad.py`` and ``cuda_graphs.py`` deal with memory,
-autograd and captured graphs.
+An engine knows nothing of scopes, thresholds or ranks. ``base.py`` is the interface and
+``reference.py`` its plain float64 form; ``operators/`` uses torch's own operators, ``native/`` is
+written in C, ``triton/`` holds kernels for CUDA. ``layout.py``, ``no_grad.py`` and
+``cuda_graphs.py`` deal with memory, autograd and captured graphs.
 
 Called by: thresholds, scopes, ranks, records, gradients, optimizers, functional, clipper.
 Imports: errors.

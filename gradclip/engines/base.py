@@ -1,4 +1,4 @@
-"""The engine protocol: norms, power sums, scaling and element-wise bounds over plain tensors.
+"""The interface of an engine: norms, power sums, scaling and element-wise bounds of tensors.
 
 An engine works on lists of tensors of one device and one dtype. It knows nothing of scopes,
 thresholds or ranks, and keeps no state that changes a result.
@@ -31,12 +31,11 @@ class TensorList(list[Tensor]):
 
 
 class Engine(ABC):
-    """Verbs over gradients of one device and one dtype.
+    """Measuring and writing of gradients of one device and one dtype.
 
-    `gradclip.gradients.norms` calls the verbs that measure and `GradientClipper` those that write,
-    always with gradient tracking off. Tensors are real floating-point ones of any strides and any
-    shape, 0-d and empty ones included. Elements that share memory count one by one in a norm, and
-    each memory location is written once.
+    All methods are called with gradient tracking off. Tensors are real floating-point ones of any
+    strides and any shape, 0-d and empty ones included. Elements that share memory count one by one
+    in a norm, and each memory location is written once.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A decorator that turns gradient tracking off, at a fraction of the cost of torch.no_grad()."""
+"""A decorator that turns gradient tracking off during a call, cheaper than ``torch.no_grad()``."""
 
 from __future__ import annotations
 

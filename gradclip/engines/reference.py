@@ -1,4 +1,4 @@
-"""The reference engine: every verb in float64 in its plainest form, for tests and for doubts.
+"""The reference engine: the plain float64 form of every operation, for tests and comparison.
 
 It is slow on purpose: it converts one tensor, or one row, after the other to float64.
 """

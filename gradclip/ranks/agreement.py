@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, distributed
 
 from ..errors import AttachError
-from ..scopes.labels import GroupThresholds, LabelledParameter, NormKey, NormLabels
+from ..scopes.labels import GroupThresholds, LabelledParameter, NormLabels
 from ..scopes.norm_indices import NOWHERE, NormIndices
 from ..scopes.scope import SHARED
 from .groups import RankGroup
-from .messages import ClipperMessage
+from .messages import ClipperMessage, Original
 from .ranks import Ranks
 from .refusals import (
     add_norm,
@@ -35,20 +35,6 @@ from .refusals import (
 
 SCOPES_BY_NAME = ("parameter", "unit")
 """Scopes whose norms are those of single parameters, matched across ranks by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Original:
-    """The first of the copies of a parameter, in the order of the ranks: the one that counts."""
-
-    rank: int
-    ranks: set[int]
-    """The ranks on which it counts: of a DTensor each holds another shard."""
-    name: str
-    shape: tuple[int, ...]
-    keys: list[NormKey | None]
-    """Its norm, or with ``rows`` one for each index of dimension 0, None for a row in no norm."""
-    rows: bool
 
 
 @dataclass(slots=True)

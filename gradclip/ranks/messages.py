@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..scopes.labels import GroupThresholds, LabelledParameter, NormLabels
+from ..scopes.labels import GroupThresholds, LabelledParameter, NormKey, NormLabels
 from .shards import is_elsewhere, mesh_ranks
 
 
@@ -125,3 +125,17 @@ def _parameter_message(labelled: LabelledParameter, scope: str) -> ParameterMess
         labelled.copy_of,
         mesh_ranks(parameter),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The first of the copies of a parameter, in the order of the ranks: the one that counts."""
+
+    rank: int
+    ranks: set[int]
+    """The ranks on which it counts: of a DTensor each holds another shard."""
+    name: str
+    shape: tuple[int, ...]
+    keys: list[NormKey | None]
+    """Its norm, or with ``rows`` one for each index of dimension 0, None for a row in no norm."""
+    rows: bool

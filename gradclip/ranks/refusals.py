@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ..errors import AttachError
 from ..scopes.labels import GroupThresholds, NormKey
-from .messages import ClipperMessage, FailureMessage, ParameterMessage
-
-if TYPE_CHECKING:
-    from .agreement import Original
+from .messages import ClipperMessage, FailureMessage, Original, ParameterMessage
 
 SHOWN = 5
 """Names that an error shows."""

@@ -1,1 +1,1 @@
-"""The engine in C: float64-accurate sums of tensors on the CPU."""
+"""The engine in C for the CPU: power sums to float64 accuracy, scaling and clamping."""

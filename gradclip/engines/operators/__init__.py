@@ -1,1 +1,1 @@
-"""The engine made of torch operators: any device, no compiler."""
+"""The engine of torch operators, for any device and without a compiled library."""

@@ -1,4 +1,4 @@
-"""Every verb off the CPU, in operators that never read a value on the host."""
+"""The engine of torch operators on other devices than the CPU, without host syncs."""
 
 from __future__ import annotations
 

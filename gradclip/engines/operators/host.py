@@ -1,4 +1,4 @@
-"""Every verb on the CPU, where the host may read values: measures once, writes only what changes.
+"""The engine of torch operators on the CPU: one read, and writes only to tensors that change.
 
 Sums start in float32, at memory speed, and continue in float64: 128 elements become their norm.
 The sum of so few powers keeps 1e-6 on constant data too, where the rounding errors of longer sums

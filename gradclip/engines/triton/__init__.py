@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA: two launches a step."""
+"""The engine of Triton kernels for CUDA: two launches per step."""

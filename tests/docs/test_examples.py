@@ -14,7 +14,7 @@ from tests.support.torchrun import torchrun
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name, *arguments, cwd):
+def run_example(name, *arguments, cwd):
     """Run an example; return its output. It ends well and without a warning."""
     cleaning_up = "ignore:Implicitly cleaning up:ResourceWarning"
     command = [sys.executable, "-W", "error", "-W", cleaning_up, EXAMPLES / name, *arguments]
@@ -23,7 +23,7 @@ def run(name, *arguments, cwd):
     return done.stdout
 
 
-def norms_in(printed):
+def printed_norms(printed):
     """Return the norms before and after clipping; the threshold is 1."""
     rows = re.findall(r"norm before +([\d.]+), after ([\d.]+)", printed)
     norms = [(float(before), float(after)) for before, after in rows]
@@ -42,9 +42,9 @@ def assert_logs(folder):
 
 
 def test_minimal(tmp_path):
-    printed = run("minimal.py", cwd=tmp_path)
-    assert len(norms_in(printed)) == 10
-    assert {before > 1 for before, _ in norms_in(printed)} == {True, False}
+    printed = run_example("minimal.py", cwd=tmp_path)
+    assert len(printed_norms(printed)) == 10
+    assert {before > 1 for before, _ in printed_norms(printed)} == {True, False}
     assert 5 < clip_rate_in(printed) < 95
     assert "--logdir runs/minimal" in printed
     assert_logs(tmp_path / "runs/minimal")
@@ -54,7 +54,7 @@ def test_minimal(tmp_path):
 @pytest.mark.slow
 def test_through_time(tmp_path):
     """The gradient of the state explodes without a threshold, and stays below it with one."""
-    printed = run("through_time.py", cwd=tmp_path)
+    printed = run_example("through_time.py", cwd=tmp_path)
     rows = re.findall(r"^state at step +(\d+) +(\S+) +(\S+)$", printed, re.M)
     steps, without, clipped = (list(map(float, column)) for column in zip(*rows, strict=True))
     assert steps == sorted(steps, reverse=True)
@@ -69,8 +69,8 @@ def test_through_time(tmp_path):
 @pytest.mark.slow
 def test_amp_accumulation(tmp_path):
     """Norms are the true ones, whatever the scale; steps that overflow are not counted."""
-    printed = run("amp_accumulation.py", cwd=tmp_path)
-    norms = norms_in(printed)
+    printed = run_example("amp_accumulation.py", cwd=tmp_path)
+    norms = printed_norms(printed)
     assert len(norms) == 6
     assert all(0 < before < 100 for before, _ in norms)
     assert len({*re.findall(r"scale +(\S+)", printed)}) > 1
@@ -81,8 +81,8 @@ def test_amp_accumulation(tmp_path):
 
 @pytest.mark.slow
 def test_two_optimizers(tmp_path):
-    printed = run("two_optimizers.py", cwd=tmp_path)
-    assert len(norms_in(printed)) == 5
+    printed = run_example("two_optimizers.py", cwd=tmp_path)
+    assert len(printed_norms(printed)) == 5
     assert "100 steps with" in printed
     assert re.search(r"GradientClipper\((Muon|SGD), AdamW, Fixed", printed)
 
@@ -90,7 +90,7 @@ def test_two_optimizers(tmp_path):
 @pytest.mark.slow
 def test_own_threshold(tmp_path):
     """The rule has at most twelve lines of code, and learns."""
-    printed = run("own_threshold.py", cwd=tmp_path)
+    printed = run_example("own_threshold.py", cwd=tmp_path)
     source = (EXAMPLES / "own_threshold.py").read_text()
     body = re.search(r"^class \w+\(\w+\):\n(.*?)^\S", source, re.DOTALL | re.MULTILINE)[1]
     code = re.sub(r'""".*?"""', "", body, flags=re.DOTALL)
@@ -105,7 +105,7 @@ def test_own_threshold(tmp_path):
 @pytest.mark.slow
 def test_explosion(tmp_path):
     """The measured norms are those of the theory."""
-    printed = run("explosion.py", "--out", "picture.png", cwd=tmp_path)
+    printed = run_example("explosion.py", "--out", "picture.png", cwd=tmp_path)
     rows = re.findall(r"^([\d.]+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.M)
     assert [row[0] for row in rows] == ["0.9", "1", "1.1", "1.3"]
     for radius, measured, theory, growth, before, clipped in rows:
@@ -125,12 +125,12 @@ def test_explosion(tmp_path):
 def test_several_ranks_train_as_one_process(tmp_path, name, steps, count):
     """Norms and parameters at the end are the same on all ranks, to the last digit."""
     options = [str(steps)] if name == "pipeline" else []
-    alone = run(f"{name}.py", "alone", *options, cwd=tmp_path)
+    alone = run_example(f"{name}.py", "alone", *options, cwd=tmp_path)
     printed = torchrun(EXAMPLES / f"{name}.py", "logs", *options, processes=count, cwd=tmp_path)
     losses = []
     for shown in (printed[-1] if name == "pipeline" else printed[0], alone):
         losses.append([float(loss) for loss in re.findall(r"loss (\S+)", shown)])
-        assert len(losses[-1]) == len(norms_in(shown)) == len(range(0, steps, 10))
+        assert len(losses[-1]) == len(printed_norms(shown)) == len(range(0, steps, 10))
     # Later, rounding errors have grown.
     assert losses[0][:4] == pytest.approx(losses[1][:4], rel=2e-3)
     assert losses[0][-1] < 0.7 * losses[0][0]

@@ -57,14 +57,14 @@ def run(modules, capsys):
     return run
 
 
-def rows_in(name, printed):
+def table_rows(name, printed):
     """Return the steps, the perplexities or losses, and the shares of clipped steps in percent."""
     rows = re.findall(ROWS[name], printed, re.MULTILINE)
     return [list(map(float, column)) for column in zip(*rows, strict=True)]
 
 
 def assert_learns(name, printed):
-    steps, values, _ = rows_in(name, printed)
+    steps, values, _ = table_rows(name, printed)
     assert steps == [10, 20, 30]
     assert all(map(math.isfinite, values))
     assert values[-1] < 0.95 * values[0]
@@ -81,7 +81,7 @@ def test_each_model_of_words_learns_and_is_clipped(run, tmp_path, model):
     """The log has the norms before and after clipping, and the perplexities beside them."""
     printed = run(WORDS, f"--model {model} --clip 0.25 --log {tmp_path}")
     assert_learns(WORDS, printed)
-    assert rows_in(WORDS, printed)[2][-1] > 0
+    assert table_rows(WORDS, printed)[2][-1] > 0
     assert f"Curves: tensorboard --logdir {tmp_path}" in printed
     curves = points_in(tmp_path)
     before, after = curves["grad_norm/pre"], curves["grad_norm/post"]

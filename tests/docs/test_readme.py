@@ -87,7 +87,7 @@ def names_of_tests(path: Path) -> list[str]:
     return [node.name for node in functions if node.name.startswith("test_")]
 
 
-def missing(pointer: str) -> str | None:
+def missing_part(pointer: str) -> str | None:
     """Return the part of a command that does not exist; None if all of it does."""
     words = shlex.split(pointer)
     if words[0].startswith("tests"):
@@ -118,7 +118,7 @@ def missing(pointer: str) -> str | None:
 
 @pytest.mark.parametrize("command", sorted({*commands_in("\n".join(PROSE.values()))}))
 def test_a_command_for_a_claim_exists(command):
-    assert missing(command) is None
+    assert missing_part(command) is None
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_command_for_a_claim_exists(command):
     ],
 )
 def test_a_wrong_command_is_found(wrong):
-    assert missing(wrong) is not None
+    assert missing_part(wrong) is not None
 
 
 @pytest.mark.parametrize("page", PROSE)

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
-from gradclip.report import read_runs
 from tests.faults.lives import LoggedTraining, sinks
-from tests.support.curves import steps_in
+from tests.support.curves import runs_in, steps_in
 
 PRE = "grad_norm/pre"
 
@@ -134,7 +133,7 @@ def test_write_that_the_system_refuses(tmp_path, children):
     assert steps == sorted(set(steps))
     assert {*steps} >= whole
     with pytest.warns(UserWarning, match="1 of its lines are not steps"):
-        [run] = read_runs([tmp_path / "steps.jsonl"])
+        [run] = runs_in(tmp_path / "steps.jsonl")
     assert {*run.steps.tolist()} >= whole
 
 
@@ -181,7 +180,7 @@ def test_file_of_lines_whose_directory_is_removed(tmp_path, training):
         run.take(*[1.0] * 5)
         shutil.rmtree(path.parent)
         run.take(*[1.0] * 4)
-    [found] = read_runs([path])
+    [found] = runs_in(path)
     assert found.steps.tolist() == [4, 5, 6, 7, 8]
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from gradclip import MemorySink
-from gradclip.report import read_runs
 from tests.faults.lives import FLUSH_EVERY, LoggedTraining, live, shared_number
-from tests.support.curves import curves_in, steps_in
+from tests.support.curves import curves_in, runs_in, steps_in
 
 KILLS = 20
 LONGEST = 100
@@ -43,7 +42,7 @@ def checked_length(path, expected):
         return 0
     with warnings.catch_warnings():  # only half a record or line may be ignored
         warnings.filterwarnings("ignore", "(?s).*(cut short|1 of its lines)", UserWarning)
-        [run] = read_runs([path])
+        [run] = runs_in(path)
     wanted = expected[: len(run)]
     assert run.steps.tolist() == [step.step for step in wanted]
     for found, name in (

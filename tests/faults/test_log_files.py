@@ -18,8 +18,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from gradclip import ArgumentError, JsonlSink, LoggedStep, TensorBoardSink
 from gradclip.cli import main
-from gradclip.report import read_runs
-from tests.support.curves import framed, header_of, log_run, steps_in
+from tests.support.curves import framed, header_of, log_run, runs_in, steps_in
 
 DONE, REFUSED = 0, 2
 STEPS = 30
@@ -54,7 +53,7 @@ def norms_read(path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", WARNED, UserWarning)
         try:
-            [run, *_] = read_runs([path])
+            run, *_ = runs_in(path)
         except ArgumentError:
             return {}
     return dict(zip(run.steps.tolist(), run.norms.tolist(), strict=True))

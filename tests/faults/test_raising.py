@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradclip import GradientClipper, MemorySink, engines
+from gradclip import GradientClipper, MemorySink
 from gradclip.thresholds import Percentile
+from tests.support.engines import REGISTRY, load_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process tests the Triton kernels, on the CPU, and nothing else."""
@@ -47,7 +48,7 @@ class LaunchError(RuntimeError):
 @pytest.fixture(params=ENGINES)
 def engine_name(request):
     name = request.param.split()[0]
-    if name == "native" and name not in engines._ENGINES:
+    if name == "native" and name not in REGISTRY:
         pytest.skip("the native engine was not built")
     # NumPy, which interprets kernels, warns of absent values where a device is silent.
     with (
@@ -183,11 +184,11 @@ def failing_launch(run, at):
     name = run.clipper.engine
     with pytest.MonkeyPatch.context() as patch:
         if name == "native":
-            failing = Library(engines._ENGINES["native"]._library, at)
-            patch.setattr(engines._ENGINES["native"], "_library", failing)
+            failing = Library(REGISTRY["native"]._library, at)
+            patch.setattr(REGISTRY["native"], "_library", failing)
             yield failing.launches
         else:
-            engines._load_triton()
+            load_triton()
             launch = sys.modules["gradclip.engines.triton.launching"].launch
             failing = Launches(launch, at)
             patch.setattr("gradclip.engines.triton.engine.launch", failing)
@@ -236,7 +237,7 @@ def test_launch_that_fails_at_the_first_of_two_optimizers(monkeypatch):
     for weight in weights:
         weight.grad = torch.full_like(weight, 3.0)
     with monkeypatch.context() as patch:
-        patch.setattr(type(engines._ENGINES["operators"]), "scale_", Launches(None, 0))
+        patch.setattr(type(REGISTRY["operators"]), "scale_", Launches(None, 0))
         with pytest.raises(LaunchError):
             clipper.step()
     for weight in weights:
@@ -320,7 +321,7 @@ def test_launch_that_fails_after_an_evaluation(monkeypatch):
     """The optimizer is unstepped."""
     run = Closing("SGD")
     before = repr((run.weight.tolist(), run.optimizer.state_dict()))
-    engine = type(engines._ENGINES.get("native") or engines._ENGINES["operators"])
+    engine = type(REGISTRY.get("native") or REGISTRY["operators"])
     with monkeypatch.context() as patch:
         patch.setattr(engine, "norm", Launches(engine.norm, 0))
         with pytest.raises(LaunchError):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
-from gradclip.report import read_runs
+from tests.support.curves import runs_in
 
 STEPS, BLOCK = 1_000_000, 1_000
 FLAT = 4 << 20
@@ -61,5 +61,5 @@ def test_a_million_steps(tmp_path):
     assert grown < FLAT
     assert median(times[-100:]) < SLOWER * median(times[10:110])
     for path in paths:
-        [run] = read_runs([path])
+        [run] = runs_in(path)
         assert {*run.steps.tolist()} >= {*range(0, STEPS, 50)}

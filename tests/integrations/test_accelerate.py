@@ -38,7 +38,9 @@ def prepared(**options: Any) -> Any:
     return accelerator, *accelerator.prepare(net, momentum(net), loader())
 
 
-def train(accelerator: Any, net: Any, optimizer: Any, batches: Any, own: float = 0.0) -> list[Any]:
+def train_accelerated(
+    accelerator: Any, net: Any, optimizer: Any, batches: Any, own: float = 0.0
+) -> list[Any]:
     """Train, with a clipping by Accelerate itself if asked for; return what that returned."""
     returned = []
     for batch in batches:
@@ -65,7 +67,7 @@ def test_the_optimizer_inside(given):
         clipper = GradientClipper(held, THRESHOLD, log=sink)
     with pytest.raises(AttachError, match="Another GradientClipper"):
         GradientClipper(optimizer, THRESHOLD)
-    train(accelerator, net, optimizer, batches)
+    train_accelerated(accelerator, net, optimizer, batches)
     clipper.close()
     expected, norms = by_hand()
     assert norms_of(sink) == pytest.approx(norms, rel=1e-6)
@@ -98,7 +100,7 @@ def test_the_clipping_of_accelerate(own):
     """The clipper measures after it; a norm that it was only asked for changes nothing."""
     accelerator, net, optimizer, batches = prepared()
     clipper = GradientClipper(optimizer, THRESHOLD, log=(sink := MemorySink()))
-    returned = train(accelerator, net, optimizer, batches, own)
+    returned = train_accelerated(accelerator, net, optimizer, batches, own)
     clipper.close()
     expected, norms = by_hand(before=own)
     assert norms_of(sink) == pytest.approx(norms, rel=1e-6)
@@ -140,12 +142,12 @@ def test_saved_states(tmp_path):
         accelerator.register_for_checkpointing(clipper)
         runs.append((net, clipper))
         if len(runs) == 1:
-            train(accelerator, net, optimizer, [*batches][:5])
+            train_accelerated(accelerator, net, optimizer, [*batches][:5])
             accelerator.save_state(str(tmp_path))
         else:
             accelerator.load_state(str(tmp_path))
             assert clipper.steps == 5
-        train(accelerator, net, optimizer, [*batches][5:])
+        train_accelerated(accelerator, net, optimizer, [*batches][5:])
     (whole, clipper), (resumed, continued) = runs
     assert str(continued.state_dict()) == str(clipper.state_dict())
     assert torch.equal(values(resumed), values(whole))
@@ -164,7 +166,7 @@ net = trainings.net_of()
 batches = trainings.loader(trainings.SIZE // 2)  # each process takes every second of these
 net, optimizer, batches = accelerator.prepare(net, trainings.momentum(net), batches)
 clipper = GradientClipper(optimizer, trainings.THRESHOLD, model=net, log=(sink := MemorySink()))
-test_accelerate.train(accelerator, net, optimizer, batches)
+test_accelerate.train_accelerated(accelerator, net, optimizer, batches)
 clipper.close()
 kept = {
     "processes": accelerator.num_processes,

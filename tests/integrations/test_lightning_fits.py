@@ -68,7 +68,7 @@ def test_a_run_resumed_without_a_state(made, tmp_path):
     assert {clipper.steps for clipper in callback.clippers} == {2 * BATCHES}
 
 
-def thresholds_of(norms: list[float]) -> list[float]:
+def rule_thresholds(norms: list[float]) -> list[float]:
     """Return the thresholds of the rule for these norms."""
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer, thresholds = SGD([parameter], lr=0.0), []
@@ -94,7 +94,7 @@ def test_several_fits():
     assert callback.clippers[0].steps == trainer.global_step == 2 * BATCHES
     assert [step.step for step in sink.steps] == [*range(2 * BATCHES)]
     thresholds = [step.threshold for step in sink.steps]
-    assert thresholds[BATCHES:] == thresholds_of(trainings.norms_of(sink))[BATCHES:]
+    assert thresholds[BATCHES:] == rule_thresholds(trainings.norms_of(sink))[BATCHES:]
 
     fit(lightning.regression(), callback)
     assert callback.clippers[0].steps == BATCHES

@@ -29,19 +29,19 @@ STEPS = 20
 Make = Callable[[list[nn.Parameter]], Any]
 
 
-def package(name: str) -> ModuleType:
+def module_of(name: str) -> ModuleType:
     pytest.importorskip(name, reason=f"there is no {name}")
     return importlib.import_module(name)
 
 
 def made(module: str, name: str, **options: Any) -> Make:
     """Return a function that makes an optimizer of a package."""
-    return lambda parameters: getattr(package(module), name)(parameters, **options)
+    return lambda parameters: getattr(module_of(module), name)(parameters, **options)
 
 
 def bits8(name: str, **options: Any) -> Make:
     """Return a function that makes an optimizer with its state in 8 bits."""
-    return lambda parameters: getattr(package("bitsandbytes").optim, name)(
+    return lambda parameters: getattr(module_of("bitsandbytes").optim, name)(
         parameters, lr=1e-3, min_8bit_size=1, **options
     )
 
@@ -105,12 +105,12 @@ WITH_CLOSURE: dict[str, Make] = {
 }
 
 
-def seed(number: int) -> None:
+def seed_numpy_too(number: int) -> None:
     torch.manual_seed(number)
     np.random.seed(number)  # noqa: NPY002  # whose global state an optimizer uses
 
 
-class Run:
+class OutsideRun:
     """A small network in training, with an optimizer of some package."""
 
     def __init__(self, make: Make) -> None:
@@ -119,7 +119,7 @@ class Run:
         self.parameters = [
             nn.Parameter(torch.randn(shape, generator=generator) * 0.3) for shape in shapes
         ]
-        seed(0)
+        seed_numpy_too(0)
         self.optimizer = make(self.parameters)
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # as those without a schedule want it
@@ -139,7 +139,7 @@ class Run:
         """Take a step, after clipping by hand where there is a threshold."""
         self.backward(step)
         clip_grad_norm_(self.parameters, threshold)
-        seed(step)  # some draw random numbers in their steps
+        seed_numpy_too(step)  # some draw random numbers in their steps
         self.optimizer.step()
 
     def values(self) -> Tensor:
@@ -168,7 +168,7 @@ def exact(state: Any) -> Any:
     return state if isinstance(state, Tensor | int | float | bool | None) else type(state)
 
 
-def clip_inner(run: Run) -> Any:
+def clip_inner(run: OutsideRun) -> Any:
     """Clip at each step of the optimizer inside, which is returned."""
     inner = run.optimizer
     for name in ("optimizer", "base_optimizer"):
@@ -178,7 +178,7 @@ def clip_inner(run: Run) -> Any:
     return inner
 
 
-def assert_same(clipper: GradientClipper, ours: Run, theirs: Run) -> None:
+def assert_twins(clipper: GradientClipper, ours: OutsideRun, theirs: OutsideRun) -> None:
     assert clipper.steps == STEPS
     assert 0.2 < clipper.clip_rate() < 0.8
     assert torch.equal(ours.values(), theirs.values())
@@ -187,13 +187,13 @@ def assert_same(clipper: GradientClipper, ours: Run, theirs: Run) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps(name):
     """They equal those clipped by hand, in parameters and state."""
-    ours, theirs, free = (Run(OPTIMIZERS[name]) for _ in range(3))
+    ours, theirs, free = (OutsideRun(OPTIMIZERS[name]) for _ in range(3))
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
     for step in range(STEPS):
         ours.take(step)
         theirs.take(step, threshold=THRESHOLD)
         free.take(step)
-    assert_same(clipper, ours, theirs)
+    assert_twins(clipper, ours, theirs)
     assert ours.snapshot() == theirs.snapshot()
     assert not torch.equal(ours.values(), free.values())
 
@@ -201,14 +201,14 @@ def test_steps(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_skipped_steps(name):
     """They leave parameters and state as they are."""
-    ours, without = Run(OPTIMIZERS[name]), Run(OPTIMIZERS[name])
+    ours, without = OutsideRun(OPTIMIZERS[name]), OutsideRun(OPTIMIZERS[name])
     clipper = GradientClipper(ours.optimizer, 1e4, nonfinite="skip")
     for step in range(6):
         if step in (0, 3):  # before there is any state, and in the middle
             ours.backward(step)
             ours.parameters[1].grad[0, 0] = math.nan
             before = ours.snapshot()
-            seed(step)
+            seed_numpy_too(step)
             ours.optimizer.step()
             assert ours.snapshot() == before
         else:
@@ -222,12 +222,12 @@ def test_skipped_steps(name):
 def test_wrappers_and_closures(name):
     """The optimizer inside is clipped, at every evaluation of a closure."""
     make, closes = (WRAPPERS | WITH_CLOSURE)[name], name in WITH_CLOSURE
-    ours, theirs = Run(make), Run(make)
+    ours, theirs = OutsideRun(make), OutsideRun(make)
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
     wraps = clip_inner(theirs) is not theirs.optimizer
     assert wraps or closes
 
-    def evaluated(run: Run, step: int) -> Tensor:
+    def evaluated(run: OutsideRun, step: int) -> Tensor:
         loss = run.backward(step)
         if run is theirs and not wraps:
             clip_grad_norm_(run.parameters, THRESHOLD)
@@ -240,32 +240,32 @@ def test_wrappers_and_closures(name):
                 run.optimizer.step(lambda run=run, step=step: evaluated(run, step))
             else:
                 run.take(step)
-    assert_same(clipper, ours, theirs)
+    assert_twins(clipper, ours, theirs)
 
 
 def test_an_optimizer_that_clips_too():
     """It gets a warning."""
-    package("pytorch_optimizer")
-    run = Run(made("pytorch_optimizer", "Lamb"))
+    module_of("pytorch_optimizer")
+    run = OutsideRun(made("pytorch_optimizer", "Lamb"))
     with pytest.warns(UserWarning, match="Lamb clips by itself with max_grad_norm=1.0"):
         GradientClipper(run.optimizer, THRESHOLD)
 
 
 def test_a_wrapper_that_is_no_optimizer():
     """It is refused, and the optimizer inside is not."""
-    wrapper = package("schedulefree").ScheduleFreeWrapper
+    wrapper = module_of("schedulefree").ScheduleFreeWrapper
 
     def make(parameters: list[nn.Parameter]) -> Any:
         return wrapper(torch.optim.SGD(parameters, lr=0.05), momentum=0.9)
 
-    ours, theirs = Run(make), Run(make)
+    ours, theirs = OutsideRun(make), OutsideRun(make)
     with pytest.raises(AttachError, match="Found a ScheduleFreeWrapper"):
         GradientClipper(ours.optimizer, THRESHOLD)
     clipper = GradientClipper(ours.optimizer.base, THRESHOLD)
     for step in range(STEPS):
         ours.take(step)
         theirs.take(step, threshold=THRESHOLD)
-    assert_same(clipper, ours, theirs)
+    assert_twins(clipper, ours, theirs)
 
 
 # DeepSpeed, which is not installed here: its classes by their modules and names
@@ -288,7 +288,7 @@ def of_deepspeed(name: str, optimizer: Any, base: type = object) -> Any:
     return found
 
 
-def sgd() -> torch.optim.Optimizer:
+def one_sgd() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
 
 
@@ -305,18 +305,18 @@ def test_deepspeed(name):
     """Its engines and optimizers are refused with the reason."""
     base = nn.Module if name.endswith("Engine") else object
     with pytest.raises(AttachError, match=f"{name} .* gradient_clipping"):
-        GradientClipper(of_deepspeed(name, sgd(), base), 1.0)
+        GradientClipper(of_deepspeed(name, one_sgd(), base), 1.0)
     assert "deepspeed" not in sys.modules
 
 
 def test_deepspeed_inside():
     """It is found inside of wrappers and by base classes."""
-    zero = of_deepspeed("DeepSpeedZeroOptimizer", sgd())
+    zero = of_deepspeed("DeepSpeedZeroOptimizer", one_sgd())
     engine = of_deepspeed("DeepSpeedEngine", zero, nn.Module)
     derived = type("Own", (type(engine),), {"__module__": "mine"})()
     derived.optimizer = zero
     wrapper = holding(engine, attribute="engine")
-    for given in (engine, derived, wrapper, holding(zero), [sgd(), holding(zero)]):
+    for given in (engine, derived, wrapper, holding(zero), [one_sgd(), holding(zero)]):
         with pytest.raises(AttachError, match="gradient_clipping"):
             GradientClipper(given, 1.0)
 

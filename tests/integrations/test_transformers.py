@@ -46,7 +46,7 @@ NUMBERS = {
 }
 
 
-class Model(nn.Module):
+class NetOutputs(nn.Module):
     """The network of the trainings by hand, as a Trainer calls it."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -69,8 +69,8 @@ def rows() -> list[dict[str, Tensor]]:
     return [dict(zip(names, row, strict=True)) for row in trainings.loader().dataset]
 
 
-def trainer_of(folder: Any, *callbacks: TrainerCallback, **arguments: Any) -> Any:
-    model = arguments.pop("model", None) or Model()
+def hf_trainer(folder: Any, *callbacks: TrainerCallback, **arguments: Any) -> Any:
+    model = arguments.pop("model", None) or NetOutputs()
     kind = arguments.pop("kind", InOrder)
     optimizer = arguments.pop("optimizer", trainings.momentum)(model)
     given: dict[str, Any] = {
@@ -98,15 +98,17 @@ def trainer_of(folder: Any, *callbacks: TrainerCallback, **arguments: Any) -> An
     )
 
 
-def trained(folder: Any, *callbacks: TrainerCallback, resume: Any = None, **arguments: Any) -> Any:
+def trained_trainer(
+    folder: Any, *callbacks: TrainerCallback, resume: Any = None, **arguments: Any
+) -> Any:
     """Train with a trainer, which is returned, and leaves its optimizer free."""
-    trainer = trainer_of(folder, *callbacks, **arguments)
+    trainer = hf_trainer(folder, *callbacks, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     assert_free(trainer.optimizer)
     return trainer
 
 
-def entries(trainer: Any) -> list[dict[str, Any]]:
+def log_entries(trainer: Any) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -126,7 +128,7 @@ def test_ways_to_train(tmp_path, way):
     """Weights and norms are those of training by hand."""
     options, same = WAYS[way]
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    trainer = trained(tmp_path, callback, **options)
+    trainer = trained_trainer(tmp_path, callback, **options)
     net, norms = by_hand(**same)
     assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-6)
     assert max(norms) > THRESHOLD
@@ -137,14 +139,14 @@ def test_ways_to_train(tmp_path, way):
 
 def test_the_clipping_of_the_trainer(tmp_path):
     """It has the same effect."""
-    trainer = trained(tmp_path, max_grad_norm=THRESHOLD)
+    trainer = trained_trainer(tmp_path, max_grad_norm=THRESHOLD)
     trainings.assert_close(trainer.model.net, by_hand()[0])
 
 
 @pytest.mark.parametrize("own", [1.0, 0.5, None])
 def test_the_trainer_clips_too(tmp_path, own):
     """It is refused before the first step."""
-    trainer = trainer_of(tmp_path, GradClipCallback(1.0))
+    trainer = hf_trainer(tmp_path, GradClipCallback(1.0))
     trainer.args.max_grad_norm = own
     before = values(trainer.model).clone()
     with pytest.raises(ArgumentError, match=f"max_grad_norm={own}, .* give max_grad_norm=0"):
@@ -176,7 +178,7 @@ def test_a_stand_in_for_optimizers(tmp_path):
     """It is refused, as it holds no parameter."""
     dummy = {"optimizer": lambda model: LayerWiseDummyOptimizer()}
     with pytest.raises(AttachError, match="LayerWiseDummyOptimizer holds no parameter"):
-        trained(tmp_path, GradClipCallback(1.0), **dummy)
+        trained_trainer(tmp_path, GradClipCallback(1.0), **dummy)
 
 
 # The history
@@ -185,9 +187,9 @@ def test_a_stand_in_for_optimizers(tmp_path):
 def test_the_history(tmp_path):
     """It has the norms of the steps that are logged, and of no others."""
     options = {"eval_strategy": "steps", "eval_steps": 3}
-    trainer = trained(tmp_path, GradClipCallback(THRESHOLD), **options)
+    trainer = trained_trainer(tmp_path, GradClipCallback(THRESHOLD), **options)
     _, norms = by_hand()
-    logged = entries(trainer)
+    logged = log_entries(trainer)
     assert [entry["step"] for entry in logged] == [2, 4, 6, 8]
     for entry in logged:
         norm, so_far = norms[entry["step"] - 1], norms[: entry["step"]]
@@ -204,10 +206,10 @@ def test_the_history(tmp_path):
 def test_reports(tmp_path, monkeypatch):
     """What the Trainer reports to gets the numbers, too."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    trainer = trained(tmp_path, GradClipCallback(THRESHOLD), report_to=["tensorboard"])
+    trainer = trained_trainer(tmp_path, GradClipCallback(THRESHOLD), report_to=["tensorboard"])
     events = EventAccumulator(str(tmp_path / "runs")).Reload()
     points = {point.step: point.value for point in events.Scalars("train/grad_norm/pre")}
-    logged = {entry["step"]: entry["grad_norm/pre"] for entry in entries(trainer)}
+    logged = {entry["step"]: entry["grad_norm/pre"] for entry in log_entries(trainer)}
     assert points == pytest.approx(logged, rel=1e-6)
     assert {f"train/{name}" for name in NUMBERS} <= {*events.Tags()["scalars"]}
 
@@ -230,7 +232,7 @@ class Hearing(TrainerCallback):
 def test_a_trainer_without_a_history(tmp_path):
     """Callbacks that were given before hear the numbers."""
     hearing = Hearing()
-    trainer = trainer_of(tmp_path, hearing, GradClipCallback(THRESHOLD), kind=Quiet)
+    trainer = hf_trainer(tmp_path, hearing, GradClipCallback(THRESHOLD), kind=Quiet)
     trainer.state.log_history.append({"step": 99})
     trainer.train()
     assert hearing.heard == [True] * (STEPS // 2) + [False]
@@ -239,7 +241,7 @@ def test_a_trainer_without_a_history(tmp_path):
 
 def test_log(tmp_path):
     """With the option all steps go there, and none to the history."""
-    trainer = trained(tmp_path, GradClipCallback(THRESHOLD, log=str(tmp_path / "runs")))
+    trainer = trained_trainer(tmp_path, GradClipCallback(THRESHOLD, log=str(tmp_path / "runs")))
     events = EventAccumulator(str(tmp_path / "runs")).Reload()
     assert [point.step for point in events.Scalars("grad_norm/pre")] == [*range(STEPS)]
     assert all(NUMBERS.isdisjoint(entry) for entry in trainer.state.log_history)
@@ -251,18 +253,18 @@ def test_log(tmp_path):
 def test_a_second_training(tmp_path):
     """It begins anew with the same optimizer, and its rule learns for itself."""
     callback = GradClipCallback(Percentile(50), scope="parameter")
-    trainer = trained(tmp_path, callback)
+    trainer = trained_trainer(tmp_path, callback)
     first = callback.clipper
     assert first.labels == tuple(name for name, _ in trainer.model.named_parameters())
     trainer.train()
     assert callback.clipper is not first
     assert callback.clipper.steps == first.steps == STEPS
-    assert entries(trainer)[-1]["grad_norm/clip_rate"] == callback.clipper.clip_rate()
+    assert log_entries(trainer)[-1]["grad_norm/clip_rate"] == callback.clipper.clip_rate()
     assert int(callback.clipper.state_dict()["threshold"]["counts"].max()) == STEPS
     assert_free(trainer.optimizer)
 
 
-class Failing(TrainerCallback):
+class FailsOnce(TrainerCallback):
     """Raises after the third step, once."""
 
     failed = False
@@ -276,7 +278,7 @@ class Failing(TrainerCallback):
 def test_after_an_error(tmp_path):
     """The next training works."""
     callback = GradClipCallback(THRESHOLD)
-    trainer = trainer_of(tmp_path, callback, Failing())
+    trainer = hf_trainer(tmp_path, callback, FailsOnce())
     with pytest.raises(KeyError):
         trainer.train()
     assert callback.clipper.steps == 3
@@ -289,7 +291,7 @@ def test_close(tmp_path):
     """It frees the optimizer after an error, and does nothing before a training."""
     callback = GradClipCallback(1e-6, exceed="skip", skip_limit=2)
     callback.close()
-    trainer = trainer_of(tmp_path, callback)
+    trainer = hf_trainer(tmp_path, callback)
     with pytest.raises(SkipLimitError):
         trainer.train()
     callback.close()
@@ -300,10 +302,10 @@ def test_close(tmp_path):
 def test_copies(tmp_path, copier):
     """They have the options and begin anew."""
     callback = GradClipCallback(Percentile(50), scope="parameter")
-    trained(tmp_path, callback)
+    trained_trainer(tmp_path, callback)
     copied = copier(callback)
     assert copied.clipper is None
-    trained(tmp_path, copied)
+    trained_trainer(tmp_path, copied)
     assert copied.clipper.labels == callback.clipper.labels
     assert repr(copied.clipper.state_dict()) == repr(callback.clipper.state_dict())
 
@@ -324,14 +326,14 @@ def test_a_resumed_training(tmp_path, same, options):
     """It continues exactly, whether the Trainer restores its callbacks or not."""
     sinks = [MemorySink(), MemorySink()]
     whole = resumed = learning(log=sinks[0])
-    trainer = trained(tmp_path, whole, **options)
+    trainer = trained_trainer(tmp_path, whole, **options)
     saved = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert isinstance(saved["stateful_callbacks"]["GradClipCallback"]["clipper"], str)
     expected, state = values(trainer.model).clone(), str(whole.clipper.state_dict())
     steps = [step._replace(wall_time=0.0) for step in sinks[0].steps]
     if not same:
         resumed = learning(log=sinks[1])
-        trainer = trainer_of(tmp_path, resumed, model=Model(5), **options)
+        trainer = hf_trainer(tmp_path, resumed, model=NetOutputs(5), **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert torch.equal(values(trainer.model), expected)
     assert str(resumed.clipper.state_dict()) == state
@@ -345,9 +347,9 @@ def test_a_resumed_training(tmp_path, same, options):
 def test_restored_callbacks_of_several_trainers(tmp_path):
     """They are not mixed up."""
     first, second, other = learning(), learning(), GradClipCallback(7.0)
-    trained(tmp_path, first, **RESTORED)
-    trainer = trainer_of(tmp_path, second, **RESTORED)
-    trainer_of(tmp_path, other, **RESTORED)
+    trained_trainer(tmp_path, first, **RESTORED)
+    trainer = hf_trainer(tmp_path, second, **RESTORED)
+    hf_trainer(tmp_path, other, **RESTORED)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert str(second.clipper.state_dict()) == str(first.clipper.state_dict())
     assert other.clipper is None
@@ -355,22 +357,22 @@ def test_restored_callbacks_of_several_trainers(tmp_path):
 
 def test_a_checkpoint_without_a_clipper(tmp_path):
     """A fixed threshold continues; a rule begins anew, with a warning."""
-    trained(tmp_path, **RESUMED)
+    trained_trainer(tmp_path, **RESUMED)
     resume = f"{tmp_path}/checkpoint-3"
     fixed = GradClipCallback(THRESHOLD)
-    trained(tmp_path, fixed, resume=resume, **{**RESUMED, "save_strategy": "no"})
+    trained_trainer(tmp_path, fixed, resume=resume, **{**RESUMED, "save_strategy": "no"})
     assert fixed.clipper.steps == STEPS
     assert fixed.clipper.clip_rate() > 0
     with pytest.warns(UserWarning, match="no state of a clipper, so that its rule begins"):
-        trained(tmp_path, learning(), resume=resume, **RESUMED)
+        trained_trainer(tmp_path, learning(), resume=resume, **RESUMED)
 
 
 def test_a_checkpoint_of_another_clipper(tmp_path):
     """The clipper begins anew, with a warning."""
-    trained(tmp_path, learning(), **RESUMED)
+    trained_trainer(tmp_path, learning(), **RESUMED)
     callback = GradClipCallback(THRESHOLD)
     with pytest.warns(UserWarning, match="begins anew: The threshold is Fixed .* 'Percentile'"):
-        trained(tmp_path, callback, resume=f"{tmp_path}/checkpoint-3", **RESUMED)
+        trained_trainer(tmp_path, callback, resume=f"{tmp_path}/checkpoint-3", **RESUMED)
     assert callback.clipper.steps == STEPS
 
 
@@ -379,8 +381,10 @@ def test_other_callbacks(tmp_path):
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
     options = {**RESTORED, **evaluation, "metric_for_best_model": "loss"}
     for resume in (None, f"{tmp_path}/checkpoint-3"):
-        trainer = trained(tmp_path, learning(), EarlyStoppingCallback(9), resume=resume, **options)
-    assert len(entries(trainer)) == STEPS // 2
+        trainer = trained_trainer(
+            tmp_path, learning(), EarlyStoppingCallback(9), resume=resume, **options
+        )
+    assert len(log_entries(trainer)) == STEPS // 2
 
 
 # Steps that are skipped
@@ -388,15 +392,15 @@ def test_other_callbacks(tmp_path):
 
 def test_skipped_steps(tmp_path):
     """They leave the model as it is."""
-    trainer = trained(tmp_path, GradClipCallback(1e-6, exceed="skip"))
-    assert torch.equal(values(trainer.model), values(Model()))
-    assert entries(trainer)[-1]["grad_norm/skipped_steps"] == STEPS
+    trainer = trained_trainer(tmp_path, GradClipCallback(1e-6, exceed="skip"))
+    assert torch.equal(values(trainer.model), values(NetOutputs()))
+    assert log_entries(trainer)[-1]["grad_norm/skipped_steps"] == STEPS
 
 
 def test_grad_scaler(tmp_path):
     """Norms are true, and overflows do not count."""
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    trainer = trainer_of(tmp_path, callback)
+    trainer = hf_trainer(tmp_path, callback)
     # A power of 2, so that scaling changes no bits. The first scale is too large.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
     trainer.accelerator.scaler = scaler
@@ -423,19 +427,19 @@ def spoiling(number: float) -> Callable[..., Any]:
 def test_a_step_that_is_not_finite(tmp_path, number):
     """It is skipped, and counted in the history."""
     callback = GradClipCallback(THRESHOLD, nonfinite="skip")
-    trainer = trained(tmp_path, callback, kind=spoiling(number))
+    trainer = trained_trainer(tmp_path, callback, kind=spoiling(number))
     trainings.assert_close(trainer.model.net, by_hand(skipped=3)[0])
     for name in ("nonfinite_steps", "skipped_steps"):
-        assert entries(trainer)[-1][f"grad_norm/{name}"] == 1
+        assert log_entries(trainer)[-1][f"grad_norm/{name}"] == 1
 
 
 def test_a_step_that_the_scaler_skips(tmp_path):
     """It adds nothing to the history."""
     callback = GradClipCallback(THRESHOLD)
-    trainer = trainer_of(tmp_path, callback, logging_steps=1, kind=spoiling(math.inf))
+    trainer = hf_trainer(tmp_path, callback, logging_steps=1, kind=spoiling(math.inf))
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     trainer.train()
-    logged = entries(trainer)
+    logged = log_entries(trainer)
     assert [NUMBERS.isdisjoint(entry) for entry in logged] == [each == 3 for each in range(STEPS)]
 
 

@@ -21,7 +21,7 @@ from tests.support.report import log_line
 NAN = math.nan
 
 
-def entries(run):
+def entries_of_run(run):
     """Return the norms of parameters by step and name."""
     logged = run.parameter_norms
     assert len(logged.steps) == len(logged.name_indices) == len(logged.norms)
@@ -74,7 +74,7 @@ def test_every_sink_writes_the_same_run(tmp_path):
     assert first.finite.tolist() == [True, True, True, False, True]
     assert first.thresholds.tolist() == [0.5] * 5
     assert first.parameter_norms.steps.tolist() == [0, 0, 2, 2, 3, 3, 4, 4]  # 3: not finite
-    both = [entries(first)[2, name] for name in ("weight", "bias")]
+    both = [entries_of_run(first)[2, name] for name in ("weight", "bias")]
     assert math.hypot(*both) == pytest.approx(first.norms[2], rel=1e-5)
     assert len(others) == 2
     for run in others:
@@ -83,7 +83,7 @@ def test_every_sink_writes_the_same_run(tmp_path):
         for field in ("norms", "clipped_norms"):
             found, expected = getattr(run, field), getattr(first, field)
             assert found[first.finite] == pytest.approx(expected[first.finite], rel=1e-6)
-        assert entries(run) == pytest.approx(entries(first), rel=1e-6, nan_ok=True)
+        assert entries_of_run(run) == pytest.approx(entries_of_run(first), rel=1e-6, nan_ok=True)
 
 
 def test_lines_name_any_parameters_at_any_steps(tmp_path):
@@ -92,7 +92,7 @@ def test_lines_name_any_parameters_at_any_steps(tmp_path):
     assert run.steps.tolist() == [0, 1, 2, 3]
     assert run.parameter_norms.names == ("b", "a", "c")
     expected = {(0, "b"): 1.5, (0, "a"): NAN, (2, "c"): 3.0, (2, "a"): 1e300}
-    assert entries(run) == pytest.approx(expected, nan_ok=True)
+    assert entries_of_run(run) == pytest.approx(expected, nan_ok=True)
 
 
 def test_events_belong_to_the_clipper_in_their_tags(tmp_path):
@@ -108,8 +108,8 @@ def test_events_belong_to_the_clipper_in_their_tags(tmp_path):
     )
     assert (first.steps.tolist(), second.steps.tolist()) == ([0, 1, 2], [0])
     expected = {(0, "a/b"): 0.5, (0, "x\ny"): math.inf, (2, "a/b"): NAN}
-    assert entries(first) == pytest.approx(expected, nan_ok=True)
-    assert entries(second) == {(0, "a/b"): 6.0}
+    assert entries_of_run(first) == pytest.approx(expected, nan_ok=True)
+    assert entries_of_run(second) == {(0, "a/b"): 6.0}
 
 
 def test_no_run_is_refused_and_records_of_others_end_a_file(tmp_path):
@@ -133,27 +133,30 @@ def test_a_resumed_run_replaces_norms_of_parameters_with_their_steps(tmp_path):
     lines = [(0, {"both": 0.0}), (1, None), *replaced, (2, None), (3, {"both": 4})]
     run = read_lines(tmp_path / "a.jsonl", lines)
     assert run.steps.tolist() == [0, 1, 2, 3]
-    assert entries(run) == {(0, "both"): 0.0, (3, "both"): 4.0}
+    assert entries_of_run(run) == {(0, "both"): 0.0, (3, "both"): 4.0}
     assert run.parameter_norms.names == ("both",)
     assert read_lines(tmp_path / "a.jsonl", [(0, {"old": 1.0}), (0, None)]).parameter_norms is None
     events = [(n, {"grad_norm/pre": 1.0, "parameter_norm/a": float(n)}) for n in (0, 1, 2, 1)]
-    assert entries(read_events(tmp_path / "run", events)[0]) == {(0, "a"): 0.0, (1, "a"): 1.0}
+    assert entries_of_run(read_events(tmp_path / "run", events)[0]) == {
+        (0, "a"): 0.0,
+        (1, "a"): 1.0,
+    }
 
 
 def test_norms_of_parameters_stay_with_their_steps_in_long_runs(tmp_path):
     """More steps than are parsed, and packed, at once; a foreign line shifts nothing."""
     expected = {(step, "a"): float(step) for step in range(0, 20_000, 7)}
     steps = [(n, {"a": float(n)} if n % 7 == 0 else None) for n in range(20_000)]
-    assert entries(read_lines(tmp_path / "a.jsonl", steps)) == expected
+    assert entries_of_run(read_lines(tmp_path / "a.jsonl", steps)) == expected
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "b.jsonl").write_text("\n".join([*lines[:9_000], "foreign", *lines[9_000:]]))
     with pytest.warns(UserWarning, match="1 of its lines are not steps"):
-        assert entries(read_runs([tmp_path / "b.jsonl"])[0]) == expected
+        assert entries_of_run(read_runs([tmp_path / "b.jsonl"])[0]) == expected
     events = [
         (n, {"grad_norm/pre": 1.0} | ({"parameter_norm/a": norms["a"]} if norms else {}))
         for n, norms in steps
     ]
-    assert entries(read_events(tmp_path / "run", events)[0]) == expected
+    assert entries_of_run(read_events(tmp_path / "run", events)[0]) == expected
 
 
 def test_a_million_steps_are_summed_up_in_little_memory():

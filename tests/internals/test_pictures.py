@@ -40,17 +40,17 @@ def run_of(norms, *, name="runs/a", threshold=NAN, skipped=(), first=0, paramete
     return Run(name, steps + first, norms, clipped, thresholds, is_skipped, parameters)
 
 
-def noise(count=STEPS, seed=0):
+def noisy_norms(count=STEPS, seed=0):
     return np.exp(0.2 * np.random.default_rng(seed).standard_normal(count))
 
 
-def spiky():
-    norms = noise()
+def spiky_norms():
+    norms = noisy_norms()
     norms[[100, 101, 300]] *= [30, 100, 50]
     return norms
 
 
-def parameters_of(norms, names, *, every=1):
+def norms_of_parameters(norms, names, *, every=1):
     """Norms of parameters, each with a smaller share than the one before."""
     shares = np.sqrt(np.arange(len(names), 0, -1) / sum(range(len(names) + 1)))
     steps = np.arange(0, len(norms), every)
@@ -67,47 +67,51 @@ def names_of(count):
 
 
 def of_parameters(norms, names=("a", "b"), **options):
-    return run_of(norms, parameters=parameters_of(norms, names), **options)
+    return run_of(norms, parameters=norms_of_parameters(norms, names), **options)
 
 
-def exploding():
-    norms = noise() * np.r_[np.ones(300), np.geomspace(1, 1e9, 100)]
+def exploding_run():
+    norms = noisy_norms() * np.r_[np.ones(300), np.geomspace(1, 1e9, 100)]
     norms[380:] = NAN
     norms[20] = INF
-    parameters = parameters_of(norms, ["embedding.weight", "rnn.weight", "head.weight"], every=5)
+    parameters = norms_of_parameters(
+        norms, ["embedding.weight", "rnn.weight", "head.weight"], every=5
+    )
     return run_of(norms, threshold=1.5, skipped=[20, 380, 381], parameters=parameters)
 
 
 def cramped():
     names = [f"encoder.layers.{n}.self_attention.projection.weight" for n in range(3)]
-    return of_parameters(spiky() * 1e13, names, threshold=1e13)
+    return of_parameters(spiky_norms() * 1e13, names, threshold=1e13)
 
 
 ENDS = [1e-300, 5e-324, 1e300, 1.7e308, 1.0]
 LONG = f"experiments/lr0.001_batch512_clip1.0_{'x' * 60}_"
 PICTURES = {
-    "quiet": lambda: [run_of(noise(), threshold=5.0)],
-    "spiky": lambda: [run_of(spiky(), threshold=1.0)],
-    "many parameters": lambda: [of_parameters(spiky(), names_of(161))],
-    "exploding": lambda: [exploding()],
-    "exploding beside quiet": lambda: [run_of(noise(), threshold=1.0), exploding()],
-    "long names": lambda: [run_of(noise(seed=n), name=f"{LONG}{n}/logs/v0") for n in range(3)],
+    "quiet": lambda: [run_of(noisy_norms(), threshold=5.0)],
+    "spiky": lambda: [run_of(spiky_norms(), threshold=1.0)],
+    "many parameters": lambda: [of_parameters(spiky_norms(), names_of(161))],
+    "exploding": lambda: [exploding_run()],
+    "exploding beside quiet": lambda: [run_of(noisy_norms(), threshold=1.0), exploding_run()],
+    "long names": lambda: [
+        run_of(noisy_norms(seed=n), name=f"{LONG}{n}/logs/v0") for n in range(3)
+    ],
     "one step": lambda: [of_parameters([3.0], threshold=2.0)],
     "NaN only": lambda: [of_parameters([NAN] * 9)],
     "zeros": lambda: [of_parameters([0.0] * 9)],
     "zeros among others": lambda: [run_of([0.0] * 9 + [1.0] + [0.0] * 9, threshold=0.0)],
     "every other one": lambda: [run_of(np.where(np.arange(60) % 2, NAN, 1.0), threshold=2.0)],
     "the ends of the range": lambda: [of_parameters(ENDS, threshold=1e305)],
-    "an infinite threshold": lambda: [run_of(noise(), threshold=INF)],
+    "an infinite threshold": lambda: [run_of(noisy_norms(), threshold=INF)],
     "odd names": lambda: [
         of_parameters(
-            noise(),
+            noisy_norms(),
             ["$_$", "a\nb", "\x00<&>", "$"],
             name="$_^$\n\x1b[31m\udc80 中文 $\\frac{-->",
         )
     ],
     "little room": lambda: [cramped(), cramped()],
-    "late steps": lambda: [run_of(noise(), first=10**15)],
+    "late steps": lambda: [run_of(noisy_norms(), first=10**15)],
 }
 QUICK = ("exploding beside quiet", "odd names")
 
@@ -211,7 +215,7 @@ def test_names_are_shortened_where_they_do_not_differ():
 
 
 def test_colours_differ_for_the_colour_blind_too():
-    figure = figure_of([exploding()])
+    figure = figure_of([exploding_run()])
     colours = {to_hex(line.get_color()) for axes in figure.axes[:3] for line in axes.get_lines()}
     grey = {colour for colour in colours if colour[1:3] == colour[3:5] == colour[5:7]}
     assert colours - grey == OKABE_ITO
@@ -269,7 +273,7 @@ def test_exceptional_steps_are_marked_and_counted_above_all_curves():
     marks = [curve(norms, name) for name in ("not finite (2)", "skipped (1)", "norm 0 (1)")]
     assert [mark.get_xdata().tolist() for mark in marks] == [[1, 2], [2], [3]]
     assert len({mark.get_marker() for mark in marks}) == 3
-    norms = figure_of([exploding()]).axes[0]
+    norms = figure_of([exploding_run()]).axes[0]
     top = norms.transData.transform((0, np.nanmax(curve(norms, "before").get_ydata())))[1]
     for name in ("not finite", "skipped"):
         mark = curve(norms, name)
@@ -296,7 +300,7 @@ def test_the_clip_rate_is_that_of_the_last_steps():
 
 
 def test_runs_beside_each_other_have_the_same_scales_and_their_names():
-    runs = [run_of(noise(), name="runs/quiet"), run_of(spiky() * 10, name="runs/spiky")]
+    runs = [run_of(noisy_norms(), name="runs/quiet"), run_of(spiky_norms() * 10, name="runs/spiky")]
     axes = figure_of(runs).axes
     for left, right in zip(axes[::2], axes[1::2], strict=True):
         assert left.get_ylim() == right.get_ylim()
@@ -308,23 +312,25 @@ def test_runs_beside_each_other_have_the_same_scales_and_their_names():
 # Distributions
 
 
-def thresholds_of(axes):
+def threshold_labels(axes):
     return [text for text in axes.texts if isinstance(text, Annotation) and "%" in text.get_text()]
 
 
 def test_the_distribution_counts_every_norm_that_has_a_logarithm():
-    [stairs] = figure_of([run_of([0.0, NAN, INF, *spiky()])]).axes[2].patches
+    [stairs] = figure_of([run_of([0.0, NAN, INF, *spiky_norms()])]).axes[2].patches
     counts, edges, _ = stairs.get_data()
     assert counts[counts >= 1].sum() == STEPS
-    assert all(counts[np.searchsorted(edges, norm) - 1] >= 1 for norm in spiky()[[100, 101, 300]])
+    assert all(
+        counts[np.searchsorted(edges, norm) - 1] >= 1 for norm in spiky_norms()[[100, 101, 300]]
+    )
     distribution = figure_of([run_of([NAN, 0.0])]).axes[2]
     assert [text.get_text() for text in distribution.texts] == ["no norm is finite and above 0"]
 
 
 def test_thresholds_have_lines_and_the_share_that_they_would_clip():
-    run = run_of(spiky())
+    run = run_of(spiky_norms())
     distribution = figure_of([run]).axes[2]
-    labels = thresholds_of(distribution)
+    labels = threshold_labels(distribution)
     lines = sorted(line.get_xdata()[0] for line in distribution.get_lines())
     assert len(labels) == len(lines) >= 6
     for label, threshold in zip(labels, lines, strict=True):
@@ -335,7 +341,7 @@ def test_thresholds_have_lines_and_the_share_that_they_would_clip():
     assert advised(run, summarized(run)).line == f"GradientClipper(optimizer, {label.xy[0]:g})"
     assert {label.get_rotation() for label in labels} == {0}
     narrow = figure_of([cramped(), cramped()]).axes[4]
-    assert {label.get_rotation() for label in thresholds_of(narrow)} == {90}
+    assert {label.get_rotation() for label in threshold_labels(narrow)} == {90}
 
 
 # Maps of parameters
@@ -345,7 +351,7 @@ def test_the_map_shows_the_largest_norm_of_each_interval(monkeypatch):
     monkeypatch.setattr(heat_map, "MOST_COLUMNS", 10)
     norms = np.ones(100)
     norms[57] = 1000.0
-    shown = heat_map_of(run_of(norms), parameters_of(norms, ["a", "b"]))
+    shown = heat_map_of(run_of(norms), norms_of_parameters(norms, ["a", "b"]))
     assert shown.norms[:, 5].tolist() == pytest.approx([1000 * math.sqrt(2 / 3), 1000 * 3**-0.5])
     assert (np.delete(shown.norms, 5, axis=1) < 1).all()
     assert shown.edges.tolist() == [column * 10 - 0.5 for column in range(11)]
@@ -353,21 +359,21 @@ def test_the_map_shows_the_largest_norm_of_each_interval(monkeypatch):
 
 def test_the_map_shows_the_largest_shares_in_the_order_of_the_log():
     names = names_of(161)
-    sorted_norms = parameters_of(noise(), names)
+    sorted_norms = norms_of_parameters(noisy_norms(), names)
     order = np.random.default_rng(0).permutation(161).astype(np.int32)
     indices = np.argsort(order)[sorted_norms.name_indices]
     mixed_names = tuple(np.array(names)[order])
     mixed = LoggedParameterNorms(mixed_names, sorted_norms.steps, indices, sorted_norms.norms)
-    shown = heat_map_of(run_of(noise()), mixed)
+    shown = heat_map_of(run_of(noisy_norms()), mixed)
     assert [*shown.names] == [name for name in mixed_names if name in names[:24]]
-    axes = figure_of([run_of(noise(), parameters=mixed)]).axes[3]
+    axes = figure_of([run_of(noisy_norms(), parameters=mixed)]).axes[3]
     assert "24 of 161 logged parameters" in axes.get_legend().get_title().get_text()
     labels = [label.get_text().lstrip("…") for label in axes.get_yticklabels()]
     assert all(name.endswith(label) for name, label in zip(shown.names, labels, strict=True))
 
 
 def test_a_small_parameter_that_broke_a_step_is_shown():
-    norms, parameters = noise(), parameters_of(noise(), names_of(60))
+    norms, parameters = noisy_norms(), norms_of_parameters(noisy_norms(), names_of(60))
     parameters.norms[(parameters.steps == 200) & (parameters.name_indices == 59)] = NAN
     norms[200] = NAN
     shown = heat_map_of(run_of(norms), parameters)
@@ -394,19 +400,21 @@ def test_norms_that_are_not_finite_or_not_logged_have_their_own_colours():
 
 
 def test_colours_end_at_the_largest_norm_and_begin_above_a_few_tiny_ones():
-    norms = noise(1000)
+    norms = noisy_norms(1000)
     norms[:5], norms[500] = 1e-200, 1e6
-    maps = [heat_map_of(run_of(n), parameters_of(n, ["a"])) for n in (norms, noise(1000, 1))]
+    maps = [
+        heat_map_of(run_of(n), norms_of_parameters(n, ["a"])) for n in (norms, noisy_norms(1000, 1))
+    ]
     low, high = color_range(maps)
     assert high == pytest.approx(6)
     assert -1 < low < 0
 
 
 def test_a_run_without_parameters_leaves_the_place_of_its_map_empty():
-    figure = figure_of([run_of(noise()), of_parameters(noise())])
+    figure = figure_of([run_of(noisy_norms()), of_parameters(noisy_norms())])
     assert [axes.get_visible() for axes in figure.axes[6:8]] == [False, True]
     assert len(figure.axes) == 9  # with the colour bar
-    assert len(figure_of([run_of(noise())]).axes) == 3
+    assert len(figure_of([run_of(noisy_norms())]).axes) == 3
 
 
 # Runs of any length
@@ -414,7 +422,7 @@ def test_a_run_without_parameters_leaves_the_place_of_its_map_empty():
 
 @pytest.mark.parametrize("count", [2 * COLUMNS, 2 * COLUMNS + 1, 50_000])
 def test_a_long_curve_keeps_every_spike_and_gap(count):
-    values, spikes = noise(count), [0, count // 3, count - 1]
+    values, spikes = noisy_norms(count), [0, count // 3, count - 1]
     values[spikes], values[count // 2] = [1e3, 2e3, 3e3], 1e-3
     values[count // 4 : count // 4 + 200] = NAN
     shown = envelope(np.arange(count) * 3 + 7, values)
@@ -430,7 +438,7 @@ def test_a_long_curve_keeps_every_spike_and_gap(count):
 
 
 def test_a_million_steps_are_drawn_in_seconds():
-    norms = np.tile(noise(10_000), 100)
+    norms = np.tile(noisy_norms(10_000), 100)
     norms[777_777] = 1e5
     run = run_of(norms, threshold=np.where(np.arange(10**6) % 2, 2.0, 3.0))
     advice = [advised(run, summarized(run))]
@@ -451,7 +459,7 @@ def test_a_million_steps_are_drawn_in_seconds():
 def test_the_same_runs_make_the_same_bytes(tmp_path):
     for ending in ("svg", "png"):
         for name in ("a", "b"):
-            draw([exploding()], tmp_path / f"{name}.{ending}")
+            draw([exploding_run()], tmp_path / f"{name}.{ending}")
         first, second = ((tmp_path / f"{name}.{ending}").read_bytes() for name in "ab")
         assert first == second
 
@@ -483,7 +491,7 @@ def test_matplotlibs_global_state_is_neither_changed_nor_used(tmp_path):
     with matplotlib.rc_context({"lines.linewidth": 9, "figure.dpi": 33, "text.usetex": True}):
         before = dict(matplotlib.rcParams)
         loaded = "matplotlib.pyplot" in sys.modules
-        figure = draw([run_of(noise())], tmp_path / "a.png")
+        figure = draw([run_of(noisy_norms())], tmp_path / "a.png")
         assert dict(matplotlib.rcParams) == before
         assert ("matplotlib.pyplot" in sys.modules) == loaded
     assert figure.dpi == 100

@@ -66,7 +66,7 @@ def test_largest_come_first(count, names):
     assert not count or norms["c"] == 4.0
 
 
-class Model(nn.Module):
+class ShapesAndDtypes(nn.Module):
     """Parameters of several shapes and dtypes, one without a gradient."""
 
     def __init__(self):
@@ -107,7 +107,7 @@ SCOPES = {
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("engine", ["auto", "operators", "reference"])
 def test_each_parameter_has_its_norm_before_clipping(scope, order, engine):
-    model = Model()
+    model = ShapesAndDtypes()
     needed = model.norms(order)
     if scope == "rows":  # the first row of the matrix is in no norm
         rows = model.matrix.grad[1:].double()
@@ -118,7 +118,7 @@ def test_each_parameter_has_its_norm_before_clipping(scope, order, engine):
 
 
 def test_excluded_parameters_have_none():
-    model, scope = Model(), Scope(exclude=["matrix", "c*"])
+    model, scope = ShapesAndDtypes(), Scope(exclude=["matrix", "c*"])
     needed = {name: model.norms()[name] for name in ("brain", "table", "wide", "number", "row")}
     [norms] = logged_norms(model.parameters(), scope=scope, model=model)
     assert norms == pytest.approx(needed, rel=1e-6)
@@ -135,7 +135,7 @@ def test_gradient_that_parameters_share_is_that_of_the_first(scope):
 
 def test_parameters_of_several_optimizers():
     """They keep their names; a gradient that is made between two steps counts at the second."""
-    model, sink = Model(), Asking()
+    model, sink = ShapesAndDtypes(), Asking()
     needed = model.norms()
     halves = [[*model.named.values()][:2], [*model.named.values()][2:]]
     optimizers = [torch.optim.SGD(half, lr=0.0) for half in halves]
@@ -161,7 +161,7 @@ def test_parameter_that_is_added_has_a_name():
 
 
 def test_parameters_that_are_moved_keep_their_names():
-    model, sink = Model(), MemorySink(per_parameter="all")
+    model, sink = ShapesAndDtypes(), MemorySink(per_parameter="all")
     model.number.grad = None
     del model.named["number"]
     needed, parameters = model.norms(), [*model.named.values()]

@@ -35,7 +35,7 @@ class Kept(Sink):
         self.calls.append("close")
 
 
-def rows_of(*steps, thresholds=(1.0,), order=2.0, nonfinite="zero"):
+def logged_rows(*steps, thresholds=(1.0,), order=2.0, nonfinite="zero"):
     """Take a step with each tuple of norms, which have a threshold each; return the rows."""
     sink, parameters = MemorySink(), [nn.Parameter(torch.zeros(1)) for _ in thresholds]
     groups = [
@@ -55,7 +55,7 @@ def rows_of(*steps, thresholds=(1.0,), order=2.0, nonfinite="zero"):
 
 
 def test_row_of_one_norm():
-    (row,) = rows_of((4.0,))
+    (row,) = logged_rows((4.0,))
     assert row == LoggedStep(
         step=0,
         wall_time=ANY,
@@ -80,7 +80,7 @@ def test_row_of_one_norm():
 )
 def test_row_of_several_norms(order, before, after):
     """The totals are in the order of the norms."""
-    (row,) = rows_of((2.0, 3.0, 6.0), thresholds=(1.0, 5.0, 3.0), order=order)
+    (row,) = logged_rows((2.0, 3.0, 6.0), thresholds=(1.0, 5.0, 3.0), order=order)
     assert row.norm == pytest.approx(before, rel=1e-15)
     assert row.clipped_norm == pytest.approx(after, rel=1e-15)
     assert row.threshold is None, "there is more than one"
@@ -89,13 +89,13 @@ def test_row_of_several_norms(order, before, after):
 
 @pytest.mark.parametrize("threshold", [None, 0.0])
 def test_threshold(threshold):
-    assert rows_of((1.0,), thresholds=(threshold,))[0].threshold == threshold
+    assert logged_rows((1.0,), thresholds=(threshold,))[0].threshold == threshold
 
 
 @pytest.mark.parametrize("policy", ["zero", "skip"])
 def test_norms_that_are_not_finite(policy):
     """They are counted apart and enter no rate, which is 0 before the first finite norm."""
-    rows = rows_of((NAN,), (4.0,), (INF,), (1.0,), nonfinite=policy)
+    rows = logged_rows((NAN,), (4.0,), (INF,), (1.0,), nonfinite=policy)
     assert [row.clip_rate for row in rows] == [0.0, 1.0, 1.0, 0.5]
     assert [row.nonfinite for row in rows] == [True, False, True, False]
     assert [row.nonfinite_steps for row in rows] == [1, 1, 2, 2]
@@ -106,7 +106,7 @@ def test_norms_that_are_not_finite(policy):
     assert rows[2].norm == INF
     if policy == "zero":
         assert [row.clipped_norm for row in rows] == [0.0, 1.0, 0.0, 1.0]
-    (row,) = rows_of((NAN, 2.0), thresholds=(1.0, 1.0))
+    (row,) = logged_rows((NAN, 2.0), thresholds=(1.0, 1.0))
     assert (row.nonfinite, row.nonfinite_steps, row.clip_rate) == (True, 1, 1.0)
     assert (row.clipped_norm, row.coefficient) == (1.0, 0.0)
 

@@ -154,7 +154,7 @@ class Average(Rule):
         return thresholds.MovingAverage(1.25, decay=0.75, warmup=2, warmup_norm=3.0)
 
     def thresholds(self, norms: list[float], step: int, order: float) -> list[float]:
-        whole = norm_of([norm for norm in norms if norm < INF], order)
+        whole = model_norm([norm for norm in norms if norm < INF], order)
         warm = [3.0 * norm / whole if whole > 3.0 else INF for norm in norms]
         each = zip(self.states, warm, strict=True)
         return [shared if count < 2 else 1.25 * average for (count, average), shared in each]
@@ -181,7 +181,7 @@ RULES: dict[str, Callable[[], Rule]] = {
 }
 
 
-def norm_of(values: Sequence[float], order: float) -> float:
+def model_norm(values: Sequence[float], order: float) -> float:
     """The norm; NaN where one of the values is, infinite where the power sum is."""
     magnitudes = [abs(value) for value in values]
     if any(map(math.isnan, magnitudes)):
@@ -399,10 +399,10 @@ class Life:
             ):
                 if index is not None:
                     present[index] = True
-            by_parameter[weight.name] = norm_of(own, order)
-        norms = [norm_of(values, order) for values in elements]
+            by_parameter[weight.name] = model_norm(own, order)
+        norms = [model_norm(values, order) for values in elements]
         bounded = [
-            norm_of([min(abs(value), bound) for value in values], order)
+            model_norm([min(abs(value), bound) for value in values], order)
             if bound is not None and any(abs(value) > bound for value in values)
             else NAN
             for values in elements
@@ -488,7 +488,7 @@ class Life:
         counters.skipped_steps += skip
         counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if skip else 0
         order = self.options.norm_type
-        total = norms[0] if len(norms) == 1 else norm_of(norms, order)
+        total = norms[0] if len(norms) == 1 else model_norm(norms, order)
         only = found.thresholds[0] if len(norms) == 1 and found.thresholds[0] < INF else None
         self.last = {
             "step": self.steps,
@@ -502,7 +502,7 @@ class Life:
             {
                 "step": self.steps,
                 "norm": total,
-                "clipped_norm": clipped[0] if len(clipped) == 1 else norm_of(clipped, order),
+                "clipped_norm": clipped[0] if len(clipped) == 1 else model_norm(clipped, order),
                 "threshold": only,
                 "coefficient": min(coefficients),
                 "nonfinite": not all(finite),
@@ -555,7 +555,7 @@ class Life:
             self.rule.states = saved["states"]
 
 
-def stepped(weight: Weight, momentum: float, decay: float) -> list[float]:
+def sgd_step(weight: Weight, momentum: float, decay: float) -> list[float]:
     """Take SGD's step with one parameter; return what its new values may be off by."""
     margins = []
     values, before = weight.values, weight.momentum

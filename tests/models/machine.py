@@ -47,7 +47,7 @@ from tests.models.life import (
     Options,
     Rule,
     Weight,
-    stepped,
+    sgd_step,
 )
 from tests.support.tolerances import ROUNDOFF
 
@@ -351,7 +351,7 @@ class Machine(RuleBasedStateMachine):
             values = weight.parameter.detach().flatten().tolist()
             momentum = self._momentum(weight)
             if taken and weight.gradient is not None:
-                margins = stepped(weight, self.momentum, self.decay)
+                margins = sgd_step(weight, self.momentum, self.decay)
                 dtype = weight.parameter.dtype
                 for found, needed in ((values, weight.values), (momentum, weight.momentum)):
                     for value, other, margin in zip(

@@ -73,7 +73,7 @@ def test_any_of_many_lives_goes_as_the_model_has_it():
 # What a state is for
 
 
-def sgd(*groups: dict[str, Any]) -> torch.optim.Optimizer:
+def sgd_of_groups(*groups: dict[str, Any]) -> torch.optim.Optimizer:
     """Make an optimizer with one parameter a group, with a gradient of norm 5."""
     for group in groups:
         group["params"] = [nn.Parameter(torch.zeros(2))]
@@ -83,9 +83,9 @@ def sgd(*groups: dict[str, Any]) -> torch.optim.Optimizer:
 
 def test_a_state_loads_where_the_same_groups_were_added_and_no_step_was_taken():
     def begun() -> tuple[torch.optim.Optimizer, GradientClipper]:
-        optimizer = sgd({})
+        optimizer = sgd_of_groups({})
         clipper = GradientClipper(optimizer, thresholds.GrowthLimit(), scope="group")
-        optimizer.add_param_group(sgd({}).param_groups[0])
+        optimizer.add_param_group(sgd_of_groups({}).param_groups[0])
         return optimizer, clipper
 
     optimizer, clipper = begun()
@@ -96,9 +96,9 @@ def test_a_state_loads_where_the_same_groups_were_added_and_no_step_was_taken():
 
 
 def test_a_state_loads_where_at_first_nothing_was_in_any_norm():
-    optimizer = sgd({"max_norm": None})
+    optimizer = sgd_of_groups({"max_norm": None})
     clipper = GradientClipper(optimizer, 1.0)
-    optimizer.add_param_group(sgd({"max_norm": 2.0}).param_groups[0])
+    optimizer.add_param_group(sgd_of_groups({"max_norm": 2.0}).param_groups[0])
     optimizer.step()
     state = clipper.state_dict()
     clipper.close()
@@ -108,7 +108,7 @@ def test_a_state_loads_where_at_first_nothing_was_in_any_norm():
 
 
 def test_a_state_that_was_saved_after_a_refused_step_loads():
-    optimizer = sgd({})
+    optimizer = sgd_of_groups({})
     options = {"scope": "group", "max_value": 1.0}
     clipper = GradientClipper(optimizer, thresholds.GrowthLimit(), **options)
     unfit = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
@@ -140,7 +140,7 @@ def test_a_skip_limit_counts_steps_and_not_evaluations_of_their_closures():
 
 @pytest.mark.parametrize("way", ["steps are set", "a state is loaded"])
 def test_norms_of_another_part_of_the_training_are_forgotten(way):
-    optimizer = sgd({})
+    optimizer = sgd_of_groups({})
     clipper = GradientClipper(optimizer, None, nonfinite="raise")
     optimizer.step()
     if way == "steps are set":

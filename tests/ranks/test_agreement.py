@@ -20,7 +20,7 @@ from gradclip import (
 from tests.support.dtensors import mesh_of, placements_of, spread
 
 
-def optimizer_of(shapes: dict[str, tuple[int, ...]], **group: Any) -> torch.optim.Optimizer:
+def sgd_of_shapes(shapes: dict[str, tuple[int, ...]], **group: Any) -> torch.optim.Optimizer:
     """Return an optimizer of parameters of these shapes, whose gradients have elements of 1."""
     named = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
     for _, parameter in named:
@@ -33,10 +33,10 @@ def squares(clipper: GradientClipper) -> list[float]:
     return [round(square, 9) for square in clipper.last.norms.square().tolist()]
 
 
-def attached(options: list[dict[str, Any]]) -> Any:
+def labels_and_norms(options: list[dict[str, Any]]) -> Any:
     """Attach with the options of this rank; return the labels and the norms of a step."""
     own = dict(options[distributed.get_rank()])
-    optimizer = optimizer_of(own.pop("shapes"), **own.pop("group", {}))
+    optimizer = sgd_of_shapes(own.pop("shapes"), **own.pop("group", {}))
     ranks = Ranks(replicated=own.pop("replicated", ()))
     clipper = GradientClipper(optimizer, **{"max_norm": 1.0} | own, ranks=ranks)
     optimizer.step()
@@ -94,7 +94,7 @@ AGREED = {
 def test_labels(two_ranks, case):
     """All ranks have the norms of all."""
     options, labels, norms = AGREED[case]
-    assert two_ranks.run(attached, options) == [(labels, norms)] * 2
+    assert two_ranks.run(labels_and_norms, options) == [(labels, norms)] * 2
 
 
 def test_order_of_labels(two_ranks):
@@ -103,7 +103,7 @@ def test_order_of_labels(two_ranks):
     needed = ("a.1", "a.2", "a.10", "b.9", "b.10")
     for ordered in (names, names[::-1]):
         options = with_shapes(*(dict.fromkeys(own, (2,)) for own in ordered), scope="parameter")
-        assert [labels for labels, _ in two_ranks.run(attached, options)] == [needed] * 2
+        assert [labels for labels, _ in two_ranks.run(labels_and_norms, options)] == [needed] * 2
 
 
 class Own(Threshold):
@@ -178,9 +178,9 @@ REFUSED = {
 }
 
 
-def refused(options: list[dict[str, Any]]) -> str:
+def messages_of(options: list[dict[str, Any]]) -> str:
     with pytest.raises((AttachError, ArgumentError)) as caught:
-        attached(options)
+        labels_and_norms(options)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
@@ -189,14 +189,14 @@ def test_refusals(two_ranks, case):
     """All ranks raise, whichever of them is wrong."""
     options, needed = REFUSED[case]
     kind = "ArgumentError" if "matches no parameter" in needed else "AttachError"
-    for message in two_ranks.run(refused, options):
+    for message in two_ranks.run(messages_of, options):
         with pytest.raises(AttachError, match=f"^{kind}: .*{needed}"):
             raise AttachError(message)
 
 
 def wrong_on_rank_1(option: dict[str, Any]) -> tuple[str, list[float]]:
     """Attach wrongly on rank 1, then rightly on both."""
-    optimizer = optimizer_of({f"rank{distributed.get_rank()}": (2,)})
+    optimizer = sgd_of_shapes({f"rank{distributed.get_rank()}": (2,)})
     wrong = option if distributed.get_rank() else {}
     with pytest.raises((AttachError, ArgumentError)) as caught:
         GradientClipper(optimizer, **{"max_norm": 1.0} | wrong, ranks=Ranks())
@@ -215,7 +215,7 @@ def test_an_error_of_one_rank(two_ranks, option):
 
 def grown(scope: str, name: str, replicated: str) -> Any:
     """Add a parameter on each rank after attaching, and step."""
-    optimizer = optimizer_of({f"rank{distributed.get_rank()}": (2,), "both": (4,)})
+    optimizer = sgd_of_shapes({f"rank{distributed.get_rank()}": (2,), "both": (4,)})
     ranks = Ranks(replicated=replicated)
     clipper = GradientClipper(optimizer, 1.0, scope=scope, ranks=ranks, log=MemorySink())
     added = nn.Parameter(torch.zeros(3))
@@ -302,7 +302,7 @@ def test_refusals_of_other_groups(four_ranks):
 
 
 def in_a_group(of: str) -> Any:
-    optimizer = optimizer_of(A)
+    optimizer = sgd_of_shapes(A)
     group = mesh_of("one") if of == "mesh" else distributed.new_group([0])
     try:
         ranks = Ranks(group)
@@ -324,7 +324,7 @@ def test_groups(two_ranks):
 def test_without_a_process_group():
     """The option is refused."""
     with pytest.raises(AttachError, match=r"call torch\.distributed\.init_process_group\(\) first"):
-        GradientClipper(optimizer_of(A), 1.0, ranks=Ranks())
+        GradientClipper(sgd_of_shapes(A), 1.0, ranks=Ranks())
 
 
 @pytest.mark.parametrize("group", [2, "world", object()])

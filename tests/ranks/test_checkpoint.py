@@ -36,7 +36,7 @@ def exchange(way: str, load: bool, folder: str, net: Any, optimizer: Any, clippe
         clipper.load_state_dict(state["clipper"])
 
 
-def trained(rule: str, scope: str, way: str, folder: str, steps: tuple[int, int]) -> Any:
+def trained_between(rule: str, scope: str, way: str, folder: str, steps: tuple[int, int]) -> Any:
     """Train from one step to another, from a checkpoint or into one where it is not the end."""
     from torch.distributed.fsdp import fully_shard
 
@@ -66,9 +66,9 @@ def trained(rule: str, scope: str, way: str, folder: str, steps: tuple[int, int]
 
 
 def check_resumed(savers: Any, loaders: Any, folder: Any, *case: str) -> None:
-    uninterrupted = loaders.run(trained, *case, str(folder), (0, END))
-    savers.run(trained, *case, str(folder), (0, SAVED))
-    resumed = loaders.run(trained, *case, str(folder), (SAVED, END))
+    uninterrupted = loaders.run(trained_between, *case, str(folder), (0, END))
+    savers.run(trained_between, *case, str(folder), (0, SAVED))
+    resumed = loaders.run(trained_between, *case, str(folder), (SAVED, END))
     rounding = 0 if savers is loaders else 1e-5
     same = {"rtol": rounding, "atol": rounding}
     for (steps, weights, state), (rest, own_weights, own_state) in zip(

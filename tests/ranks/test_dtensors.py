@@ -45,7 +45,7 @@ def clip_spread(mesh: Any, words: Any, scope: str, order: float, dtype: torch.dt
     return clipper.last.norms.tolist(), clipped, calls
 
 
-def check(
+def check_dtensors(
     pool: Any, mesh: Any, words: Any, scope: str, order: float = 2.0, dtype: Any = torch.float32
 ) -> list[Any]:
     """Compare all ranks with the oracle; return the collectives of each."""
@@ -65,7 +65,7 @@ def check(
 @pytest.mark.parametrize("words", ["0", "1", "R"])
 def test_one_mesh(ranks, scope, order, words):
     """Shards and replicas have the norms of the whole, in one collective."""
-    for calls in check(ranks, "one", words, scope, order):
+    for calls in check_dtensors(ranks, "one", words, scope, order):
         assert calls == ["allreduce"]
 
 
@@ -74,7 +74,7 @@ def test_one_mesh(ranks, scope, order, words):
 @pytest.mark.slow
 def test_a_mesh_of_two_dimensions(four_ranks, scope, words):
     """One collective serves both dimensions of a mesh of all ranks."""
-    for calls in check(four_ranks, "two", words, scope):
+    for calls in check_dtensors(four_ranks, "two", words, scope):
         assert calls == ["allreduce"]
 
 
@@ -82,7 +82,7 @@ def test_a_mesh_of_two_dimensions(four_ranks, scope, words):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_dtypes(two_ranks, scope, dtype):
     """Shards of every dtype have the norms of the whole."""
-    check(two_ranks, "one", "0", scope, dtype=dtype)
+    check_dtensors(two_ranks, "one", "0", scope, dtype=dtype)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -90,7 +90,7 @@ def test_dtypes(two_ranks, scope, dtype):
 def test_pending_sums(ranks, scope, order):
     """A gradient whose ranks hold summands is measured as their sum."""
     words = {"matrix": "P", "row": "0", "vector": "R", "filters": "1"}
-    check(ranks, "one", words, scope, order)
+    check_dtensors(ranks, "one", words, scope, order)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -100,7 +100,7 @@ def test_several_meshes(four_ranks, scope, order):
     """One collective for each group, as for experts on a mesh of their own, with replicas."""
     mesh = {"matrix": "one", "row": "two", "vector": "a", "filters": "b"}
     words = {"matrix": "0", "row": "R 1", "vector": "0", "filters": "1"}
-    for calls in check(four_ranks, mesh, words, scope, order):
+    for calls in check_dtensors(four_ranks, mesh, words, scope, order):
         assert calls == ["allreduce"] * 3
 
 

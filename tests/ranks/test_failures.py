@@ -21,7 +21,7 @@ TRAINING: list[Any] = []
 """The model, optimizer and clipper of this process."""
 
 
-def kept(net: nn.Module, optimizer: Any) -> list[torch.Tensor]:
+def steps_kept(net: nn.Module, optimizer: Any) -> list[torch.Tensor]:
     """Return what a step would change here: parameters, gradients and momentum."""
     tensors = [[p.data, p.grad, optimizer.state[p]["momentum_buffer"]] for p in net.parameters()]
     return [tensor.to_local().clone() for three in tensors for tensor in three]
@@ -50,11 +50,11 @@ def take_two_steps() -> int:
 def take_the_third() -> Any:
     """Return how long the error took, whether nothing has changed, and the steps counted."""
     net, optimizer, clipper = TRAINING
-    before, begun = kept(net, optimizer), time.monotonic()
+    before, begun = steps_kept(net, optimizer), time.monotonic()
     with pytest.raises(RuntimeError):
         optimizer.step()
     took = time.monotonic() - begun
-    return took, all(map(torch.equal, kept(net, optimizer), before)), clipper.steps
+    return took, all(map(torch.equal, steps_kept(net, optimizer), before)), clipper.steps
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_clip_backward(ranks, words, options):
         torch.testing.assert_close(gradient, bounded / torch.linalg.vector_norm(bounded))
 
 
-def refused(words: str, gradient: list[float], error: type, options: dict[str, Any]) -> str:
+def refused_calls(words: str, gradient: list[float], error: type, options: dict[str, Any]) -> str:
     parameter = nn.Parameter(spread_on_one(torch.zeros(4), words.replace("P", "R")))
     parameter.grad = spread_on_one(torch.tensor(gradient), words)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
@@ -135,5 +135,5 @@ REFUSED = {
 def test_refusals(two_ranks, case):
     """All ranks raise."""
     arguments, needed = REFUSED[case]
-    for message in two_ranks.run(refused, *arguments):
+    for message in two_ranks.run(refused_calls, *arguments):
         assert needed in message

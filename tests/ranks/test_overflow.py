@@ -24,7 +24,7 @@ KINDS = {
 SCALE = 1024.0
 
 
-def scaler_of(kind: type = torch.amp.GradScaler) -> Any:
+def rank_scaler(kind: type = torch.amp.GradScaler) -> Any:
     return kind("cpu", init_scale=SCALE)
 
 
@@ -51,11 +51,11 @@ def square_of(clipper: GradientClipper) -> float:
     return round(clipper.last.norm.square().item(), 6)
 
 
-def scaled(kind: str, when: str) -> Any:
+def steps_scaled(kind: str, when: str) -> Any:
     """Take 4 steps; at the third the last rank overflows, and at the second has no gradient."""
     rank, last = distributed.get_rank(), is_last()
     weight = nn.Parameter(torch.zeros(2 + rank))
-    optimizer, scaler = KINDS[kind]([(f"weight{rank}", weight)]), scaler_of()
+    optimizer, scaler = KINDS[kind]([(f"weight{rank}", weight)]), rank_scaler()
     clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
     rows = []
     for step in range(4):
@@ -78,7 +78,7 @@ def scaled(kind: str, when: str) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_optimizer(ranks, kind, when):
     """An overflow on one rank skips the step on all, and the scaler is itself again afterwards."""
-    results = ranks.run(scaled, kind, when)
+    results = ranks.run(steps_scaled, kind, when)
     count = len(results)
     total = sum(2 + rank for rank in range(count))
     for rank, (rows, restored) in enumerate(results):
@@ -98,7 +98,7 @@ def joint(used: int, bad: dict[int, dict[int, float]]) -> Any:
         bad: By step, the factors of losses on rank 1, by optimizer.
     """
     weights, optimizers = optimizers_of(2, 3)
-    rank, scaler = distributed.get_rank(), scaler_of()
+    rank, scaler = distributed.get_rank(), rank_scaler()
     clipper = GradientClipper(optimizers, 0.5, ranks=Ranks(), grad_scaler=scaler)
     rows = []
     for step in range(5):
@@ -133,7 +133,7 @@ def test_an_overflow_of_all_optimizers(two_ranks, used):
 
 def nested() -> Any:
     """Two clippers with one scaler, of which the later one is detached first, or last."""
-    scaler, rows = scaler_of(), []
+    scaler, rows = rank_scaler(), []
     for first in (0, 1):
         [weight, other], optimizers = optimizers_of(2, 2)
         options = {"ranks": Ranks(), "grad_scaler": scaler}
@@ -175,7 +175,7 @@ def test_an_optimizer_that_steps_now_and_then(two_ranks):
 def last_stage_alone() -> Any:
     """As in a pipeline, the last rank alone has a loss to scale."""
     [weight], [optimizer] = optimizers_of(2)
-    scaler = scaler_of()
+    scaler = rank_scaler()
     clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
     if is_last():
         scaler.scale(weight.sum()).backward()
@@ -193,7 +193,7 @@ def test_stages_that_scale_no_loss(two_ranks):
 
 def copied_and_dropped() -> Any:
     _, [optimizer] = optimizers_of(2)
-    scaler = scaler_of()
+    scaler = rank_scaler()
     clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
     copies = [copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))]
     kinds = [type(each) is torch.amp.GradScaler for each in (scaler, *copies)]
@@ -216,7 +216,7 @@ def sharded_scaler() -> float:
 
     [weight], [optimizer] = optimizers_of(2)
     clipper = GradientClipper(optimizer, 0.5, ranks=Ranks())
-    step_all(scaler_of(ShardedGradScaler), [optimizer], weight.sum())
+    step_all(rank_scaler(ShardedGradScaler), [optimizer], weight.sum())
     return square_of(clipper)
 
 
@@ -227,18 +227,18 @@ def test_a_scaler_that_agrees_by_itself(two_ranks):
 
 def attach_and_step(case: str) -> None:
     weights, optimizers = optimizers_of(2, 2)
-    given = None if case in ("no scaler", "gradients computed between two steps") else scaler_of()
+    given = None if case in ("no scaler", "gradients computed between two steps") else rank_scaler()
     if case == "a scaler with replaced methods":
         given.unscale_ = print
     GradientClipper(optimizers, 1.0, ranks=Ranks(), grad_scaler=given)
     if case != "gradients computed between two steps":
-        step_all(scaler_of(), optimizers, torch.cat(weights).sum())
+        step_all(rank_scaler(), optimizers, torch.cat(weights).sum())
     for weight, optimizer in zip(weights, optimizers, strict=True):
         weight.sum().backward()
         optimizer.step()
 
 
-def refused(case: str) -> str:
+def refused_steps(case: str) -> str:
     with pytest.raises(AttachError) as caught:
         attach_and_step(case)
     return str(caught.value)
@@ -255,5 +255,5 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(two_ranks, case):
     """All ranks raise."""
-    for message in two_ranks.run(refused, case):
+    for message in two_ranks.run(refused_steps, case):
         assert REFUSED[case] in message

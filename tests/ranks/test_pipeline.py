@@ -88,7 +88,9 @@ def backward_of(kind: str, parts: list[Part]) -> Callable[[Tensor, Tensor], None
     return backward
 
 
-def attached(parts: list[Part], **options: Any) -> tuple[torch.optim.Optimizer, GradientClipper]:
+def attached_stage(
+    parts: list[Part], **options: Any
+) -> tuple[torch.optim.Optimizer, GradientClipper]:
     """Names come from the stage, or where there are several from the optimizer."""
     named = [each for part in parts for each in part.named_parameters()]
     single = len(parts) == 1
@@ -103,12 +105,12 @@ def one_name(name: str, parameter: Any) -> str | None:
     return "tokens" if name in (TIED, HEAD) else None
 
 
-def trained(kind: str, options: dict[str, Any], copies: str = TIED) -> Any:
+def trained_stages(kind: str, options: dict[str, Any], copies: str = TIED) -> Any:
     """Train a few steps; return the norms, weights and collectives of each, and the counters."""
     head = copies == HEAD and kind != "whole"
     parts = parts_of(kind, head=head)
     ranks = None if kind == "whole" else Ranks(replicated=one_name if head else copies)
-    optimizer, clipper = attached(parts, **options | {"ranks": ranks})
+    optimizer, clipper = attached_stage(parts, **options | {"ranks": ranks})
     backward = backward_of(kind, parts)
     named = {name: p for part in parts for name, p in part.named_parameters()}
     steps = []
@@ -126,10 +128,10 @@ def trained(kind: str, options: dict[str, Any], copies: str = TIED) -> Any:
     return steps, clipper.state_dict()["counters"]
 
 
-def check(pool: Any, kind: str, options: dict[str, Any], *rest: Any) -> Any:
+def check_stages(pool: Any, kind: str, options: dict[str, Any], *rest: Any) -> Any:
     """Compare every rank at every step with one process, whose steps are returned."""
-    whole, counters = pool.run(trained, "whole", options, *rest)[0]
-    results = pool.run(trained, kind, options, *rest)
+    whole, counters = pool.run(trained_stages, "whole", options, *rest)[0]
+    results = pool.run(trained_stages, kind, options, *rest)
     names: set[str] = set()
     for steps, own_counters in results:
         assert own_counters == counters
@@ -148,7 +150,7 @@ def check(pool: Any, kind: str, options: dict[str, Any], *rest: Any) -> Any:
 @pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
 def test_training(ranks, kind, scope):
     """Norms and weights are those of one process with the whole model, some of them clipped."""
-    steps = check(ranks, kind, {"scope": scope})
+    steps = check_stages(ranks, kind, {"scope": scope})
     exceeding = {norm > LIMITS[scope] for norms, *_ in steps for norm in norms.values()}
     assert exceeding == {True, False}
 
@@ -156,18 +158,18 @@ def test_training(ranks, kind, scope):
 @pytest.mark.parametrize("scope", LIMITS)
 def test_tied_weights_of_two_names(ranks, scope):
     """A function for ``replicated=`` gives both one name, and they have one norm."""
-    check(ranks, "Schedule1F1B", {"scope": scope}, HEAD)
+    check_stages(ranks, "Schedule1F1B", {"scope": scope}, HEAD)
 
 
 @pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
 def test_without_replicated(two_ranks, kind):
     """Tied weights count twice, which shows that the tests above can fail."""
     options = {"scope": "parameter", "max_norm": None}
-    norms = two_ranks.run(trained, "whole", options)[0][0][0][0]
+    norms = two_ranks.run(trained_stages, "whole", options)[0][0][0][0]
     twice = norms | {TIED: math.sqrt(2) * norms[TIED]}
-    for steps, _ in two_ranks.run(trained, kind, options, ()):
+    for steps, _ in two_ranks.run(trained_stages, kind, options, ()):
         assert steps[0][0] == pytest.approx(twice, rel=1e-9)
-    for steps, _ in two_ranks.run(trained, kind, {"max_norm": None}, ()):
+    for steps, _ in two_ranks.run(trained_stages, kind, {"max_norm": None}, ()):
         [norm] = steps[0][0].values()
         assert norm == pytest.approx(math.hypot(*twice.values()), rel=1e-9)
         assert norm > 1.02 * math.hypot(*norms.values())

@@ -29,7 +29,7 @@ class Given(NamedTuple):
     scale: float
 
 
-class Case(NamedTuple):
+class RandomModel(NamedTuple):
     """A model and how it is clipped."""
 
     parameters: list[Given]
@@ -64,9 +64,9 @@ def parameters(draw: Any, meshes: tuple[str, ...]) -> Given:
     )
 
 
-def cases(*meshes: str) -> st.SearchStrategy[Case]:
+def cases(*meshes: str) -> st.SearchStrategy[RandomModel]:
     return st.builds(
-        Case,
+        RandomModel,
         st.lists(parameters(meshes), min_size=1, max_size=5),
         st.sampled_from(SCOPES),
         st.sampled_from([2.0, 1.0, 3.0, INF]),
@@ -92,7 +92,7 @@ class Still(torch.optim.Optimizer):
         """Leave the parameters as they are; torch cannot add every pending sum to them."""
 
 
-def clip(case: Case) -> Any:
+def clip(case: RandomModel) -> Any:
     """Clip a model; return norms by label, and the whole gradients afterwards."""
     named = {}
     for (name, full), each in zip(case.full_gradients().items(), case.parameters, strict=True):
@@ -109,7 +109,7 @@ def clip(case: Case) -> Any:
     return norms, dict(zip(named, clipped, strict=True))
 
 
-def check(pool: Any, case: Case) -> None:
+def check_model(pool: Any, case: RandomModel) -> None:
     needed, expected = oracle(case.full_gradients(), case.scope, case.order, case.limit)
     results = pool.run(clip, case)
     for norms, clipped in results:
@@ -127,7 +127,7 @@ def check(pool: Any, case: Case) -> None:
 
 
 # The ranks find their groups in another order, and add up in another.
-IN_ANOTHER_ORDER = Case(
+IN_ANOTHER_ORDER = RandomModel(
     [
         Given((6,), "plain", (), "float64", True, 1e-3),
         Given((6,), "b", ("P",), "float32", True, 1.0),
@@ -146,7 +146,7 @@ FOUND_AS_IT_IS = (Phase.explicit, Phase.generate)
 @given(case=cases("one", "one", "plain"))
 def test_models_on_one_mesh(two_ranks, case):
     """Any model is clipped by its whole gradients."""
-    check(two_ranks, case)
+    check_model(two_ranks, case)
 
 
 @settings(max_examples=60, phases=FOUND_AS_IT_IS)
@@ -155,4 +155,4 @@ def test_models_on_one_mesh(two_ranks, case):
 @pytest.mark.slow
 def test_models_on_several_meshes(four_ranks, case):
     """Any model is clipped by its whole gradients."""
-    check(four_ranks, case)
+    check_model(four_ranks, case)

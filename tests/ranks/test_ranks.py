@@ -62,7 +62,7 @@ def clip_apart(layout: str, scope: str, order: float, dtype: torch.dtype, copy: 
     return dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True)), clipped, calls
 
 
-def check(
+def check_parts(
     pool: Any, layout: str, scope: str, order: float, copy: bool, dtype: Any = torch.float32
 ) -> None:
     results = pool.run(clip_apart, layout, scope, order, dtype, copy)
@@ -83,7 +83,7 @@ def check(
 @pytest.mark.parametrize("scope", SCOPES)
 def test_stages(ranks, scope, order, copy):
     """Stages have the norms of the whole, in one collective."""
-    check(ranks, "stages", scope, order, copy)
+    check_parts(ranks, "stages", scope, order, copy)
 
 
 @pytest.mark.parametrize("copy", [False, True], ids=["apart", "with a copy"])
@@ -92,14 +92,14 @@ def test_stages(ranks, scope, order, copy):
 @pytest.mark.parametrize("layout", ["shards 0", "shards 1"])
 def test_shards(ranks, layout, scope, order, copy):
     """Shards have the norms of the whole, in one collective."""
-    check(ranks, layout, scope, order, copy)
+    check_parts(ranks, layout, scope, order, copy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["stages", "shards 0"])
 def test_dtypes(two_ranks, layout, dtype):
     """Other dtypes have the norms of the whole, too."""
-    check(two_ranks, layout, "global", 2.0, True, dtype)
+    check_parts(two_ranks, layout, "global", 2.0, True, dtype)
 
 
 def tied_shards() -> dict[str, float]:
@@ -141,7 +141,7 @@ def gradients_at(step: int) -> dict[str, Tensor | None]:
     return gradients
 
 
-def stepped(layout: str, rule: str, options: dict[str, Any]) -> Any:
+def steps_of_parts(layout: str, rule: str, options: dict[str, Any]) -> Any:
     """Take the steps with the parts of this rank.
 
     Returns:
@@ -171,8 +171,8 @@ def stepped(layout: str, rule: str, options: dict[str, Any]) -> Any:
 
 
 def check_steps(pool: Any, layout: str, rule: str, options: dict[str, Any]) -> None:
-    needed, weights, _, _ = stepped("alone", rule, options)
-    results = pool.run(stepped, layout, rule, options)
+    needed, weights, _, _ = steps_of_parts("alone", rule, options)
+    results = pool.run(steps_of_parts, layout, rule, options)
     parts = pool.run(own_parts, layout, weights, True)
     for (records, own, state, most), expected in zip(results, parts, strict=True):
         assert repr(state) == repr(results[0][2])  # equal on all ranks
@@ -207,7 +207,7 @@ def test_policies(ranks, layout, options):
 
 def raised(layout: str) -> str:
     with pytest.raises(NonFiniteGradientError) as caught:
-        stepped(layout, "Fixed", {"nonfinite": "raise"})
+        steps_of_parts(layout, "Fixed", {"nonfinite": "raise"})
     return str(caught.value)
 
 
@@ -218,11 +218,11 @@ def test_an_error_of_one_rank(two_ranks, layout):
         assert "is nan at step 6, from these parameters: vector. The norms before: " in message
 
 
-def logged(layout: str, rank: int) -> Any:
+def log_rows(layout: str, rank: int) -> Any:
     """Log on one rank; return the norms of parameters at each step, and the incidents."""
     sink = MemorySink(per_parameter="all")
     here = layout == "alone" or distributed.get_rank() == rank
-    stepped(layout, "Fixed", {"log": sink if here else None})
+    steps_of_parts(layout, "Fixed", {"log": sink if here else None})
     steps = [{**step.parameter_norms} for step in sink.steps if step.parameter_norms]
     return steps, [step.incident for step in sink.steps if step.incident]
 
@@ -231,8 +231,8 @@ def logged(layout: str, rank: int) -> Any:
 @pytest.mark.parametrize("layout", ["stages", "shards 0"])
 def test_the_log_of_one_rank(two_ranks, layout, rank):
     """It has the norms of the parameters of all ranks, and the others have no log."""
-    needed, _ = logged("alone", rank)
-    results = two_ranks.run(logged, layout, rank)
+    needed, _ = log_rows("alone", rank)
+    results = two_ranks.run(log_rows, layout, rank)
     assert results[1 - rank] == ([], [])
     steps, incidents = results[rank]
     full = [{**dict.fromkeys(SHAPES, 0.0), **norms} for norms in needed]

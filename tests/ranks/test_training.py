@@ -118,7 +118,7 @@ def experts_over(net: nn.Module, mesh: Any) -> None:
     net.mesh = mesh
 
 
-def spread(net: Any, kind: str) -> Any:
+def spread_module(net: Any, kind: str) -> Any:
     """Spread a module over the ranks; return it, or its wrapper."""
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -163,7 +163,7 @@ def wholes(named: dict[str, nn.Parameter], kind: str) -> dict[str, Tensor]:
     return {n: getattr(g, "full_tensor", g.clone)().detach().clone() for n, g in gradients.items()}
 
 
-def trained(kind: str, options: dict[str, Any], alone: bool = False) -> Any:
+def trained_kind(kind: str, options: dict[str, Any], alone: bool = False) -> Any:
     """Train a few steps, in one process or spread over the ranks, each with its part of a batch.
 
     Returns:
@@ -174,7 +174,7 @@ def trained(kind: str, options: dict[str, Any], alone: bool = False) -> Any:
 
     torch.manual_seed(0)
     net: Any = Experts() if "experts" in kind else Net()
-    module = net if alone else spread(net, kind)
+    module = net if alone else spread_module(net, kind)
     model = net if kind in ("ddp", "zero") else module  # whose names have no prefix
     named, options = dict(model.named_parameters()), dict(options)
     dtype = next(iter(named.values())).dtype
@@ -212,10 +212,10 @@ def trained(kind: str, options: dict[str, Any], alone: bool = False) -> Any:
     return steps, outputs, calls, clipper.state_dict()["counters"], placements
 
 
-def check(pool: Any, kind: str, options: dict[str, Any]) -> Any:
+def check_kind(pool: Any, kind: str, options: dict[str, Any]) -> Any:
     """Compare all ranks with the oracle and with one process; return what they returned."""
-    results = pool.run(trained, kind, options)
-    needed, outputs, _, counters, _ = pool.run(trained, kind, options, True)[0]
+    results = pool.run(trained_kind, kind, options)
+    needed, outputs, _, counters, _ = pool.run(trained_kind, kind, options, True)[0]
     scope, order = options.get("scope", "global"), options.get("norm_type", 2.0)
     limit, exact = LIMITS[scope], kind not in ("mixed", "bfloat16")
     for steps, own_outputs, _, own_counters, _ in results:
@@ -262,7 +262,7 @@ ON_TWO_DIMENSIONS = {
 @pytest.mark.parametrize("kind", quick(HERE, "tensor", "experts", "mixed"))
 def test_modules(ranks, kind, scope, order):
     """Modules are clipped by the norms of their whole gradients."""
-    results = check(ranks, kind, {"scope": scope, "norm_type": order})
+    results = check_kind(ranks, kind, {"scope": scope, "norm_type": order})
     assert any(HERE[kind] in placements for *_, placements in results)
 
 
@@ -272,43 +272,43 @@ def test_modules(ranks, kind, scope, order):
 @pytest.mark.slow
 def test_meshes_of_two_dimensions(four_ranks, kind, scope, order):
     """So are modules on meshes of two dimensions."""
-    results = check(four_ranks, kind, {"scope": scope, "norm_type": order})
+    results = check_kind(four_ranks, kind, {"scope": scope, "norm_type": order})
     assert all(ON_TWO_DIMENSIONS[kind] in placements for *_, placements in results)
 
 
 @pytest.mark.parametrize("scope", ["parameter", "unit"])
 def test_a_rank_without_a_gradient_now_and_then(ranks, scope):
     """Rules learn the same on all ranks, and as in one process."""
-    check(ranks, "resting experts", {"scope": scope, "max_norm": "percentile"})
+    check_kind(ranks, "resting experts", {"scope": scope, "max_norm": "percentile"})
 
 
 @pytest.mark.parametrize("name", quick(RULES, "fixed", "each unit", "skipped", "weights"))
 @pytest.mark.parametrize("kind", quick(["fsdp2", "ddp"], "fsdp2"))
 def test_rules(ranks, kind, name):
     """Every rule decides as in one process, under FSDP2 in one collective, under DDP in none."""
-    for _, _, calls, *_ in check(ranks, kind, RULES[name]):
+    for _, _, calls, *_ in check_kind(ranks, kind, RULES[name]):
         assert calls == ["allreduce"] * (kind == "fsdp2")
 
 
 @pytest.mark.parametrize("kind", ["zero", "fsdp", "fsdp flat"])
 def test_other_wrappers(ranks, kind):
     """ZeroRedundancyOptimizer needs nothing; FullyShardedDataParallel needs ``ranks=``."""
-    for _, _, calls, *_ in check(ranks, kind, RULES["skipped"]):
+    for _, _, calls, *_ in check_kind(ranks, kind, RULES["skipped"]):
         assert calls == ["allreduce"] or kind == "zero"  # which broadcasts in its step
 
 
 def test_logs(two_ranks, tmp_path):
     """Of a directory that all ranks were given, rank 0 alone writes into it."""
-    two_ranks.run(trained, "fsdp2", {"log": str(tmp_path / "logs")})
+    two_ranks.run(trained_kind, "fsdp2", {"log": str(tmp_path / "logs")})
     [file] = (tmp_path / "logs").iterdir()
     reader = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
     assert [point.step for point in reader.Scalars("grad_norm/pre")] == [*range(4)]
 
 
-def scaled() -> Any:
+def trained_scaled() -> Any:
     """Train under a GradScaler, with an overflow at the third step on the last rank alone."""
     torch.manual_seed(0)
-    net = spread(Net(), "fsdp2")
+    net = spread_module(Net(), "fsdp2")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     clipper = GradientClipper(optimizer, 0.05)
     scaler, rows = torch.amp.GradScaler("cpu", init_scale=1024.0), []
@@ -327,7 +327,7 @@ def scaled() -> Any:
 
 def test_an_overflow_on_one_rank(two_ranks):
     """Under FSDP2 it skips the step on all ranks."""
-    one, other = two_ranks.run(scaled)
+    one, other = two_ranks.run(trained_scaled)
     assert one == other
     steps, norms, scales = zip(*one, strict=True)
     assert steps == (1, 2, 2, 3)

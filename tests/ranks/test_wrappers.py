@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gradclip import AttachError, GradientClipper, Ranks
-from tests.ranks.test_training import Net
-from tests.ranks.test_training import spread as spread_module
+from tests.ranks.test_training import Net, spread_module
 from tests.support.dtensors import (
     LIMIT,
     SCOPES,
@@ -47,7 +46,7 @@ def attach(case: str) -> None:
         GradientClipper(zero if overlaps else zero.optim, 1.0)
 
 
-def refused(case: str) -> str:
+def refused_wrappers(case: str) -> str:
     with pytest.raises(AttachError) as caught:
         attach(case)
     GradientClipper(torch.optim.SGD(Net().parameters(), lr=1.0), 1.0)  # another one is fine
@@ -65,14 +64,14 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(two_ranks, case):
     """Parts of gradients are refused, with the remedy."""
-    for message in two_ranks.run(refused, case):
+    for message in two_ranks.run(refused_wrappers, case):
         assert REFUSED[case] in message
 
 
 @pytest.mark.slow
 def test_a_group_of_some_ranks_of_a_mesh(four_ranks):
     """It is refused, as its DTensors could not count once."""
-    for message in four_ranks.run(refused, "some ranks of a mesh")[:3]:
+    for message in four_ranks.run(refused_wrappers, "some ranks of a mesh")[:3]:
         assert (
             "lie on the ranks [0, 1, 2, 3], of which the group in ranks= has [0, 1, 2]" in message
         )

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
 
 from gradclip import GradientClipper
+from gradclip.report import Run, read_runs
 
 from .clippers import Training
 
@@ -31,6 +32,11 @@ def log_run(
         clipper.steps = first
         run.take(*norms)
     return clipper
+
+
+def runs_in(path: os.PathLike[str]) -> list[Run]:
+    """Return the runs at a path, as ``gradclip report`` reads them."""
+    return read_runs([os.fspath(path)])
 
 
 def curves_in(directory: os.PathLike[str]) -> dict[str, list[Any]]:

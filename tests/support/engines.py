@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from gradclip import engines
-from gradclip.engines import _ENGINES, _load_triton, layout
+from gradclip.engines import _ENGINES as REGISTRY
+from gradclip.engines import _load_triton as load_triton
+from gradclip.engines import layout
 from gradclip.engines.base import INTEGERS
 from gradclip.engines.native import engine as native
 from gradclip.engines.operators import host
@@ -100,24 +102,24 @@ def engine(request, monkeypatch):
         if name == "native":
             library = request.getfixturevalue("native_engine")._library
             library.gradclip_choose(LEVELS[request.param])
-            yield _ENGINES[name]
+            yield REGISTRY[name]
             library.gradclip_choose(native.BEST)
         elif name == "triton":
             yield request.getfixturevalue("triton_engine")
         else:
             if request.param.endswith(ON_CUDA):
                 request.getfixturevalue("on_cuda")
-            yield _ENGINES[name]
+            yield REGISTRY[name]
 
 
 @pytest.fixture(params=["native", "operators"], scope="module")
 def cpu_engine(request) -> Iterator[engines.Engine]:
     """Each engine that ``"auto"`` may choose on the CPU, chosen now."""
-    if request.param not in _ENGINES:
+    if request.param not in REGISTRY:
         pytest.skip("the native engine was not built")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(engines._BEST, "cpu", _ENGINES[request.param])
-        yield _ENGINES[request.param]
+        patch.setitem(engines._BEST, "cpu", REGISTRY[request.param])
+        yield REGISTRY[request.param]
 
 
 @pytest.fixture
@@ -130,9 +132,9 @@ def without_graph():
 @pytest.fixture
 def native_engine():
     """The native engine, where a compiler has built it."""
-    if "native" not in _ENGINES:
+    if "native" not in REGISTRY:
         pytest.skip("the native engine was not built")
-    return _ENGINES["native"]
+    return REGISTRY["native"]
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def triton_engine(request):
     """The engine of Triton kernels: on CUDA, or interpreted, in blocks that suit small tensors."""
     if not INTERPRETED:
         request.getfixturevalue("on_cuda")
-    _load_triton()
+    load_triton()
     from gradclip.engines.triton.engine import TritonEngine
 
     # NumPy warns of masked lanes, such as the logarithm of 0, where a device is silent.

@@ -33,7 +33,7 @@ SETUPS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 }
 
 
-def optimizer_of(kind: str, parameters: list[Any]) -> Optimizer:
+def scaled_optimizer(kind: str, parameters: list[Any]) -> Optimizer:
     if kind == "RMSprop":
         return torch.optim.RMSprop(parameters, lr=0.02)
     make, options = SETUPS[kind.removeprefix("fused ")]
@@ -42,7 +42,7 @@ def optimizer_of(kind: str, parameters: list[Any]) -> Optimizer:
 
 def unscales_by_itself(kind: str) -> bool:
     """Fused Adagrad does so since torch 2.7."""
-    optimizer = optimizer_of(kind, [nn.Parameter(torch.ones(1))])
+    optimizer = scaled_optimizer(kind, [nn.Parameter(torch.ones(1))])
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -80,10 +80,10 @@ def scaler_of(growth_interval: int = 3, *, enabled: bool = True) -> torch.amp.Gr
 def fresh(kind: str) -> tuple[list[nn.Parameter], Optimizer]:
     generator = torch.Generator().manual_seed(1)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(5, 3), (3,)]]
-    return parameters, optimizer_of(kind, parameters)
+    return parameters, scaled_optimizer(kind, parameters)
 
 
-def loss_of(step: int, parameters: list[nn.Parameter]) -> Tensor:
+def scaled_loss(step: int, parameters: list[nn.Parameter]) -> Tensor:
     generator = torch.Generator().manual_seed(100 + step)
     inputs, targets = (torch.randn(8, width, generator=generator) for width in (5, 3))
     loss = ((inputs @ parameters[0] + parameters[1] - targets) ** 2).mean()
@@ -113,7 +113,7 @@ class Run:
 
 
 @cache
-def by_hand(
+def scaled_by_hand(
     kind: str,
     *,
     left_out: Collection[int] = (),
@@ -130,7 +130,7 @@ def by_hand(
     reduced = finite = 0
     for step in range(STEPS):
         run.optimizer.zero_grad()
-        loss_of(step, run.parameters).backward()
+        scaled_loss(step, run.parameters).backward()
         if step in left_out:
             continue
         bad = step in poisoned
@@ -185,7 +185,7 @@ def trained(
         run.optimizer.register_step_pre_hook(lambda *_: fail() and None)
     for now in range(STEPS):
         run.optimizer.zero_grad()
-        loss = loss_of(now, run.parameters)
+        loss = scaled_loss(now, run.parameters)
         (
             loss if scaler is None else scaler.scale(loss * (math.inf if now in overflows else 1))
         ).backward()

@@ -33,7 +33,7 @@ def joint_norm(*optimizers: Optimizer) -> float:
     return gradient_norm(parameters_of(*optimizers))
 
 
-def values_of(*optimizers: Optimizer) -> list[Tensor]:
+def joint_values(*optimizers: Optimizer) -> list[Tensor]:
     return [p.detach().clone() for p in parameters_of(*optimizers)]
 
 
@@ -69,7 +69,7 @@ def assert_within(steps: Sequence[tuple[int, float]]) -> None:
     assert all(norm <= LIMIT for _, norm in steps if math.isfinite(norm))
 
 
-def assert_close(
+def assert_tensors_close(
     found: Sequence[Tensor], needed: Sequence[Tensor], tolerance: float = 1e-5
 ) -> None:
     torch.testing.assert_close(list(found), list(needed), rtol=tolerance, atol=tolerance / 10)
@@ -92,7 +92,7 @@ def mixed(fused: tuple[bool, bool]) -> list[Optimizer]:
     ]
 
 
-def loss_of(step: int, optimizers: Sequence[Optimizer], factor: float = 3.0) -> Tensor:
+def joint_loss(step: int, optimizers: Sequence[Optimizer], factor: float = 3.0) -> Tensor:
     """Return the loss of two layers, one in each optimizer."""
     generator = torch.Generator().manual_seed(100 + step)
     inputs, targets = (torch.randn(6, width, generator=generator) for width in (4, 2))
@@ -100,7 +100,7 @@ def loss_of(step: int, optimizers: Sequence[Optimizer], factor: float = 3.0) -> 
     return ((torch.tanh(inputs @ first) @ second - targets) ** 2).mean() * factor
 
 
-def scaler_of(**options: Any) -> torch.amp.GradScaler:
+def joint_scaler(**options: Any) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", **{"init_scale": 2.0**12, "growth_interval": 2, **options})
 
 
@@ -115,7 +115,7 @@ def scaled_round(
     infinite: bool = False,
 ) -> None:
     """Take one iteration under a GradScaler, without its update."""
-    scaler.scale(loss_of(step, optimizers) * (math.inf if infinite else 1)).backward()
+    scaler.scale(joint_loss(step, optimizers) * (math.inf if infinite else 1)).backward()
     if overflow is not None:
         parameters_of(optimizers[overflow])[0].grad[0, 0] = math.inf
     for optimizer in optimizers if unscale else ():
@@ -151,4 +151,4 @@ class Twins:
     def check(self, tolerance: float = 1e-5) -> None:
         """Compare the parameters, and check the norm of every step."""
         assert_within(self.steps)
-        assert_close(values_of(*self.ours), values_of(*self.theirs), tolerance)
+        assert_tensors_close(joint_values(*self.ours), joint_values(*self.theirs), tolerance)

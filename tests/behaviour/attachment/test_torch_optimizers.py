@@ -50,7 +50,7 @@ CALLS = ("step()", "step(closure)", "step(closure=closure)")
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class OptimizerCase:
     name: str
     form: str = "plain"
     sparse: bool = False
@@ -88,15 +88,15 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def words(step: int) -> Tensor:
+def tokens(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     return torch.randint(0, 10, (12,), generator=generator)  # 12 of 10: some come twice
 
 
-class Run:
+class OptimizerRun:
     """A training whose gradients are clipped by hand, by a clipper, or not at all."""
 
-    def __init__(self, case: Case, *, by_hand: float = math.inf) -> None:
+    def __init__(self, case: OptimizerCase, *, by_hand: float = math.inf) -> None:
         self.case, self.by_hand = case, by_hand
         self.parameters = case.parameters()
         self.optimizer = case.optimizer(self.parameters)
@@ -111,7 +111,7 @@ class Run:
             if spoil is not None:
                 spoil()
             self.norms.append(gradient_norm(self.parameters))
-            clip_by_hand(self.parameters, self.norms[-1], self.by_hand)
+            scale_by_hand(self.parameters, self.norms[-1], self.by_hand)
             return loss
 
         if call == "step()":
@@ -125,7 +125,7 @@ class Run:
         self.optimizer.zero_grad()
         if self.case.sparse:
             [table] = self.parameters
-            found = nn.functional.embedding(words(step), table, sparse=True)
+            found = nn.functional.embedding(tokens(step), table, sparse=True)
             loss = (found - 0.3).square().mean() * 4
         else:
             inner, outer, *bias = self.parameters
@@ -136,7 +136,7 @@ class Run:
         loss.backward()
         return loss
 
-    def become(self, other: Run) -> None:
+    def become(self, other: OptimizerRun) -> None:
         for parameter, its in zip(self.parameters, other.parameters, strict=True):
             parameter.data.copy_(its.data)
         self.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
@@ -148,16 +148,16 @@ class Run:
         return torch.cat([parameter.grad.to_dense().flatten() for parameter in self.parameters])
 
 
-def clip_by_hand(parameters: list[nn.Parameter], norm: float, threshold: float) -> None:
+def scale_by_hand(parameters: list[nn.Parameter], norm: float, threshold: float) -> None:
     if norm > threshold:
         for parameter in parameters:
             gradient = parameter.grad
             parameter.grad = (gradient.double() * (threshold / norm)).to(gradient.dtype)
 
 
-def works(case: Case) -> bool:
+def works(case: OptimizerCase) -> bool:
     """Return whether torch has a form on the CPU, where some need to be compiled."""
-    run = Run(case)
+    run = OptimizerRun(case)
     try:
         run.take(0)
         run.take(1)
@@ -166,22 +166,24 @@ def works(case: Case) -> bool:
     return True
 
 
-def forms_of(name: str) -> Iterator[Case]:
+def forms_of(name: str) -> Iterator[OptimizerCase]:
     accepted = inspect.signature(KINDS[name]).parameters.keys()
-    return (Case(name, form) for form, options in FORMS.items() if options.keys() <= accepted)
+    return (
+        OptimizerCase(name, form) for form, options in FORMS.items() if options.keys() <= accepted
+    )
 
 
 DENSE = [name for name in KINDS if name not in ("LBFGS", "SparseAdam")]
 SPECIAL = [case for name in DENSE for case in forms_of(name) if case.form != "plain"]
 CASES = [
-    *(Case(name) for name in DENSE),  # not tried before: if one fails, its test shall
+    *(OptimizerCase(name) for name in DENSE),  # not tried before: if one fails, its test shall
     *filter(works, SPECIAL),
-    *(Case(name, sparse=True) for name in SPARSE),
+    *(OptimizerCase(name, sparse=True) for name in SPARSE),
 ]
 SEARCHES = (None, "strong_wolfe")
 
 
-def assert_close(found: Any, expected: Any, case: Case, *, looser: float = 1.0) -> None:
+def assert_near(found: Any, expected: Any, case: OptimizerCase, *, looser: float = 1.0) -> None:
     rtol, atol = 1e-5 * looser, 1e-7 * looser
     if case.name == "Muon":
         # It orthogonalizes in bfloat16, of which one rounding can fall to the other side.
@@ -189,31 +191,36 @@ def assert_close(found: Any, expected: Any, case: Case, *, looser: float = 1.0) 
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
-def differ(found: Any, expected: Any, case: Case) -> bool:
+def differ(found: Any, expected: Any, case: OptimizerCase) -> bool:
     """Tell whether a difference is far beyond what `assert_close` would bear."""
     try:
-        assert_close(found, expected, case, looser=10)
+        assert_near(found, expected, case, looser=10)
     except AssertionError:
         return True
     return False
 
 
-def bits(value: Any) -> Any:
+def exact_bits(value: Any) -> Any:
     """What only equals exactly the same: the bits of every tensor, NaN included."""
     if isinstance(value, dict):
-        return {key: bits(each) for key, each in value.items()}
+        return {key: exact_bits(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [bits(each) for each in value]
+        return [exact_bits(each) for each in value]
     if isinstance(value, Tensor):
         if value.is_sparse:
-            return "sparse", bits(value._indices()), bits(value._values()), value.is_coalesced()
+            return (
+                "sparse",
+                exact_bits(value._indices()),
+                exact_bits(value._values()),
+                value.is_coalesced(),
+            )
         return value.dtype, value.shape, value.detach().contiguous().numpy().tobytes()
     return type(value), value
 
 
-def snapshot(run: Run) -> Any:
+def snapshot(run: OptimizerRun) -> Any:
     gradients = [parameter.grad for parameter in run.parameters]
-    return bits([run.parameters, run.optimizer.state_dict(), gradients])
+    return exact_bits([run.parameters, run.optimizer.state_dict(), gradients])
 
 
 def test_all_optimizers_and_forms_are_here():
@@ -229,16 +236,16 @@ def test_all_optimizers_and_forms_are_here():
 
 
 @cache
-def trained(case: Case, by_hand: float) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+def history_of(case: OptimizerCase, by_hand: float) -> tuple[list[tuple[Tensor, Tensor]], Any]:
     """Take 20 steps without gradclip; return gradients and values of each, and the last state."""
-    run, history = Run(case, by_hand=by_hand), []
+    run, history = OptimizerRun(case, by_hand=by_hand), []
     for step in range(20):
         run.take(step)
         history.append((run.gradients(), run.values()))
     return history, states(run)
 
 
-def states(run: Run) -> dict[int, dict[str, Any]]:
+def states(run: OptimizerRun) -> dict[int, dict[str, Any]]:
     """The optimizer's state without None, which cannot be close to anything."""
     state = run.optimizer.state_dict()["state"]
     return {n: {k: v for k, v in s.items() if v is not None} for n, s in state.items()}
@@ -247,9 +254,9 @@ def states(run: Run) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_twenty_steps(case, call):
-    ours = Run(case)
+    ours = OptimizerRun(case)
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
-    expected, expected_state = trained(case, THRESHOLD)
+    expected, expected_state = history_of(case, THRESHOLD)
     clipped = 0
     for step, (gradients, values) in enumerate(expected):
         loss = ours.take(step, call)
@@ -258,13 +265,13 @@ def test_twenty_steps(case, call):
         assert clipper.last.step == step
         assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
         assert gradient_norm(ours.parameters) == pytest.approx(min(norm, THRESHOLD), rel=1e-6)
-        assert_close(ours.gradients(), gradients, case)
-        assert_close(ours.values(), values, case)
+        assert_near(ours.gradients(), gradients, case)
+        assert_near(ours.values(), values, case)
         clipped += norm > THRESHOLD
     assert 4 <= clipped <= 16
     assert clipper.clip_rate() == clipped / 20
-    assert_close(states(ours), expected_state, case)
-    unclipped = trained(case, math.inf)[0][-1][1]
+    assert_near(states(ours), expected_state, case)
+    unclipped = history_of(case, math.inf)[0][-1][1]
     assert differ(ours.values(), unclipped, case) is (case.name not in SIGNS_ONLY)
 
 
@@ -274,8 +281,12 @@ def test_twenty_steps(case, call):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_every_evaluation_of_lbfgs(search, call):
     options = {"lr": 0.1, "max_iter": 4, "line_search_fn": search}
-    case = Case("LBFGS", options=options, dtype=torch.float64)
-    ours, theirs, free = Run(case), Run(case, by_hand=THRESHOLD), Run(case)
+    case = OptimizerCase("LBFGS", options=options, dtype=torch.float64)
+    ours, theirs, free = (
+        OptimizerRun(case),
+        OptimizerRun(case, by_hand=THRESHOLD),
+        OptimizerRun(case),
+    )
     clipper = GradientClipper(ours.optimizer, THRESHOLD)
     clipped = []
     for step in range(20):
@@ -302,7 +313,7 @@ POLICIES = {"nonfinite": (1e4, {"nonfinite": "skip"}), "exceed": (1e4, {"exceed"
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_skipped_step_leaves_everything(case, policy, call):
     threshold, options = POLICIES[policy]
-    ours, without = Run(case), Run(case)
+    ours, without = OptimizerRun(case), OptimizerRun(case)
     clipper = GradientClipper(ours.optimizer, threshold, **options)
     before: list[Any] = []
     objects: list[Tensor] = []
@@ -322,10 +333,10 @@ def test_a_skipped_step_leaves_everything(case, policy, call):
             assert (loss is None) == (call == "step()")
             assert clipper.last.step == step
         else:
-            earlier = bits(ours.parameters)
+            earlier = exact_bits(ours.parameters)
             ours.take(step, call)
             without.take(step, call)
-            assert bits(ours.parameters) != earlier
+            assert exact_bits(ours.parameters) != earlier
         assert (clipper.skipped, clipper.steps) == (1 + (step >= 3), step + 1)
     assert not before
     # What follows is what follows without the skipped steps.

@@ -36,7 +36,7 @@ def refused(capsys):
 
 
 @pytest.fixture
-def logged(tmp_path):
+def logged_run(tmp_path):
     return str(log_norms(tmp_path / "run.jsonl", [1.0, 3.0] * 150, 2.0))
 
 
@@ -102,7 +102,7 @@ def test_the_installed_script_calls_main():
     ],
 )
 def test_a_mistake_is_refused_in_one_line(
-    refused, tmp_path, monkeypatch, logged, arguments, message
+    refused, tmp_path, monkeypatch, logged_run, arguments, message
 ):
     """Before anything is read, trained or written."""
     monkeypatch.chdir(tmp_path)
@@ -130,23 +130,23 @@ def test_a_folder_that_cannot_be_written_is_refused(refused, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_a_report_is_drawn(capsys, logged, tmp_path, ending):
+def test_a_report_is_drawn(capsys, logged_run, tmp_path, ending):
     path = tmp_path / f"report.{ending}"
-    assert main(["report", logged, logged, "--plot", str(path)]) == 0
+    assert main(["report", logged_run, logged_run, "--plot", str(path)]) == 0
     printed = capsys.readouterr()
     assert "50.00%" in printed.out
     assert "    GradientClipper(optimizer, " in printed.out
     assert printed.err == f"Picture: {path}\n"
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n" if ending == "png" else b"<?xml")
-    assert main(["report", "--json", "--plot", str(path), logged]) == 0
+    assert main(["report", "--json", "--plot", str(path), logged_run]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["steps"] == 300
 
 
-def test_a_picture_without_matplotlib_names_the_extra(refused, logged, tmp_path, monkeypatch):
+def test_a_picture_without_matplotlib_names_the_extra(refused, logged_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    line = refused("report", logged, "--plot", str(tmp_path / "a.png"))
+    line = refused("report", logged_run, "--plot", str(tmp_path / "a.png"))
     assert 'pip install "gradclip[report]"' in line
-    assert main(["report", logged]) == 0
+    assert main(["report", logged_run]) == 0
 
 
 # Whole processes

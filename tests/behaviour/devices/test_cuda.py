@@ -28,7 +28,7 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-class GraphTraining:
+class CapturedTraining:
     """A small network, whose batches are copied into one tensor, as a graph needs it."""
 
     def __init__(self, device, max_norm, *, fused=True, **options) -> None:
@@ -65,8 +65,8 @@ def made_batches(count: int, device) -> list[torch.Tensor]:
 @on_many
 def test_a_device_clips_as_the_cpu_does(device, rule, options):
     given = made_batches(10, "cpu")
-    here = GraphTraining(torch.device("cpu"), rule(), **options)
-    there = GraphTraining(device, rule(), **options)
+    here = CapturedTraining(torch.device("cpu"), rule(), **options)
+    there = CapturedTraining(device, rule(), **options)
     engines = ("triton",) if device.type == "cuda" else ("native", "operators")
     assert there.clipper.engine in engines
     here.learn(given)
@@ -98,7 +98,7 @@ def test_gradients_on_two_devices_share_a_norm(device):
 @on_both
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
-    training = GraphTraining(device, 0.01, fused=fused)
+    training = CapturedTraining(device, 0.01, fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=100)
     given = made_batches(6, device)
     given[3] *= math.inf
@@ -174,7 +174,7 @@ def test_streams_do_not_disturb_each_other(device):
 def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options):
     given = made_batches(12, device)
     given[7][0, 0] = math.nan if options else given[7][0, 0]
-    eager, replayed = (GraphTraining(device, rule(), **options) for _ in range(2))
+    eager, replayed = (CapturedTraining(device, rule(), **options) for _ in range(2))
     eager.learn(given)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -21,10 +21,10 @@ from tests.support.scaled_training import (
     Rows,
     Run,
     all_kinds,
-    by_hand,
     fresh,
     fused_kinds,
-    loss_of,
+    scaled_by_hand,
+    scaled_loss,
     scaler_of,
     some_kinds,
     trained,
@@ -44,14 +44,14 @@ def test_after_a_hook_that_raised_a_step_without_the_scaler_is_right(kind, unsca
     parameters, optimizer = fresh(kind)
     clipper, scaler = GradientClipper(optimizer, 1.0), scaler_of()
     failing = optimizer.register_step_pre_hook(raise_planned)
-    scaler.scale(loss_of(0, parameters)).backward()
+    scaler.scale(scaled_loss(0, parameters)).backward()
     if unscale:
         scaler.unscale_(optimizer)
     with pytest.raises(PlannedError):
         scaler.step(optimizer)
     failing.remove()
     optimizer.zero_grad()
-    loss_of(0, parameters).backward()
+    scaled_loss(0, parameters).backward()
     norm = gradient_norm(parameters)
     optimizer.step()
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
@@ -70,10 +70,10 @@ def test_after_a_hook_that_raised_a_step_without_the_scaler_is_right(kind, unsca
 def test_a_hook_that_raised_without_a_scaler_leaves_nothing_of_ours(kind, exceed, route):
     parameters, optimizer = fresh(kind)
     GradientClipper(optimizer, SPIKE, exceed=exceed)
-    loss_of(2, parameters).backward()
+    scaled_loss(2, parameters).backward()
     optimizer.step()
     failing = optimizer.register_step_pre_hook(raise_planned)
-    loss_of(0, parameters).backward()
+    scaled_loss(0, parameters).backward()
     gradients = [p.grad for p in parameters]
     values = [g.clone() for g in gradients]
     try:
@@ -97,7 +97,7 @@ def test_an_overflow_does_not_interrupt_skips_in_a_row(kind, unscale, route):
     scaler, reached = scaler_of(), []
     for step, factor in enumerate((1e-3, 1, math.inf, 1)):
         optimizer.zero_grad()
-        scaler.scale(loss_of(0, parameters) * factor).backward()
+        scaler.scale(scaled_loss(0, parameters) * factor).backward()
         if unscale:
             scaler.unscale_(optimizer)
         try:
@@ -133,7 +133,7 @@ def test_a_skip_limit_that_only_the_device_knows(
     reached: list[Any] = []
     for step, which in enumerate(losses):
         optimizer.zero_grad()
-        loss_of(which, parameters).backward()
+        scaled_loss(which, parameters).backward()
         try:
             optimizer.step()
         except SkipLimitError:
@@ -165,7 +165,7 @@ def test_marks_of_a_user_are_the_same_objects_after_a_skip(kind, policy, route):
     optimizer.found_inf, optimizer.grad_scale = marks = torch.tensor(0.0), torch.tensor(4.0)
     for step in (1, 0, 2):
         optimizer.zero_grad()
-        (loss_of(step, parameters) * 4).backward()
+        (scaled_loss(step, parameters) * 4).backward()
         if step == 0 and "nonfinite" in policy:
             parameters[1].grad[0] = math.inf
         before = values_of(parameters)
@@ -181,7 +181,7 @@ def test_marks_of_a_user_are_the_same_objects_after_a_skip(kind, policy, route):
 def test_a_found_inf_of_a_user_skips_the_step(kind, route):
     parameters, optimizer = fresh(kind)
     clipper = GradientClipper(optimizer, 1.0, nonfinite="raise")
-    loss_of(1, parameters).backward()
+    scaled_loss(1, parameters).backward()
     optimizer.step()
     before = values_of(parameters)
     parameters[0].grad.fill_(math.inf)
@@ -197,11 +197,11 @@ def test_a_found_inf_of_a_user_skips_the_step(kind, route):
 def test_a_grad_scale_of_a_user_counts_into_the_norm(kind, scaled, route):
     parameters, optimizer = fresh(kind)
     clipper, scaler = GradientClipper(optimizer, 1.0), scaler_of(enabled=scaled)
-    loss_of(0, parameters).backward()
+    scaled_loss(0, parameters).backward()
     norm = gradient_norm(parameters)
     optimizer.zero_grad()
     optimizer.grad_scale = torch.tensor(4.0)
-    scaler.scale(loss_of(0, parameters) * 4).backward()
+    scaler.scale(scaled_loss(0, parameters) * 4).backward()
     scaler.step(optimizer)
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
     assert gradient_norm(parameters) == pytest.approx(1.0, rel=1e-6)
@@ -213,7 +213,7 @@ def test_a_grad_scale_of_a_user_counts_into_the_norm(kind, scaled, route):
 @unscaled_or_not
 @some_kinds
 def test_the_state_right_after_overflows(kind, unscale, route):
-    rows, states = by_hand(kind, left_out=OVERFLOWS, **SKIP).rows, []
+    rows, states = scaled_by_hand(kind, left_out=OVERFLOWS, **SKIP).rows, []
 
     def compare(step: int, run: Run) -> None:
         count = step + 1 - sum(overflow <= step for overflow in OVERFLOWS)
@@ -272,7 +272,7 @@ def test_an_optimizer_that_unscales_in_its_step():
     parameters, _ = fresh("SGD")
     optimizer = OldContract(parameters)
     clipper, scaler = GradientClipper(optimizer, 1.0, nonfinite="raise"), scaler_of()
-    scaler.scale(loss_of(0, parameters)).backward()
+    scaler.scale(scaled_loss(0, parameters)).backward()
     before, gradients = values_of(parameters), [p.grad.clone() for p in parameters]
     with pytest.raises(AttachError, match="OldContract .*call grad_scaler.unscale_"):
         scaler.step(optimizer)
@@ -286,14 +286,14 @@ def test_an_optimizer_that_unscales_in_its_step():
     for parameter, earlier in zip(parameters, before, strict=True):
         torch.testing.assert_close(parameter.data, earlier - 0.1 * parameter.grad)
     before = values_of(parameters)
-    scaler.scale(loss_of(0, parameters) * math.inf).backward()
+    scaler.scale(scaled_loss(0, parameters) * math.inf).backward()
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     assert all(map(torch.equal, parameters, before))
     assert clipper.steps == 1
     for disabled in (False, True):  # it serves without a scaler, too
         optimizer.zero_grad()
-        loss_of(0, parameters).backward()
+        scaled_loss(0, parameters).backward()
         scaler_of(enabled=False).step(optimizer) if disabled else optimizer.step()
         assert gradient_norm(parameters) == pytest.approx(1.0, rel=1e-6)
     assert clipper.steps == 3

@@ -20,11 +20,11 @@ from tests.support.scaled_training import (
     PlannedError,
     all_kinds,
     assert_same,
-    by_hand,
     fresh,
     fused_or_not,
-    loss_of,
-    optimizer_of,
+    scaled_by_hand,
+    scaled_loss,
+    scaled_optimizer,
     scaler_of,
     some_kinds,
     trained,
@@ -51,7 +51,7 @@ from tests.support.scaled_training import (
 @all_kinds
 def test_overflowed_steps_are_as_if_they_had_not_been(kind, unscale, options, route):
     run = trained(kind, scaler=scaler_of(), unscale=unscale, overflows=OVERFLOWS, **options)
-    assert_same(run, by_hand(kind, left_out=OVERFLOWS, **options))
+    assert_same(run, scaled_by_hand(kind, left_out=OVERFLOWS, **options))
     assert {0.5, 2.0} <= {after / before for before, after in pairwise(run.scales)}
     assert not any(nonfinite for _, _, _, nonfinite, _, _ in run.rows)
     assert run.skipped > 0 or options.get("exceed") != "skip"
@@ -64,7 +64,7 @@ def test_the_first_steps_may_overflow(kind, unscale, route):
     """Not of fused SGD with momentum: torch's own first step then keeps uninitialised memory."""
     overflows = (0, 1, 2, 11)
     run = trained(kind, scaler=scaler_of(), unscale=unscale, overflows=overflows, nonfinite="raise")
-    assert_same(run, by_hand(kind, left_out=overflows))
+    assert_same(run, scaled_by_hand(kind, left_out=overflows))
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["disabled scaler", "no scaler"])
@@ -74,7 +74,7 @@ def test_the_first_steps_may_overflow(kind, unscale, route):
 @all_kinds
 def test_without_a_scale(kind, options, scaled, route):
     scaling = {"scaler": scaler_of(enabled=False), "unscale": True} if scaled else {}
-    assert_same(trained(kind, **scaling, **options), by_hand(kind, **options))
+    assert_same(trained(kind, **scaling, **options), scaled_by_hand(kind, **options))
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaler", "no scaler"])
@@ -95,7 +95,7 @@ def test_gradients_that_become_nan_after_unscaling(kind, options, scaled, route)
     scaling = {"scaler": scaler_of(), "unscale": True, "overflows": OVERFLOWS} if scaled else {}
     run = trained(kind, poisoned=poisoned, **scaling, **options)
     left_out = OVERFLOWS if scaled else ()
-    assert_same(run, by_hand(kind, left_out=left_out, poisoned=poisoned, **options))
+    assert_same(run, scaled_by_hand(kind, left_out=left_out, poisoned=poisoned, **options))
     assert sum(row[3] for row in run.rows) == len(poisoned)
     assert run.skipped > 0
 
@@ -104,13 +104,13 @@ def test_gradients_that_become_nan_after_unscaling(kind, options, scaled, route)
 @unscaled_or_not
 def test_groups_with_a_norm_of_their_own(kind, unscale, route):
     parameters, _ = fresh(kind)
-    optimizer = optimizer_of(
+    optimizer = scaled_optimizer(
         kind, [{"params": [parameters[0]], "max_norm": 0.5}, {"params": [parameters[1]]}]
     )
     clipper, scaler, norms = GradientClipper(optimizer, 0.25), scaler_of(), []
     for step in range(4):
         optimizer.zero_grad()
-        scaler.scale(loss_of(0, parameters) * (math.inf if step == 2 else 1)).backward()
+        scaler.scale(scaled_loss(0, parameters) * (math.inf if step == 2 else 1)).backward()
         norms = [gradient_norm([p]) / scaler.get_scale() for p in parameters]
         if unscale:
             scaler.unscale_(optimizer)
@@ -129,8 +129,8 @@ def test_accumulated_gradients_are_clipped_once(kind, unscale):
     (ours, optimizer), (theirs, other) = fresh(kind), fresh(kind)
     clipper, scaler = GradientClipper(optimizer, 1.0), scaler_of(growth_interval=2)
     for step in range(STEPS):
-        scaler.scale(loss_of(step, ours)).backward()
-        loss_of(step, theirs).backward()
+        scaler.scale(scaled_loss(step, ours)).backward()
+        scaled_loss(step, theirs).backward()
         if step % 3 < 2:
             continue
         if unscale:
@@ -173,7 +173,7 @@ def test_a_rule_learns_only_from_steps_that_were_taken(kind, unscale, options, r
     rule = Learning(options.get("max_norm", 1.0))
     others = {name: value for name, value in options.items() if name != "max_norm"}
     trained(kind, rule, scaler=scaler_of(), unscale=unscale, overflows=OVERFLOWS, **others)
-    needed = by_hand(kind, left_out=OVERFLOWS, **options)
+    needed = scaled_by_hand(kind, left_out=OVERFLOWS, **options)
     assert needed.skipped == (len(SPIKES) if options == SKIP else 0)
     taken = [row[:3] for row in needed.rows if not row[4]]
     first = 1 if route == "device" else 0  # the device alone knows which steps were skipped
@@ -203,7 +203,7 @@ def test_steps_that_raised(kind, unscale, raising, options, broken, route):
     # GradScaler itself calls the step of an overflow only if the optimizer heeds its marks.
     calls = kind.startswith("fused")
     assert run.caught == [step for step in broken if calls or step not in OVERFLOWS]
-    assert_same(run, by_hand(kind, left_out=frozenset({*OVERFLOWS, *broken}), **options))
+    assert_same(run, scaled_by_hand(kind, left_out=frozenset({*OVERFLOWS, *broken}), **options))
 
 
 @all_kinds
@@ -212,7 +212,7 @@ def test_an_error_for_a_nonfinite_norm_counts_as_skipped(kind, route):
     scaling = {"scaler": scaler_of(), "unscale": True, "overflows": OVERFLOWS}
     run = trained(kind, **scaling, catch=NonFiniteGradientError, **options)
     assert run.caught == [7, 16]
-    assert_same(run, by_hand(kind, left_out=OVERFLOWS, **options))
+    assert_same(run, scaled_by_hand(kind, left_out=OVERFLOWS, **options))
     assert run.skipped == 2
 
 
@@ -232,7 +232,7 @@ def test_too_many_skips_raise_and_leave_no_trace(kind, unscale, route):
     # Where the second batch of 7 is full; only a fused one has records of overflows.
     device = 13 if kind.startswith("fused") else 16
     assert run.caught == [10 if route == "host" else device]
-    assert_same(run, by_hand(kind, left_out=OVERFLOWS, **options))
+    assert_same(run, scaled_by_hand(kind, left_out=OVERFLOWS, **options))
 
 
 @unscaled_or_not
@@ -240,7 +240,7 @@ def test_too_many_skips_raise_and_leave_no_trace(kind, unscale, route):
 def test_an_error_after_the_step_leaves_no_trace(kind, unscale, route):
     run = trained(kind, Learning(fails_at=3), scaler=scaler_of(), unscale=unscale)
     assert run.caught == [2]
-    needed = by_hand(kind)  # the step itself was taken
+    needed = scaled_by_hand(kind)  # the step itself was taken
     torch.testing.assert_close(run.parameters, needed.parameters, rtol=1e-5, atol=1e-6)
     norms = [row[1] for row in needed.rows]
     assert [row[1] for row in run.rows[-20:]] == pytest.approx(norms[-20:], rel=1e-5)

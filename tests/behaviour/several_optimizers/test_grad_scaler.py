@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gradclip import AttachError, GradientClipper, Threshold
+from tests.support.scaled_training import PlannedError
 from tests.support.several import (
     LIMIT,
     Twins,
@@ -18,13 +19,13 @@ from tests.support.several import (
     fused_or_not,
     gradients_of,
     has_marks,
+    joint_loss,
     joint_norm,
-    loss_of,
+    joint_scaler,
+    joint_values,
     mixed,
     parameters_of,
     scaled_round,
-    scaler_of,
-    values_of,
     watch,
     weights,
 )
@@ -34,10 +35,6 @@ scaling = pytest.mark.parametrize(
     [(False, True), (True, True), (True, False)],
     ids=["grad_scaler=", "grad_scaler= and unscale_", "unscale_"],
 )
-
-
-class PlannedError(Exception):
-    """An error that a hook or a function raises here."""
 
 
 @pytest.mark.parametrize("raising", [None, "max_norm", "a hook"])
@@ -52,7 +49,7 @@ def test_the_true_joint_norm(fused, order, unscale, given, raising):
         if now in broken:
             raise PlannedError
 
-    scaler, scales = scaler_of(), []
+    scaler, scales = joint_scaler(), []
     twins = Twins(
         lambda: mixed(fused),
         (lambda _: fail() or 1.0) if raising == "max_norm" else 1.0,
@@ -74,14 +71,14 @@ def test_the_true_joint_norm(fused, order, unscale, given, raising):
         scales.append(scaler.get_scale())
         scaler.update()
         if now not in (*broken, *overflows):
-            loss_of(now, twins.theirs).backward()
+            joint_loss(now, twins.theirs).backward()
             twins.take_by_hand()
     assert twins.clipper.steps == 9 - len(broken)
     assert {0.5, 2.0} <= {after / before for before, after in itertools.pairwise(scales)}
     twins.check()
 
 
-class Learning(Threshold):
+class NormKeeper(Threshold):
     def __init__(self) -> None:
         self.norms: list[float] = []
 
@@ -99,14 +96,14 @@ class Learning(Threshold):
 @fused_or_not
 def test_an_overflow_in_one(fused, order, overflow, unscale, given, route):
     """It skips that one alone; the other is clipped by its own norm, which teaches no rule."""
-    scaler, rule, norms = scaler_of(), Learning(), []
+    scaler, rule, norms = joint_scaler(), NormKeeper(), []
     options = {"grad_scaler": scaler if given else None}
     if route == "host":
         options["nonfinite"] = "raise"
     twins = Twins(lambda: mixed(fused), rule, **options)
     for step in range(4):
         twins.zero_grad()
-        loss_of(step, twins.theirs).backward()
+        joint_loss(step, twins.theirs).backward()
         infinite, stepping = None, order
         if step in (1, 2):
             infinite, stepping = overflow, [1 - overflow]
@@ -129,11 +126,11 @@ def test_an_overflow_in_one(fused, order, overflow, unscale, given, route):
 @fused_or_not
 def test_scales_that_differ(fused, order, given, unscaled):
     """The clipper needs the scaler to unscale the others; else nothing is stepped."""
-    scaler = scaler_of()
+    scaler = joint_scaler()
     twins = Twins(lambda: mixed(fused), grad_scaler=scaler if given else None)
-    before = values_of(*twins.ours)
-    scaler.scale(loss_of(0, twins.ours)).backward()
-    loss_of(0, twins.theirs).backward()
+    before = joint_values(*twins.ours)
+    scaler.scale(joint_loss(0, twins.ours)).backward()
+    joint_loss(0, twins.theirs).backward()
     if unscaled is not None:
         scaler.unscale_(twins.ours[order[unscaled]])
     if given:
@@ -144,7 +141,7 @@ def test_scales_that_differ(fused, order, given, unscaled):
         return
     with pytest.raises(AttachError, match="scales differ: give the clipper grad_scaler="):
         scaler.step(twins.ours[order[0]])
-    assert all(map(torch.equal, values_of(*twins.ours), before))
+    assert all(map(torch.equal, joint_values(*twins.ours), before))
     assert twins.clipper.steps == 0
     assert not has_marks(*twins.ours)
 
@@ -153,14 +150,14 @@ def test_scales_that_differ(fused, order, given, unscaled):
 @fused_or_not
 def test_direct_steps(fused, order):
     """Scaled gradients are refused, and clipped once they were unscaled by hand."""
-    optimizers, scaler = mixed(fused), scaler_of()
+    optimizers, scaler = mixed(fused), joint_scaler()
     clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
-    before = values_of(*optimizers)
-    scaler.scale(loss_of(0, optimizers)).backward()
+    before = joint_values(*optimizers)
+    scaler.scale(joint_loss(0, optimizers)).backward()
     gradients = gradients_of(*optimizers)
     with pytest.raises(AttachError, match="still scaled by grad_scaler: call grad_scaler.step"):
         optimizers[order[0]].step()
-    assert all(map(torch.equal, values_of(*optimizers), before))
+    assert all(map(torch.equal, joint_values(*optimizers), before))
     assert all(map(torch.equal, gradients_of(*optimizers), gradients))
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -176,33 +173,33 @@ def test_direct_steps(fused, order):
 @fused_or_not
 def test_gradients_added_to_those_of_another_scale(fused, unscale, first, overflow):
     """They are refused, unless an overflow makes them useless."""
-    optimizers, scaler = mixed(fused), scaler_of()
+    optimizers, scaler = mixed(fused), joint_scaler()
     clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
-    scaler.scale(loss_of(0, optimizers)).backward()
+    scaler.scale(joint_loss(0, optimizers)).backward()
     if overflow:
         parameters_of(optimizers[1])[0].grad[0, 0] = math.inf
     scaler.step(optimizers[0])  # unscales both
     scaler.update()
     optimizers[0].zero_grad()
-    before = values_of(*optimizers)
-    scaler.scale(loss_of(1, optimizers)).backward()
+    before = joint_values(*optimizers)
+    scaler.scale(joint_loss(1, optimizers)).backward()
     if unscale:
         scaler.unscale_(optimizers[first])
     with nullcontext() if overflow else pytest.raises(AttachError, match="another scale"):
         scaler.step(optimizers[first])
     taken = int(overflow and first == 0)
-    assert all(map(torch.equal, values_of(*optimizers[taken:]), before[taken:]))
+    assert all(map(torch.equal, joint_values(*optimizers[taken:]), before[taken:]))
     assert clipper.steps == 1 + taken
 
 
 @fused_or_not
 def test_gradients_added_to_an_optimizer_that_has_stepped(fused):
     """They carry the scale until the scaler's update, and are in no norm before."""
-    optimizers, scaler = mixed(fused), scaler_of()
+    optimizers, scaler = mixed(fused), joint_scaler()
     clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
     scaler.scale((parameters_of(optimizers[0])[0] ** 2).sum()).backward()
     scaler.step(optimizers[0])
-    scaler.scale(loss_of(1, optimizers)).backward()
+    scaler.scale(joint_loss(1, optimizers)).backward()
     norm = joint_norm(optimizers[1]) / scaler.get_scale()
     scaler.step(optimizers[1])
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-5)
@@ -212,12 +209,12 @@ def test_gradients_added_to_an_optimizer_that_has_stepped(fused):
 @fused_or_not
 def test_gradients_computed_after_the_unscaling(fused, set_to_none):
     """They are refused, as GradScaler takes them for unscaled, unless it was updated."""
-    optimizers, scaler = mixed(fused), scaler_of()
+    optimizers, scaler = mixed(fused), joint_scaler()
     clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
-    scaler.scale(loss_of(0, optimizers)).backward()
+    scaler.scale(joint_loss(0, optimizers)).backward()
     scaler.step(optimizers[0])  # unscales both
     optimizers[1].zero_grad(set_to_none=set_to_none)
-    scaler.scale(loss_of(1, optimizers)).backward()
+    scaler.scale(joint_loss(1, optimizers)).backward()
     with pytest.raises(AttachError, match="SGD were computed after they had been unscaled"):
         scaler.step(optimizers[1])
     clipper.zero_grad()
@@ -236,13 +233,13 @@ def test_a_parameter_that_both_hold_is_not_unscaled_twice(fused):
         torch.optim.Adam([first, second], lr=0.05, fused=fused[0]),
         torch.optim.SGD([second], lr=0.05, fused=fused[1]),
     ]
-    scaler = scaler_of()
+    scaler = joint_scaler()
     GradientClipper(optimizers, 1.0, grad_scaler=scaler)
     scaler.scale((first**2).sum() + (second**2).sum()).backward()
-    before = values_of(*optimizers)
+    before = joint_values(*optimizers)
     with pytest.raises(AttachError, match="Two of the optimizers hold the same parameter"):
         scaler.step(optimizers[0])
-    assert all(map(torch.equal, values_of(*optimizers), before))
+    assert all(map(torch.equal, joint_values(*optimizers), before))
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["accumulated", "set to None"])
@@ -250,7 +247,7 @@ def test_a_parameter_that_both_hold_is_not_unscaled_twice(fused):
 @fused_or_not
 def test_one_skipped_for_its_overflow_or_without_gradients(fused, order, kept):
     """Its gradients of another scale are not refused, as they are infinite or absent."""
-    optimizers, scaler = mixed(fused), scaler_of()
+    optimizers, scaler = mixed(fused), joint_scaler()
     clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
     scaled_round(optimizers, scaler, order)
     scaler.update()

@@ -16,20 +16,20 @@ from gradclip import ArgumentError, GradientClipper, NonFiniteGradientError
 from tests.support.several import (
     LIMIT,
     Twins,
-    assert_close,
+    assert_tensors_close,
     assert_within,
     either_order,
     fused_or_not,
     gradients_of,
     has_marks,
+    joint_loss,
     joint_norm,
-    loss_of,
+    joint_scaler,
+    joint_values,
     mixed,
     pair,
     parameters_of,
     scaled_round,
-    scaler_of,
-    values_of,
     watch,
     weights,
 )
@@ -46,10 +46,10 @@ def test_one_norm(order, count):
         optimizers.append(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
         (parameters_of(optimizers[2])[0] ** 2).sum().backward()
     clipper = GradientClipper(optimizers, 1.0)
-    loss_of(0, optimizers).backward()
+    joint_loss(0, optimizers).backward()
     norm, before = joint_norm(*optimizers), gradients_of(*optimizers)
     assert norm > 2
-    steps, values = watch(*optimizers), values_of(*optimizers)
+    steps, values = watch(*optimizers), joint_values(*optimizers)
     order = (*order, 2)[:count]
     for number in order:
         optimizers[number].step()
@@ -57,13 +57,13 @@ def test_one_norm(order, count):
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-9)
     assert clipper.last.clipped_norm.item() == pytest.approx(1.0)
     assert joint_norm(*optimizers) == pytest.approx(1.0, rel=1e-6)
-    assert_close(gradients_of(*optimizers), [g / norm for g in before])
+    assert_tensors_close(gradients_of(*optimizers), [g / norm for g in before])
     needed = [v - 0.1 * g / norm for v, g in zip(values, before, strict=True)]
-    assert_close(values_of(*optimizers), needed)
+    assert_tensors_close(joint_values(*optimizers), needed)
     assert [number for number, _ in steps] == list(order)
 
 
-def words() -> list[torch.optim.Optimizer]:
+def sparse_and_dense() -> list[torch.optim.Optimizer]:
     torch.manual_seed(0)
     table, output = nn.Embedding(20, 4).weight, nn.Linear(4, 3).weight
     return [torch.optim.SparseAdam([table], lr=0.05), torch.optim.Adam([output], lr=0.05)]
@@ -81,8 +81,8 @@ def loss_of_words(step: int, optimizers: list[torch.optim.Optimizer]) -> torch.T
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaler", "disabled scaler"])
 @either_order
 def test_sparse_and_dense_gradients(order, scaled, rounds):
-    scaler = scaler_of(enabled=scaled)
-    twins = Twins(words, grad_scaler=scaler)
+    scaler = joint_scaler(enabled=scaled)
+    twins = Twins(sparse_and_dense, grad_scaler=scaler)
     for step in range(12):
         scaler.scale(loss_of_words(step, twins.ours)).backward()
         loss_of_words(step, twins.theirs).backward()
@@ -102,11 +102,11 @@ def test_step_and_zero_grad_reach_all():
     """A closure is refused, since each optimizer would evaluate it anew."""
     twins = Twins(pair)
     for optimizers in (twins.ours, twins.theirs):
-        loss_of(0, optimizers).backward()
-    before = values_of(*twins.ours)
+        joint_loss(0, optimizers).backward()
+    before = joint_values(*twins.ours)
     with pytest.raises(ArgumentError, match=r"step\(\) was given a closure.* 2 optimizers"):
-        twins.clipper.step(lambda: loss_of(0, twins.ours))
-    assert all(map(torch.equal, values_of(*twins.ours), before))
+        twins.clipper.step(lambda: joint_loss(0, twins.ours))
+    assert all(map(torch.equal, joint_values(*twins.ours), before))
     assert twins.clipper.step() is None
     twins.take_by_hand()
     twins.check()
@@ -125,7 +125,7 @@ def test_a_closure_of_one_optimizer():
     def closure() -> torch.Tensor:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = loss_of(0, optimizers)
+        loss = joint_loss(0, optimizers)
         loss.backward()
         norms.append(joint_norm(*optimizers))
         return loss
@@ -146,7 +146,7 @@ def test_a_group_with_its_own_max_norm(order):
         torch.optim.SGD([second], lr=0.1),
     ]
     clipper = GradientClipper(optimizers, 1.0)
-    (loss_of(0, [torch.optim.SGD([w]) for w in (first, second)]) + (alone**2).sum()).backward()
+    (joint_loss(0, [torch.optim.SGD([w]) for w in (first, second)]) + (alone**2).sum()).backward()
     own = alone.grad.norm().item()
     joint = math.hypot(first.grad.norm().item(), second.grad.norm().item())
     for number in order:
@@ -165,16 +165,16 @@ def test_a_parameter_that_both_hold(order):
     optimizers = [torch.optim.SGD([first, second], lr=0.1), torch.optim.SGD([second], lr=0.2)]
     clipper = GradientClipper(optimizers, 1.0)
     steps, values = watch(*optimizers), [first.detach().clone(), second.detach().clone()]
-    loss_of(0, [torch.optim.SGD([w]) for w in (first, second)]).backward()
+    joint_loss(0, [torch.optim.SGD([w]) for w in (first, second)]).backward()
     before = [first.grad.clone(), second.grad.clone()]
     norm = math.hypot(*(g.norm().item() for g in before))
     for number in order:
         optimizers[number].step()
     assert clipper.steps == 1
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
-    assert_close([first.grad, second.grad], [g / norm for g in before])
-    assert_close([first], [values[0] - 0.1 * before[0] / norm])
-    assert_close([second], [values[1] - 0.3 * before[1] / norm])
+    assert_tensors_close([first.grad, second.grad], [g / norm for g in before])
+    assert_tensors_close([first], [values[0] - 0.1 * before[0] / norm])
+    assert_tensors_close([second], [values[1] - 0.3 * before[1] / norm])
     assert_within(steps)
 
 
@@ -202,8 +202,8 @@ def test_accumulated_gradients(make, set_to_none, schedule, order):
     twins, norms = Twins(make), []
     for step in range(12):
         factor = (0.05, 1.0, 10.0)[step % 3]
-        loss_of(step, twins.ours, factor).backward()
-        loss_of(step, twins.theirs, factor).backward()
+        joint_loss(step, twins.ours, factor).backward()
+        joint_loss(step, twins.theirs, factor).backward()
         stepping = [number for number in order if number in SCHEDULES[schedule](step)]
         if not stepping:
             continue
@@ -263,10 +263,10 @@ def test_gradients_computed_assigned_or_written_by_hand_are_new():
     optimizers = pair()
     clipper = GradientClipper(optimizers, 1.0)
     steps = watch(*optimizers)
-    loss_of(0, optimizers).backward()
+    joint_loss(0, optimizers).backward()
     optimizers[0].step()
     for number in (1, 1, 0, 1, 0, 0):
-        loss_of(number, optimizers, 50.0).backward()
+        joint_loss(number, optimizers, 50.0).backward()
         optimizers[number].step()
     assert clipper.steps == 7
     [weight] = parameters_of(optimizers[1])
@@ -320,7 +320,7 @@ def test_a_skip_skips_all_and_counts_once(fused, order, steps_before, policy, ro
 
     def take(step: int, factor: float = 3.0) -> None:
         clipper.zero_grad()
-        loss_of(step, optimizers, factor).backward()
+        joint_loss(step, optimizers, factor).backward()
         if factor > 3 and "nonfinite" in policy:
             parameters_of(optimizers[1])[0].grad[0, 0] = math.nan
         held[:] = [p.grad for p in parameters_of(*optimizers)], gradients_of(*optimizers)
@@ -331,9 +331,9 @@ def test_a_skip_skips_all_and_counts_once(fused, order, steps_before, policy, ro
 
     for step in range(steps_before):
         take(step)
-    before, states = values_of(*optimizers), states_of(*optimizers)
+    before, states = joint_values(*optimizers), states_of(*optimizers)
     take(9, 3000.0)
-    torch.testing.assert_close(values_of(*optimizers), before, rtol=0, atol=0)
+    torch.testing.assert_close(joint_values(*optimizers), before, rtol=0, atol=0)
     torch.testing.assert_close(states_of(*optimizers), states, rtol=0, atol=0)
     gradients, copies = [p.grad for p in parameters_of(*optimizers)], held[1]
     assert all(one is other for one, other in zip(gradients, held[0], strict=True))
@@ -341,7 +341,7 @@ def test_a_skip_skips_all_and_counts_once(fused, order, steps_before, policy, ro
     assert (clipper.steps, clipper.skipped) == (steps_before + 1, 1)
     assert not has_marks(*optimizers)
     take(3)
-    assert not any(map(torch.equal, values_of(*optimizers), before))
+    assert not any(map(torch.equal, joint_values(*optimizers), before))
     assert (clipper.steps, clipper.skipped) == (steps_before + 2, 1)
 
 
@@ -349,14 +349,14 @@ def test_an_error_is_raised_again():
     """A step that raised was not taken: the same gradients raise again."""
     optimizers = pair()
     clipper = GradientClipper(optimizers, 1.0, nonfinite="raise")
-    loss_of(0, optimizers, math.nan).backward()
+    joint_loss(0, optimizers, math.nan).backward()
     for _ in range(2):
         with pytest.raises(NonFiniteGradientError):
             optimizers[0].step()
     assert clipper.steps == 2
 
 
-class Failing(torch.optim.SGD):
+class FailingSGD(torch.optim.SGD):
     fails = True
 
     def step(self, closure=None):
@@ -367,9 +367,9 @@ class Failing(torch.optim.SGD):
 
 def test_a_step_that_raised_is_counted_with_the_next_of_its_round():
     first, second = weights()
-    optimizers = [Failing([first], lr=0.1), torch.optim.SGD([second], lr=0.1)]
+    optimizers = [FailingSGD([first], lr=0.1), torch.optim.SGD([second], lr=0.1)]
     clipper = GradientClipper(optimizers, 1.0)
-    loss_of(0, optimizers).backward()
+    joint_loss(0, optimizers).backward()
     norm = joint_norm(*optimizers)
     with pytest.raises(OSError, match="device lost"):
         optimizers[0].step()
@@ -398,7 +398,7 @@ def test_one_record_where_no_optimizer_has_a_gradient():
 @fused_or_not
 def test_gradients_set_to_none_are_freed(fused, stepping, scaled, policy):
     optimizers = mixed(fused)
-    scaler = scaler_of(enabled=scaled)
+    scaler = joint_scaler(enabled=scaled)
     clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler, **policy)
     scaled_round(optimizers, scaler, stepping)
     references = [weakref.ref(p.grad) for p in parameters_of(*optimizers)]
@@ -411,7 +411,7 @@ def test_gradients_set_to_none_are_freed(fused, stepping, scaled, policy):
 def test_gradients_are_freed_after_a_step_that_raised():
     optimizers = pair()
     clipper = GradientClipper(optimizers, lambda step: 1 / step)
-    loss_of(0, optimizers).backward()
+    joint_loss(0, optimizers).backward()
     references = [weakref.ref(p.grad) for p in parameters_of(*optimizers)]
     try:
         optimizers[0].step()

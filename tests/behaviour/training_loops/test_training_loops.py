@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -22,6 +22,7 @@ from torch.optim.swa_utils import SWALR
 
 from gradclip import AttachError, GradientClipper, MemorySink
 from tests.support.reference import gradient_norm
+from tests.support.trainings import assert_close, momentum, values
 
 THRESHOLD = 1.0
 CLIPPED = pytest.approx(THRESHOLD, rel=1e-6)
@@ -37,11 +38,7 @@ def model_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     return model.to(dtype)
 
 
-def momentum(model: nn.Module) -> Optimizer:
-    return SGD(model.parameters(), lr=0.05, momentum=0.9)
-
-
-def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def loop_loss(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     batch = torch.randn(8, 9, generator=generator).to(dtype)
     return (model(batch[:, :6]) - batch[:, 6:]).square().mean() * SCALES[step % len(SCALES)]
@@ -49,30 +46,22 @@ def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> 
 
 def backward(model: nn.Module, optimizer: Optimizer, step: int) -> Tensor:
     optimizer.zero_grad()
-    loss = loss_of(model, step)
+    loss = loop_loss(model, step)
     loss.backward()
     return loss
 
 
-def norm_of(model: nn.Module) -> float:
+def module_norm(model: nn.Module) -> float:
     return gradient_norm(model.parameters())
 
 
-def clip_by_hand(model: nn.Module) -> float:
-    norm = norm_of(model)
+def clip_loop(model: nn.Module) -> float:
+    norm = module_norm(model)
     for parameter in model.parameters():
         if norm > THRESHOLD and parameter.grad is not None:
             scaled = parameter.grad.double() * (THRESHOLD / norm)
             parameter.grad = scaled.to(parameter.grad.dtype)
     return norm
-
-
-def values(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
-
-
-def assert_close(found: nn.Module, expected: nn.Module) -> None:
-    torch.testing.assert_close(values(found), values(expected), rtol=1e-5, atol=1e-6)
 
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
@@ -99,7 +88,7 @@ def test_a_scheduler_sets_the_same_rates_as_by_hand(scheduler_of, first, step_of
         for step in range(15):
             loss = backward(model, optimizer, step)
             if clipper is None:
-                clip_by_hand(model)
+                clip_loop(model)
             (clipper if clips and step_of == "clipper" else optimizer).step()
             rates.append([(g["lr"], g["momentum"]) for g in optimizer.param_groups])
             scheduler.step(*[loss.item()] * isinstance(scheduler, ReduceLROnPlateau))
@@ -126,9 +115,9 @@ def test_a_step_inside_autocast(with_closure, dtype):
             def closure(step: int = step) -> Tensor:
                 optimizer.zero_grad()
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = loss_of(model, step, dtype)
+                    loss = loop_loss(model, step, dtype)
                 loss.backward()
-                norms.append(clip_by_hand(model) if clips == "by hand" else norm_of(model))
+                norms.append(clip_loop(model) if clips == "by hand" else module_norm(model))
                 return loss
 
             inside = clips == "inside"
@@ -163,7 +152,7 @@ def test_a_compiled_model():
     for step in range(9):
         backward(compiled, optimizer, step)
         backward(theirs, by_hand, step)
-        norm = clip_by_hand(theirs)
+        norm = clip_loop(theirs)
         optimizer.step()
         by_hand.step()
         assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-4)
@@ -181,7 +170,7 @@ def watched() -> Iterator[tuple[nn.Module, Optimizer, dict[str, float]]]:
     optimizer = momentum(model)
 
     def note(name: str) -> Callable[..., None]:
-        return lambda *_: norms.update({name: norm_of(model)})
+        return lambda *_: norms.update({name: module_norm(model)})
 
     handles = [
         register_optimizer_step_pre_hook(note("global before")),
@@ -201,7 +190,7 @@ def watched() -> Iterator[tuple[nn.Module, Optimizer, dict[str, float]]]:
 def test_hooks_see_the_gradients_as_they_are_at_their_turn(with_closure, watched):
     model, optimizer, norms = watched
     backward(model, optimizer, 1 if with_closure else 2)
-    norm = norm_of(model)
+    norm = module_norm(model)
     assert norm > 1.5 * THRESHOLD
     optimizer.step(*[lambda: backward(model, optimizer, 2)] * with_closure)
     assert norms == {
@@ -238,10 +227,10 @@ def test_a_closure_that_an_earlier_hook_adds_is_clipped(how, where):
         handle.remove()
     assert len(losses) == 1
     backward(theirs, by_hand, 2)
-    norm = clip_by_hand(theirs)
+    norm = clip_loop(theirs)
     by_hand.step()
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
-    assert norm_of(ours) == CLIPPED
+    assert module_norm(ours) == CLIPPED
     assert_close(ours, theirs)
 
 
@@ -258,11 +247,11 @@ def test_earlier_hooks_may_change_gradients_and_drop_the_closure():
     optimizer.register_step_pre_hook(halve)
     clipper = GradientClipper(optimizer, THRESHOLD)
     backward(model, optimizer, 2)
-    norm = norm_of(model)
+    norm = module_norm(model)
     optimizer.step(lambda: pytest.fail("it was dropped"))
     assert clipper.steps == 1
     assert clipper.last.norm.item() == pytest.approx(norm / 2, rel=1e-6)
-    assert norm_of(model) == CLIPPED
+    assert module_norm(model) == CLIPPED
 
 
 def test_a_closure_that_a_later_hook_adds_is_refused():

@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from gradclip import GradientClipper, MemorySink, NonFiniteGradientError, Ranks
+from gradclip import GradientClipper, MemorySink, Ranks
 from tests.support.clippers import OPTIONS
 from tests.support.dtensors import (
     INF,
-    LIMIT,
     SCOPES,
     SHAPES,
     Recorded,
+    check_clipped,
+    clip_named,
     full_gradients,
-    oracle,
     quick,
 )
+from tests.support.reference import parameter_with
 from tests.support.rules import RULES
 
 COPY = "row"
@@ -28,91 +29,89 @@ COPY = "row"
 STEPS = 9
 
 
-def own_part(layout: str, name: str, full: Tensor, copy: bool) -> Tensor | None:
-    """Return the part of this rank: of a stage's parameter all or nothing, else a shard."""
-    if layout == "alone" or (copy and name == COPY):
-        return full
-    rank, count = distributed.get_rank(), distributed.get_world_size()
-    if layout == "stages":
-        return full if [*SHAPES].index(name) % count == rank else None
-    dimension = min(int(layout[-1]), full.dim() - 1)
-    parts = full.chunk(count, dimension)
-    return parts[rank] if rank < len(parts) else full.narrow(dimension, 0, 0)
+def own_parts(layout: str, full: dict[str, Any], rank: int = 0, count: int = 1) -> dict[str, Any]:
+    """Return the parts of a rank: of a stage's parameter all or nothing, else a shard.
+
+    Args:
+        layout: "stages" or "shards" along a dimension, and "copy" if all ranks have `COPY`.
+        full: The whole tensors, or None.
+        rank: The rank.
+        count: The number of ranks.
+    """
+    parts = {}
+    for index, (name, tensor) in enumerate(full.items()):
+        if count == 1 or tensor is None or (name == COPY and "copy" in layout):
+            parts[name] = tensor
+        elif "stages" not in layout:
+            dimension = min(int(layout.split()[1]), tensor.dim() - 1)
+            chunks = tensor.chunk(count, dimension)
+            empty = tensor.narrow(dimension, 0, 0)
+            parts[name] = chunks[rank] if rank < len(chunks) else empty
+        elif index % count == rank:
+            parts[name] = tensor
+    return parts
 
 
-def own_parts(layout: str, full: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
-    parts = {name: own_part(layout, name, tensor, copy) for name, tensor in full.items()}
-    return {name: part for name, part in parts.items() if part is not None}
+def here() -> tuple[int, int]:
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 # One step
 
 
-def clip_apart(layout: str, scope: str, order: float, dtype: torch.dtype, copy: bool) -> Any:
-    parameters = {}
-    for name, part in own_parts(layout, full_gradients(dtype), copy).items():
-        parameters[name] = nn.Parameter(torch.zeros_like(part))
-        parameters[name].grad = part.clone()
-    optimizer = torch.optim.SGD([*parameters.items()], lr=0.0)
-    ranks = Ranks(replicated=COPY if copy else ())
-    clipper = GradientClipper(optimizer, LIMIT, scope=scope, norm_type=order, ranks=ranks)
-    with Recorded() as calls:
-        optimizer.step()
-    clipped = {name: p.grad.double() for name, p in parameters.items()}
-    return dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True)), clipped, calls
+def clip_apart(layout: str, scope: str, order: float, dtype: torch.dtype) -> Any:
+    parts = own_parts(layout, full_gradients(dtype), *here())
+    named = {name: parameter_with(part.clone()) for name, part in parts.items()}
+    ranks = Ranks(replicated=COPY if "copy" in layout else ())
+    return clip_named(named, scope=scope, norm_type=order, ranks=ranks)
 
 
 def check_parts(
-    pool: Any, layout: str, scope: str, order: float, copy: bool, dtype: Any = torch.float32
+    pool: Any, layout: str, scope: str, order: float = 2.0, dtype: Any = torch.float32
 ) -> None:
-    results = pool.run(clip_apart, layout, scope, order, dtype, copy)
-    needed, clipped = oracle(full_gradients(dtype), scope, order, LIMIT)
-    parts = pool.run(own_parts, layout, clipped, copy)
-    rounding = torch.finfo(dtype).eps
-    for (norms, gradients, calls), expected in zip(results, parts, strict=True):
-        assert repr(norms) == repr(results[0][0])  # the same bits and order on all ranks
-        assert norms == pytest.approx(needed, rel=1e-6)
-        assert calls == ["allreduce"]
-        assert gradients.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=2 * rounding, atol=1e-30)
+    results = pool.run(clip_apart, layout, scope, order, dtype)
+    check_clipped(
+        results,
+        full_gradients(dtype),
+        scope,
+        order,
+        collectives=1,
+        part=lambda clipped, rank: own_parts(layout, clipped, rank, len(results)),
+    )
 
 
-@pytest.mark.parametrize("copy", [False, True], ids=["apart", "with a copy"])
+@pytest.mark.parametrize("layout", ["stages", "stages copy"])
 @pytest.mark.parametrize("order", quick([1.0, 2.0, 3.0, INF], 2.0, INF))
 @pytest.mark.parametrize("scope", SCOPES)
-def test_stages(ranks, scope, order, copy):
+def test_stages(ranks, scope, order, layout):
     """Stages have the norms of the whole, in one collective."""
-    check_parts(ranks, "stages", scope, order, copy)
+    check_parts(ranks, layout, scope, order)
 
 
-@pytest.mark.parametrize("copy", [False, True], ids=["apart", "with a copy"])
+@pytest.mark.parametrize("layout", ["shards 0", "shards 0 copy", "shards 1", "shards 1 copy"])
 @pytest.mark.parametrize("order", [2.0, INF])
 @pytest.mark.parametrize("scope", ["global", "parameter"])
-@pytest.mark.parametrize("layout", ["shards 0", "shards 1"])
-def test_shards(ranks, layout, scope, order, copy):
+def test_shards(ranks, layout, scope, order):
     """Shards have the norms of the whole, in one collective."""
-    check_parts(ranks, layout, scope, order, copy)
+    check_parts(ranks, layout, scope, order)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["stages", "shards 0"])
+@pytest.mark.parametrize("layout", ["stages copy", "shards 0 copy"])
 def test_dtypes(two_ranks, layout, dtype):
     """Other dtypes have the norms of the whole, too."""
-    check_parts(two_ranks, layout, "global", 2.0, True, dtype)
+    check_parts(two_ranks, layout, "global", dtype=dtype)
 
 
 def tied_shards() -> dict[str, float]:
     """Clip two stages of two shards, as Megatron-LM has, with copies of one embedding in both."""
     stage, shard = divmod(distributed.get_rank(), 2)
-    own, copy = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
-    own.grad, copy.grad = torch.tensor([3.0]), torch.full((2,), 1.0 + shard)
+    own, copy = parameter_with(torch.tensor([3.0])), parameter_with(torch.full((2,), 1.0 + shard))
     tied = ("embed.weight", "head.weight")
-    optimizer = torch.optim.SGD([(f"own{stage}", own), (tied[stage], copy)], lr=0.0)
     ranks = Ranks(replicated=lambda name, p: f"tied/{shard}" if name in tied else None)
-    clipper = GradientClipper(optimizer, None, scope="parameter", ranks=ranks)
-    clipper.step()
-    return dict(zip(clipper.labels, clipper.last.norms.square().tolist(), strict=True))
+    named = {f"own{stage}": own, tied[stage]: copy}
+    norms, *_ = clip_named(named, None, scope="parameter", ranks=ranks)
+    return {label: norm**2 for label, norm in norms.items()}
 
 
 @pytest.mark.slow
@@ -141,26 +140,27 @@ def gradients_at(step: int) -> dict[str, Tensor | None]:
     return gradients
 
 
-def steps_of_parts(layout: str, rule: str, options: dict[str, Any]) -> Any:
-    """Take the steps with the parts of this rank.
+def steps_of_parts(layout: str, rule: str, options: dict[str, Any], alone: bool = False) -> Any:
+    """Take the steps with the parts of this rank, or with all.
 
     Returns:
         For each step the norms and thresholds by label, and whether it was skipped; the weights;
         the clipper's state; the most collectives of a step.
     """
+    place = (0, 1) if alone else here()
     generator = torch.Generator().manual_seed(99)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    parts = own_parts(layout, weights, True)
+    parts = own_parts(layout, weights, *place)
     named = {name: nn.Parameter(part.clone()) for name, part in parts.items()}
     optimizer = torch.optim.SGD([*named.items()], lr=0.1, momentum=0.9)
-    ranks = None if layout == "alone" else Ranks(replicated=COPY)
+    ranks = None if alone else Ranks(replicated=COPY)
     clipper = GradientClipper(optimizer, RULES[rule](), ranks=ranks, **options)
     records, most = [], 0
     for step in range(STEPS):
-        for name, gradient in gradients_at(step).items():
-            if name in named:
-                part = None if gradient is None else own_part(layout, name, gradient, True)
-                named[name].grad = None if part is None else part.clone()
+        gradients = own_parts(layout, gradients_at(step), *place)
+        for name, parameter in named.items():
+            part = gradients.get(name)
+            parameter.grad = None if part is None else part.clone()
         with Recorded() as calls:
             optimizer.step()
         most = max(most, len(calls))
@@ -171,10 +171,9 @@ def steps_of_parts(layout: str, rule: str, options: dict[str, Any]) -> Any:
 
 
 def check_steps(pool: Any, layout: str, rule: str, options: dict[str, Any]) -> None:
-    needed, weights, _, _ = steps_of_parts("alone", rule, options)
+    needed, weights, _, _ = steps_of_parts(layout, rule, options, True)
     results = pool.run(steps_of_parts, layout, rule, options)
-    parts = pool.run(own_parts, layout, weights, True)
-    for (records, own, state, most), expected in zip(results, parts, strict=True):
+    for rank, (records, own, state, most) in enumerate(results):
         assert repr(state) == repr(results[0][2])  # equal on all ranks
         assert most == (2 if options.get("max_value") else 1)
         for (rows, skipped), (needed_rows, needed_skip) in zip(records, needed, strict=True):
@@ -182,12 +181,12 @@ def check_steps(pool: Any, layout: str, rule: str, options: dict[str, Any]) -> N
             assert rows.keys() == needed_rows.keys()
             for label, row in rows.items():
                 assert row == pytest.approx(needed_rows[label], rel=1e-6, nan_ok=True)
-        for name, weight in own.items():
-            torch.testing.assert_close(weight, expected[name], equal_nan=True)
+        expected = own_parts(layout, weights, rank, len(results))
+        torch.testing.assert_close(own, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("scope", quick(["global", "parameter"], "parameter"))
-@pytest.mark.parametrize("layout", quick(["stages", "shards 0"], "stages"))
+@pytest.mark.parametrize("layout", quick(["stages copy", "shards 0 copy"], "stages copy"))
 @pytest.mark.parametrize("rule", RULES)
 def test_rules(two_ranks, layout, rule, scope):
     """Every rule decides as in one process."""
@@ -195,8 +194,8 @@ def test_rules(two_ranks, layout, rule, scope):
 
 
 # Of shards that are not DTensors the rows are unknown: scope "unit" is refused.
-LAID_OUT = [("stages", name) for name in OPTIONS]
-LAID_OUT += [("shards 0", name) for name in OPTIONS if name != "unit"]
+LAID_OUT = [("stages copy", name) for name in OPTIONS]
+LAID_OUT += [("shards 0 copy", name) for name in OPTIONS if name != "unit"]
 
 
 @pytest.mark.parametrize(("layout", "options"), LAID_OUT)
@@ -205,33 +204,32 @@ def test_policies(ranks, layout, options):
     check_steps(ranks, layout, "Fixed", OPTIONS[options])
 
 
-def raised(layout: str) -> str:
-    with pytest.raises(NonFiniteGradientError) as caught:
-        steps_of_parts(layout, "Fixed", {"nonfinite": "raise"})
-    return str(caught.value)
+of_copies = pytest.mark.parametrize("layout", ["stages copy", "shards 0 copy"])
 
 
-@pytest.mark.parametrize("layout", ["stages", "shards 0"])
+@of_copies
 def test_an_error_of_one_rank(two_ranks, layout):
     """All ranks raise, and name the parameter that is on one of them."""
-    for message in two_ranks.run(raised, layout):
-        assert "is nan at step 6, from these parameters: vector. The norms before: " in message
+    needed = "is nan at step 6, from these parameters: vector. The norms before: "
+    for message in two_ranks.errors(steps_of_parts, layout, "Fixed", {"nonfinite": "raise"}):
+        assert message.startswith("NonFiniteGradientError")
+        assert needed in message
 
 
-def log_rows(layout: str, rank: int) -> Any:
+def log_rows(layout: str, rank: int, alone: bool = False) -> Any:
     """Log on one rank; return the norms of parameters at each step, and the incidents."""
     sink = MemorySink(per_parameter="all")
-    here = layout == "alone" or distributed.get_rank() == rank
-    steps_of_parts(layout, "Fixed", {"log": sink if here else None})
+    log = sink if alone or distributed.get_rank() == rank else None
+    steps_of_parts(layout, "Fixed", {"log": log}, alone)
     steps = [{**step.parameter_norms} for step in sink.steps if step.parameter_norms]
     return steps, [step.incident for step in sink.steps if step.incident]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("layout", ["stages", "shards 0"])
+@of_copies
 def test_the_log_of_one_rank(two_ranks, layout, rank):
     """It has the norms of the parameters of all ranks, and the others have no log."""
-    needed, _ = log_rows("alone", rank)
+    needed, _ = log_rows(layout, rank, alone=True)
     results = two_ranks.run(log_rows, layout, rank)
     assert results[1 - rank] == ([], [])
     steps, incidents = results[rank]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from gradclip import GradientClipper
 from tests.support.reference import coefficient_of, norm_of, wide
 
 INF = math.inf
@@ -38,8 +39,10 @@ def meshes() -> dict[str, Any]:
     return meshes
 
 
-def mesh_of(name: str) -> Any:
+def mesh_of(name: Any) -> Any:
     """Return the mesh of all ranks, "one" or "two" dimensions; "a" and "b" are those of two."""
+    if not isinstance(name, str):
+        return name  # it is a mesh
     return meshes()["two"][name] if name in ("a", "b") else meshes()[name]
 
 
@@ -58,10 +61,11 @@ def full_gradients(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def spread(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
-    """Spread a tensor; of a sum that is pending each rank has another part."""
+def spread(full: Tensor, mesh: Any, words: str) -> Tensor:
+    """Spread a tensor over a mesh or one of a name; of a pending sum each rank has another part."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+    mesh, placements = mesh_of(mesh), placements_of(words)
     fits = [
         Replicate()
         if placement.is_partial() or (placement.is_shard(1) and full.dim() < 2)
@@ -69,7 +73,7 @@ def spread(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
         for placement in placements
     ]
     tensor = distribute_tensor(full, mesh, fits)
-    if not any(placement.is_partial() for placement in placements):
+    if "P" not in words:
         return tensor
     local, given = tensor.to_local(), []
     for dimension, (placement, fit) in enumerate(zip(placements, fits, strict=True)):
@@ -78,24 +82,92 @@ def spread(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
             # Parts that differ by rank and add up to the whole, exactly.
             count, place = mesh.size(dimension), mesh.get_local_rank(dimension)
             local = local * (2 if place == 0 else 0 if place < count - 1 else -1)
-    return DTensor.from_local(
-        local, mesh, given, run_check=False, shape=full.shape, stride=full.stride()
-    )
+    shape = {"shape": full.shape, "stride": full.stride()}
+    return DTensor.from_local(local, mesh, given, run_check=False, **shape)
 
 
-def spread_alone(full: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
-    """Spread a tensor that every rank has, without telling the others."""
+def spread_alone(full: Tensor, words: str) -> Tensor:
+    """Spread a tensor that every rank has over all ranks, without telling the others."""
     from torch.distributed.tensor import DTensor
 
+    mesh, [placement] = mesh_of("one"), placements_of(words)
     local = full
-    for dimension, placement in enumerate(placements):
-        if placement.is_shard():
-            parts = local.chunk(mesh.size(dimension), placement.dim)
-            place = mesh.get_local_rank(dimension)
-            local = parts[place] if place < len(parts) else local.narrow(placement.dim, 0, 0)
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
-    )
+    if placement.is_shard():
+        parts, place = full.chunk(mesh.size(), placement.dim), mesh.get_local_rank()
+        local = parts[place] if place < len(parts) else full.narrow(placement.dim, 0, 0)
+    shape = {"shape": full.shape, "stride": full.stride()}
+    return DTensor.from_local(local, mesh, [placement], run_check=False, **shape)
+
+
+def spread_parameter(gradient: Tensor, mesh: Any, words: str) -> nn.Parameter:
+    """Return a parameter of zeros with this gradient, of which alone a sum may be pending."""
+    parameter = nn.Parameter(spread(torch.zeros_like(gradient), mesh, words.replace("P", "R")))
+    parameter.grad = spread(gradient, mesh, words)
+    return parameter
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, of a DTensor the whole one. Collective."""
+    return getattr(tensor, "full_tensor", tensor.clone)().detach().clone()
+
+
+class Still(torch.optim.Optimizer):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self) -> None:
+        """Leave the parameters as they are; torch cannot add every pending sum to them."""
+
+
+def norms_by_label(clipper: GradientClipper) -> dict[str, float]:
+    return dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True))
+
+
+def clip_named(named: dict[str, nn.Parameter], max_norm: Any = LIMIT, **options: Any) -> Any:
+    """Clip the gradients of parameters; return norms by label, whole gradients, collectives."""
+    with GradientClipper(Still([*named.items()]), max_norm, **options) as clipper:
+        with Recorded() as calls:
+            clipper.step()
+        gradients = {name: whole(p.grad) for name, p in named.items() if p.grad is not None}
+        return norms_by_label(clipper), gradients, calls
+
+
+def check_clipped(
+    results: list[Any],
+    full: dict[str, Tensor],
+    scope: str,
+    order: float = 2.0,
+    *,
+    limit: float = LIMIT,
+    collectives: int | None = None,
+    slack: float = 0.0,
+    part: Callable[..., dict[str, Tensor]] = lambda clipped, rank: clipped,
+) -> None:
+    """Compare what `clip_named` returned on all ranks with the oracle.
+
+    Args:
+        results: What it returned.
+        full: The whole gradients.
+        scope: The scope.
+        order: The order of the norms.
+        limit: The threshold.
+        collectives: The all-reduces of a step; None for any.
+        slack: Roundings of the largest element that an element may be wrong by.
+        part: Returns of the whole gradients those that a rank returns.
+    """
+    needed, clipped = oracle(full, scope, order, limit)
+    for rank, (norms, gradients, calls) in enumerate(results):
+        assert repr(norms) == repr(results[0][0])  # the same bits and order on all ranks
+        assert norms == pytest.approx(needed or {"global": 0.0}, rel=1e-6, abs=0)
+        assert collectives is None or calls == ["allreduce"] * collectives
+        expected = part(clipped, rank)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            facts = torch.finfo(gradient.dtype)
+            most = max(expected[name].abs().flatten().tolist(), default=0.0)
+            near = {"rtol": 2 * facts.eps, "atol": 1e-30 + slack * facts.eps * most}
+            near["atol"] += slack * facts.smallest_normal
+            torch.testing.assert_close(gradient.double(), expected[name], **near)
 
 
 def rows_of(scope: str, name: str, tensor: Tensor) -> dict[str, Tensor]:

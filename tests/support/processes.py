@@ -57,6 +57,10 @@ class Pool:
         assert not failures, "\n".join(failures)
         return [result for _, result in answers.values()]
 
+    def errors(self, function: Callable[..., Any], *arguments: Any) -> list[str]:
+        """Call a function on all ranks; return the error of gradclip that each raised."""
+        return self.run(error_of, function, *arguments)
+
     def close(self) -> None:
         """End the processes."""
         for end in self._ends:
@@ -65,6 +69,17 @@ class Pool:
             process.join(10)
             process.kill()
         self._folder.cleanup()
+
+
+def error_of(function: Callable[..., Any], *arguments: Any) -> str:
+    """Return the error of gradclip that a function raises, with its name; "" for none."""
+    from gradclip.errors import GradClipError
+
+    try:
+        function(*arguments)
+    except GradClipError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _serve(end: Any, rank: int, count: int, store: str) -> None:

@@ -8,23 +8,16 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from gradclip import (
-    ArgumentError,
-    AttachError,
-    GradientClipper,
-    MemorySink,
-    Ranks,
-    Scope,
-    Threshold,
-)
-from tests.support.dtensors import mesh_of, placements_of, spread
+from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, Ranks, Scope
+from gradclip.thresholds import Threshold
+from tests.support.dtensors import mesh_of, spread
+from tests.support.processes import error_of
+from tests.support.reference import parameter_with
 
 
 def sgd_of_shapes(shapes: dict[str, tuple[int, ...]], **group: Any) -> torch.optim.Optimizer:
     """Return an optimizer of parameters of these shapes, whose gradients have elements of 1."""
-    named = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
-    for _, parameter in named:
-        parameter.grad = torch.ones_like(parameter)
+    named = [(name, parameter_with(torch.ones(shape))) for name, shape in shapes.items()]
     return torch.optim.SGD([{"params": named, **group}], lr=0.1)
 
 
@@ -100,10 +93,10 @@ def test_labels(two_ranks, case):
 def test_order_of_labels(two_ranks):
     """It is that of their names, so that a state fits a run with parameters on other ranks."""
     names = [["b.10", "a.2", "b.9"], ["a.10", "a.1"]]
-    needed = ("a.1", "a.2", "a.10", "b.9", "b.10")
     for ordered in (names, names[::-1]):
         options = with_shapes(*(dict.fromkeys(own, (2,)) for own in ordered), scope="parameter")
-        assert [labels for labels, _ in two_ranks.run(labels_and_norms, options)] == [needed] * 2
+        for labels, _ in two_ranks.run(labels_and_norms, options):
+            assert labels == ("a.1", "a.2", "a.10", "b.9", "b.10")
 
 
 class Own(Threshold):
@@ -114,103 +107,74 @@ class Own(Threshold):
         return torch.full_like(norms, self.value)
 
 
+RULES_OF_OWN = that_differ("max_norm", Own(1.0), Own(2.0))
+SCALER_OR_NONE = that_differ("grad_scaler", torch.amp.GradScaler("cpu"), None)
+OTHER_GROUPS = ("group", {"max_norm": 1.0}, {"max_norm": 2.0})
+A_AND_B = A | {"b": (2,)}
 REFUSED = {
-    "a copy of nothing": (
-        with_shapes(A, B, replicated="a"),
-        "a is replicated, and only rank 0 has a parameter called a",
+    "a is replicated, and only rank 0 has a parameter called a": with_shapes(A, B, replicated="a"),
+    "b is replicated, and only rank 0 has a parameter called b": [
+        {"shapes": A_AND_B, "replicated": names} for names in (["a", "b"], "a")
+    ],
+    "b is replicated on rank 0 and not on rank 1: give all ranks the same replicated=": [
+        {"shapes": A_AND_B, "replicated": names} for names in (tied_twice, "a")
+    ],
+    "a has the shape (3,) on rank 1, and a, of which it is a copy, has (2,) on rank 0": (
+        with_shapes(A, {"a": (3,)}, replicated="a")
     ),
-    "a copy on one rank": (
-        [{"shapes": A | {"b": (2,)}, "replicated": names} for names in (["a", "b"], "a")],
-        "b is replicated, and only rank 0 has a parameter called b",
+    "a on rank 1 is a copy of a on rank 0, and their parameter groups have different max_norm": (
+        that_differ(*OTHER_GROUPS, replicated="a")
     ),
-    "a copy that one rank does not call so": (
-        [{"shapes": A | {"b": (2,)}, "replicated": names} for names in (tied_twice, "a")],
-        "b is replicated on rank 0 and not on rank 1: give all ranks the same replicated=",
+    "The group 'group 0' has max_norm 2.0 on rank 1 and 1.0 on an earlier rank": (
+        that_differ(*OTHER_GROUPS)
     ),
-    "copies of other shapes": (
-        with_shapes(A, {"a": (3,)}, replicated="a"),
-        r"a has the shape \(3,\) on rank 1, and a, of which it is a copy, has \(2,\) on rank 0",
+    "replicated='c' matches no parameter; there are a, b.": with_shapes(A, B, replicated="c"),
+    "exclude='c' matches no parameter; there are a, b.": with_shapes(A, B, scope=without("c")),
+    "differ: max_norm is Fixed(1.0) on rank 0 and Fixed(2.0)": that_differ("max_norm", 1.0, 2.0),
+    "differ: scope is global on rank 0 and group on rank 1": (
+        that_differ("scope", "global", "group")
     ),
-    "copies with other thresholds": (
-        that_differ("group", {"max_norm": 1.0}, {"max_norm": 2.0}, replicated="a"),
-        "a on rank 1 is a copy of a on rank 0, and their parameter groups have different max_norm",
+    "differ: threshold is {'value': 1.0} on rank 0 and {'value': 2.0} on rank 1": RULES_OF_OWN,
+    "grad_scaler is that of 1 optimizers on rank 0 and None on rank 1": SCALER_OR_NONE,
+    "a has the shape (4, 2) on rank 1 and (2, 3) on rank 0, which cannot be shards": (
+        with_shapes({"a": (2, 3)}, {"a": (4, 2)}, scope="parameter")
     ),
-    "other thresholds of a group": (
-        that_differ("group", {"max_norm": 1.0}, {"max_norm": 2.0}),
-        "The group 'group 0' has max_norm 2.0 on rank 1 and 1.0 on an earlier rank",
+    "a is on ranks 0 and 1, and only of DTensors is it known which indices of dimension 0": (
+        with_shapes({"a": (2, 3)}, {"a": (2, 3)}, scope="unit")
     ),
-    "replicated= without a match": (
-        with_shapes(A, B, replicated="c"),
-        "replicated='c' matches no parameter; there are a, b.",
-    ),
-    "exclude= without a match": (
-        with_shapes(A, B, scope=without("c")),
-        "exclude='c' matches no parameter; there are a, b.",
-    ),
-    "another max_norm": (
-        that_differ("max_norm", 1.0, 2.0),
-        r"clippers of several ranks differ: max_norm is Fixed\(1.0\) on rank 0 and Fixed\(2.0\)",
-    ),
-    "another scope": (
-        that_differ("scope", "global", "group"),
-        "differ: scope is global on rank 0 and group on rank 1",
-    ),
-    "another rule of one's own": (
-        that_differ("max_norm", Own(1.0), Own(2.0)),
-        "differ: threshold is {'value': 1.0} on rank 0 and {'value': 2.0} on rank 1",
-    ),
-    "a scaler on one rank": (
-        that_differ("grad_scaler", torch.amp.GradScaler("cpu"), None),
-        "differ: grad_scaler is that of 1 optimizers on rank 0 and None on rank 1",
-    ),
-    "shapes of no shards": (
-        with_shapes({"a": (2, 3)}, {"a": (4, 2)}, scope="parameter"),
-        r"a has the shape \(4, 2\) on rank 1 and \(2, 3\) on rank 0, which cannot be shards",
-    ),
-    "rows of shards": (
-        with_shapes({"a": (2, 3)}, {"a": (2, 3)}, scope="unit"),
-        "a is on ranks 0 and 1, and only of DTensors is it known which indices of dimension 0",
-    ),
-    "generated names": (
-        with_shapes({"": (2,)}, {"": (2,)}, scope="parameter"),
-        "group 0, parameter 0 of rank 0 has a generated name",
+    "group 0, parameter 0 of rank 0 has a generated name": (
+        with_shapes({"": (2,)}, {"": (2,)}, scope="parameter")
     ),
 }
 
 
-def messages_of(options: list[dict[str, Any]]) -> str:
-    with pytest.raises((AttachError, ArgumentError)) as caught:
-        labels_and_norms(options)
-    return f"{type(caught.value).__name__}: {caught.value}"
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(two_ranks, case):
+@pytest.mark.parametrize("needed", REFUSED)
+def test_refusals(two_ranks, needed):
     """All ranks raise, whichever of them is wrong."""
-    options, needed = REFUSED[case]
     kind = "ArgumentError" if "matches no parameter" in needed else "AttachError"
-    for message in two_ranks.run(messages_of, options):
-        with pytest.raises(AttachError, match=f"^{kind}: .*{needed}"):
-            raise AttachError(message)
+    for message in two_ranks.errors(labels_and_norms, REFUSED[needed]):
+        assert message.startswith(kind)
+        assert needed in message
 
 
 def wrong_on_rank_1(option: dict[str, Any]) -> tuple[str, list[float]]:
     """Attach wrongly on rank 1, then rightly on both."""
-    optimizer = sgd_of_shapes({f"rank{distributed.get_rank()}": (2,)})
-    wrong = option if distributed.get_rank() else {}
-    with pytest.raises((AttachError, ArgumentError)) as caught:
-        GradientClipper(optimizer, **{"max_norm": 1.0} | wrong, ranks=Ranks())
+    rank = distributed.get_rank()
+    optimizer = sgd_of_shapes({f"rank{rank}": (2,)})
+    given = {"max_norm": 1.0} | (option if rank else {})
+    message = error_of(lambda: GradientClipper(optimizer, **given, ranks=Ranks()))
     clipper = GradientClipper(optimizer, 1.0, ranks=Ranks())
     optimizer.step()
-    return str(caught.value), squares(clipper)
+    return message, squares(clipper)
 
 
 @pytest.mark.parametrize("option", [{"max_norm": -1.0}, {"model": 3}, {"max_norm": "large"}])
 def test_an_error_of_one_rank(two_ranks, option):
     """The others hear of it, and all can attach again."""
-    one, other = two_ranks.run(wrong_on_rank_1, option)
-    assert one == (f"The clipper of rank 1 could not be attached: ArgumentError: {other[0]}", [4.0])
-    assert other[1] == [4.0]
+    (one, first), (other, second) = two_ranks.run(wrong_on_rank_1, option)
+    assert other.startswith("ArgumentError")
+    assert one == f"AttachError: The clipper of rank 1 could not be attached: {other}"
+    assert first == second == [4.0]
 
 
 def grown(scope: str, name: str, replicated: str) -> Any:
@@ -218,27 +182,23 @@ def grown(scope: str, name: str, replicated: str) -> Any:
     optimizer = sgd_of_shapes({f"rank{distributed.get_rank()}": (2,), "both": (4,)})
     ranks = Ranks(replicated=replicated)
     clipper = GradientClipper(optimizer, 1.0, scope=scope, ranks=ranks, log=MemorySink())
-    added = nn.Parameter(torch.zeros(3))
-    added.grad = torch.ones(3)
+    added = parameter_with(torch.ones(3))
     optimizer.add_param_group({"params": [(name, added)]})
-    try:
-        optimizer.step()
-    except AttachError as error:
-        return str(error), added.grad.tolist()
-    return squares(clipper), added.grad.square().sum().item()
+    message = error_of(optimizer.step)
+    return message, squares(clipper) if not message else [], added.grad.tolist()
 
 
 def test_a_parameter_added_later(two_ranks):
     """It counts if it changes no labels: own ones of 2, one of 4 on both, and new ones of 3."""
-    for norms, share in two_ranks.run(grown, "global", "new", "both"):
+    for _, norms, gradient in two_ranks.run(grown, "global", "new", "both"):
         assert norms == [2 + 2 + 4 + 3 + 3]
-        assert share == pytest.approx(3 / 14)
+        assert gradient == pytest.approx([14**-0.5] * 3)
 
 
 @pytest.mark.parametrize(("scope", "name"), [("parameter", "new"), ("global", "both.again")])
 def test_a_parameter_added_later_that_changes_labels(two_ranks, scope, name):
     """It is refused, and nothing is written."""
-    for message, gradient in two_ranks.run(grown, scope, name, "both*"):
+    for message, _, gradient in two_ranks.run(grown, scope, name, "both*"):
         assert f"{name} was added after the ranks had agreed" in message
         assert gradient == [1.0] * 3
 
@@ -246,27 +206,23 @@ def test_a_parameter_added_later_that_changes_labels(two_ranks, scope, name):
 # DTensors without ranks=
 
 
-def attached_dtensors(case: str) -> str:
-    """Attach to DTensors on all ranks, and something beside; return the error."""
+def attach_dtensors(case: str) -> None:
+    """Attach to DTensors on all ranks, and something beside."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    rank, zeros, sharded = distributed.get_rank(), torch.zeros(4), placements_of("0")
-    tensors = {"whole": spread(zeros, mesh_of("one"), sharded)}
+    rank, zeros = distributed.get_rank(), torch.zeros(4)
+    tensors = {"whole": spread(zeros, "one", "0")}
     if case == "other names":
         tensors[f"rank{rank}"] = torch.zeros(2)
     elif case == "experts":  # the first of two pairs of ranks has experts of different names
-        expert = spread(zeros, mesh_of("b"), sharded)
+        expert = spread(zeros, "b", "0")
         tensors = {f"expert{rank}" if rank < 2 else "expert": expert, **tensors}
     elif case.startswith("elsewhere"):
-        tensors["stage"] = spread(zeros, DeviceMesh("cpu", [0]), sharded)
+        tensors["stage"] = spread(zeros, DeviceMesh("cpu", [0]), "0")
         if case == "elsewhere alone":
             del tensors["whole"]
     named = [(name, nn.Parameter(tensor)) for name, tensor in tensors.items()]
-    try:
-        GradientClipper(torch.optim.SGD(named, lr=0.1), 1.0 + rank * (case == "other max_norm"))
-    except AttachError as error:
-        return str(error)
-    return "attached"
+    GradientClipper(torch.optim.SGD(named, lr=0.1), 1.0 + rank * (case == "other max_norm"))
 
 
 ELSEWHERE = "[stage] of rank 1 are DTensors whose mesh does not include that rank"
@@ -280,21 +236,22 @@ DTENSORS = {
 @pytest.mark.parametrize("case", DTENSORS)
 def test_refusals_of_dtensors(two_ranks, case):
     """The ranks of a DTensor have the same parameters and options, and all of them raise."""
-    for message in two_ranks.run(attached_dtensors, case):
+    for message in two_ranks.errors(attach_dtensors, case):
+        assert message.startswith("AttachError")
         assert all(text in message for text in DTENSORS[case])
 
 
 def test_dtensors_on_other_ranks_alone(two_ranks):
     """If nothing else brings the ranks together, those with a shard do not hear of the refusal."""
-    one, other = two_ranks.run(attached_dtensors, "elsewhere alone")
-    assert one == "attached"
+    one, other = two_ranks.errors(attach_dtensors, "elsewhere alone")
+    assert one == ""
     assert ELSEWHERE in other
 
 
 @pytest.mark.slow
 def test_refusals_of_other_groups(four_ranks):
     """Ranks that share another group with those that do not fit together raise, too."""
-    for message in four_ranks.run(attached_dtensors, "experts"):
+    for message in four_ranks.errors(attach_dtensors, "experts"):
         assert "need ranks=gradclip.Ranks(group)" in message
 
 
@@ -302,22 +259,19 @@ def test_refusals_of_other_groups(four_ranks):
 
 
 def in_a_group(of: str) -> Any:
+    ranks = Ranks(mesh_of("one") if of == "mesh" else distributed.new_group([0]))
     optimizer = sgd_of_shapes(A)
-    group = mesh_of("one") if of == "mesh" else distributed.new_group([0])
-    try:
-        ranks = Ranks(group)
-    except ArgumentError as error:
-        return str(error)
     clipper = GradientClipper(optimizer, 1.0, ranks=ranks)
     optimizer.step()
-    return repr(ranks), squares(clipper)
+    assert repr(ranks) == f"Ranks({ranks.group.size()} ranks)"
+    assert squares(clipper) == [2.0 * ranks.group.size()]
 
 
 def test_groups(two_ranks):
     """A mesh of one dimension is a group; a group without this rank is refused."""
-    assert two_ranks.run(in_a_group, "mesh") == [("Ranks(2 ranks)", [4.0])] * 2
-    one, other = two_ranks.run(in_a_group, "rank 0")
-    assert one == ("Ranks(1 ranks)", [2.0])
+    assert two_ranks.errors(in_a_group, "mesh") == ["", ""]
+    one, other = two_ranks.errors(in_a_group, "rank 0")
+    assert one == ""
     assert "that this rank is in" in other
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from gradclip import AttachError, GradientClipper, Ranks
+from gradclip import GradientClipper, Ranks
 
 KINDS = {
     "sgd": lambda named: torch.optim.SGD(named, lr=0.1),
@@ -98,12 +98,12 @@ def joint(used: int, bad: dict[int, dict[int, float]]) -> Any:
         bad: By step, the factors of losses on rank 1, by optimizer.
     """
     weights, optimizers = optimizers_of(2, 3)
-    rank, scaler = distributed.get_rank(), rank_scaler()
+    scaler, rows = rank_scaler(), []
     clipper = GradientClipper(optimizers, 0.5, ranks=Ranks(), grad_scaler=scaler)
-    rows = []
     for step in range(5):
         clipper.zero_grad()
-        factors = {used: 1.0} if rank == 0 else {0: 1.0, 1: 1.0} | bad.get(step, {})
+        both = {0: 1.0, 1: 1.0} | bad.get(step, {})
+        factors = both if distributed.get_rank() else {used: 1.0}
         losses = [(weights[i] * factor).sum() for i, factor in factors.items()]
         step_all(scaler, optimizers, torch.stack(losses).sum())
         rows.append((clipper.steps, square_of(clipper)))
@@ -112,23 +112,18 @@ def joint(used: int, bad: dict[int, dict[int, float]]) -> Any:
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_several_optimizers(two_ranks, used):
-    """An overflow of one optimizer leaves its gradients out on all ranks; those of others stay."""
-    first, second = two_ranks.run(joint, used, {1: {0: math.inf}, 2: {1: math.inf}})
-    assert first == second
-    sizes = [2, 3]
+    """An overflow of one leaves its gradients out on all ranks; one of all skips the step."""
+    sizes = (2, 3)
     both = sum(sizes) + sizes[used]
     # The overflow of the optimizer that rank 0 has leaves the other's gradients on rank 1.
     without = {used: sizes[1 - used], 1 - used: 2 * sizes[used]}
-    assert [square for _, square in first[0]] == [both, without[0], without[1], both, both]
-    assert first[1] == SCALE / 4
+    rows = [*enumerate((both, without[0], without[1], both, both), 1)]
+    results = two_ranks.run(joint, used, {1: {0: math.inf}, 2: {1: math.inf}})
+    assert results == [(rows, SCALE / 4)] * 2
 
-
-@pytest.mark.parametrize("used", [0, 1])
-def test_an_overflow_of_all_optimizers(two_ranks, used):
-    """It skips the step of all of them, and the step does not count."""
-    total = 5 + (2, 3)[used]
-    expected = [(steps, total) for steps in (1, 1, 2, 3, 4)], SCALE / 2
-    assert two_ranks.run(joint, used, {1: {0: math.nan, 1: math.nan}}) == [expected] * 2
+    rows = [(steps, both) for steps in (1, 1, 2, 3, 4)]
+    results = two_ranks.run(joint, used, {1: {0: math.nan, 1: math.nan}})
+    assert results == [(rows, SCALE / 2)] * 2
 
 
 def nested() -> Any:
@@ -172,12 +167,15 @@ def test_an_optimizer_that_steps_now_and_then(two_ranks):
     assert two_ranks.run(unlike_rounds) == [needed] * 2
 
 
-def last_stage_alone() -> Any:
-    """As in a pipeline, the last rank alone has a loss to scale."""
+def one_step(case: str) -> Any:
+    """Take a step; under "a stage" the last rank alone has a loss to scale, as in a pipeline."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
     [weight], [optimizer] = optimizers_of(2)
-    scaler = rank_scaler()
-    clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
-    if is_last():
+    scaler = rank_scaler(ShardedGradScaler if case == "sharded" else torch.amp.GradScaler)
+    given = None if case == "sharded" else scaler
+    clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=given)
+    if case == "sharded" or is_last():
         scaler.scale(weight.sum()).backward()
     else:
         weight.grad = torch.full((2,), SCALE)
@@ -186,9 +184,10 @@ def last_stage_alone() -> Any:
     return square_of(clipper), scaler.get_scale()
 
 
-def test_stages_that_scale_no_loss(two_ranks):
-    """They have the scale of the last stage."""
-    assert two_ranks.run(last_stage_alone) == [(4.0, SCALE)] * 2
+@pytest.mark.parametrize("case", ["a stage", "sharded"])
+def test_one_step(two_ranks, case):
+    """Stages without a loss have the scale of the last; a scaler that agrees is not given."""
+    assert two_ranks.run(one_step, case) == [(4.0, SCALE)] * 2
 
 
 def copied_and_dropped() -> Any:
@@ -238,22 +237,17 @@ def attach_and_step(case: str) -> None:
         optimizer.step()
 
 
-def refused_steps(case: str) -> str:
-    with pytest.raises(AttachError) as caught:
-        attach_and_step(case)
-    return str(caught.value)
-
-
-REFUSED = {
-    "no scaler": "this very one as grad_scaler=",
-    "another scaler": "this very one as grad_scaler=",
-    "a scaler with replaced methods": "unscale_ of the GradScaler was replaced",
-    "gradients computed between two steps": "give each of them a clipper of its own",
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(two_ranks, case):
+@pytest.mark.parametrize(
+    ("case", "needed"),
+    [
+        ("no scaler", "this very one as grad_scaler="),
+        ("another scaler", "this very one as grad_scaler="),
+        ("a scaler with replaced methods", "unscale_ of the GradScaler was replaced"),
+        ("gradients computed between two steps", "give each of them a clipper of its own"),
+    ],
+)
+def test_refusals(two_ranks, case, needed):
     """All ranks raise."""
-    for message in two_ranks.run(refused_steps, case):
-        assert REFUSED[case] in message
+    for message in two_ranks.errors(attach_and_step, case):
+        assert message.startswith("AttachError")
+        assert needed in message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
@@ -93,26 +92,25 @@ def test_clip_backward(ranks, words, options):
         torch.testing.assert_close(gradient, bounded / torch.linalg.vector_norm(bounded))
 
 
-def step_once(words: str, gradient: list[float], options: dict[str, Any]) -> None:
-    parameter = spread_parameter(torch.tensor(gradient), "one", words)
+def step_once(words: str, last: float, options: dict[str, Any]) -> None:
+    parameter = spread_parameter(torch.tensor([1.0, 1.0, 1.0, last]), "one", words)
     GradientClipper(torch.optim.SGD([parameter], lr=0.1), 1.0, **options).step()
 
 
 REFUSED = {
-    "elements of pending sums": (
-        ("P", [1.0] * 4, {"max_value": 0.5}),
-        "GradientError: .*elements whose sum over ranks is pending cannot be bounded",
-    ),
-    "a gradient on one rank that is not finite": (
-        ("0", [1.0, 2.0, 3.0, math.nan], {"nonfinite": "raise"}),
-        r"NonFiniteGradientError: .*nan at step 0, from these parameters: group 0, parameter 0\\.",
+    "elements whose sum over ranks is pending cannot be bounded": ("P", 1.0, {"max_value": 0.5}),
+    "nan at step 0, from these parameters: group 0, parameter 0.": (
+        "0",
+        math.nan,
+        {"nonfinite": "raise"},
     ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(two_ranks, case):
-    """All ranks raise."""
-    arguments, needed = REFUSED[case]
-    for message in two_ranks.errors(step_once, *arguments):
-        assert re.match(needed, message)
+@pytest.mark.parametrize("needed", REFUSED)
+def test_refusals(two_ranks, needed):
+    """All ranks raise, also where one alone has an element that is not finite."""
+    kind = "NonFiniteGradientError" if "nan" in needed else "GradientError"
+    for message in two_ranks.errors(step_once, *REFUSED[needed]):
+        assert message.startswith(kind)
+        assert needed in message

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
 from gradclip import GradientClipper, Ranks
-from tests.support.dtensors import Recorded, quick
+from tests.support.dtensors import Recorded, norms_by_label, quick
 
 LETTERS, WIDTH, BLOCKS, BATCH, MICROBATCHES, STEPS = 11, 6, 8, 8, 4, 6
 TIED, HEAD = "embed.weight", "head.weight"
@@ -61,8 +61,8 @@ def parts_of(kind: str, *, head: bool) -> list[Part]:
 
 
 @cache
-def ends() -> Any:
-    return distributed.new_group([0, distributed.get_world_size() - 1])
+def ends_of(count: int) -> Any:
+    return distributed.new_group([0, count - 1])
 
 
 def backward_of(kind: str, parts: list[Part]) -> Callable[[Tensor, Tensor], None]:
@@ -76,29 +76,16 @@ def backward_of(kind: str, parts: list[Part]) -> Callable[[Tensor, Tensor], None
     ]
     given = stages if len(stages) > 1 else stages[0]
     schedule = getattr(pipelining, kind)(given, MICROBATCHES, loss_fn=cross_entropy)
-    group = ends()
+    ends = ends_of(distributed.get_world_size())
 
     def backward(letters: Tensor, targets: Tensor) -> None:
         inputs = (letters,) if parts[0].first else ()
         schedule.step(*inputs, target=targets if parts[-1].last else None)
         for part in parts:
             if part.first or part.last:
-                distributed.all_reduce(part.tied.grad, group=group)
+                distributed.all_reduce(part.tied.grad, group=ends)
 
     return backward
-
-
-def attached_stage(
-    parts: list[Part], **options: Any
-) -> tuple[torch.optim.Optimizer, GradientClipper]:
-    """Names come from the stage, or where there are several from the optimizer."""
-    named = [each for part in parts for each in part.named_parameters()]
-    single = len(parts) == 1
-    given = parts[0].parameters() if single else named
-    optimizer = torch.optim.SGD(given, lr=0.2, momentum=0.9)
-    limit = LIMITS.get(options.get("scope", "global"))
-    model = parts[0] if single else None
-    return optimizer, GradientClipper(optimizer, **{"max_norm": limit} | options, model=model)
 
 
 def one_name(name: str, parameter: Any) -> str | None:
@@ -110,9 +97,14 @@ def trained_stages(kind: str, options: dict[str, Any], copies: str = TIED) -> An
     head = copies == HEAD and kind != "whole"
     parts = parts_of(kind, head=head)
     ranks = None if kind == "whole" else Ranks(replicated=one_name if head else copies)
-    optimizer, clipper = attached_stage(parts, **options | {"ranks": ranks})
-    backward = backward_of(kind, parts)
     named = {name: p for part in parts for name, p in part.named_parameters()}
+    # Names come from the stage, or where there are several from the optimizer.
+    model = parts[0] if len(parts) == 1 else None
+    given = [*named.items()] if model is None else model.parameters()
+    optimizer = torch.optim.SGD(given, lr=0.2, momentum=0.9)
+    options = {"max_norm": LIMITS[options.get("scope", "global")]} | options
+    clipper = GradientClipper(optimizer, **options, model=model, ranks=ranks)
+    backward = backward_of(kind, parts)
     steps = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
@@ -121,9 +113,8 @@ def trained_stages(kind: str, options: dict[str, Any], copies: str = TIED) -> An
         backward(letters, targets)
         with Recorded() as calls:
             optimizer.step()
-        norms = dict(zip(clipper.labels, clipper.last.norms.tolist(), strict=True))
         weights = {TIED if name == HEAD else name: p.detach().clone() for name, p in named.items()}
-        steps.append((norms, weights, calls))
+        steps.append((norms_by_label(clipper), weights, calls))
     clipper.close()
     return steps, clipper.state_dict()["counters"]
 

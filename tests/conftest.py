@@ -14,7 +14,9 @@ from hypothesis import settings
 
 import gradclip
 
-pytest_plugins = ["tests.support.clippers", "tests.support.device", "tests.support.engines"]
+pytest_plugins = [
+    f"tests.support.{name}" for name in ("clippers", "device", "engines", "forks")
+]  # fixtures
 
 for _name in gradclip.__all__:  # tests replace functions in every module that has imported them
     getattr(gradclip, _name)

@@ -7,23 +7,20 @@ import torch
 from torch import nn
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
+from tests.support.curves import log_named
 
 NAN, INF = math.nan, math.inf
 
 
-def model():
-    made = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    for parameter in made.parameters():
-        parameter.grad = torch.full_like(parameter, 0.1)
-    return made
+def two_layers():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 
 
 def incident(change, **options):
     """Take 50 steps, the last with changed gradients; return the sentence about that one."""
-    net, sink = model(), MemorySink()
+    net, sink, generator = two_layers(), MemorySink(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     with GradientClipper(optimizer, None, model=net, log=sink, **options) as clipper:
-        generator = torch.Generator().manual_seed(0)
         for step in range(50):
             for parameter in net.parameters():
                 parameter.grad = torch.rand(parameter.shape, generator=generator) + 1
@@ -53,26 +50,21 @@ def test_spike():
 
 
 @pytest.mark.parametrize(
-    ("norms", "order", "names"),
+    ("norms", "order", "named"),
     [
-        ({"a": 1.0, "b": 1000.0}, 2.0, "b (1000)"),
-        ({"a": 1.0, "b": 10.0, "c": 2.0, "d": 9.0}, 2.0, "b (10), d (9)"),
-        (dict.fromkeys("abcdefg", 100.0), 2.0, None),
-        ({"a": 1.0, "b": 1000.0, "c": 999.0}, INF, "b (1000)"),
+        ([1.0, 1000.0], 2.0, "b (1000)"),
+        ([1.0, 10.0, 2.0, 9.0], 2.0, "b (10), d (9)"),
+        ([100.0] * 7, 2.0, None),
+        ([1.0, 1000.0, 999.0], INF, "b (1000)"),
     ],
     ids=["one", "two", "five of seven", "infinity norm"],
 )
-def test_spike_names_as_few_parameters_as_possible(norms, order, names):
+def test_spike_names_as_few_parameters_as_possible(norms, order, named):
     """Together they have nine tenths of the power sum; there are five at most."""
-    parameters = {name: nn.Parameter(torch.zeros(1)) for name in norms}
-    optimizer, sink = torch.optim.SGD([*parameters.items()], lr=0.0), MemorySink()
-    with GradientClipper(optimizer, None, log=sink, norm_type=order):
-        for scale in [0.001] * 20 + [1.0]:
-            for name, norm in norms.items():
-                parameters[name].grad = torch.full((1,), norm * scale)
-            optimizer.step()
-    named = sink.steps[-1].incident.split("most of it in ")[1].split(". The norms")[0]
-    assert named == names or (names is None and named.count("(100)") == 5)
+    usual, names, sink = [norm / 1000 for norm in norms], "abcdefg"[: len(norms)], MemorySink()
+    log_named(sink, names, *[usual] * 20, norms, max_norm=None, norm_type=order)
+    found = sink.steps[-1].incident.split("most of it in ")[1].split(". The norms")[0]
+    assert found == named or (named is None and found.count("(100)") == 5)
 
 
 @pytest.mark.parametrize("policy", ["zero", "skip", "propagate"])
@@ -92,7 +84,9 @@ def test_sums_out_of_range():
 
 @pytest.mark.parametrize("log", [None, MemorySink()], ids=["no sink", "a sink"])
 def test_error_shows_the_norms_before(log):
-    net = model()
+    net = two_layers()
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 0.1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     with GradientClipper(optimizer, None, model=net, nonfinite="raise", log=log):
         for _ in range(7):

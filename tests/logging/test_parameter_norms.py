@@ -8,44 +8,31 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import GradientClipper, MemorySink, Scope, Sink
+from gradclip import GradientClipper, MemorySink, Scope
+from tests.support.curves import Kept, log_named
+from tests.support.reference import norm_of, parameter_with
 
 NAN, INF = math.nan, math.inf
 
 
-class Asking(Sink):
-    """Keeps the parameter norms of each step as they come."""
-
-    per_parameter = 1
-
-    def __init__(self):
-        self.norms = []
-
-    def write(self, steps):
-        self.norms += [step.parameter_norms for step in steps]
+def logged_norms(parameters, **options):
+    """Step with the gradients that the parameters have; return their norms in the log."""
+    sink = Kept(per_parameter=1)
+    with GradientClipper(torch.optim.SGD(parameters, lr=0.0), 0.5, log=sink, **options) as clipper:
+        clipper.step()
+    [step] = sink.steps
+    return step.parameter_norms
 
 
-def parameters_with(**norms):
-    """Return named parameters of one element, whose gradients have these norms."""
-    parameters = {name: nn.Parameter(torch.zeros(1)) for name in norms}
-    for parameter, norm in zip(parameters.values(), norms.values(), strict=True):
-        parameter.grad = torch.full_like(parameter, norm)
-    return [*parameters.items()]
-
-
-def logged_norms(parameters, *, order=2.0, sink=None, steps=1, **options):
-    """Step with the gradients that the parameters have; return the parameter norms of each step."""
-    sink = sink or Asking()
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    with GradientClipper(optimizer, 0.5, log=sink, norm_type=order, **options):
-        for _ in range(steps):
-            optimizer.step()
-    return sink.norms if isinstance(sink, Asking) else [s.parameter_norms for s in sink.steps]
+def norms_in(sink):
+    return [step.parameter_norms for step in sink.steps]
 
 
 def test_mapping():
     """A copy holds the norms of its step alone, not those of the whole batch."""
-    norms, _ = logged_norms(parameters_with(a=3.0, b=0.0, c=4.0), steps=2)
+    sink = Kept(per_parameter=1)
+    log_named(sink, "abc", (3.0, 0.0, 4.0), (1.0, 1.0, 1.0))
+    norms, _ = norms_in(sink)
     assert dict(norms) == {"a": 3.0, "b": 0.0, "c": 4.0}
     assert (len(norms), [*norms], repr(norms)) == (3, ["a", "b", "c"], repr(dict(norms)))
     copies = copy.deepcopy(norms), pickle.loads(pickle.dumps(norms))
@@ -60,10 +47,23 @@ def test_mapping():
 )
 def test_largest_come_first(count, names):
     """NaN and infinity come before them."""
-    parameters = parameters_with(a=3.0, b=INF, c=4.0, d=NAN, e=1.0)
-    [norms] = logged_norms(parameters, sink=MemorySink(per_parameter=count))
+    log_named(sink := MemorySink(per_parameter=count), "abcde", (3.0, INF, 4.0, NAN, 1.0))
+    [norms] = norms_in(sink)
     assert [*(norms or "")] == [*names]
     assert not count or norms["c"] == 4.0
+
+
+SHAPES = {
+    "matrix": (3, 4),
+    "brain": (5,),
+    "unused": (2,),
+    "wide": (2, 2, 2),
+    "number": (),
+    "c": (3,),
+    "table": (1, 5),
+    "row": (1, 9),
+}
+DTYPES = {"brain": torch.bfloat16, "wide": torch.float64, "c": torch.complex64}
 
 
 class ShapesAndDtypes(nn.Module):
@@ -71,27 +71,16 @@ class ShapesAndDtypes(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.matrix = nn.Parameter(torch.zeros(3, 4))
-        self.brain = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
-        self.unused = nn.Parameter(torch.zeros(2))
-        self.wide = nn.Parameter(torch.zeros(2, 2, 2, dtype=torch.float64))
-        self.number = nn.Parameter(torch.zeros(()))
-        self.c = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
-        self.table = nn.Parameter(torch.zeros(1, 5))
-        self.row = nn.Parameter(torch.zeros(1, 9))
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in self.named_parameters():
-            if name != "unused":
-                values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.grad = values.to(parameter.dtype)
-        self.named = {name: p for name, p in self.named_parameters() if p.grad is not None}
+        generator, self.named = torch.Generator().manual_seed(0), {}
+        for name, shape in SHAPES.items():
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            parameter = parameter_with(values.to(DTYPES.get(name, torch.float32)))
+            self.register_parameter(name, parameter)
+            self.named[name] = parameter
+        self.named.pop("unused").grad = None
 
     def norms(self, order=2.0):
-        """Return the norm of each gradient, in float64."""
-        return {
-            name: torch.linalg.vector_norm(p.grad.to(torch.complex128), order).item()
-            for name, p in self.named.items()
-        }
+        return {name: norm_of([p.grad], order) for name, p in self.named.items()}
 
 
 SCOPES = {
@@ -110,60 +99,54 @@ def test_each_parameter_has_its_norm_before_clipping(scope, order, engine):
     model = ShapesAndDtypes()
     needed = model.norms(order)
     if scope == "rows":  # the first row of the matrix is in no norm
-        rows = model.matrix.grad[1:].double()
-        needed["matrix"] = torch.linalg.vector_norm(rows, order).item()
-    options = {"scope": SCOPES[scope], "engine": engine, "model": model}
-    [norms] = logged_norms(model.parameters(), order=order, **options)
-    assert norms == pytest.approx(needed, rel=1e-6)
+        needed["matrix"] = norm_of([model.matrix.grad[1:]], order)
+    options = {"scope": SCOPES[scope], "engine": engine, "model": model, "norm_type": order}
+    assert logged_norms(model.parameters(), **options) == pytest.approx(needed, rel=1e-6)
 
 
 def test_excluded_parameters_have_none():
     model, scope = ShapesAndDtypes(), Scope(exclude=["matrix", "c*"])
-    needed = {name: model.norms()[name] for name in ("brain", "table", "wide", "number", "row")}
-    [norms] = logged_norms(model.parameters(), scope=scope, model=model)
+    needed = {name: norm for name, norm in model.norms().items() if name not in ("matrix", "c")}
+    norms = logged_norms(model.parameters(), scope=scope, model=model)
     assert norms == pytest.approx(needed, rel=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["global", "group"])
 def test_gradient_that_parameters_share_is_that_of_the_first(scope):
-    first, second, third = (nn.Parameter(torch.zeros(2)) for _ in range(3))
-    first.grad = second.grad = torch.tensor([3.0, 4.0])
-    third.grad = torch.ones(2)
-    [norms] = logged_norms([("a", first), ("b", second), ("c", third)], scope=scope)
+    shared = torch.tensor([3.0, 4.0])
+    gradients = {"a": shared, "b": shared, "c": torch.ones(2)}
+    norms = logged_norms([(name, parameter_with(g)) for name, g in gradients.items()], scope=scope)
     assert norms == pytest.approx({"a": 5.0, "c": math.sqrt(2)})
 
 
 def test_parameters_of_several_optimizers():
     """They keep their names; a gradient that is made between two steps counts at the second."""
-    model, sink = ShapesAndDtypes(), Asking()
-    needed = model.norms()
-    halves = [[*model.named.values()][:2], [*model.named.values()][2:]]
-    optimizers = [torch.optim.SGD(half, lr=0.0) for half in halves]
+    model, sink = ShapesAndDtypes(), Kept(per_parameter=1)
+    needed, parameters = model.norms(), [*model.named.values()]
+    optimizers = [torch.optim.SGD(half, lr=0.0) for half in (parameters[:2], parameters[2:])]
     with GradientClipper(optimizers, None, model=model, log=sink):
         optimizers[1].step()
         model.brain.grad = torch.full((5,), 2.0, dtype=torch.bfloat16)
         optimizers[0].step()
-    assert sink.norms[0] == pytest.approx(needed, rel=1e-6)
-    assert sink.norms[1]["brain"] == pytest.approx(math.sqrt(20))
+    one, other = norms_in(sink)
+    assert one == pytest.approx(needed, rel=1e-6)
+    assert other["brain"] == pytest.approx(math.sqrt(20))
 
 
 def test_parameter_that_is_added_has_a_name():
-    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer, sink = torch.optim.SGD([first], lr=0.0), Asking()
+    first, second = parameter_with(torch.tensor([2.0])), parameter_with(torch.tensor([3.0]))
+    optimizer, sink = torch.optim.SGD([first], lr=0.0), Kept(per_parameter=1)
     with GradientClipper(optimizer, None, log=sink):
-        first.grad = torch.tensor([2.0])
         optimizer.step()
         optimizer.add_param_group({"params": [second]})
-        second.grad = torch.tensor([3.0])
         optimizer.step()
     one, both = ("group 0, parameter 0", 2.0), ("group 1, parameter 0", 3.0)
-    assert [[*norms.items()] for norms in sink.norms] == [[one], [one, both]]
+    assert [[*norms.items()] for norms in norms_in(sink)] == [[one], [one, both]]
 
 
 def test_parameters_that_are_moved_keep_their_names():
     model, sink = ShapesAndDtypes(), MemorySink(per_parameter="all")
-    model.number.grad = None
-    del model.named["number"]
+    model.named.pop("number").grad = None
     needed, parameters = model.norms(), [*model.named.values()]
     groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
     optimizer = torch.optim.SGD(groups, lr=0.0)
@@ -175,7 +158,7 @@ def test_parameters_that_are_moved_keep_their_names():
         second.reverse()
         model.wide.grad[0] = NAN
         optimizer.step()
-    one, other, third = (step.parameter_norms for step in sink.steps)
+    one, other, third = norms_in(sink)
     assert one == other == pytest.approx(needed, rel=1e-6)
     assert [*one] != [*other]
     assert [name for name, norm in third.items() if not math.isfinite(norm)] == ["wide"]
@@ -187,14 +170,14 @@ def test_parameters_that_are_moved_keep_their_names():
 )
 def test_scaled_gradient_has_its_true_norm(order, needed):
     """Also of a high order, for which a power of the scale would overflow."""
-    parameter, sink = nn.Parameter(torch.zeros(2)), Asking()
+    parameter, sink = nn.Parameter(torch.zeros(2)), Kept(per_parameter=1)
     optimizer = torch.optim.SGD([parameter], lr=0.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     with GradientClipper(optimizer, 1e-4, log=sink, norm_type=order):
         scaler.scale((parameter * torch.tensor([3e-3, 4e-3])).sum()).backward()
         scaler.step(optimizer)
         scaler.update(8.0)  # in place, before anything is read
-    assert [*sink.norms[0].values()] == [pytest.approx(needed)]
+    assert [*norms_in(sink)[0].values()] == [pytest.approx(needed)]
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter", "unit"])
@@ -205,9 +188,7 @@ def test_logging_changes_no_bit_of_a_step(scope, engine, sizes):
     results = []
     for log in (None, MemorySink(per_parameter="all")):
         generator = torch.Generator().manual_seed(1)
-        parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-        for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameters = [parameter_with(torch.randn(size, generator=generator)) for size in sizes]
         optimizer = torch.optim.SGD(parameters, lr=1.0)
         with GradientClipper(optimizer, 0.3, scope=scope, engine=engine, log=log) as clipper:
             optimizer.step()

@@ -2,72 +2,24 @@
 
 import gc
 import math
-import os
+import time
 
 import pytest
-import torch
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import GradientClipper, TensorBoardSink
-from tests.support.clippers import Training
 from tests.support.curves import NAMES, curves_in, log_run, steps_in
 
 PRE = "grad_norm/pre"
+LOADED_AT = "gradclip.records.sinks.tensorboard._LOADED_AT"
+NORMS = [math.nan if step % 10 == 9 else 4.0 if step < 40 else 1.0 for step in range(90)]
 
 
 @pytest.fixture(autouse=True)
 def numbers_of_three_digits(monkeypatch):
     """Number the writers from 100: files of one second sort by this number, as a string."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
-
-
-def norm_at(step):
-    return math.nan if step % 10 == 9 else 4.0 if step < 40 else 1.0
-
-
-def norms_between(first, last):
-    return [norm_at(step) for step in range(first, last)]
-
-
-def check_continued(curves):
-    for name in NAMES:
-        assert [point.step for point in curves[f"grad_norm/{name}"]] == [*range(90)], name
-    counts = [point.value for point in curves["grad_norm/nonfinite_steps"]]
-    assert counts == [(step + 1) // 10 for step in range(90)]
-    rates = [point.value for point in curves["grad_norm/clip_rate"]]
-    finite = [1 + step - (step + 1) // 10 for step in range(90)]
-    assert rates == pytest.approx([min(count, 36) / count for count in finite])
-
-
-def live_and_die(logs, state, first, last):
-    """Log up to a step beside a user's writer; the first life saves at step 50 and dies."""
-    run, writer = Training(), SummaryWriter(logs)
-    clipper = GradientClipper(run.optimizer, 2.0, log=logs)
-    if first:
-        clipper.load_state_dict(torch.load(state, weights_only=True))
-    for step in range(first, last):
-        run.take(norm_at(step))
-        writer.add_scalar("samples", step, 100 * step)
-        writer.add_scalar("epochs", step, step // 10)
-        if clipper.steps == 50:
-            torch.save(clipper.state_dict(), state)
-    writer.flush()
-    clipper.flush()
-    os._exit(3)
-
-
-def test_run_that_died_continues_in_another_process(tmp_path, children):
-    logs, state = tmp_path / "logs", tmp_path / "state.pt"
-    children.run(live_and_die, logs, state, 0, 70, exitcode=3)
-    assert steps_in(logs)[PRE] == [*range(70)]
-    children.run(live_and_die, logs, state, 50, 90, exitcode=3)
-    curves = curves_in(logs)
-    check_continued(curves)
-    # Their own curves count otherwise: TensorBoard's mark for a restart would have dropped them.
-    steps = [*range(70), *range(50, 90)]
-    assert [point.step for point in curves["samples"]] == [100 * step for step in steps]
-    assert [point.step for point in curves["epochs"]] == [step // 10 for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -78,9 +30,9 @@ def test_run_continues_in_the_same_process(tmp_path, training, kind):
     writers = [SummaryWriter(str(tmp_path)) for _ in range(count)]
     run = training()
     clipper = GradientClipper(run.optimizer, 2.0, log=writers[0] if writers else tmp_path)
-    run.take(*norms_between(0, 50))
+    run.take(*NORMS[:50])
     state = clipper.state_dict()
-    run.take(*norms_between(50, 70))
+    run.take(*NORMS[50:70])
     if kind != "same clipper":
         if kind != "not closed":
             clipper.close()
@@ -89,20 +41,33 @@ def test_run_continues_in_the_same_process(tmp_path, training, kind):
         gc.collect()
         clipper = GradientClipper(run.optimizer, 2.0, log=writers[-1] if writers else tmp_path)
     clipper.load_state_dict(state)
-    run.take(*norms_between(50, 90))
-    clipper.close()
-    for writer in writers:
-        writer.close()
-    check_continued(curves_in(tmp_path))
+    run.take(*NORMS[50:])
+    for closing in (clipper, *writers):
+        closing.close()
+    curves = curves_in(tmp_path)
+    for name in NAMES:
+        assert [point.step for point in curves[f"grad_norm/{name}"]] == [*range(90)], name
+    counts = [(step + 1) // 10 for step in range(90)]
+    finite = [1 + step - count for step, count in enumerate(counts)]
+    rates = pytest.approx([min(count, 36) / count for count in finite])
+    assert [point.value for point in curves["grad_norm/nonfinite_steps"]] == counts
+    assert [point.value for point in curves["grad_norm/clip_rate"]] == rates
 
 
-def test_users_points_after_a_restart(tmp_path, training):
-    """They stay as they are, also where they go back in a file that holds our marks."""
-    for first in (0, 5):
+@pytest.mark.parametrize("kind", ["writer", "directory"])
+def test_users_points_after_a_restart(tmp_path, training, monkeypatch, kind):
+    """They stay as they are, where they go back in a file with our marks or in one before it.
+
+    They count otherwise: TensorBoard's mark for a restart would drop them.
+    """
+    for life, first in enumerate((0, 5)):
+        monkeypatch.setattr(LOADED_AT, int(time.time()) + 10 * life)
         run = training()
         with (
             SummaryWriter(str(tmp_path)) as writer,
-            GradientClipper(run.optimizer, 2.0, log=writer) as clipper,
+            GradientClipper(
+                run.optimizer, 2.0, log=writer if kind == "writer" else tmp_path
+            ) as clipper,
         ):
             writer.add_scalar("before", first, 100)
             clipper.steps = first
@@ -153,8 +118,7 @@ def test_run_that_wrote_only_some_steps(tmp_path):
 
 def test_first_run_writes_no_marks_of_a_restart(tmp_path, training, caplog):
     """TensorBoard says something in its log about each of them."""
-    runs = training(), training()
-    writer = SummaryWriter(str(tmp_path))
+    runs, writer = (training(), training()), SummaryWriter(str(tmp_path))
     clippers = [GradientClipper(run.optimizer, 2.0, log=tmp_path) for run in runs]
     for run in runs:
         run.take(1.0, 1.0)
@@ -167,8 +131,7 @@ def test_first_run_writes_no_marks_of_a_restart(tmp_path, training, caplog):
 def test_files_of_a_machine_whose_clock_is_ahead(tmp_path, monkeypatch):
     """A run that continues on another machine writes a file that still sorts last."""
     for first, ahead in ((0, 10_000), (5, 0)):
-        name = "gradclip.records.sinks.tensorboard._LOADED_AT"
-        monkeypatch.setattr(name, 1_700_000_000 + ahead)
+        monkeypatch.setattr(LOADED_AT, 1_700_000_000 + ahead)
         log_run(tmp_path, *[1.0] * 10, first=first)
     assert steps_in(tmp_path)[PRE] == [*range(15)]
 

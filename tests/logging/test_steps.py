@@ -12,66 +12,26 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 
-from gradclip import ArgumentError, GradientClipper, LoggedStep, MemorySink, Sink, __version__
+from gradclip import ArgumentError, GradientClipper, LoggedStep, MemorySink, __version__
+from tests.support.curves import Kept, log_named, log_run
 
 NAN, INF = math.nan, math.inf
 
 
-class Kept(Sink):
-    """Keeps the batches it gets, and the names of the methods that are called."""
-
-    def __init__(self, flush_every=100):
-        self.flush_every, self.batches, self.norms, self.calls = flush_every, [], [], []
-
-    def write(self, steps):
-        self.batches.append([step.step for step in steps])
-        self.norms += [step.norm for step in steps]
-        self.calls.append("write")
-
-    def flush(self):
-        self.calls.append("flush")
-
-    def close(self):
-        self.calls.append("close")
-
-
-def logged_rows(*steps, thresholds=(1.0,), order=2.0, nonfinite="zero"):
-    """Take a step with each tuple of norms, which have a threshold each; return the rows."""
-    sink, parameters = MemorySink(), [nn.Parameter(torch.zeros(1)) for _ in thresholds]
-    groups = [
-        {"params": [parameter], "max_norm": threshold}
-        for parameter, threshold in zip(parameters, thresholds, strict=True)
-    ]
-    options = {"norm_type": order, "nonfinite": nonfinite, "log": sink}
-    if len(groups) == 1:
-        options["max_norm"] = groups[0].pop("max_norm")
-    optimizer = torch.optim.SGD(groups, lr=0.0)
-    with GradientClipper(optimizer, **{"max_norm": 1.0, **options}):
-        for norms in steps:
-            for parameter, norm in zip(parameters, norms, strict=True):
-                parameter.grad = torch.tensor([norm])
-            optimizer.step()
+def logged_rows(*steps, log=log_run, **options):
+    """Return the rows of steps with these norms."""
+    sink = MemorySink()
+    log(sink, *steps, **{"max_norm": 1.0, **options})
     return sink.steps
 
 
 def test_row_of_one_norm():
-    (row,) = logged_rows((4.0,))
-    assert row == LoggedStep(
-        step=0,
-        wall_time=ANY,
-        norm=4.0,
-        clipped_norm=1.0,
-        threshold=1.0,
-        coefficient=0.25,
-        nonfinite=False,
-        skipped=False,
-        clip_rate=1.0,
-        nonfinite_steps=0,
-        skipped_steps=0,
-    )
-    assert [type(value) for value in row] == (
-        [int] + [float] * 5 + [bool] * 2 + [float] + [int] * 2 + [type(None)] * 2
-    )
+    [row] = logged_rows(4.0)
+    numbers = {"norm": 4.0, "clipped_norm": 1.0, "threshold": 1.0, "coefficient": 0.25}
+    counts = {"clip_rate": 1.0, "nonfinite_steps": 0, "skipped_steps": 0}
+    assert row == LoggedStep(0, ANY, **numbers, nonfinite=False, skipped=False, **counts)
+    kinds = [int] + [float] * 5 + [bool] * 2 + [float] + [int] * 2 + [type(None)] * 2
+    assert [*map(type, row)] == kinds
 
 
 @pytest.mark.parametrize(
@@ -80,33 +40,31 @@ def test_row_of_one_norm():
 )
 def test_row_of_several_norms(order, before, after):
     """The totals are in the order of the norms."""
-    (row,) = logged_rows((2.0, 3.0, 6.0), thresholds=(1.0, 5.0, 3.0), order=order)
-    assert row.norm == pytest.approx(before, rel=1e-15)
-    assert row.clipped_norm == pytest.approx(after, rel=1e-15)
+    options = {"limits": (1.0, 5.0, 3.0), "norm_type": order}
+    [row] = logged_rows("abc", (2.0, 3.0, 6.0), log=log_named, **options)
+    assert (row.norm, row.clipped_norm) == pytest.approx((before, after), rel=1e-15)
     assert row.threshold is None, "there is more than one"
     assert (row.coefficient, row.clip_rate) == (0.5, 2 / 3)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0])
 def test_threshold(threshold):
-    assert logged_rows((1.0,), thresholds=(threshold,))[0].threshold == threshold
+    assert logged_rows(1.0, max_norm=threshold)[0].threshold == threshold
 
 
 @pytest.mark.parametrize("policy", ["zero", "skip"])
 def test_norms_that_are_not_finite(policy):
     """They are counted apart and enter no rate, which is 0 before the first finite norm."""
-    rows = logged_rows((NAN,), (4.0,), (INF,), (1.0,), nonfinite=policy)
+    rows, skips = logged_rows(NAN, 4.0, INF, 1.0, nonfinite=policy), policy == "skip"
+    assert [row.norm for row in rows] == pytest.approx([NAN, 4.0, INF, 1.0], nan_ok=True)
     assert [row.clip_rate for row in rows] == [0.0, 1.0, 1.0, 0.5]
     assert [row.nonfinite for row in rows] == [True, False, True, False]
     assert [row.nonfinite_steps for row in rows] == [1, 1, 2, 2]
-    skips = policy == "skip"
     assert [row.skipped for row in rows] == [skips, False, skips, False]
     assert [row.skipped_steps for row in rows] == [skips, skips, 2 * skips, 2 * skips]
-    assert math.isnan(rows[0].norm)
-    assert rows[2].norm == INF
     if policy == "zero":
         assert [row.clipped_norm for row in rows] == [0.0, 1.0, 0.0, 1.0]
-    (row,) = logged_rows((NAN, 2.0), thresholds=(1.0, 1.0))
+    [row] = logged_rows("ab", (NAN, 2.0), log=log_named, limits=(1.0, 1.0))
     assert (row.nonfinite, row.nonfinite_steps, row.clip_rate) == (True, 1, 1.0)
     assert (row.clipped_norm, row.coefficient) == (1.0, 0.0)
 
@@ -123,13 +81,9 @@ def test_counters_go_on_from_a_state(training, log):
         state["counters"] |= {"clipped": 3, "finite": 10, "nonfinite_steps": 2}
         clipper.load_state_dict(state)
         run.take(1.0, NAN)
-        assert clipper.state_dict()["counters"] == {
-            "clipped": 3,
-            "finite": 11,
-            "nonfinite_steps": 3,
-            "skipped_steps": 1,
-            "skipped_in_a_row": 1,
-        }
+        counts = {"clipped": 3, "finite": 11, "nonfinite_steps": 3}
+        skips = {"skipped_steps": 1, "skipped_in_a_row": 1}
+        assert clipper.state_dict()["counters"] == counts | skips
 
 
 def test_surroundings_do_not_enter_the_numbers(training):
@@ -159,14 +113,14 @@ def test_batches(training):
     clipper.close()
     clipper.flush()
     assert often.batches == seldom.batches == [[0, 1], [2, 3], [4]]
-    assert often.calls == ["write", "write", "write", "flush", "close"]
+    assert often.calls == ["begin", "write", "write", "write", "flush", "close"]
     assert clipper.state_dict()["counters"]["finite"] == 5
 
 
 @pytest.mark.parametrize("flush_every", [0, -1, 2.0, "10", None, True])
 def test_invalid_flush_every_is_refused(training, flush_every):
     with pytest.raises(ArgumentError) as caught:
-        GradientClipper(training().optimizer, 1.0, log=Kept(flush_every))
+        GradientClipper(training().optimizer, 1.0, log=Kept(flush_every=flush_every))
     needed = f"Kept.flush_every is {flush_every!r}: give a whole number >= 1 and < 2**62."
     assert str(caught.value) == needed
 
@@ -190,30 +144,21 @@ def test_collected_clipper_writes_the_rest(training, mode):
     with mode():
         gc.collect()
     assert clipper() is None
-    assert (sink.norms, sink.calls) == ([5.0], ["write", "flush", "close"])
+    assert [step.norm for step in sink.steps] == [5.0]
+    assert sink.calls == ["begin", "write", "flush", "close"]
 
 
 def test_sinks_get_the_settings_once():
-    class Listening(Kept):
-        def begin(self, settings):
-            self.settings = dict(settings)
+    """Also behind one that fails there."""
 
-    class Deaf(Listening):
-        def begin(self, settings):
-            raise ValueError("deaf")
+    def fail():
+        raise ValueError("deaf")
 
-    listening = Listening()
+    listening = Kept()
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2)) for _ in range(3)])
-    with pytest.warns(RuntimeWarning, match="Deaf failed and may miss steps: ValueError: deaf"):
-        GradientClipper(optimizer, 2.5, scope="parameter", log=[Deaf(), listening])
-    assert (
-        listening.settings
-        | {
-            "max_norm": "Fixed(2.5)",
-            "optimizer": "SGD",
-            "scope": "parameter",
-            "norms": "3: group 0, parameter 0, group 0, parameter 1, group 0, parameter 2",
-            "gradclip": __version__,
-        }
-        == listening.settings
-    )
+    with pytest.warns(RuntimeWarning, match="Kept failed and may miss steps: ValueError: deaf"):
+        GradientClipper(optimizer, 2.5, scope="parameter", log=[Kept(fail, "begin"), listening])
+    names = ", ".join(f"group 0, parameter {index}" for index in range(3))
+    options = {"max_norm": "Fixed(2.5)", "optimizer": "SGD", "scope": "parameter"}
+    needed = {**options, "norms": f"3: {names}", "gradclip": __version__}
+    assert listening.settings.items() >= needed.items()

@@ -1,4 +1,4 @@
-"""Curves in TensorBoard: tags, values, batches, and which sink writes under which prefix."""
+"""Curves in TensorBoard: tags, values, files, and which sink writes under which prefix."""
 
 import gc
 import math
@@ -17,24 +17,24 @@ PRE = "grad_norm/pre"
 
 
 def test_values_and_times(tmp_path, training):
-    """Every step is written, with its values and its own wall time."""
+    """Every step is written, with its own wall time, and what is beyond float32 as infinite."""
     run, times = training(), []
     with GradientClipper(run.optimizer, 2.0, nonfinite="skip", log=tmp_path):
-        for norm in (4.0, 1.0, math.inf, 8.0):
+        for norm in (4.0, 1.0, math.inf, 8.0, 1e100):
             begin = time.time()
             run.take(norm)
             times.append((begin, time.time()))
     curves = curves_in(tmp_path)
     assert {tag: [point.value for point in points] for tag, points in curves.items()} == {
-        PRE: [4.0, 1.0, math.inf, 8.0],
-        "grad_norm/post": [2.0, 1.0, math.inf, 2.0],
-        "grad_norm/threshold": [2.0] * 4,
-        "grad_norm/clip_rate": pytest.approx([1.0, 0.5, 0.5, 2 / 3]),
-        "grad_norm/nonfinite_steps": [0, 0, 1, 1],
-        "grad_norm/skipped_steps": [0, 0, 1, 1],
+        PRE: [4.0, 1.0, math.inf, 8.0, math.inf],
+        "grad_norm/post": [2.0, 1.0, math.inf, 2.0, 2.0],
+        "grad_norm/threshold": [2.0] * 5,
+        "grad_norm/clip_rate": pytest.approx([1.0, 0.5, 0.5, 2 / 3, 0.75]),
+        "grad_norm/nonfinite_steps": [0, 0, 1, 1, 1],
+        "grad_norm/skipped_steps": [0, 0, 1, 1, 1],
     }
     for points in curves.values():
-        assert [point.step for point in points] == [0, 1, 2, 3]
+        assert [point.step for point in points] == [0, 1, 2, 3, 4]
         for point, (begin, end) in zip(points, times, strict=True):
             assert begin <= point.wall_time <= end
 
@@ -48,37 +48,6 @@ def test_threshold(tmp_path):
     assert (steps["grad_norm/threshold"], steps[PRE]) == ([1, 3], [0, 1, 2, 3])
 
 
-def test_batches(tmp_path, training):
-    """A batch is written when it is full, and at flush."""
-    run, sink = training(), TensorBoardSink(tmp_path, flush_every=3)
-    with GradientClipper(run.optimizer, 1.0, log=sink) as clipper:
-        run.take(1.0, 1.0)
-        assert os.listdir(tmp_path) == []
-        run.take(1.0, 1.0)
-        assert steps_in(tmp_path)[PRE] == [0, 1, 2]
-        clipper.flush()
-        assert steps_in(tmp_path)[PRE] == [0, 1, 2, 3]
-        assert len(os.listdir(tmp_path)) == 1
-
-
-def test_every(tmp_path):
-    """Each step whose index is a multiple of ``every`` is written, with the counts of all."""
-    norms = [4.0] * 5 + [math.nan] * 5 + [1.0] * 11
-    log_run(TensorBoardSink(tmp_path / "a", every=10), *norms)
-    assert all(steps == [0, 10, 20] for steps in steps_in(tmp_path / "a").values())
-    values = values_in(tmp_path / "a")
-    assert values["grad_norm/nonfinite_steps"] == [0, 5, 5]
-    assert values["grad_norm/clip_rate"] == [1.0, pytest.approx(5 / 6), 0.3125]
-    log_run(TensorBoardSink(tmp_path / "b", every=10, flush_every=3), *[1.0] * 20, first=7)
-    assert steps_in(tmp_path / "b")[PRE] == [10, 20]
-
-
-def test_norm_beyond_float32(tmp_path):
-    """Scalars in event files are float32: such a norm is infinite, and the curve goes on."""
-    log_run(tmp_path, 1e100, 1.0)
-    assert values_in(tmp_path)[PRE] == [math.inf, 1.0]
-
-
 AGAIN = {
     "same": str,
     "trailing slash": lambda path: f"{path}/",
@@ -86,30 +55,35 @@ AGAIN = {
     "dots": lambda path: path / ".." / path.name,
     "link": lambda path: path.with_name("link"),
     "writer": lambda path: SummaryWriter(str(path)),
+    "same writer": lambda path: SummaryWriter(str(path)),
 }
 
 
 @pytest.mark.parametrize("again", AGAIN)
 def test_second_clipper_in_the_same_place(tmp_path, training, again):
-    """However the place is given, the second clipper writes under a second prefix."""
+    """However the place is given, the second clipper writes under second prefixes."""
     path, runs = tmp_path / "run", (training(), training())
     (tmp_path / "link").symlink_to(path)
     where = AGAIN[again](path)
-    with where if again == "writer" else nullcontext():
+    with where if "writer" in again else nullcontext():
         clippers = [
-            GradientClipper(run.optimizer, 1.0, log=log)
-            for run, log in zip(runs, (path, where), strict=True)
+            GradientClipper(run.optimizer, 1.0, log=TensorBoardSink(place, per_parameter="all"))
+            for run, place in zip(runs, (where if "same" in again else path, where), strict=True)
         ]
-        runs[0].take(1.0)
-        runs[1].take(1.0, 1.0)
+        runs[0].take(5.0)
+        runs[1].take(1.0, 2.0)
         clippers[0].close()
-        runs[1].take(1.0)
+        runs[1].take(3.0)
         clippers[1].close()
     # TensorBoard without its data server follows only one file in a directory.
     assert len(os.listdir(path)) == (2 if again == "writer" else 1)
-    steps = steps_in(path)
-    assert set(steps) == TAGS | SECOND_TAGS
-    assert (steps[PRE], steps["grad_norm_2/pre"]) == ([0], [0, 1, 2])
+    norms = {
+        (PRE, "parameter_norm/group 0, parameter 0"): [5.0],
+        ("grad_norm_2/pre", "parameter_norm_2/group 0, parameter 0"): [1.0, 2.0, 3.0],
+    }
+    values = values_in(path)
+    assert set(values) == TAGS | SECOND_TAGS | {tag for tags in norms for tag in tags}
+    assert all(values[tag] == needed for tags, needed in norms.items() for tag in tags)
 
 
 @pytest.mark.parametrize("end", ["close", "collection"])
@@ -162,23 +136,17 @@ def test_users_writer(tmp_path, training, monkeypatch):
     assert len(os.listdir(tmp_path)) == 1
 
 
-def test_writer_that_its_user_has_closed(tmp_path, training):
+@pytest.mark.parametrize("closed", [True, False])
+def test_writer_that_is_closed_or_to_no_local_directory(tmp_path, training, monkeypatch, closed):
     """The last steps reach it all the same."""
     run = training()
-    with (
-        SummaryWriter(str(tmp_path)) as writer,
-        GradientClipper(run.optimizer, 2.0, log=writer),
-    ):
-        run.take(4.0)
-        writer.close()
-    assert steps_in(tmp_path)[PRE] == [0]
-    writer.close()
-
-
-def test_writer_to_no_local_directory(tmp_path, monkeypatch):
     with SummaryWriter(str(tmp_path)) as writer:
-        monkeypatch.setattr(writer, "get_logdir", lambda: "s3://bucket/run")
-        log_run(writer, 4.0)
+        if not closed:
+            monkeypatch.setattr(writer, "get_logdir", lambda: "s3://bucket/run")
+        with GradientClipper(run.optimizer, 2.0, log=writer):
+            run.take(4.0)
+            if closed:
+                writer.close()
     assert steps_in(tmp_path)[PRE] == [0]
 
 
@@ -199,24 +167,3 @@ def test_file_sorts_before_that_of_a_later_writer(tmp_path, training):
     with SummaryWriter(str(tmp_path)), clipper:
         run.take(1.0)
     assert sorted(os.listdir(tmp_path))[0].endswith("-gradclip")
-
-
-@pytest.mark.parametrize("of_writer", [False, True])
-def test_parameter_norms_of_two_clippers(tmp_path, training, of_writer):
-    """They stay apart, by the prefix of their clipper."""
-    with SummaryWriter(str(tmp_path)) if of_writer else nullcontext(tmp_path) as where:
-        runs = training(), training()
-        sinks = [TensorBoardSink(where, per_parameter="all") for _ in runs]
-        clippers = [
-            GradientClipper(run.optimizer, 1.0, log=sink)
-            for run, sink in zip(runs, sinks, strict=True)
-        ]
-        for norm, (run, clipper) in enumerate(zip(runs, clippers, strict=True), 1):
-            run.take(norm)
-            clipper.flush()
-        for clipper in clippers:
-            clipper.close()
-    values = values_in(tmp_path)
-    assert set(values) > TAGS | SECOND_TAGS
-    for norm, prefix in enumerate(("parameter_norm", "parameter_norm_2"), 1):
-        assert values[f"{prefix}/group 0, parameter 0"] == [norm]

@@ -6,14 +6,15 @@ import io
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
 
-from gradclip import GradientClipper
+from gradclip import GradientClipper, LoggedStep, Sink
 from gradclip.report import Run, read_runs
 
 from .clippers import Training
@@ -32,6 +33,64 @@ def log_run(
         clipper.steps = first
         run.take(*norms)
     return clipper
+
+
+def log_named(
+    log: Any, names: str, *steps: Sequence[float | None], limits: Any = (), **options: Any
+) -> None:
+    """Take steps at which named parameters have gradients with these norms, or None.
+
+    With limits each parameter has a norm and a threshold of its own.
+    """
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in names]
+    groups = [{"params": [named]} for named in zip(names, parameters, strict=True)]
+    for group, limit in zip(groups, limits, strict=False):
+        group["max_norm"] = limit
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    with GradientClipper(optimizer, **{"max_norm": 1.0, "log": log, **options}):
+        for norms in steps:
+            for parameter, norm in zip(parameters, norms, strict=True):
+                parameter.grad = None if norm is None else torch.full((1,), norm)
+            optimizer.step()
+
+
+class Kept(Sink):
+    """Keeps the steps that it gets and the methods that are called; some of them act first."""
+
+    def __init__(
+        self, act: Any = int, *methods: str, flush_every: int = 100, per_parameter: int = 0
+    ) -> None:
+        self.act, self.methods = act, methods or ("write",)
+        self.flush_every, self.per_parameter = flush_every, per_parameter
+        self.settings: Mapping[str, str] = {}
+        self.calls: list[str] = []
+        self.batches: list[list[int]] = []
+        self.steps: list[LoggedStep] = []
+
+    def begin(self, settings: Mapping[str, str]) -> None:
+        self._call("begin")
+        self.settings = {**settings}
+
+    def write(self, steps: Sequence[LoggedStep]) -> None:
+        self._call("write")
+        self.steps += steps
+        self.batches.append([step.step for step in steps])
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str) -> None:
+        self.calls.append(method)
+        if method in self.methods:
+            self.act()
+
+
+def indices_in(sink: Any) -> list[int]:
+    """Return the indices of the steps that a sink keeps."""
+    return [step.step for step in sink.steps]
 
 
 def runs_in(path: os.PathLike[str]) -> list[Run]:

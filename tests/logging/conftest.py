@@ -1,3 +1,0 @@
-from tests.support.forks import _children, children
-
-__all__ = ["_children", "children"]  # fixtures

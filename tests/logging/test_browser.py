@@ -1,4 +1,4 @@
-"""Charts, curves and settings that TensorBoard draws of a demo run, in a browser."""
+"""Charts and curves that TensorBoard draws of a demo run, in a browser."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,6 @@ CHARTS = {
     "clip rate": ("clip_rate",),
     "steps not finite, steps skipped": ("nonfinite_steps", "skipped_steps"),
 }
-WINDOW = (1400, 900)
 SAMPLE = 1000
 """Points of a curve that TensorBoard keeps when it is not told otherwise."""
 
@@ -30,22 +29,8 @@ ARTEFACTS = Path(__file__).parents[2] / "build" / "artefacts"
 
 @pytest.fixture(scope="module")
 def page():
-    with chromium(*WINDOW) as page:
+    with chromium(1400, 900) as page:
         yield page
-
-
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--steps", str(STEPS), "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(demo_run):
-    with tensorboard(demo_run, demo_run / "messages") as server:
-        wait_for(server, *RUNS, last=STEPS - 1)
-        yield server
 
 
 def wait_for(server, *runs, last):
@@ -60,13 +45,8 @@ def wait_for(server, *runs, last):
             eventually(lambda run=run, tag=f"grad_norm/{name}": newest(run, tag))
 
 
-def names_in(title, *runs):
-    """Return what TensorBoard calls the curves of a chart."""
-    return {f"grad_norm/{name} ({run})" for run in runs for name in CHARTS[title]}
-
-
 def in_the_log(folder, runs, title):
-    """Return the curves that a chart should show."""
+    """Return the curves that a chart should show, by the names that TensorBoard gives them."""
     logs = {run: curves_in(folder / run) for run in runs}
     return {
         f"grad_norm/{name} ({run})": [(p.step, p.value) for p in log[f"grad_norm/{name}"]]
@@ -75,23 +55,26 @@ def in_the_log(folder, runs, title):
     }
 
 
-def test_every_chart_shows_each_point_of_the_log(page, server, demo_run):
+def test_every_chart_shows_each_point_of_the_log(page, tmp_path):
     """The overlay, enlarged and with its legend open, is drawn in a colour for each run."""
-    page.show(server.address, OVERLAY, names_in(OVERLAY, *RUNS))
-    curves = sum(len(RUNS) * len(names) for names in CHARTS.values())
-    charts = page.until(
-        page.curves,
-        lambda charts: sum(map(len, charts.values())) >= curves,
-        f"{curves} curves in all charts",
-    )
-    assert charts == {title: in_the_log(demo_run, RUNS, title) for title in CHARTS}
+    assert main(["demo", "--steps", str(STEPS), "--out", str(tmp_path)]) == 0
+    logged = {title: in_the_log(tmp_path, RUNS, title) for title in CHARTS}
+    with tensorboard(tmp_path, tmp_path / "messages") as server:
+        wait_for(server, *RUNS, last=STEPS - 1)
+        page.show(server.address, OVERLAY, logged[OVERLAY].keys())
+        charts = page.until(
+            page.curves,
+            lambda charts: sum(map(len, charts.values())) >= sum(map(len, logged.values())),
+            "the curves of all charts",
+        )
+        lines = page.until(
+            lambda: page.lines(OVERLAY),
+            lambda lines: all(vertices >= STEPS for _, vertices in lines.values()),
+            f"{STEPS} points of each line",
+        )
+    assert charts == logged
     assert {len(points) for chart in charts.values() for points in chart.values()} == {STEPS}
-    lines = page.until(
-        lambda: page.lines(OVERLAY),
-        lambda lines: all(vertices >= STEPS for _, vertices in lines.values()),
-        f"{STEPS} points of each line",
-    )
-    assert lines.keys() == names_in(OVERLAY, *RUNS)
+    assert lines.keys() == logged[OVERLAY].keys()
     assert {vertices for _, vertices in lines.values()} == {STEPS}
     colours = {(name.rpartition(" ")[2], colour) for name, (colour, _) in lines.items()}
     assert len(colours) == len(dict(colours)) == len({colour for _, colour in colours}) == len(RUNS)
@@ -109,7 +92,7 @@ def test_of_a_long_run_a_sample_is_shown_unless_all_is_asked_for(page, tmp_path,
     assert {len(points) for points in logged.values()} == {1500}
     with tensorboard(tmp_path / "logs", tmp_path / "messages", *options) as server:
         wait_for(server, "long", last=1499)
-        page.show(server.address, OVERLAY, names_in(OVERLAY, "long"))
+        page.show(server.address, OVERLAY, logged.keys())
         shown = page.curves()[OVERLAY]
     assert {name: len(points) for name, points in shown.items()} == dict.fromkeys(logged, kept)
     for name, points in shown.items():

@@ -12,29 +12,19 @@ COLUMNS = [name for name in LoggedStep._fields[1:] if name != "parameter_norms"]
 
 def kept_steps(*norms, **options):
     """Return a sink that keeps steps with these norms."""
-    sink = MemorySink(**options)
-    log_run(sink, *norms)
+    log_run(sink := MemorySink(**options), *norms)
     return sink
 
 
-def test_table_has_a_row_for_each_step():
+def test_table_has_a_row_for_each_step_and_a_column_for_each_parameter():
     table = kept_steps(4.0, 1.0).to_pandas()
     assert table.index.name == "step"
     assert list(table.columns) == COLUMNS == list(MemorySink().to_pandas().columns)
     assert table["norm"].tolist() == [4.0, 1.0]
     assert table.loc[1, "threshold"] == 2.0
-
-
-def test_table_has_a_column_for_each_parameter():
     table = kept_steps(5.0, 3.0, 4.0, per_parameter=1, per_parameter_every=2).to_pandas()
     assert list(table.columns) == [*COLUMNS, "parameter_norm/group 0, parameter 0"]
     assert table.iloc[:, -1].fillna(-1).tolist() == [5.0, -1, 4.0]
-
-
-def test_without_pandas(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="pandas"):
-        kept_steps(1.0).to_pandas()
 
 
 def test_picture_shows_the_steps_with_parameter_norms(tmp_path):
@@ -58,22 +48,29 @@ def test_picture_shows_the_steps_with_parameter_norms(tmp_path):
 
 
 def test_picture_takes_the_later_of_steps_that_come_again():
-    sink = MemorySink()
-    log_run(sink, 1.0, 5.0)
+    sink = kept_steps(1.0, 5.0)
     log_run(sink, 2.0, 6.0, first=1)
     assert sink.plot().axes[0].get_lines()[0].get_ydata().tolist() == [1.0, 2.0, 6.0]
 
 
 def test_picture_of_nothing_or_at_another_path(tmp_path):
-    with pytest.raises(ArgumentError, match="no steps to draw yet.*flush"):
-        MemorySink().plot(tmp_path / "a.png")
-    with pytest.raises(ArgumentError, match="ends with .png or .svg"):
-        kept_steps(4.0).plot(tmp_path / "a.pdf")
+    for norms, name, needed in (
+        ((), "a.png", "no steps to draw yet.*flush"),
+        ((4.0,), "a.pdf", "ends with .png or .svg"),
+    ):
+        with pytest.raises(ArgumentError, match=needed):
+            kept_steps(*norms).plot(tmp_path / name)
     assert [*tmp_path.iterdir()] == []
 
 
-def test_without_matplotlib(monkeypatch):
-    sink = kept_steps(4.0)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "gradclip\[report\]"'):
-        sink.plot()
+@pytest.mark.parametrize(
+    ("module", "method", "needed"),
+    [
+        ("pandas", MemorySink.to_pandas, "pandas"),
+        ("matplotlib.figure", MemorySink.plot, r'pip install "gradclip\[report\]"'),
+    ],
+)
+def test_library_that_is_missing(monkeypatch, module, method, needed):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=needed):
+        method(kept_steps(4.0))

@@ -43,12 +43,10 @@ def test_norm_of_gradients_set_to_0_is_0(norm):
 
 
 def test_repr_names_the_values_a_user_reads():
-    assert repr(record_of([4.0], [1.0], [0.25])) == (
-        "ClipRecord(step=3, norm=tensor(4., dtype=torch.float64), "
-        "clipped_norm=tensor(1., dtype=torch.float64), "
-        "threshold=tensor(1., dtype=torch.float64), "
-        "coefficient=tensor(0.2500, dtype=torch.float64), nonfinite=tensor(False))"
-    )
+    numbers = {"norm": "4.", "clipped_norm": "1.", "threshold": "1.", "coefficient": "0.2500"}
+    shown = [f"{name}=tensor({number}, dtype=torch.float64)" for name, number in numbers.items()]
+    needed = f"ClipRecord({', '.join(['step=3', *shown, 'nonfinite=tensor(False)'])})"
+    assert repr(record_of([4.0], [1.0], [0.25])) == needed
 
 
 def test_records_compare_by_identity_and_cannot_be_changed():

@@ -1,4 +1,4 @@
-"""TensorBoard's page in a headless Chromium: what it draws, and pictures of it."""
+"""TensorBoard's page in a headless Chromium: what it draws, and a picture of it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,6 @@ const all = (selector, root = document) => [...root.querySelectorAll("*")].flatM
 const cards = () => all("tf-custom-scalar-multi-line-chart-card");
 const card = title => cards().find(card => card.title === title);
 const chart = card => all("vz-line-chart2", card.shadowRoot)[0]?._chart;
-const box = element => {
-  const {left, top, width, height} = element.getBoundingClientRect();
-  return [left, top, width, height];
-};
 """
 
 _CURVES = """
@@ -61,9 +57,12 @@ return Object.fromEntries(plot.datasets().map((curve, index) => [
 ]));
 """
 
-_NEXT_FRAME = """
-requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()));
+_PLACES = """
+return all("tf-card-heading, .match-list-entry, .tick-label, svg", card(arguments[0]).shadowRoot)
+  .map(part => [part.textContent.trim(), JSON.stringify(part.getBoundingClientRect())]);
 """
+
+_NEXT_FRAME = "requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()));"
 
 _PRESS = """
 const found = card(arguments[0]) && all(arguments[1], card(arguments[0]).shadowRoot)[0];
@@ -77,23 +76,8 @@ if (ignore?.checked) ignore.click();
 return ignore && !ignore.checked;
 """
 
-_LABELS = """
-const found = card(arguments[0]).shadowRoot;
-const wanted = "tf-card-heading, .match-list-entry, .tick-label";
-return all(wanted, found).map(label => {
-  const style = getComputedStyle(label);
-  const visible = style.visibility === "visible" && parseFloat(style.opacity) > 0;
-  const text = (label.textContent || label.displayName).trim();
-  return visible ? [text.replace(/\\s+/g, " "), parseFloat(style.fontSize), box(label)] : null;
-}).filter(Boolean);
-"""
-
-EXPAND, LOGARITHMIC, MATCHES = (
-    "[icon=fullscreen]",
-    "[title='Toggle y-axis log scale']",
-    ".toggle-matches-button",
-)
-"""Buttons of a chart."""
+BUTTONS = ("[icon=fullscreen]", "[title='Toggle y-axis log scale']", ".toggle-matches-button")
+"""Buttons of a chart: enlarge it, make its axis logarithmic, open its legend."""
 
 
 def missing() -> str | None:
@@ -107,11 +91,6 @@ class Page:
 
     def __init__(self, driver: Chrome) -> None:
         self._driver = driver
-
-    def open(self, address: str) -> None:
-        """Load a page, also one that differs from the last after the # alone."""
-        self._driver.get("about:blank")
-        self._driver.get(address)
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Return what a script returns; it knows ``all(selector)``, inside shadow roots too."""
@@ -146,21 +125,6 @@ class Page:
         """Return colour and number of vertices of each line that is drawn in a chart."""
         return {name: tuple(line) for name, line in self.run(_LINES, title).items()}
 
-    def press(self, title: str, button: str) -> None:
-        """Press a button of a chart."""
-        self.until(lambda: self.run(_PRESS, title, button), what=f"{button} of {title!r}")
-
-    def steady(self, look: Callable[[], Any]) -> Any:
-        """Look until what is seen has stopped to change, and return it."""
-        looks: list[Any] = []
-
-        def again() -> list[Any]:
-            self._driver.execute_async_script(_NEXT_FRAME)
-            looks.append(look())
-            return looks[-5:]
-
-        return self.until(again, lambda last: len(last) == 5 and last.count(last[0]) == 5)[0]
-
     def show(self, address: str, title: str, names: set[str]) -> None:
         """Open the charts, enlarge one, and show it on a logarithmic axis, with its legend.
 
@@ -169,14 +133,15 @@ class Page:
             title: Of the chart.
             names: Of its curves, for which to wait.
         """
-        self.open(f"{address}#custom_scalars&_smoothingWeight=0")
+        self._driver.get("about:blank")  # or an address that differs after the # loads nothing
+        self._driver.get(f"{address}#custom_scalars&_smoothingWeight=0")
         self.until(
             lambda: {name for name, points in self.curves().get(title, {}).items() if points},
             lambda seen: seen >= names,
             f"the curves {sorted(names)} of the chart {title!r}",
         )
-        for button in (EXPAND, LOGARITHMIC, MATCHES):
-            self.press(title, button)
+        for button in BUTTONS:
+            self.until(lambda button=button: self.run(_PRESS, title, button), what=button)
         # Otherwise the axis ends before the largest values.
         self.until(lambda: self.run(_EVERY_VALUE), what="the box for outliers")
         self.until(
@@ -184,35 +149,25 @@ class Page:
             lambda lines: all(vertices for _, vertices in lines.values()),
             f"the lines of the chart {title!r}",
         )
-        self.steady(lambda: [self.lines(title), self.labels(title), self.place(title)])
+        looks: list[Any] = []
 
-    def labels(self, title: str) -> list[tuple[str, float, list[float]]]:
-        """Return the labels of a chart that are visible: text, size of type, and place."""
-        return [tuple(label) for label in self.run(_LABELS, title)]
+        def look() -> list[Any]:
+            self._driver.execute_async_script(_NEXT_FRAME)
+            looks.append((self.lines(title), self.run(_PLACES, title)))
+            return looks[-5:]
 
-    def place(self, title: str, part: str = "") -> list[float]:
-        """Return left, top, width and height of a chart's card, or of a part of it."""
-        script = "const found = card(arguments[0]); const part = arguments[1];"
-        script += "return box(part ? all(part, found.shadowRoot)[0] : found);"
-        return self.run(script, title, part)
+        self.until(look, lambda last: len(last) == 5 and last.count(last[0]) == 5, "no movement")
 
-    def picture(self, path: Path, place: list[float] | None = None) -> None:
-        """Write a PNG of the window, or of a part of it."""
-        options: dict[str, Any] = {"format": "png"}
-        if place:
-            options["clip"] = dict(zip(("x", "y", "width", "height"), place, strict=True))
-            options["clip"]["scale"] = 1
-        taken = self._driver.execute_cdp_cmd("Page.captureScreenshot", options)
+    def picture(self, path: Path) -> None:
+        """Write a PNG of the window."""
+        taken = self._driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(taken["data"]))
 
 
 @contextmanager
-def chromium(width: int, height: int, scale: int = 1) -> Iterator[Page]:
-    """Start the browser that the system has, with a window of this size inside; download nothing.
-
-    The scale is the number of pixels of the screen for each of the page, along each side.
-    """
+def chromium(width: int, height: int) -> Iterator[Page]:
+    """Start the browser that the system has, with a window of this size; download nothing."""
     # Only here: who runs the other tests need not have it.
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
@@ -224,10 +179,8 @@ def chromium(width: int, height: int, scale: int = 1) -> Iterator[Page]:
         options.add_argument(flag)
     driver = Chrome(options=options, service=Service(shutil.which(PROGRAMS[1])))
     try:
-        driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False},
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         yield Page(driver)
     finally:
         driver.quit()

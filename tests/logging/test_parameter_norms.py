@@ -24,7 +24,7 @@ def logged_norms(parameters, **options):
     return step.parameter_norms
 
 
-def norms_in(sink):
+def parameter_norms_in(sink):
     return [step.parameter_norms for step in sink.steps]
 
 
@@ -32,7 +32,7 @@ def test_mapping():
     """A copy holds the norms of its step alone, not those of the whole batch."""
     sink = Kept(per_parameter=1)
     log_named(sink, "abc", (3.0, 0.0, 4.0), (1.0, 1.0, 1.0))
-    norms, _ = norms_in(sink)
+    norms, _ = parameter_norms_in(sink)
     assert dict(norms) == {"a": 3.0, "b": 0.0, "c": 4.0}
     assert (len(norms), [*norms], repr(norms)) == (3, ["a", "b", "c"], repr(dict(norms)))
     copies = copy.deepcopy(norms), pickle.loads(pickle.dumps(norms))
@@ -48,7 +48,7 @@ def test_mapping():
 def test_largest_come_first(count, names):
     """NaN and infinity come before them."""
     log_named(sink := MemorySink(per_parameter=count), "abcde", (3.0, INF, 4.0, NAN, 1.0))
-    [norms] = norms_in(sink)
+    [norms] = parameter_norms_in(sink)
     assert [*(norms or "")] == [*names]
     assert not count or norms["c"] == 4.0
 
@@ -128,7 +128,7 @@ def test_parameters_of_several_optimizers():
         optimizers[1].step()
         model.brain.grad = torch.full((5,), 2.0, dtype=torch.bfloat16)
         optimizers[0].step()
-    one, other = norms_in(sink)
+    one, other = parameter_norms_in(sink)
     assert one == pytest.approx(needed, rel=1e-6)
     assert other["brain"] == pytest.approx(math.sqrt(20))
 
@@ -141,7 +141,7 @@ def test_parameter_that_is_added_has_a_name():
         optimizer.add_param_group({"params": [second]})
         optimizer.step()
     one, both = ("group 0, parameter 0", 2.0), ("group 1, parameter 0", 3.0)
-    assert [[*norms.items()] for norms in norms_in(sink)] == [[one], [one, both]]
+    assert [[*norms.items()] for norms in parameter_norms_in(sink)] == [[one], [one, both]]
 
 
 def test_parameters_that_are_moved_keep_their_names():
@@ -158,7 +158,7 @@ def test_parameters_that_are_moved_keep_their_names():
         second.reverse()
         model.wide.grad[0] = NAN
         optimizer.step()
-    one, other, third = norms_in(sink)
+    one, other, third = parameter_norms_in(sink)
     assert one == other == pytest.approx(needed, rel=1e-6)
     assert [*one] != [*other]
     assert [name for name, norm in third.items() if not math.isfinite(norm)] == ["wide"]
@@ -177,7 +177,7 @@ def test_scaled_gradient_has_its_true_norm(order, needed):
         scaler.scale((parameter * torch.tensor([3e-3, 4e-3])).sum()).backward()
         scaler.step(optimizer)
         scaler.update(8.0)  # in place, before anything is read
-    assert [*norms_in(sink)[0].values()] == [pytest.approx(needed)]
+    assert [*parameter_norms_in(sink)[0].values()] == [pytest.approx(needed)]
 
 
 @pytest.mark.parametrize("scope", ["global", "parameter", "unit"])

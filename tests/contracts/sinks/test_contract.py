@@ -87,7 +87,7 @@ def make_log(request, tmp_path):
     return lambda **options: request.param(tmp_path, options)
 
 
-def values_of(log, tag):
+def values_by_step(log, tag):
     """Return the values under a tag by step."""
     return {step: numbers[f"grad_norm/{tag}"] for step, numbers in log.numbers().items()}
 
@@ -106,13 +106,13 @@ def test_norms_before_and_after(make_log):
     """JSON has no number for norms that are not finite: there they are null."""
     made = make_log()
     log_run(made.sink, 4.0, math.nan, math.inf, 1.0, first=100)
-    before = values_of(made, "pre")
+    before = values_by_step(made, "pre")
     assert [*before] == [100, 101, 102, 103]
     if type(made) is Lines:
         assert [*before.values()] == [4.0, None, None, 1.0]
     else:
         assert [*before.values()] == pytest.approx([4.0, math.nan, math.inf, 1.0], nan_ok=True)
-    assert [*values_of(made, "post").values()] == [2.0, 0.0, 0.0, 1.0]
+    assert [*values_by_step(made, "post").values()] == [2.0, 0.0, 0.0, 1.0]
 
 
 def test_every_and_flush_every(make_log, training):
@@ -126,7 +126,7 @@ def test_every_and_flush_every(make_log, training):
         run.take(*[1.0] * 4)
         assert [*made.numbers()] == [9, 12]
         clipper.flush()
-        assert values_of(made, "clip_rate") == pytest.approx({9: 2 / 3, 12: 1 / 2, 15: 1 / 3})
+        assert values_by_step(made, "clip_rate") == pytest.approx({9: 2 / 3, 12: 1 / 2, 15: 1 / 3})
 
 
 @pytest.mark.parametrize(

@@ -1,201 +1,24 @@
 """A clipper's life in plain Python, written from the documentation; it calls nothing of gradclip.
 
-The rules and scopes say besides what a clipper is given to have them.
+The scopes say besides what a clipper is given to have them.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from gradclip import (
-    GradClipError,
-    NonFiniteGradientError,
-    Scope,
-    SkipLimitError,
-    thresholds,
-)
+from gradclip import GradClipError, NonFiniteGradientError, Scope, SkipLimitError
+from tests.models.rules import INF, Rule, model_norm
 
-INF, NAN = math.inf, math.nan
 LR = 0.5
 ABSENT = "absent"
 """The ``max_norm`` of a group that has no such key."""
-
-
-# What a rule allows, and what it learns
-
-
-class Rule:
-    """A rule for the largest norm, with a state for each norm that it rules."""
-
-    real: Callable[[], Any]
-    """Makes what the clipper is given."""
-    name = "Fixed"
-    """What a saved state calls it."""
-    fresh: Any = None
-    """The state of a norm that has seen nothing; None for a rule that learns nothing."""
-
-    def __init__(self) -> None:
-        self.labels: tuple[str, ...] = ()
-        self.states: list[Any] = []
-
-    def start(self, labels: tuple[str, ...]) -> None:
-        """Begin with these labels, or go on where they begin with those before."""
-        if labels[: len(self.labels)] != self.labels:
-            self.states = []
-        self.states += [copy.deepcopy(self.fresh) for _ in labels[len(self.states) :]]
-        self.labels = labels
-
-    def thresholds(self, norms: list[float], step: int, order: float) -> list[float]:
-        return [self.threshold(state, norm) for state, norm in zip(self.states, norms, strict=True)]
-
-    def threshold(self, state: Any, norm: float) -> float:
-        raise NotImplementedError
-
-    def learned(self, state: Any, norm: float, clipped: float) -> Any:
-        """Return the state after a finite norm with a gradient behind it."""
-        return state
-
-
-class Number(Rule):
-    """A number, or None for no threshold."""
-
-    def __init__(self, number: float | None) -> None:
-        super().__init__()
-        self.real = lambda: number
-        self._number = INF if number is None else number
-
-    def threshold(self, state: None, norm: float) -> float:
-        return self._number
-
-
-class Plan(Rule):
-    name = "Schedule"
-
-    def real(self) -> Callable[[int], float | None]:
-        return lambda step: None if step % 4 == 3 else 1.0 + step % 3
-
-    def thresholds(self, norms: list[float], step: int, order: float) -> list[float]:
-        return [INF if step % 4 == 3 else 1.0 + step % 3] * len(norms)
-
-
-class ZScore(Rule):
-    name = "ZScore"
-    fresh = ((), None, None)  # the norms of the warm-up, mean, variance
-
-    def real(self) -> Any:
-        return thresholds.ZScore(0.5, decay=0.5, warmup=2, eps=1e-3)
-
-    def threshold(self, state: Any, norm: float) -> float:
-        _, mean, variance = state
-        if not mean:
-            return INF
-        deviation = math.sqrt(variance)
-        score = (norm - mean) / (deviation + 1e-3)
-        return mean + 0.5 * 0.5 * deviation / score if score > 0.5 else INF
-
-    def learned(self, state: Any, norm: float, clipped: float) -> Any:
-        first, mean, variance = state
-        if mean is None:
-            first = (*first, norm)
-            if len(first) < 2:
-                return first, None, None
-            mean = math.fsum(first) / 2
-            return first, mean, bounded_square(first[0] - mean)
-        own = min(norm, self.threshold(state, norm))
-        mean = 0.5 * mean + 0.5 * own
-        return first, mean, 0.5 * variance + 0.5 * bounded_square(own - mean)
-
-
-class Percentile(Rule):
-    name = "Percentile"
-    fresh: tuple[float, ...] = ()
-
-    def real(self) -> Any:
-        return thresholds.Percentile(30, window=4, floor=0.25, cap=100.0)
-
-    def threshold(self, state: tuple[float, ...], norm: float) -> float:
-        norms = sorted((*state, norm)) if norm < INF else sorted(state)
-        if not norms:
-            return 100.0
-        rank = (len(norms) - 1) * 0.3
-        below, above = norms[int(rank)], norms[min(int(rank) + 1, len(norms) - 1)]
-        return min(max(below + (above - below) * (rank % 1), 0.25), 100.0)
-
-    def learned(self, state: tuple[float, ...], norm: float, clipped: float) -> Any:
-        return (*state, norm)[-3:]
-
-
-class Growth(Rule):
-    name = "GrowthLimit"
-    fresh = 0.0
-
-    def real(self) -> Any:
-        return thresholds.GrowthLimit(1.25)
-
-    def threshold(self, state: float, norm: float) -> float:
-        return 1.25 * state if state else INF
-
-    def learned(self, state: float, norm: float, clipped: float) -> float:
-        return clipped or state
-
-
-class Average(Rule):
-    name = "MovingAverage"
-    fresh = (0, 0.0)
-
-    def real(self) -> Any:
-        return thresholds.MovingAverage(1.25, decay=0.75, warmup=2, warmup_norm=3.0)
-
-    def thresholds(self, norms: list[float], step: int, order: float) -> list[float]:
-        whole = model_norm([norm for norm in norms if norm < INF], order)
-        warm = [3.0 * norm / whole if whole > 3.0 else INF for norm in norms]
-        each = zip(self.states, warm, strict=True)
-        return [shared if count < 2 else 1.25 * average for (count, average), shared in each]
-
-    def learned(self, state: Any, norm: float, clipped: float) -> Any:
-        count, average = state
-        if not clipped:
-            return state
-        if count >= 2:
-            return count + 1, 0.75 * average + 0.25 * clipped
-        return count + 1, min(average, clipped) if count else clipped
-
-
-RULES: dict[str, Callable[[], Rule]] = {
-    "one": lambda: Number(1.0),
-    "five": lambda: Number(5.0),
-    "zero": lambda: Number(0),
-    "nothing": lambda: Number(None),
-    "plan": Plan,
-    "z-score": ZScore,
-    "percentile": Percentile,
-    "growth": Growth,
-    "average": Average,
-}
-
-
-def model_norm(values: Sequence[float], order: float) -> float:
-    """The norm; NaN where one of the values is, infinite where the power sum is."""
-    magnitudes = [abs(value) for value in values]
-    if any(map(math.isnan, magnitudes)):
-        return NAN
-    if order == INF or INF in magnitudes:
-        return max(magnitudes, default=0.0)
-    try:
-        return math.fsum(magnitude**order for magnitude in magnitudes) ** (1 / order)
-    except OverflowError:
-        return INF
-
-
-def bounded_square(value: float) -> float:
-    return min(value * value, torch.finfo(torch.float64).max)
 
 
 # Which gradients share a norm
@@ -206,35 +29,35 @@ def by_size(name: str, parameter: Tensor) -> int | None:
 
 
 def by_index(name: str, parameter: Tensor) -> Any:
+    if not parameter.dim():
+        return "number"
     return [None if index == 1 else index for index in range(len(parameter))] or "empty"
 
 
+def is_a_pair(name: str, parameter: Tensor) -> bool:
+    return parameter.numel() == 2
+
+
 SCOPES: dict[str, Any] = {
-    "global": "global",
-    "group": "group",
-    "parameter": "parameter",
-    "unit": "unit",
+    **{name: name for name in ("global", "group", "parameter", "unit")},
     "by size": by_size,
-    "by index": lambda name, p: by_index(name, p) if p.dim() else "number",
-    "without some": Scope("parameter", exclude=lambda name, p: p.numel() == 2),
-    "all but some": Scope("global", exclude=lambda name, p: p.numel() == 2),
+    "by index": by_index,
+    "without some": Scope("parameter", exclude=is_a_pair),
+    "all but some": Scope("global", exclude=is_a_pair),
 }
 
 
-def labels_of(scope: str, name: str, group: str, shape: tuple[int, ...]) -> Any:
-    """What the scope calls a parameter: one label, None, or one for each index."""
-    rows, count = shape[0] if shape else 0, math.prod(shape)
-    if scope == "unit":
-        return [f"{name}[{index}]" for index in range(rows)] if len(shape) > 1 else name
-    if scope == "by size":
-        return str(count % 2) if shape else None
-    if scope == "by index":
-        if not rows:
-            return "empty" if shape else "number"
-        return [None if index == 1 else str(index) for index in range(rows)]
-    if scope in ("without some", "all but some") and count == 2:
-        return None
-    return {"global": "global", "all but some": "global", "group": group}.get(scope, name)
+def labels_of(scope: str, name: str, group: str, parameter: Tensor) -> list[str | None]:
+    """What the scope calls a parameter: one label or None, or one for each index."""
+    if scope in ("by size", "by index"):
+        found = SCOPES[scope](name, parameter)
+        labels = found if isinstance(found, list) else [found]
+        return [None if label is None else str(label) for label in labels]
+    if scope == "unit" and parameter.dim() > 1:
+        return [f"{name}[{index}]" for index in range(len(parameter))]
+    if scope in ("without some", "all but some") and is_a_pair(name, parameter):
+        return [None]
+    return [{"global": "global", "all but some": "global", "group": group}.get(scope, name)]
 
 
 # The model
@@ -250,19 +73,18 @@ class Weight:
     values: list[float] = field(default_factory=list)
     gradient: list[float] | None = None
     momentum: list[float] | None = None
-    norm_index: Any = ABSENT
-    """Index of its norm, None, or a list for its rows; absent until it is labelled."""
+    rows: list[int | None] | None = None
+    """Indices of its norms, one or one a row; None until it is labelled."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
+    def counts(self) -> bool:
+        """Whether it is in some norm."""
+        return any(index is not None for index in self.rows or ())
 
     def norm_indices(self) -> list[int | None]:
         """For each element the index of its norm."""
-        if not isinstance(self.norm_index, list):
-            return [self.norm_index] * math.prod(self.shape)
-        size = math.prod(self.shape[1:])
-        return [index for index in self.norm_index for _ in range(size)]
+        rows = self.rows or [None]
+        return [index for index in rows for _ in range(self.parameter.numel() // len(rows))]
 
 
 class Options(NamedTuple):
@@ -296,10 +118,11 @@ class Found(NamedTuple):
     """What one evaluation's gradients are, before anything is written."""
 
     norms: list[float]
-    bounded: list[float]
-    """The norms with ``max_value`` applied, where an element exceeds it; else NaN."""
+    bounded: list[float | None]
+    """The finite norms with ``max_value`` applied, where an element exceeds it."""
     thresholds: list[float]
-    present: list[bool]
+    present: set[int | None]
+    """Indices of the norms with a gradient behind them."""
     by_parameter: dict[str, float]
 
 
@@ -319,21 +142,18 @@ class Life:
     """What the README and the docstrings say of one clipper."""
 
     def __init__(self, options: Options, rule: Rule, weights: list[Weight], keys: list[Any]):
-        self.options = options
-        self.rule = rule
-        self.weights = weights
+        self.options, self.rule, self.weights = options, rule, weights
         self.kept_keys: list[Any] = []
         self.warned: set[tuple[int, Any]] = set()
-        self.table: dict[tuple[bool, str], int] = {}
-        self.group_thresholds: list[float | None] = []
-        self.known: set[int] = set()
+        self.table: dict[tuple[bool, str], float | None] = {}
+        """The thresholds of groups, None where the rule gives it, by that and the label."""
         self.attached = True
         self.steps = 0
         self.counters = Counters()
         self.rows: list[dict[str, Any]] = []
         self.last: dict[str, Any] | None = None
         for weight in weights:
-            weight.norm_index = ABSENT
+            weight.rows = None
         self.relabel(keys)
 
     @property
@@ -342,43 +162,36 @@ class Life:
 
     @property
     def ruled(self) -> list[int]:
-        return [index for index, limit in enumerate(self.group_thresholds) if limit is None]
+        return [index for index, (is_ruled, _) in enumerate(self.table) if is_ruled]
 
     def relabel(self, keys: list[Any]) -> None:
         """Label what is new; the keys of groups are read when these are first seen."""
         self.kept_keys += keys[len(self.kept_keys) :]
-        if all(weight.norm_index in (None, ABSENT) for weight in self.weights):
-            self.table, self.group_thresholds = {}, []  # there was a norm of nothing
+        if not any(weight.counts for weight in self.weights):
+            self.table = {}  # there was a norm of nothing
         for weight in self.weights:
-            if weight.norm_index is ABSENT:
-                weight.norm_index = self._norm_index_of(weight)
+            if weight.rows is None:
+                weight.rows = self._rows_of(weight)
         if not self.table:
-            self._index_of("global", None)
+            self._index_of("global")
         self.rule.start(tuple(self.labels[index] for index in self.ruled))
 
-    def _norm_index_of(self, weight: Weight) -> Any:
+    def _rows_of(self, weight: Weight) -> list[int | None]:
         key, group = self.kept_keys[weight.group], f"group {weight.group}"
-        if key is None:
-            return None
         if key is not ABSENT:
-            return self._index_of(group, key)
-        labels = labels_of(self.options.scope, weight.name, group, weight.shape)
-        if isinstance(labels, list):
-            return [None if label is None else self._index_of(label, None) for label in labels]
-        return None if labels is None else self._index_of(labels, None)
+            return [None if key is None else self._index_of(group, key)]
+        labels = labels_of(self.options.scope, weight.name, group, weight.parameter)
+        return [None if label is None else self._index_of(label) for label in labels]
 
-    def _index_of(self, label: str, limit: float | None) -> int:
-        index = self.table.setdefault((limit is None, label), len(self.table))
-        self.group_thresholds += [limit] * (len(self.table) - len(self.group_thresholds))
-        return index
+    def _index_of(self, label: str, limit: float | None = None) -> int:
+        self.table.setdefault((limit is None, label), limit)
+        return [*self.table].index((limit is None, label))
 
     def gradients(self) -> Iterator[Weight]:
         """Yield the parameters whose gradients are in some norm, of a shared one the first."""
         seen = set()
         for weight in self.weights:
-            if weight.gradient is not None and id(weight.gradient) not in seen:
-                if weight.norm_index is None:
-                    continue
+            if weight.gradient is not None and weight.counts and id(weight.gradient) not in seen:
                 seen.add(id(weight.gradient))
                 yield weight
 
@@ -386,55 +199,37 @@ class Life:
         """Measure the gradients and ask the rule."""
         order, bound = self.options.norm_type, self.options.max_value
         elements: list[list[float]] = [[] for _ in self.table]
-        present = [False for _ in self.table]
-        by_parameter = {}
+        present, by_parameter = set(), {}
         for weight in self.gradients():
-            own = []
-            for value, index in zip(weight.gradient or (), weight.norm_indices(), strict=True):
-                if index is not None:
-                    elements[index].append(value)
-                    own.append(value)
-            for index in (
-                weight.norm_index if isinstance(weight.norm_index, list) else [weight.norm_index]
-            ):
-                if index is not None:
-                    present[index] = True
-            by_parameter[weight.name] = model_norm(own, order)
+            each = zip(weight.gradient or (), weight.norm_indices(), strict=True)
+            pairs = [(value, index) for value, index in each if index is not None]
+            for value, index in pairs:
+                elements[index].append(value)
+            present.update(weight.rows or ())
+            by_parameter[weight.name] = model_norm([value for value, _ in pairs], order)
         norms = [model_norm(values, order) for values in elements]
         bounded = [
             model_norm([min(abs(value), bound) for value in values], order)
-            if bound is not None and any(abs(value) > bound for value in values)
-            else NAN
-            for values in elements
+            if bound is not None and norm < INF and any(abs(value) > bound for value in values)
+            else None
+            for norm, values in zip(norms, elements, strict=True)
         ]
         return Found(norms, bounded, self.thresholds_of(norms), present, by_parameter)
 
     def thresholds_of(self, norms: list[float]) -> list[float]:
-        asked = self.rule.thresholds(
-            [norms[i] for i in self.ruled], self.steps, self.options.norm_type
-        )
-        limits = [INF if limit is None else limit for limit in self.group_thresholds]
-        for index, limit in zip(self.ruled, asked, strict=True):
-            limits[index] = limit
-        return limits
+        ruled = [norms[index] for index in self.ruled]
+        asked = iter(self.rule.thresholds(ruled, self.steps, self.options.norm_type))
+        return [next(asked) if limit is None else limit for limit in self.table.values()]
 
     def decide(self, found: Found) -> Decision:
         """Say what is done about gradients."""
-        options, writes = self.options, self.options.exceed != "observe"
-        each = list(zip(found.norms, found.bounded, found.thresholds, strict=True))
-        after = [norm if math.isnan(bounded) else bounded for norm, bounded, _ in each]
-        after = [b if math.isfinite(n) else n for b, n in zip(after, found.norms, strict=True)]
+        options, ones = self.options, [1.0 for _ in found.norms]
+        each = zip(found.norms, found.bounded, strict=True)
+        after = [norm if bounded is None else bounded for norm, bounded in each]
         unfit = not all(map(math.isfinite, found.norms))
-        exceeds = any(
-            b > limit for b, limit in zip(after, found.thresholds, strict=True) if b < INF
-        )
-        skip = (unfit and options.nonfinite in ("skip", "raise")) or (
-            exceeds and options.exceed == "skip"
-        )
-        if not writes:
-            skip = False
-        if skip:
-            ones = [1.0 for _ in after]
+        exceeds = any(limit < b < INF for b, limit in zip(after, found.thresholds, strict=True))
+        unfit_skips, exceed_skips = options.nonfinite in ("skip", "raise"), options.exceed == "skip"
+        if options.exceed != "observe" and ((unfit and unfit_skips) or (exceeds and exceed_skips)):
             return Decision(found, True, self._error(unfit), ones, ones)
         erased = 0.0 if options.nonfinite == "zero" else 1.0
         factors = [
@@ -461,8 +256,7 @@ class Life:
         if decision.skip or self.options.exceed == "observe":
             return written
         for weight in self.gradients():
-            gradient = weight.gradient
-            assert gradient is not None
+            gradient = weight.gradient or []
             for place, index in enumerate(weight.norm_indices()):
                 if index is None:
                     continue
@@ -477,9 +271,8 @@ class Life:
 
     def finish(self, decision: Decision) -> None:
         """Record the step, and let the rule learn."""
-        found, skip = decision.found, decision.skip
-        coefficients, norms = decision.coefficients, found.norms
-        finite = list(map(math.isfinite, norms))
+        (norms, _, limits, present, by_parameter), skip = decision.found, decision.skip
+        coefficients, finite = decision.coefficients, list(map(math.isfinite, norms))
         clipped = [n * c if c else 0.0 for n, c in zip(norms, coefficients, strict=True)]
         counters = self.counters
         counters.clipped += sum(c < 1 for c, f in zip(coefficients, finite, strict=True) if f)
@@ -487,39 +280,38 @@ class Life:
         counters.nonfinite_steps += not all(finite)
         counters.skipped_steps += skip
         counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if skip else 0
-        order = self.options.norm_type
-        total = norms[0] if len(norms) == 1 else model_norm(norms, order)
-        only = found.thresholds[0] if len(norms) == 1 and found.thresholds[0] < INF else None
         self.last = {
             "step": self.steps,
             "norm": norms,
             "clipped_norm": clipped,
-            "threshold": found.thresholds,
+            "threshold": limits,
             "coefficient": coefficients,
             "nonfinite": [not each for each in finite],
         }
         self.rows.append(
             {
                 "step": self.steps,
-                "norm": total,
-                "clipped_norm": clipped[0] if len(clipped) == 1 else model_norm(clipped, order),
-                "threshold": only,
+                "norm": self._whole(norms),
+                "clipped_norm": self._whole(clipped),
+                "threshold": limits[0] if len(limits) == 1 and limits[0] < INF else None,
                 "coefficient": min(coefficients),
                 "nonfinite": not all(finite),
                 "skipped": skip,
                 "clip_rate": counters.clip_rate,
                 "nonfinite_steps": counters.nonfinite_steps,
                 "skipped_steps": counters.skipped_steps,
-                "parameter_norms": found.by_parameter or None,
+                "parameter_norms": by_parameter or None,
             }
         )
-        held = [min(n, limit) for n, limit in zip(norms, found.thresholds, strict=True)]
+        states = self.rule.states
         for place, index in enumerate(self.ruled):
-            if found.present[index] and finite[index]:
-                after = held[index] if skip else clipped[index]
-                state = self.rule.states[place]
-                self.rule.states[place] = self.rule.learned(state, norms[index], after)
+            if index in present and finite[index]:
+                after = min(norms[index], limits[index]) if skip else clipped[index]
+                states[place] = self.rule.learned(states[place], norms[index], after)
         self.steps += 1
+
+    def _whole(self, norms: list[float]) -> float:
+        return norms[0] if len(norms) == 1 else model_norm(norms, self.options.norm_type)
 
     def lost_keys(self, keys: list[Any]) -> bool:
         """Tell whether there is something new to warn of, and remember it."""
@@ -533,20 +325,14 @@ class Life:
         return bool(new)
 
     def saved(self) -> dict[str, Any]:
+        states = None if self.rule.fresh is None else self.rule.states
+        of_whom = (self.labels, type(self.rule).__name__, states and len(states))
         return copy.deepcopy(
-            {
-                "steps": self.steps,
-                "counters": self.counters,
-                "labels": self.labels,
-                "name": self.rule.name,
-                "states": self.rule.states if self.rule.fresh is not None else None,
-            }
+            {"steps": self.steps, "counters": self.counters, "states": states, "of whom": of_whom}
         )
 
     def fits(self, saved: dict[str, Any]) -> bool:
-        own = self.saved()
-        alike = all(saved[key] == own[key] for key in ("labels", "name"))
-        return alike and len(saved["states"] or ()) == len(own["states"] or ())
+        return saved["of whom"] == self.saved()["of whom"]
 
     def load(self, saved: dict[str, Any]) -> None:
         saved = copy.deepcopy(saved)
@@ -557,16 +343,16 @@ class Life:
 
 def sgd_step(weight: Weight, momentum: float, decay: float) -> list[float]:
     """Take SGD's step with one parameter; return what its new values may be off by."""
-    margins = []
-    values, before = weight.values, weight.momentum
-    directions = []
-    for place, (value, gradient) in enumerate(zip(values, weight.gradient or (), strict=True)):
+    margins, directions, before = [], [], weight.momentum
+    for place, (value, gradient) in enumerate(
+        zip(weight.values, weight.gradient or (), strict=True)
+    ):
         direction, size = gradient + decay * value, abs(gradient) + decay * abs(value)
         if momentum and before is not None:
             direction, size = momentum * before[place] + direction, size + abs(before[place])
         directions.append(direction)
         margins.append(abs(value) + size)
-        values[place] = value - LR * direction
+        weight.values[place] = value - LR * direction
     if momentum:
         weight.momentum = directions
     return margins

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,3 +54,16 @@ def bits_of(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor's elements, so that NaN equals itself and 0 is not -0."""
     copy = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)
     return copy.view(torch.uint8).numpy().tobytes()
+
+
+def bits_in(value: Any) -> Any:
+    """Return what equals only exactly the same: the bits of every tensor in a structure."""
+    if isinstance(value, dict):
+        return {key: bits_in(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits_in(each) for each in value]
+    if not isinstance(value, Tensor):
+        return type(value), repr(value)
+    if value.is_sparse:
+        return bits_in([value._indices(), value._values(), value.is_coalesced()])
+    return value.dtype, value.shape, bits_of(value)

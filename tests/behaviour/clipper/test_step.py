@@ -77,8 +77,10 @@ def test_a_function_of_the_step():
         assert gradient_norm(weights_of(optimizer)) == pytest.approx(expected, rel=1e-6)
     assert indices == [*thresholds]
     assert (clipper.last.step, clipper.steps) == (41, 42)
-    with pytest.raises(ArgumentError, match="steps is -1"):
-        clipper.steps = -1
+    for steps in (-1, True, 1.5, None):
+        with pytest.raises(ArgumentError, match="steps is .*: give a whole number >= 0"):
+            clipper.steps = steps
+    assert clipper.steps == 42
 
 
 def test_a_threshold_of_zero_erases():

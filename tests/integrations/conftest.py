@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-LIGHTNING = ("lightning", "pytorch_lightning")
-collect_ignore_glob = [] if all(map(find_spec, LIGHTNING)) else ["*lightning*"]
+PACKAGES = {
+    "*lightning*": ("lightning", "pytorch_lightning"),
+    "*transformers*": ("transformers",),
+    "*accelerate*": ("accelerate",),
+}
+collect_ignore_glob = [files for files, names in PACKAGES.items() if not all(map(find_spec, names))]
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+SINGLE_MACHINE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
 
 def torchrun(script: Path, *arguments: str, processes: int, cwd: Path) -> list[str]:
     """Return what each process printed: in one stream, lines of several may share a line."""
@@ -17,7 +19,7 @@ def torchrun(script: Path, *arguments: str, processes: int, cwd: Path) -> list[s
     done = subprocess.run(
         [*launcher, "--nproc-per-node", str(processes), *files, __file__, script, *arguments],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, **SINGLE_MACHINE, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=180,

@@ -19,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 import gradclip
 from gradclip import ArgumentError, AttachError, GradientClipper, JsonlSink, MemorySink, StateError
 from gradclip.integrations.lightning import GradClipCallback
-from gradclip.thresholds import Percentile, StepContext, Threshold
+from gradclip.thresholds import StepContext, Threshold
 from tests.support import lightning, trainings
 from tests.support.lightning import fit
 from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
@@ -105,24 +105,8 @@ def adversaries_by_hand(*rules: Any) -> tuple[lightning.Adversaries, list[Gradie
     return nets, clippers
 
 
-@pytest.mark.parametrize("step_with_closure", [False, True])
-def test_several_optimizers(step_with_closure):
-    """Each has a clipper, with a copy of the rule that learns for itself."""
-    rule = Percentile(50, window=5)
-    callback, module = GradClipCallback(rule), lightning.adversarial(step_with_closure)
-    trainer = fit(module, callback)
-    nets, clippers = adversaries_by_hand(Percentile(50, window=5), Percentile(50, window=5))
-    trainings.assert_close(module.nets, nets)
-    states = [clipper.state_dict() for clipper in callback.clippers]
-    assert repr(states) == repr([clipper.state_dict() for clipper in clippers])
-    assert repr(states[0]["threshold"]) != repr(states[1]["threshold"])
-    assert [clipper.steps for clipper in callback.clippers] == [BATCHES] * 2
-    assert trainer.global_step == 2 * BATCHES
-    assert not rule.state
-
-
 class Largest(Threshold):
-    """A rule with a state that it has from its beginning."""
+    """A rule of one's own, with a state that it has from its beginning."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -134,12 +118,21 @@ class Largest(Threshold):
         self.norms += norms.tolist()
 
 
-def test_a_rule_of_ones_own():
-    """It is copied with its state."""
-    rule, module = Largest(), lightning.adversarial()
-    fit(module, GradClipCallback(rule))
-    trainings.assert_close(module.nets, adversaries_by_hand(Largest(), Largest())[0])
-    assert rule.norms == []
+@pytest.mark.parametrize("step_with_closure", [False, True])
+@pytest.mark.parametrize("make", [trainings.rule_of, Largest])
+def test_several_optimizers(make, step_with_closure):
+    """Each has a clipper, with a copy of the rule that learns for itself."""
+    rule, module = make(), lightning.adversarial(step_with_closure)
+    before = repr(vars(rule))
+    trainer = fit(module, callback := GradClipCallback(rule))
+    nets, clippers = adversaries_by_hand(make(), make())
+    trainings.assert_close(module.nets, nets)
+    first, second = (clipper.state_dict() for clipper in callback.clippers)
+    assert repr([first, second]) == repr([clipper.state_dict() for clipper in clippers])
+    assert make is Largest or repr(first["threshold"]) != repr(second["threshold"])
+    assert [clipper.steps for clipper in callback.clippers] == [BATCHES] * 2
+    assert trainer.global_step == 2 * BATCHES
+    assert repr(vars(rule)) == before
 
 
 def test_joint_optimizers():
@@ -162,15 +155,29 @@ NAMES = {
 }
 
 
+def fit_with_loggers(folder: Any, *arguments: Any, **options: Any) -> Any:
+    """Fit; return the curves of TensorBoard, and the rows of a table."""
+    loggers = [TensorBoardLogger(folder, "board"), CSVLogger(folder, "table")]
+    fit(*arguments, logger=loggers, **options)
+    return lightning.scalars_in(loggers[0].log_dir), lightning.rows_in(loggers[1].log_dir)
+
+
 def test_loggers(tmp_path):
-    """The loggers of the trainer get the numbers of its steps."""
-    loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
+    """The loggers of the trainer get the numbers of its steps, written at the end of each epoch."""
+
+    class Looks(pl.Callback):
+        def on_train_epoch_start(self, *_: Any) -> None:
+            counts.append(len(sink.steps))
+
+    counts: list[int] = []
     callback = GradClipCallback(THRESHOLD, log=[True, sink := MemorySink()])
-    fit(lightning.regression(), callback, logger=loggers, log_every_n_steps=2, max_epochs=2)
-    curves, rows = lightning.scalars_in(loggers[0].log_dir), lightning.rows_in(loggers[1].log_dir)
-    expected = sink.steps[::2]
+    options = {"log_every_n_steps": 2, "max_epochs": 2}
+    module = lightning.regression()
+    curves, rows = fit_with_loggers(tmp_path, module, callback, Looks(), **options)
+    assert counts == [0, BATCHES]
     assert len(sink.steps) == 2 * BATCHES
     assert {*curves} == NAMES <= {*rows[0]}
+    expected = sink.steps[::2]
     pre = [(step.step, pytest.approx(step.norm, rel=1e-6)) for step in expected]
     post = [(step.step, pytest.approx(step.clipped_norm, rel=1e-6)) for step in expected]
     assert (curves["grad_norm/pre"], curves["grad_norm/post"]) == (pre, post)
@@ -183,32 +190,15 @@ def test_loggers(tmp_path):
 )
 def test_every(tmp_path, every, every_of_trainer, steps):
     """The option, or the trainer, says which steps the loggers get."""
-    logger = TensorBoardLogger(tmp_path)
-    options = {"logger": logger, "log_every_n_steps": every_of_trainer}
-    fit(lightning.regression(), GradClipCallback(THRESHOLD, every=every), **options)
-    curve = lightning.scalars_in(logger.log_dir).get("grad_norm/pre", [])
-    assert [step for step, _ in curve] == steps
-
-
-def test_the_end_of_an_epoch():
-    """The steps so far are written then."""
-
-    class Looks(pl.Callback):
-        def on_train_epoch_start(self, *_: Any) -> None:
-            counts.append(len(sink.steps))
-
-    counts: list[int] = []
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    fit(lightning.regression(), callback, Looks(), max_epochs=3)
-    assert counts == [0, BATCHES, 2 * BATCHES]
+    callback, options = GradClipCallback(1.0, every=every), {"log_every_n_steps": every_of_trainer}
+    curves, _ = fit_with_loggers(tmp_path, lightning.regression(), callback, **options)
+    assert [step for step, _ in curves.get("grad_norm/pre", [])] == steps
 
 
 def test_logs_of_several_clippers(tmp_path):
     """They have curves of their own."""
-    loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
     callback = GradClipCallback(THRESHOLD, every=1)
-    fit(lightning.adversarial(), callback, logger=loggers)
-    curves, rows = lightning.scalars_in(loggers[0].log_dir), lightning.rows_in(loggers[1].log_dir)
+    curves, rows = fit_with_loggers(tmp_path, lightning.adversarial(), callback)
     second = {name.replace("grad_norm", "grad_norm_2") for name in NAMES}
     assert {*curves} == NAMES | second <= {*rows[0]}
     assert curves["grad_norm/pre"] != curves["grad_norm_2/pre"]
@@ -219,11 +209,10 @@ def test_logs_of_several_clippers(tmp_path):
 @pytest.mark.parametrize("log", ["own", None])
 def test_logs_of_ones_own(tmp_path, log):
     """A directory gets all steps, None logs nothing, and the trainer's loggers get none."""
-    logger, log = TensorBoardLogger(tmp_path), log and str(tmp_path / log)
-    callback = GradClipCallback(THRESHOLD, log=log)
-    fit(lightning.regression(), callback, logger=logger, log_every_n_steps=1)
-    assert lightning.scalars_in(logger.log_dir) == {}
-    assert log is None or len(lightning.scalars_in(log)["grad_norm/pre"]) == BATCHES
+    callback = GradClipCallback(THRESHOLD, log=log and str(tmp_path / log))
+    options = {"log_every_n_steps": 1}
+    assert fit_with_loggers(tmp_path, lightning.regression(), callback, **options) == ({}, [])
+    assert log is None or len(lightning.scalars_in(tmp_path / log)["grad_norm/pre"]) == BATCHES
 
 
 def test_a_logger_of_several_fits(tmp_path):
@@ -267,69 +256,64 @@ class Engine(SingleDeviceStrategy):
     handles_gradient_accumulation = True
 
 
-def of_other_clippers(tmp_path: Any) -> dict[str, Any]:
-    path = str(tmp_path / "a.ckpt")
+def sink_of_two(folder: Any) -> dict[str, Any]:
+    given = {"log": [JsonlSink(folder / "steps")], "joint": False}
+    return {"module": lightning.adversarial(), "given": given}
+
+
+def of_other_clippers(folder: Any) -> dict[str, Any]:
+    path = str(folder / "a.ckpt")
     fit(lightning.adversarial(), GradClipCallback(THRESHOLD)).save_checkpoint(path)
-    return {"resume": path, "max_epochs": 2}
+    return {"module": lightning.adversarial(), "resume": path, "max_epochs": 2}
 
 
-REFUSED = {
-    "a norm of the trainer": (
-        lambda _: {"gradient_clip_val": 0.5},
-        ArgumentError,
-        "gradient_clip_val=0.5 and a GradClipCallback",
-    ),
-    "an algorithm of the trainer": (
-        lambda _: {"gradient_clip_algorithm": "value"},
-        ArgumentError,
-        "gradient_clip_algorithm='value' and a GradClipCallback",
-    ),
-    "a norm that another callback sets": (
-        lambda _: {"others": [ClipsLater()]},
-        ArgumentError,
-        "gradient_clip_val=0.5 and a GradClipCallback",
-    ),
-    "a strategy that steps by itself": (
-        lambda _: {"strategy": Engine("cpu")},
-        AttachError,
-        "Engine takes the steps in an engine of its own",
-    ),
-    "joint optimizers under a GradScaler": (
-        lambda _: {"module": lightning.halves(), "plugins": [MixedPrecision("16-mixed", "cpu")]},
-        AttachError,
-        "Lightning updates after the step of each optimizer",
-    ),
-    "a sink for several clippers": (
-        lambda folder: {
-            "module": lightning.adversarial(),
-            "given": {"log": [JsonlSink(folder / "steps")], "joint": False},
-        },
-        ArgumentError,
-        "2 optimizers with a clipper each",
-    ),
-    "a checkpoint of other clippers": (
-        lambda folder: {"module": lightning.adversarial(), **of_other_clippers(folder)},
-        StateError,
-        "of 2 clippers, and there are 1",
-    ),
-    "an optimizer replaced within a batch": (
-        lambda _: {"module": lightning.stepping(), "others": [ReplacesWithin()]},
-        AttachError,
-        "SGD was added within a batch",
-    ),
-}
+def scaled_halves(_: Any) -> dict[str, Any]:
+    return {"module": lightning.halves(), "plugins": [MixedPrecision("16-mixed", "cpu")]}
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(case, tmp_path):
+def replaced_within_a_batch(_: Any) -> dict[str, Any]:
+    return {"module": lightning.stepping(), "others": [ReplacesWithin()]}
+
+
+CLIPS = "gradient_clip_val=0.5 and a GradClipCallback"
+BY_VALUE = "gradient_clip_algorithm='value' and a GradClipCallback"
+ENGINE = "Engine takes the steps in an engine of its own"
+SCALED = "Lightning updates after the step of each optimizer"
+REFUSED = [
+    (lambda _: {"gradient_clip_val": 0.5}, ArgumentError, CLIPS),
+    (lambda _: {"gradient_clip_algorithm": "value"}, ArgumentError, BY_VALUE),
+    (lambda _: {"others": [ClipsLater()]}, ArgumentError, CLIPS),
+    (lambda _: {"strategy": Engine("cpu")}, AttachError, ENGINE),
+    (scaled_halves, AttachError, SCALED),
+    (sink_of_two, ArgumentError, "2 optimizers with a clipper each"),
+    (of_other_clippers, StateError, "of 2 clippers, and there are 1"),
+    (replaced_within_a_batch, AttachError, "SGD was added within a batch"),
+]
+
+
+@pytest.mark.parametrize(("options_in", "error", "message"), REFUSED)
+def test_refusals(options_in, error, message, tmp_path):
     """A fit ends with an error, before anything is clipped twice or wrongly."""
-    made, error, message = REFUSED[case]
-    options = made(tmp_path)
+    options = options_in(tmp_path)
     module = options.pop("module", None) or lightning.regression()
     callback = GradClipCallback(THRESHOLD, **{"joint": True, **options.pop("given", {})})
     with pytest.raises(error, match=message):
         fit(module, *options.pop("others", ()), callback, **options)
     assert all(clipper.steps <= 3 for clipper in callback.clippers)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"optimizer": None}, TypeError, "optimizer"),
+        ({"every": 0}, ArgumentError, "every is 0"),
+        ({"log": [True, 5]}, ArgumentError, "log is 5"),
+    ],
+)
+def test_options(options, error, message):
+    """They are checked when the callback is made."""
+    with pytest.raises(error, match=message):
+        GradClipCallback(THRESHOLD, **options)
 
 
 def test_a_trainer_that_clips_can_evaluate(package):

@@ -12,13 +12,14 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Schedule
 from tests.support import lightning, trainings
+from tests.support.clippers import Training
 from tests.support.lightning import fit
 from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
 
@@ -45,12 +46,8 @@ def test_a_resumed_run(steps, late, tmp_path):
     fit(modules[1], first, max_steps=steps).save_checkpoint(tmp_path / "a.ckpt")
     strategy = LateStrategy("cpu") if late else "auto"
     trainer = lightning.trainer_of(second, max_epochs=3, max_steps=14, strategy=strategy)
-    trainer.fit(
-        modules[2],
-        loader(),
-        ckpt_path=str(tmp_path / "a.ckpt"),
-        weights_only=None if late else True,
-    )
+    given = {"ckpt_path": str(tmp_path / "a.ckpt"), "weights_only": None if late else True}
+    trainer.fit(modules[2], loader(), **given)
     assert torch.equal(trainings.values(modules[2].net), trainings.values(modules[0].net))
     numbers = [lightning.numbers_of(sink) for sink in sinks]
     assert numbers[1] + numbers[2] == numbers[0]
@@ -70,23 +67,18 @@ def test_a_run_resumed_without_a_state(made, tmp_path):
 
 def rule_thresholds(norms: list[float]) -> list[float]:
     """Return the thresholds of the rule for these norms."""
-    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer, thresholds = SGD([parameter], lr=0.0), []
-    with GradientClipper(optimizer, trainings.rule_of()) as clipper:
+    training, thresholds = Training(), []
+    with GradientClipper(training.optimizer, trainings.rule_of()) as clipper:
         for norm in norms:
-            parameter.grad = torch.full_like(parameter, norm)
-            optimizer.step()
+            training.take(norm)
             thresholds.append(clipper.last.threshold.item())
     return thresholds
 
 
 def test_several_fits():
     """A second fit of a trainer continues, one of another begins anew, unless a state is loaded."""
-    callback, module = (
-        GradClipCallback(trainings.rule_of(), log=(sink := MemorySink())),
-        lightning.regression(),
-    )
-    trainer = fit(module, callback)
+    callback = GradClipCallback(trainings.rule_of(), log=(sink := MemorySink()))
+    trainer = fit(module := lightning.regression(), callback)
     first = callback.clippers[0]
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader())
@@ -138,15 +130,11 @@ def test_replaced_optimizers():
     """They are clipped as the first were, in the same curves."""
     sinks = [MemorySink(), MemorySink()]
     callbacks = [GradClipCallback(trainings.rule_of(), log=sink) for sink in sinks]
-    modules = [
-        lightning.regression(configure_optimizers=lambda self: SGD(self.parameters(), lr=0.05))
-        for _ in range(2)
-    ]
+    plain = {"configure_optimizers": lambda self: SGD(self.parameters(), lr=0.05)}
+    modules = [lightning.regression(**plain) for _ in range(2)]
     fit(modules[0], callbacks[0], max_epochs=2)
     fit(modules[1], Replaces(), callbacks[1], max_epochs=2)
-    torch.testing.assert_close(
-        trainings.values(modules[0].net), trainings.values(modules[1].net), rtol=0, atol=0
-    )
+    assert torch.equal(*(trainings.values(module.net) for module in modules))
     assert repr(callbacks[0].state_dict()) == repr(callbacks[1].state_dict())
     assert lightning.numbers_of(sinks[0]) == lightning.numbers_of(sinks[1])
     assert [step.step for step in sinks[1].steps] == [*range(2 * BATCHES)]
@@ -196,15 +184,13 @@ def test_an_exception(error):
 
 # Copies
 
-COPIERS = {"copy": copy.deepcopy, "pickle": lambda what: pickle.loads(pickle.dumps(what))}
 
-
-@pytest.mark.parametrize("copier", COPIERS)
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
 def test_copies(copier):
     """They have the options and begin anew, or with a state that waits for a fit."""
     callback = GradClipCallback(trainings.rule_of(), scope="parameter", joint=True, log=None)
     fit(lightning.regression(), callback)
-    twin = COPIERS[copier](callback)
+    twin = copier(callback)
     assert (twin.clippers, twin.state_dict()) == ([], {})
     fit(lightning.regression(), twin)
     assert repr(twin.state_dict()) == repr(callback.state_dict())
@@ -212,7 +198,7 @@ def test_copies(copier):
 
     waiting = GradClipCallback(trainings.rule_of(), scope="parameter", log=None)
     waiting.load_state_dict(callback.state_dict())
-    assert repr(COPIERS[copier](waiting).state_dict()) == repr(callback.state_dict())
+    assert repr(copier(waiting).state_dict()) == repr(callback.state_dict())
 
 
 def test_copies_made_within_a_run():
@@ -271,17 +257,16 @@ def test_the_finder_of_learning_rates(as_callback, tmp_path):
         Tuner(trainer).lr_find(module, loader(), num_training=6, update_attr=False)
         assert callback.state_dict() == {}
     trainer.fit(module, loader())
-    straight, untuned = lightning.regression(), MemorySink()
-    fit(straight, GradClipCallback(trainings.rule_of(), log=untuned))
+    untuned = GradClipCallback(trainings.rule_of(), log=(expected := MemorySink()))
+    fit(straight := lightning.regression(), untuned)
     trainings.assert_close(module.net, straight.net)
-    assert lightning.numbers_of(sink) == lightning.numbers_of(untuned)
+    assert lightning.numbers_of(sink) == lightning.numbers_of(expected)
 
 
 def test_the_finder_of_batch_sizes(tmp_path):
     """It leaves no trace."""
-    module = lightning.regression(batch_size=2)
+    module, callback = lightning.regression(batch_size=2), GradClipCallback(THRESHOLD)
     module.train_dataloader = loader
-    callback = GradClipCallback(THRESHOLD)
     trainer = lightning.trainer_of(callback, default_root_dir=tmp_path)
     Tuner(trainer).scale_batch_size(module, max_trials=1, steps_per_trial=2)
     assert callback.state_dict() == {}

@@ -6,6 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -30,42 +31,35 @@ Make = Callable[[list[nn.Parameter]], Any]
 
 
 def module_of(name: str) -> ModuleType:
-    pytest.importorskip(name, reason=f"there is no {name}")
+    package = name.split(".")[0]
+    pytest.importorskip(package, reason=f"there is no {package}")
     return importlib.import_module(name)
 
 
-def made(module: str, name: str, **options: Any) -> Make:
-    """Return a function that makes an optimizer of a package."""
-    return lambda parameters: getattr(module_of(module), name)(parameters, **options)
+def made(module: str, name: str, given: Make = lambda parameters: parameters, **options) -> Make:
+    """Return a function that makes an optimizer of a package, of what is given to it."""
+    return lambda parameters: getattr(module_of(module), name)(given(parameters), **options)
 
 
-def bits8(name: str, **options: Any) -> Make:
-    """Return a function that makes an optimizer with its state in 8 bits."""
-    return lambda parameters: getattr(module_of("bitsandbytes").optim, name)(
-        parameters, lr=1e-3, min_8bit_size=1, **options
-    )
+def grouped(parameters: list[nn.Parameter]) -> Any:
+    """Return the groups that Muon takes."""
+    return [
+        {"params": parameters[:2], "use_muon": True},
+        {"params": parameters[2:], "use_muon": False},
+    ]
 
 
-def muon(name: str) -> Make:
-    def make(parameters: list[nn.Parameter]) -> Any:
-        matrices, bias = parameters[:2], parameters[2:]
-        groups = [{"params": matrices, "use_muon": True}, {"params": bias, "use_muon": False}]
-        return made("pytorch_optimizer", name, lr=0.02)(groups)
+SGD = {"lr": 0.05, "momentum": 0.9}
+bits8 = partial(made, "bitsandbytes.optim", lr=1e-3, min_8bit_size=1)
+muon = partial(made, "pytorch_optimizer", given=grouped, lr=0.02)
+around = partial(made, "pytorch_optimizer", given=lambda ps: torch.optim.SGD(ps, **SGD))
+sharpness_aware = partial(made, "pytorch_optimizer", base_optimizer=torch.optim.SGD, **SGD)
 
-    return make
-
-
-def around(name: str) -> Make:
-    """Return a function that makes a wrapper around SGD."""
-    return lambda parameters: made("pytorch_optimizer", name)(
-        torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-    )
-
-
-def sharpness_aware(name: str) -> Make:
-    return made("pytorch_optimizer", name, base_optimizer=torch.optim.SGD, lr=0.05, momentum=0.9)
-
-
+ALIKE = ("Shampoo", "Kron", "AdEMAMix", "MARS", "Adan", "CAME")
+BITS8 = (
+    *("Adam8bit", "AdamW8bit", "Lion8bit", "RMSprop8bit", "Adagrad8bit"),
+    *("AdEMAMix8bit", "PagedAdamW8bit"),
+)
 OPTIMIZERS: dict[str, Make] = {
     "AdamWScheduleFree": made("schedulefree", "AdamWScheduleFree", lr=0.01, foreach=True),
     "AdamWScheduleFree loop": made("schedulefree", "AdamWScheduleFree", lr=0.01, foreach=False),
@@ -73,35 +67,18 @@ OPTIMIZERS: dict[str, Make] = {
     "RAdamScheduleFree": made("schedulefree", "RAdamScheduleFree", lr=0.01),
     "Lion": made("lion_pytorch", "Lion", lr=1e-3, weight_decay=0.1),
     "Lion decoupled": made("lion_pytorch", "Lion", lr=1e-3, decoupled_weight_decay=True),
-    "Muon": muon("Muon"),
-    "AdaMuon": muon("AdaMuon"),
+    **{name: muon(name) for name in ("Muon", "AdaMuon")},
     "SOAP": made("pytorch_optimizer", "SOAP", lr=3e-3, precondition_frequency=5),
-    "Shampoo": made("pytorch_optimizer", "Shampoo", lr=1e-3),
-    "Kron": made("pytorch_optimizer", "Kron", lr=1e-3),
-    "AdEMAMix": made("pytorch_optimizer", "AdEMAMix", lr=1e-3),
     "Prodigy": made("pytorch_optimizer", "Prodigy", lr=1.0),
-    "MARS": made("pytorch_optimizer", "MARS", lr=1e-3),
-    "Adan": made("pytorch_optimizer", "Adan", lr=1e-3),
-    "CAME": made("pytorch_optimizer", "CAME", lr=1e-3),
-    "Adam8bit": bits8("Adam8bit"),
-    "AdamW8bit": bits8("AdamW8bit"),
-    "Lion8bit": bits8("Lion8bit"),
+    **{name: made("pytorch_optimizer", name, lr=1e-3) for name in ALIKE},
+    **{name: bits8(name) for name in BITS8},
     "SGD8bit": bits8("SGD8bit", momentum=0.9),
-    "RMSprop8bit": bits8("RMSprop8bit"),
-    "Adagrad8bit": bits8("Adagrad8bit"),
-    "AdEMAMix8bit": bits8("AdEMAMix8bit"),
-    "PagedAdamW8bit": bits8("PagedAdamW8bit"),
 }
-WRAPPERS: dict[str, Make] = {
-    "Lookahead": around("Lookahead"),
-    "OrthoGrad": around("OrthoGrad"),
-}
+WRAPPERS = {name: around(name) for name in ("Lookahead", "OrthoGrad")}
 WITH_CLOSURE: dict[str, Make] = {
     "AdamWScheduleFreeClosure": made("schedulefree", "AdamWScheduleFreeClosure", lr=0.01),
     "SGDScheduleFreeClosure": made("schedulefree", "SGDScheduleFreeClosure", lr=0.05),
-    "SAM": sharpness_aware("SAM"),
-    "LookSAM": sharpness_aware("LookSAM"),
-    "FriendlySAM": sharpness_aware("FriendlySAM"),
+    **{name: sharpness_aware(name) for name in ("SAM", "LookSAM", "FriendlySAM")},
 }
 
 
@@ -115,10 +92,8 @@ class OutsideRun:
 
     def __init__(self, make: Make) -> None:
         generator = torch.Generator().manual_seed(7)
-        shapes = [(16, 32), (32, 8), (8,)]
-        self.parameters = [
-            nn.Parameter(torch.randn(shape, generator=generator) * 0.3) for shape in shapes
-        ]
+        starts = [torch.randn(shape, generator=generator) for shape in [(16, 32), (32, 8), (8,)]]
+        self.parameters = [nn.Parameter(start * 0.3) for start in starts]
         seed_numpy_too(0)
         self.optimizer = make(self.parameters)
         if callable(getattr(self.optimizer, "train", None)):
@@ -126,8 +101,7 @@ class OutsideRun:
 
     def backward(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
-        inputs = torch.randn(8, 16, generator=generator)
-        wanted = torch.randn(8, 8, generator=generator)
+        inputs, wanted = (torch.randn(8, width, generator=generator) for width in (16, 8))
         inner, outer, bias = self.parameters
         self.optimizer.zero_grad()
         found = (inputs @ inner).tanh() @ outer + bias
@@ -148,10 +122,7 @@ class OutsideRun:
     def snapshot(self) -> str:
         """Return parameters, gradients, groups and state of the optimizer as text, exactly."""
         torch.set_printoptions(threshold=sys.maxsize, precision=17)
-        groups = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
+        groups = [{**group, "params": None} for group in self.optimizer.param_groups]
         state = [self.optimizer.state.get(p, {}) for p in self.parameters]
         tensors = [(p.detach(), p.grad) for p in self.parameters]
         text = repr((tensors, groups, [exact(each) for each in state]))
@@ -271,63 +242,56 @@ def test_a_wrapper_that_is_no_optimizer():
 # DeepSpeed, which is not installed here: its classes by their modules and names
 
 DEEPSPEED = {
-    "DeepSpeedEngine": "deepspeed.runtime.engine",
-    "PipelineEngine": "deepspeed.runtime.pipe.engine",
-    "DeepSpeedHybridEngine": "deepspeed.runtime.hybrid_engine",
-    "DeepSpeedZeroOptimizer": "deepspeed.runtime.zero.stage_1_and_2",
-    "DeepSpeedZeroOptimizer_Stage3": "deepspeed.runtime.zero.stage3",
-    "BF16_Optimizer": "deepspeed.runtime.bf16_optimizer",
-    "FP16_Optimizer": "deepspeed.runtime.fp16.fused_optimizer",
+    "DeepSpeedEngine": "runtime.engine",
+    "PipelineEngine": "runtime.pipe.engine",
+    "DeepSpeedHybridEngine": "runtime.hybrid_engine",
+    "DeepSpeedZeroOptimizer": "runtime.zero.stage_1_and_2",
+    "DeepSpeedZeroOptimizer_Stage3": "runtime.zero.stage3",
+    "BF16_Optimizer": "runtime.bf16_optimizer",
+    "FP16_Optimizer": "runtime.fp16.fused_optimizer",
+    "WarmupLR": "runtime.lr_schedules",
 }
+refused = partial(pytest.raises, AttachError)
 
 
-def of_deepspeed(name: str, optimizer: Any, base: type = object) -> Any:
-    """Return an object of a class that looks like one of DeepSpeed's, and holds an optimizer."""
-    found = type(name, (base,), {"__module__": DEEPSPEED.get(name, "deepspeed.ops.adam")})()
-    found.optimizer = optimizer
-    return found
-
-
-def one_sgd() -> torch.optim.Optimizer:
-    return torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
-
-
-def holding(optimizer: Any, name: str = "Wrapper", attribute: str = "optimizer") -> Any:
-    """Return a wrapper, such as Accelerate's, or a scheduler."""
-    modules = {"WarmupLR": "deepspeed.runtime.lr_schedules"}
-    wrapper = type(name, (), {"__module__": modules.get(name, "mine")})()
+def holding(optimizer: Any, name: str = "", attribute: str = "optimizer", base: Any = None) -> Any:
+    """Return an object of a class of DeepSpeed, or of another wrapper, that holds an optimizer."""
+    base = base or (nn.Module if name.endswith("Engine") else object)
+    module = f"deepspeed.{DEEPSPEED[name]}" if name else "mine"
+    wrapper = type(name or "Wrapper", (base,), {"__module__": module})()
     setattr(wrapper, attribute, optimizer)
     return wrapper
 
 
-@pytest.mark.parametrize("name", DEEPSPEED)
+def one_sgd(kind: Any = torch.optim.SGD) -> torch.optim.Optimizer:
+    return kind([nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in DEEPSPEED if name != "WarmupLR"])
 def test_deepspeed(name):
     """Its engines and optimizers are refused with the reason."""
-    base = nn.Module if name.endswith("Engine") else object
-    with pytest.raises(AttachError, match=f"{name} .* gradient_clipping"):
-        GradientClipper(of_deepspeed(name, one_sgd(), base), 1.0)
+    with refused(match=f"{name} .* gradient_clipping"):
+        GradientClipper(holding(one_sgd(), name), 1.0)
     assert "deepspeed" not in sys.modules
 
 
 def test_deepspeed_inside():
     """It is found inside of wrappers and by base classes."""
-    zero = of_deepspeed("DeepSpeedZeroOptimizer", one_sgd())
-    engine = of_deepspeed("DeepSpeedEngine", zero, nn.Module)
-    derived = type("Own", (type(engine),), {"__module__": "mine"})()
-    derived.optimizer = zero
+    zero = holding(one_sgd(), "DeepSpeedZeroOptimizer")
+    engine = holding(zero, "DeepSpeedEngine")
+    derived = holding(zero, base=type(engine))
     wrapper = holding(engine, attribute="engine")
     for given in (engine, derived, wrapper, holding(zero), [one_sgd(), holding(zero)]):
-        with pytest.raises(AttachError, match="gradient_clipping"):
+        with refused(match="gradient_clipping"):
             GradientClipper(given, 1.0)
 
 
 def test_an_optimizer_in_deepspeed(monkeypatch):
     """It is refused while DeepSpeed holds it; a scheduler that holds it is no obstacle."""
     kind = type("FusedAdam", (torch.optim.SGD,), {"__module__": "deepspeed.ops.adam.fused_adam"})
-    optimizer = kind([nn.Parameter(torch.zeros(2))], lr=0.1)
-    zero = of_deepspeed("DeepSpeedZeroOptimizer", optimizer)
+    zero = holding(optimizer := one_sgd(kind), "DeepSpeedZeroOptimizer")
     monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
-    with pytest.raises(AttachError, match="DeepSpeedZeroOptimizer .* gradient_clipping"):
+    with refused(match="DeepSpeedZeroOptimizer .* gradient_clipping"):
         GradientClipper(optimizer, 1.0)
     del zero
     scheduler = holding(optimizer, "WarmupLR")

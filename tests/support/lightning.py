@@ -158,5 +158,6 @@ def scalars_in(folder: Any) -> dict[str, list[tuple[int, float]]]:
 
 
 def rows_in(folder: Any) -> list[dict[str, str]]:
-    with (Path(folder) / "metrics.csv").open() as file:
-        return [row for row in csv.DictReader(file) if row.get("grad_norm/pre")]
+    path = Path(folder) / "metrics.csv"
+    rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else []
+    return [row for row in rows if row.get("grad_norm/pre")]

@@ -13,7 +13,7 @@ from tests.support.readme import FRAMEWORKS, SNIPPETS
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the frameworks have to say is theirs
 
 
-def names_of(framework: str) -> dict[str, Any]:
+def snippet_names(framework: str) -> dict[str, Any]:
     """Return the names that a snippet takes for granted."""
     if framework == "lightning":
         from tests.support.lightning import regression
@@ -33,7 +33,7 @@ def test_the_snippet_runs(framework, tmp_path, monkeypatch):
     pytest.importorskip(framework, reason=f"there is no {framework}")
     monkeypatch.chdir(tmp_path)
     found = {match.group(): code for code in SNIPPETS if (match := FRAMEWORKS.search(code))}
-    names = names_of(framework)
+    names = snippet_names(framework)
     exec(found[framework], names)
     clippers = names["callback"].clippers if "callback" in names else [names.get("clipper")]
     for clipper in filter(None, clippers):

@@ -1,7 +1,5 @@
 """Arithmetic of the benchmarks that could silently lie: sizes, verdicts, intervals, clipping."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

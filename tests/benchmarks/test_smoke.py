@@ -1,7 +1,5 @@
 """Every benchmark runs on a toy and prints its tables."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The short examples, run as a newcomer runs them."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

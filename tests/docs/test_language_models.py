@@ -1,7 +1,5 @@
 """The examples that train language models: every model, every rule of ``--clip``."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import re

@@ -1,7 +1,5 @@
 """The snippets of README and docs/ run, and the evidence that they name for claims exists."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

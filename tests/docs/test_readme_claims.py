@@ -1,7 +1,5 @@
 """Claims of the README on rules, devices, graphs, logs and the demo that no other test shows."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

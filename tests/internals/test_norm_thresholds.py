@@ -1,7 +1,5 @@
 """What a rule observes of steps that only the device knows to be skipped, or that are partial."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

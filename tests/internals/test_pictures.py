@@ -1,7 +1,5 @@
 """Pictures of runs: they show every step that matters, and everything in them can be read."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """Numbers of the README that are constants of the package."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The rooms of the package: floors, circles, interfaces, and what each room says of itself."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import defaultdict

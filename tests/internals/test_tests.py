@@ -1,7 +1,5 @@
 """The tests themselves: private names stay in a few places, and no helper is written twice."""
 
-from __future__ import annotations
-
 import ast
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The window of a rule: its free slots, and its norms in ascending order."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """README and docs/: their snippets, their prose, and the commands that show their claims."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

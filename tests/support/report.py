@@ -1,7 +1,5 @@
 """Logs with given norms, and what ``gradclip report`` says of logs."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """The table of all rules, a driver that uses a rule as a clipper does, and a comparison by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

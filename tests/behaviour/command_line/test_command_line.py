@@ -1,7 +1,5 @@
 """The command line: help, refusals in one line, pictures of reports, and whole processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The demo: with a few steps, and in full where marked slow."""
 
-from __future__ import annotations
-
 import functools
 import io
 import math

@@ -3,8 +3,6 @@
 A test that can run on the CPU does so too, which shows that the test itself is right.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A step on a device reads no value on the host: whatever would read one raises here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import contextmanager
 

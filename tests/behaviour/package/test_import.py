@@ -1,7 +1,5 @@
 """What importing the package brings: its names, and nothing heavy."""
 
-from __future__ import annotations
-
 import ast
 import pickle
 import subprocess

@@ -1,7 +1,5 @@
 """Advice of ``gradclip report``, and the effect of its line of code on the next training."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """Logs that ``gradclip report`` reads, warns of or refuses."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Facts that ``gradclip report`` finds in a run."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The ``max_norm`` keys of parameter groups: norms and thresholds of their own."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

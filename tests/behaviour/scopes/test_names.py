@@ -1,7 +1,5 @@
 """Names of parameters, in labels and in the error for norms that are not finite."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Which gradients share a norm, held against norms by hand."""
 
-from __future__ import annotations
-
 import math
 from enum import Enum
 from functools import partial

@@ -1,7 +1,5 @@
 """Units of every kind of gradient: each index of dimension 0 has a norm of its own."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """What a user may give as ``max_norm``: numbers, functions, rules, and rules of their own."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,7 +1,5 @@
 """Pairs of scope and threshold in training: all run, and the known ones do what they say."""
 
-from __future__ import annotations
-
 import io
 import math
 import random

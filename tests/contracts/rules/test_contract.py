@@ -1,7 +1,5 @@
 """What every rule keeps to, whatever its formula."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import math

@@ -1,7 +1,5 @@
 """Each rule against its paper, written down by hand for one label or several."""
 
-from __future__ import annotations
-
 import math
 import statistics
 

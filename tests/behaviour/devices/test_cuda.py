@@ -33,9 +33,8 @@ class CapturedTraining:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
         capturable = {"capturable": True} if device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0.1, fused=fused, **capturable
-        )
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=fused, **capturable)
         self.batch = torch.zeros(5, 4, device=device)
         self.sink = gradclip.MemorySink()
         self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
@@ -52,9 +51,17 @@ class CapturedTraining:
 
 
 def made_batches(count: int, device) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(5, 4, generator=generator) * (1 + index % 4) for index in range(count)]
-    return [batch.to(device) for batch in made]
+    return [torch.randn(5, 4).to(device) * (1 + index % 4) for index in range(count)]
+
+
+def assert_alike(one: CapturedTraining, other: CapturedTraining, rel: float) -> None:
+    """Close both clippers and compare what they logged."""
+    one.clipper.close()
+    other.clipper.close()
+    for step, again in zip(one.sink.steps, other.sink.steps, strict=True):
+        assert again.norm == pytest.approx(step.norm, rel=rel, nan_ok=True)
+        assert again.clipped_norm == pytest.approx(step.clipped_norm, rel=rel, nan_ok=True)
+        assert (again.step, again.skipped) == (step.step, step.skipped)
 
 
 # The same as on the CPU
@@ -69,21 +76,13 @@ def test_a_device_clips_as_the_cpu_does(device, rule, options):
     assert there.clipper.engine in engines
     here.learn(given)
     there.learn([batch.to(device) for batch in given])
-    for training in (here, there):
-        training.clipper.close()
-    for one, other in zip(here.sink.steps, there.sink.steps, strict=True):
-        assert other.norm == pytest.approx(one.norm, rel=1e-3)
-        assert other.clipped_norm == pytest.approx(one.clipped_norm, rel=1e-3)
-        assert (other.step, other.skipped) == (one.step, one.skipped)
+    assert_alike(here, there, rel=1e-3)
 
 
 @on_both
 def test_gradients_on_two_devices_share_a_norm(device):
-    weights = [
-        nn.Parameter(torch.ones(3)),
-        nn.Parameter(torch.ones(4, device=device)),
-        nn.Parameter(torch.ones(5, device=device, dtype=torch.bfloat16)),
-    ]
+    tensors = [torch.ones(3), torch.ones(4, device=device), torch.ones(5, device=device).bfloat16()]
+    weights = [*map(nn.Parameter, tensors)]
     for order in (1, -1):
         for weight in weights:
             weight.grad = torch.full_like(weight, 2.0)
@@ -98,16 +97,14 @@ def test_gradients_on_two_devices_share_a_norm(device):
 def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
     training = CapturedTraining(device, 0.01, fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=100)
-    given = made_batches(6, device)
+    given, norms = made_batches(6, device), []
     given[3] *= math.inf
-    norms = []
     for batch in given:
         training.optimizer.zero_grad()
         loss = training.model(batch).square().mean()
         if bool(loss.isfinite()):
             parameters = [*training.model.parameters()]
-            plain = torch.autograd.grad(loss, parameters, retain_graph=True)
-            norms.append(norm_of(plain))
+            norms.append(norm_of(torch.autograd.grad(loss, parameters, retain_graph=True)))
         scaler.scale(loss).backward()
         scaler.step(training.optimizer)
         scaler.update()
@@ -146,12 +143,10 @@ def test_one_launch_measures_and_one_returns_at_once(device):
 
 @on_cuda
 def test_streams_do_not_disturb_each_other(device):
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    given = [
-        [torch.full((size,), float(n + 1), device=device) for size in (3, 70_001)] for n in range(4)
-    ]
+    streams, norms = [torch.cuda.Stream() for _ in range(4)], [[] for _ in range(4)]
+    ones = [torch.ones(size, device=device) for size in (3, 70_001)]
+    given = [[tensor * (n + 1) for tensor in ones] for n in range(4)]
     torch.cuda.synchronize()
-    norms = [[] for _ in streams]
     for _ in range(50):
         for n, stream in enumerate(streams):
             with torch.cuda.stream(stream):
@@ -162,13 +157,12 @@ def test_streams_do_not_disturb_each_other(device):
         assert [norm.item() for norm in found] == pytest.approx([needed] * 50, rel=1e-6)
 
 
+CAPTURED = ["Fixed", "Percentile", "MedianDeviation", "MovingAverage", "RelativeToWeights"]
+
+
 @on_cuda
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"scope": "parameter"}])
-@pytest.mark.parametrize(
-    "rule",
-    ["Fixed", "Percentile", "MedianDeviation", "MovingAverage", "RelativeToWeights"],
-    indirect=True,
-)
+@pytest.mark.parametrize("rule", CAPTURED, indirect=True)
 def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options):
     given = made_batches(12, device)
     given[7][0, 0] = math.nan if options else given[7][0, 0]
@@ -187,12 +181,7 @@ def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options
         replayed.batch.copy_(batch)
         graph.replay()
     assert replayed.clipper.steps == 12
-    for training in (eager, replayed):
-        training.clipper.close()
-    for one, other in zip(eager.sink.steps, replayed.sink.steps, strict=True):
-        assert other.norm == pytest.approx(one.norm, rel=1e-5, nan_ok=True)
-        assert other.clipped_norm == pytest.approx(one.clipped_norm, rel=1e-5, nan_ok=True)
-        assert (other.step, other.skipped) == (one.step, one.skipped)
+    assert_alike(eager, replayed, rel=1e-5)
     for one, other in zip(eager.model.parameters(), replayed.model.parameters(), strict=True):
         torch.testing.assert_close(other, one)
 

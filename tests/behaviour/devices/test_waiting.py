@@ -1,6 +1,5 @@
 """A step on a device reads no value on the host: whatever would read one raises here."""
 
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
@@ -19,39 +18,41 @@ def target(request) -> torch.device:
     return torch.device("cpu")
 
 
+@contextmanager
+def sync_raises():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def reading_raises(tape):
+    def refusing(method):
+        def refuse(tensor, *args):
+            assert not tensor.is_floating_point(), "the host would wait for a value"
+            return method(tensor, *args)
+
+        return refuse
+
+    with pytest.MonkeyPatch.context() as patch, tape:
+        for name in ("tolist", "numpy"):  # which the tape does not see
+            patch.setattr(torch.Tensor, name, refusing(getattr(torch.Tensor, name)))
+        yield
+
+
 @pytest.fixture
-def unread(target, request) -> Callable:
+def unread(target, request):
     """A block in which a host that waits for a value raises."""
-    tape = None if target.type == "cuda" else request.getfixturevalue("tape")
-
-    @contextmanager
-    def block():
-        if tape is None:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                yield
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            return
-        with pytest.MonkeyPatch.context() as patch, tape:
-            for name in ("tolist", "numpy"):  # which the tape does not see
-                patch.setattr(torch.Tensor, name, refusing(getattr(torch.Tensor, name)))
-            yield
-
-    return block
-
-
-def refusing(way: Callable) -> Callable:
-    def refuse(tensor, *args):
-        assert not tensor.is_floating_point(), "the host would wait for a value"
-        return way(tensor, *args)
-
-    return refuse
+    if target.type == "cuda":
+        return sync_raises()
+    return reading_raises(request.getfixturevalue("tape"))
 
 
 def trained_steps(target, max_norm, *, fused: bool, **options):
-    """Return a clipper and a function that takes a step; three steps have been taken."""
+    """Return a clipper, and a function that takes steps; three steps have been taken."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(target)
     kind = torch.optim.AdamW if fused else torch.optim.SGD  # others read their count of steps
     optimizer = kind(model.parameters(), lr=0.01, fused=fused)
@@ -60,14 +61,14 @@ def trained_steps(target, max_norm, *, fused: bool, **options):
     clipper = GradientClipper(optimizer, max_norm, log=sink, **options)
     batches = {factor: torch.randn(5, 4, device=target) * factor for factor in FACTORS}
 
-    def step(factor: float = 1.0) -> None:
-        optimizer.zero_grad()
-        model(batches[factor]).square().mean().backward()
-        optimizer.step()
+    def take(*factors: float) -> None:
+        for factor in factors:
+            optimizer.zero_grad()
+            model(batches[factor]).square().mean().backward()
+            optimizer.step()
 
-    for _ in range(3):  # a step that is not skipped makes the state
-        step(0.01)
-    return step, clipper
+    take(0.01, 0.01, 0.01)  # a step that is not skipped makes the state
+    return take, clipper
 
 
 FACTORS = (1.0, 100.0, float("nan"), 0.01)
@@ -75,19 +76,19 @@ FACTORS = (1.0, 100.0, float("nan"), 0.01)
 
 @pytest.mark.parametrize("rule", ["Fixed", "Percentile"], indirect=True)
 def test_no_policy_waits(target, rule, options, unread):
-    step, clipper = trained_steps(target, rule(), fused=True, **options)
-    with unread():
-        for factor in FACTORS:
-            step(factor)
+    take, clipper = trained_steps(target, rule(), fused=True, **options)
+    with unread:
+        take(*FACTORS)
     assert clipper.steps == 7
 
 
-@pytest.mark.parametrize("scope", ["global", "parameter"])
+@pytest.mark.parametrize(
+    "scope", ["global", "group", "parameter", "unit", lambda name, p: range(len(p))]
+)
 def test_no_threshold_waits(target, rule, scope, unread):
-    step, clipper = trained_steps(target, rule(), fused=False, scope=scope)
-    with unread():
-        for factor in FACTORS:
-            step(factor)
+    take, clipper = trained_steps(target, rule(), fused=False, scope=scope)
+    with unread:
+        take(*FACTORS)
     assert clipper.steps == 7
 
 
@@ -96,10 +97,10 @@ def test_no_threshold_waits(target, rule, scope, unread):
     [(True, {"nonfinite": "raise"}), (False, {"nonfinite": "skip"}), (False, {"exceed": "skip"})],
 )
 def test_what_says_that_it_waits_does(target, fused, options, unread):
-    step, _ = trained_steps(target, 0.5, fused=fused, **options)
+    take, _ = trained_steps(target, 0.5, fused=fused, **options)
     reason = "would wait for a value|synchronizing"
-    with unread(), pytest.raises((AssertionError, RuntimeError), match=reason):
-        step()
+    with unread, pytest.raises((AssertionError, RuntimeError), match=reason):
+        take(1.0)
 
 
 def test_functions_do_not_wait(target, unread):
@@ -108,7 +109,7 @@ def test_functions_do_not_wait(target, unread):
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     gradclip.clip_grad_units_(weights)  # keeps where units are
-    with unread():
+    with unread:
         gradclip.clip_grad_norm_(weights, 1.0)
         gradclip.clip_gradients_([weight.grad for weight in weights], 1.0, 3.0)
         gradclip.clip_grad_value_(weights, 1e-4)

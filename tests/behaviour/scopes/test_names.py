@@ -14,8 +14,7 @@ WEIGHT, TWIN = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
 MODEL, OTHER = nn.Linear(2, 1), nn.Linear(2, 1, bias=False)
 POSITIONS = ["group 0, parameter 0", "group 0, parameter 1", "group 1, parameter 0"]
 FOUR = [[*MODEL.parameters()], [*OTHER.named_parameters()], [("w", WEIGHT)], [("w", TWIN)]]
-TAKEN = ["weight", "bias", "optimizer 1, group 0, parameter 0", "w"]
-TAKEN += ["optimizer 3, group 0, parameter 0"]
+TAKEN = ["weight", "bias", f"optimizer 1, {POSITIONS[0]}", "w", f"optimizer 3, {POSITIONS[0]}"]
 GROUPS = [{"params": [*MODEL.parameters()]}, {"params": [WEIGHT]}]
 
 
@@ -28,7 +27,6 @@ GROUPS = [{"params": [*MODEL.parameters()]}, {"params": [WEIGHT]}]
         (lambda: [SGD([WEIGHT]), SGD([WEIGHT])], None, ["optimizer 0, group 0, parameter 0"]),
         (lambda: [SGD(params) for params in FOUR], MODEL, TAKEN),
     ],
-    ids=["positions", "model", "optimizer", "once", "taken"],
 )
 def test_no_two_parameters_have_the_same_name(make, model, names):
     """The model's, else the optimizer's unless it is taken, else the position."""
@@ -40,28 +38,25 @@ LARGE = torch.tensor([1e200], dtype=torch.float64)
 TWICE = torch.sparse_coo_tensor([[0, 2, 2]], [1.0, 3e38, 3e38], (3,))
 
 
+MANY = ", ".join(f"p{index} (1 of 1 elements)" for index in range(10)) + " and 2 more"
+RANGE = "exceeds the range of float64"
+
+
 @pytest.mark.parametrize(
     ("gradients", "said"),
     [
         ({"a": torch.tensor([1.0, math.nan, math.inf]), "b": torch.ones(1)}, "a (2 of 3 elements)"),
         ({"s": torch.sparse_coo_tensor([[0, 2]], [1, math.nan], (3,))}, "s (1 of 2 elements)"),
         ({"s": TWICE}, "s (1 of 2 elements)"),
-        (
-            {f"p{index}": torch.tensor([math.nan]) for index in range(12)},
-            ", ".join(f"p{index} (1 of 1 elements)" for index in range(10)) + " and 2 more",
-        ),
-        ({"a": LARGE}, "a (the sum of its powers exceeds the range of float64)"),
-        (
-            {name: torch.full((1,), 1.2e154, dtype=torch.float64) for name in "ab"},
-            "none by itself: the sum of their powers exceeds the range of float64",
-        ),
+        ({f"p{index}": torch.tensor([math.nan]) for index in range(12)}, MANY),
+        ({"a": LARGE}, f"a (the sum of its powers {RANGE})"),
+        (dict.fromkeys("ab", LARGE * 1.2e-46), f"none by itself: the sum of their powers {RANGE}"),
     ],
-    ids=["elements", "sparse", "duplicates", "many", "range", "together"],
 )
 def test_the_error_says_what_is_not_finite(gradients, said):
     """With elements counted; sparse gradients are read as they add up."""
-    optimizer = SGD([(name, parameter_with(gradient)) for name, gradient in gradients.items()])
-    GradientClipper(optimizer, 1.0, nonfinite="raise")
+    named = [(name, parameter_with(gradient.clone())) for name, gradient in gradients.items()]
+    GradientClipper(optimizer := SGD(named), 1.0, nonfinite="raise")
     with pytest.raises(NonFiniteGradientError) as raised:
         optimizer.step()
     assert f": {said}" in str(raised.value)

@@ -2,7 +2,6 @@
 
 import math
 from enum import Enum
-from functools import partial
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from torch import nn
 
 import gradclip
 from gradclip import ArgumentError, GradientClipper, GradientError, Scope
-from tests.support.clippers import sgd, stepped
-from tests.support.reference import coefficient_of, gradient_norm, norm_of, parameter_with
+from tests.support.clippers import sgd, stepped, weights_of
+from tests.support.reference import clipped, coefficient_of, gradient_norm, norm_of, parameter_with
 
 engines = pytest.mark.parametrize("engine", ["reference", "operators"])
 
@@ -42,10 +41,10 @@ def units(gradient: torch.Tensor) -> list[torch.Tensor]:
 
 
 PARTS = {
-    "global": lambda tensors: [[*tensors.values()]],
-    "group": lambda tensors: [[*tensors.values()]],
-    "parameter": lambda tensors: [[gradient] for gradient in tensors.values()],
-    "unit": lambda tensors: [[unit] for gradient in tensors.values() for unit in units(gradient)],
+    "global": lambda gradients: [gradients],
+    "group": lambda gradients: [gradients],
+    "parameter": lambda gradients: [[gradient] for gradient in gradients],
+    "unit": lambda gradients: [[unit] for gradient in gradients for unit in units(gradient)],
 }
 """What shares a norm, in views of the gradients."""
 
@@ -57,26 +56,21 @@ PARTS = {
 def test_every_part_is_clipped_by_its_own_norm(kind, dtype, order, engine):
     """A gradient within its threshold is not written at all."""
     model = network(dtype)
-    needed = gradients_by_name(model)
+    needed = [*gradients_by_name(model).values()]
     parts = PARTS[kind](needed)
     norms = [norm_of(part, order) for part in parts]
     threshold = sorted(norms)[len(norms) // 2] * 0.9
-    clipper = GradientClipper(
-        frozen(model), threshold, scope=kind, model=model, norm_type=order, engine=engine
-    )
-    before = [p.grad.clone() for p in model.parameters()]
-    clipper.step()
-    assert clipper.last.norm.reshape(-1).tolist() == pytest.approx(norms, rel=1e-6)
+    clipper = stepped(frozen(model), threshold, scope=kind, norm_type=order, engine=engine)
+    assert clipper.last.norms.tolist() == pytest.approx(norms, rel=1e-6)
     for part, norm in zip(parts, norms, strict=True):
         for view in part:
             view.mul_(coefficient_of(norm, threshold))
     tolerance = 2.0**-7 if dtype is torch.bfloat16 else 1e-6
-    for found, expected in zip(gradients_by_name(model).values(), needed.values(), strict=True):
+    for found, expected in zip(gradients_by_name(model).values(), needed, strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
     if kind == "parameter":
-        for parameter, old, norm in zip(model.parameters(), before, norms, strict=True):
-            assert torch.equal(parameter.grad, old) == (norm <= threshold)
-            assert (parameter.grad._version == 0) == (norm <= threshold)
+        untouched = [parameter.grad._version == 0 for parameter in model.parameters()]
+        assert untouched == [norm <= threshold for norm in norms]
 
 
 def test_labels_are_names():
@@ -103,11 +97,9 @@ def test_labels_are_names():
             assert {*map(type, clipper.labels)} == {str}  # a checkpoint loads no other type
 
 
-def test_a_scope_shows_itself():
-    """As the call that makes it."""
-    assert repr(Scope("unit")) == "Scope('unit')"
-    assert repr(Scope("unit", exclude=["a", "b"])) == "Scope('unit', exclude=('a', 'b'))"
-    assert repr(Scope("unit", exclude="head.*")) == "Scope('unit', exclude='head.*')"
+def test_a_scope_shows_the_call_that_makes_it():
+    for call in ("'unit'", "'unit', exclude=('a', 'b')", "'unit', exclude='head.*'"):
+        assert repr(eval(f"Scope({call})")) == f"Scope({call})"
 
 
 def clipper_with(**options) -> GradientClipper:
@@ -123,30 +115,101 @@ LABEL = (
     "give a string or a whole number, None for never clipped, or one of these for each index of "
     "dimension 0."
 )
-LABELS = [(1.5, "1.5"), (True, "True"), (object, "<class 'object'>"), (b"ab", "b'ab'")]
-LABELS += [([1, 2, 3], "3 labels"), ([1, 2.5], "2.5"), ([], "0 labels")]
-INVALID = {
-    f"scope is {scope!r}: {KINDS}": partial(clipper_with, scope=scope)
-    for scope in ("globe", "", 3, None, Scope, ["unit"])
-}
-INVALID |= {
-    f"exclude is {exclude!r}: {CHOICE}": partial(Scope, exclude=exclude)
-    for exclude in (3, None, [3], ["a", None])
-}
-INVALID |= {
-    f"The scope gave {said} for group 0, parameter 0 of shape (2, 3): {LABEL}": partial(
-        clipper_with, scope=lambda name, parameter, label=label: label
-    )
-    for label, said in LABELS
-}
+GAVE = f"The scope gave {{}} for group 0, parameter 0 of shape (2, 3): {LABEL}"
+LABELS = {"1.5": 1.5, "True": True, "<class 'object'>": object, "b'ab'": b"ab"}
+LABELS |= {"3 labels": [1, 2, 3], "2.5": [1, 2.5], "0 labels": []}
+INVALID = [
+    *((f"scope is {s!r}: {KINDS}", s) for s in ("globe", "", 3, None, Scope, ["unit"])),
+    *((GAVE.format(said), lambda *_, label=label: label) for said, label in LABELS.items()),
+]
 
 
-@pytest.mark.parametrize("message", INVALID)
-def test_an_invalid_scope_is_refused(message):
+@pytest.mark.parametrize(("message", "scope"), INVALID)
+def test_an_invalid_scope_is_refused(message, scope):
     """With what was found and what is needed."""
     with pytest.raises(ArgumentError) as refused:
-        INVALID[message]()
+        clipper_with(scope=scope)
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("exclude", [3, None, [3], ["a", None]])
+def test_an_invalid_choice_of_parameters_is_refused(exclude):
+    with pytest.raises(ArgumentError) as refused:
+        Scope(exclude=exclude)
+    assert str(refused.value) == f"exclude is {exclude!r}: {CHOICE}"
+
+
+# Units of every kind of gradient
+
+
+@engines
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize("max_value", [None, 4.0])
+def test_rows_of_sparse_gradients_are_units(engine, coalesced, max_value):
+    """An index that comes twice counts as the sum of its values."""
+    values = torch.tensor([[1.0, 1.0], [0.3, 0.4], [2.0, 3.0]])
+    gradient = torch.sparse_coo_tensor(torch.tensor([[3, 0, 3]]), values, (5, 2))
+    [table] = weights_of(optimizer := sgd(gradient.coalesce() if coalesced else gradient))
+    clipper = stepped(optimizer, 1.0, scope="unit", max_value=max_value, engine=engine)
+    assert clipper.last.norm.tolist() == pytest.approx([0.5, 0.0, 0.0, 5.0, 0.0])
+    needed = [[0.3, 0.4], [0, 0], [0, 0], [0.6, 0.8], [0, 0]]
+    torch.testing.assert_close(table.grad.to_dense(), torch.tensor(needed))
+    assert table.grad._nnz() == (2 if coalesced or max_value else 3)
+
+
+@engines
+def test_rows_of_complex_gradients_are_units(engine):
+    """Of real and imaginary parts together."""
+    gradient = torch.tensor([[3 + 4j, 0], [0.3j, 0.4]])
+    clipper = stepped(sgd(gradient), 1.0, scope="unit", engine=engine)
+    assert clipper.last.norm.tolist() == pytest.approx([5.0, 0.5])
+    torch.testing.assert_close(gradient, torch.tensor([[0.6 + 0.8j, 0], [0.3j, 0.4]]))
+
+
+@pytest.mark.parametrize("scope", ["unit", lambda name, parameter: range(4)])
+def test_rows_that_share_memory_are_refused(scope):
+    """As one norm the gradient can be clipped."""
+    weight, shared = torch.full((4, 3), 9.0), torch.full((3,), 9.0).expand(4, 3)
+    optimizer = sgd(weight, shared)
+    with (
+        GradientClipper(optimizer, 1.0, scope=scope),
+        pytest.raises(GradientError, match=r"strides \(0, 1\).*share memory.*make it contiguous"),
+    ):
+        optimizer.step()
+    assert bool(((weight == 9) & (shared == 9)).all())
+    stepped(optimizer, 1.0, scope="parameter")
+    assert shared.norm().item() == pytest.approx(1.0)
+
+
+def test_tensors_without_rows_or_elements_are_units_too():
+    """Of norm 0, or of the norm of all their elements."""
+    tensors = [torch.full(shape, 2.0) for shape in ((0, 3), (3, 0), (0,), (), (2, 2))]
+    clipper = stepped(sgd(*tensors), 1.0, scope="unit")
+    assert clipper.last.norm.tolist() == pytest.approx([0, 0, 0, 0, 2, 8**0.5, 8**0.5])
+    assert tensors[-1].norm(dim=1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_tied_gradients_belong_to_the_first_parameter():
+    """They count and are scaled once."""
+    shared = torch.tensor([3.0, 4.0])
+    clipper = stepped(sgd(shared, shared), 1.0, scope="parameter")
+    assert clipper.last.norm.tolist() == [5.0, 0.0]
+    assert shared.tolist() == pytest.approx([0.6, 0.8])
+
+
+@engines
+@pytest.mark.parametrize("policy", ["zero", "skip", "propagate"])
+def test_a_row_that_is_not_finite_concerns_its_own_norm(policy, engine):
+    """The others are bounded and scaled as ever, unless the step is skipped."""
+    gradient = torch.tensor([[3.0, 4.0], [math.nan, 4.0], [0.3, 0.4]])
+    optimizer = sgd(gradient)
+    clipper = stepped(optimizer, 1.0, scope="unit", nonfinite=policy, max_value=3.5, engine=engine)
+    first = [3.0, 4.0] if policy == "skip" else [0.6508, 0.7593]  # bounded to [3, 3.5] first
+    assert gradient[0].tolist() == pytest.approx(first, rel=1e-3)
+    assert gradient[1].nan_to_num(7.0).tolist() == ([0, 0] if policy == "zero" else [7, 4])
+    assert gradient[2].tolist() == pytest.approx([0.3, 0.4])
+    assert clipper.skipped == (policy == "skip")
+    assert clipper.last.nonfinite.tolist() == [False, True, False]
 
 
 # Parameters that are excluded
@@ -156,12 +219,9 @@ def test_an_invalid_scope_is_refused(message):
 @pytest.mark.parametrize(
     "exclude",
     [
-        "1.*",
-        ["1.weight", "1.bias"],
-        lambda name, parameter: name.startswith("1."),
+        *("1.*", ["1.weight", "1.bias"], lambda name, parameter: name.startswith("1.")),
         lambda name, parameter: parameter.shape[:1] == (5,),
     ],
-    ids=["pattern", "names", "predicate of the name", "predicate of the parameter"],
 )
 @pytest.mark.parametrize("kind", [*PARTS, lambda name, parameter: "one"])
 def test_what_is_excluded_is_in_no_norm_and_never_written(kind, exclude, engine):
@@ -183,11 +243,8 @@ def test_what_is_excluded_is_in_no_norm_and_never_written(kind, exclude, engine)
 def test_excluded_names_match_parameters():
     """Brackets are part of a name; what matches nothing is an error, with the names there are."""
     model = network()
-    with pytest.raises(
-        ArgumentError,
-        match=r"exclude='haed.\*' matches no parameter; there are scale, 0.weight, 0.bias, "
-        r"1.weight, 1.bias, \.\.\.\. Names are the model's with model=",
-    ):
+    said = r"exclude='haed.\*' matches no parameter; there are scale, 0.weight, 0.bias, 1.weight, "
+    with pytest.raises(ArgumentError, match=said + r"1.bias, \.\.\.\. Names are the model's with"):
         GradientClipper(frozen(model), 1.0, scope=Scope(exclude="haed.*"), model=model)
     with pytest.raises(ArgumentError, match=r"there are group 0, parameter 0\. Names are"):
         clipper_with(scope=Scope(exclude="1.*"))
@@ -199,12 +256,10 @@ def test_excluded_names_match_parameters():
 
 def test_where_everything_is_excluded_the_record_says_so():
     """There is one norm, of no gradient."""
-    model = network()
-    before = gradients_by_name(model)
-    scope = Scope("unit", exclude="*")
-    clipper = stepped(frozen(model), 1.0, scope=scope, model=model)
+    gradient = torch.tensor([[3.0, 4.0]])
+    clipper = stepped(sgd(gradient), 1.0, scope=Scope("unit", exclude="*"))
     assert clipper.last.norm.item() == 0.0
-    assert all(map(torch.equal, before.values(), gradients_by_name(model).values()))
+    assert gradient.tolist() == [[3.0, 4.0]]
 
 
 # A function as scope
@@ -214,31 +269,24 @@ def test_where_everything_is_excluded_the_record_says_so():
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, "array"])
 def test_models_along_dimension_0_are_clipped_one_by_one(kind, engine):
     """As each would be by itself."""
-    seeds, threshold = 7, 1.0
-    torch.manual_seed(1)
-    shapes = {"matrices": (seeds, 3, 50), "biases": (seeds, 4), "scales": (seeds,)}
-    factors = torch.logspace(-2, 2, seeds)
-    batched = {}
-    for name, shape in shapes.items():
-        gradient = torch.randn(shape) * factors.view(-1, *[1] * (len(shape) - 1))
-        batched[name] = parameter_with(gradient)
-    needed = [{k: p.grad[seed].double() for k, p in batched.items()} for seed in range(seeds)]
+    seeds = torch.arange(7)
+    factors = torch.logspace(-2, 2, 7)
+    gradients = [
+        torch.randn(7, *shape) * factors.view(-1, *[1] * len(shape))
+        for shape in ((3, 50), (4,), ())
+    ]
+    needed = [clipped([gradient[seed] for gradient in gradients], 1.0) for seed in seeds]
+    norms = [norm_of([gradient[seed] for gradient in gradients]) for seed in seeds]
 
     def of_seed(name, parameter):
-        index = range(len(parameter))
-        return torch.tensor(index).numpy() if kind == "array" else kind(index)
+        return seeds.numpy() if kind == "array" else kind(range(7))
 
-    optimizer = torch.optim.SGD(batched.values(), lr=0.0)
-    clipper = GradientClipper(optimizer, threshold, scope=of_seed, engine=engine)
-    assert clipper.labels == tuple(map(str, range(seeds)))
-    clipper.step()
+    clipper = stepped(sgd(*gradients), 1.0, scope=of_seed, engine=engine)
+    assert clipper.labels == tuple(map(str, range(7)))
+    assert clipper.last.norm.tolist() == pytest.approx(norms, rel=1e-6)
     for seed, parts in enumerate(needed):
-        norm = norm_of(parts.values())
-        assert clipper.last.norm[seed].item() == pytest.approx(norm, rel=1e-6)
-        for name, part in parts.items():
-            expected = part * coefficient_of(norm, threshold)
-            found = batched[name].grad[seed].double()
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        for gradient, part in zip(gradients, parts, strict=True):
+            torch.testing.assert_close(gradient[seed].double(), part, rtol=1e-6, atol=0)
 
 
 @engines
@@ -278,9 +326,8 @@ def test_labels_need_the_rows_they_were_given_for():
         one, other = optimizer.param_groups[0]["params"]
         one.grad, one.data = None, torch.zeros(rows, 2)
         one.grad = torch.ones(rows, 2)
-        with pytest.raises(
-            GradientError, match=rf"shape \({rows}, 2\), whose parameter had 2 rows"
-        ):
+        said = rf"shape \({rows}, 2\), whose parameter had 2 rows"
+        with pytest.raises(GradientError, match=said):
             optimizer.step()
         assert bool((other.grad == 9).all())
 
@@ -370,12 +417,10 @@ def test_the_error_names_parameters_and_says_how_many_norms():
 def test_several_optimizers_share_the_norms_of_any_scope(scope):
     """As if one held all parameters."""
     model, twin = network(), network()
-    weights, others = [model[0].weight, model[1].weight], [model[0].bias, model[1].bias]
-    others += [*model[2].parameters(), model.scale]
-    optimizers = [torch.optim.SGD(parameters, lr=0.0) for parameters in (weights, others)]
+    parameters = [*model.parameters()]
+    optimizers = [torch.optim.SGD(part, lr=0.0) for part in (parameters[::2], parameters[1::2])]
     clipper = stepped(optimizers, 0.5, scope=scope, model=model)
     stepped(frozen(twin), 0.5, scope=scope, model=twin)
-    assert all(
-        map(torch.equal, gradients_by_name(model).values(), gradients_by_name(twin).values())
-    )
+    both = (gradients_by_name(net).values() for net in (model, twin))
+    assert all(map(torch.equal, *both))
     assert clipper.steps == 1

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from gradclip import thresholds
 from gradclip.errors import ArgumentError
 from gradclip.thresholds import (
     GrowthLimit,
@@ -19,6 +20,27 @@ from gradclip.thresholds import (
     ZScore,
 )
 from tests.support.rules import Driver, agree, is_usable, per_label
+
+DEFAULTS = {
+    "Fixed(1)": "Fixed(1.0)",
+    "Fixed(None)": "Fixed(None)",
+    "Percentile()": "Percentile(10.0, window=1000)",
+    "ZScore(cap=1)": "ZScore(2.5, decay=0.97, warmup=25, eps=1e-06, cap=1.0)",
+    "MovingAverage()": "MovingAverage(1.05, decay=0.98, warmup=100, warmup_norm=1.0)",
+    "MeanDeviation()": "MeanDeviation(6.0, window=128, warmup=64)",
+    "MedianDeviation()": "MedianDeviation(10.0, window=100, warmup=50)",
+    "MedianDeviation(window=31)": "MedianDeviation(10.0, window=31, warmup=15)",
+    "RelativeToWeights()": "RelativeToWeights(0.01, eps=0.001)",
+    "GrowthLimit(floor=0, cap=3)": "GrowthLimit(1.01, cap=3.0, floor=0.0)",
+}
+
+
+@pytest.mark.parametrize("call", DEFAULTS)
+def test_the_defaults_are_those_of_the_sources(call):
+    """And the repr is the call that makes the rule, cap and floor only where they are given."""
+    made, shown = eval(call, vars(thresholds)), DEFAULTS[call]
+    assert repr(made) == repr(eval(shown, vars(thresholds))) == shown
+
 
 # AutoClip: the percentile of the last norms, the current one included
 
@@ -46,7 +68,7 @@ def test_percentile_is_autoclip(percentile, window):
 # ZClip: a list of the warm-up's norms, then moving averages
 
 
-def zclip(z=2.5, decay=0.97, warmup=25, eps=1e-6, cap=math.inf):
+def zclip(z, decay, warmup, eps, cap):
     def limits(norms):
         first, mean, variance, expected = [], None, None, []
         for norm in norms:
@@ -55,7 +77,7 @@ def zclip(z=2.5, decay=0.97, warmup=25, eps=1e-6, cap=math.inf):
                 score = (norm - mean) / (math.sqrt(variance) + eps)
                 if score > z:
                     limit = mean + z * z * math.sqrt(variance) / score
-            expected.append(min(limit, cap) if usable else None)
+            expected.append(min(limit, cap or math.inf) if usable else None)
             if usable and mean is None:
                 first.append(norm)
                 if len(first) == warmup:
@@ -70,18 +92,15 @@ def zclip(z=2.5, decay=0.97, warmup=25, eps=1e-6, cap=math.inf):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("z", "decay", "warmup", "eps", "cap"),
     [
-        {"z": 2.5, "warmup": 25},
-        {"z": 1.5, "warmup": 3, "decay": 0.9},
-        {"z": 0.5, "warmup": 1, "decay": 0.5, "eps": 0.1},
-        {"z": 2.0, "warmup": 5, "cap": 1.5},
+        *((2.5, 0.97, 25, 1e-6, None), (1.5, 0.9, 3, 1e-6, None)),
+        *((0.5, 0.5, 1, 0.1, None), (2.0, 0.97, 5, 1e-6, 1.5)),
     ],
-    ids=str,
 )
-def test_zscore_is_zclip(arguments):
+def test_zscore_is_zclip(z, decay, warmup, eps, cap):
     """The averages observe the limit before the cap."""
-    agree(lambda: ZScore(**arguments), zclip(**arguments))
+    agree(lambda: ZScore(z, decay, warmup, eps, cap=cap), zclip(z, decay, warmup, eps, cap))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -134,17 +153,11 @@ def adagc(factor=1.05, decay=0.98, warmup=100, warmup_norm=1.0, order=2.0):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {},
-        {"warmup": 5, "warmup_norm": 2.0},
-        {"factor": 1.5, "decay": 0.5, "warmup": 1, "warmup_norm": 1e9},
-        {"factor": 0.9, "decay": 0.0, "warmup": 3},
-    ],
-    ids=str,
+    [(), (1.05, 0.98, 5, 2.0), (1.5, 0.5, 1, 1e9), (0.9, 0.0, 3)],
 )
 def test_moving_average_is_adagc(arguments):
     """A norm of 0 never enters an average: it would erase its label forever."""
-    agree(lambda: MovingAverage(**arguments), adagc(**arguments))
+    agree(lambda: MovingAverage(*arguments), adagc(*arguments))
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, 3.5, math.inf])
@@ -206,9 +219,7 @@ OF_LAST_NORMS = {
 
 
 @pytest.mark.parametrize("rule", OF_LAST_NORMS)
-@pytest.mark.parametrize(
-    "arguments", [(1.0, 2, 0), (6.0, 5, 3), (1.5, 6, 20), (3.0, 100, 4)], ids=str
-)
+@pytest.mark.parametrize("arguments", [(1.0, 2, 0), (6.0, 5, 3), (1.5, 6, 20), (3.0, 100, 4)])
 def test_deviations_are_those_of_the_last_norms(rule, arguments):
     """Mean and sample deviation, or median and median distance."""
     agree(lambda: rule(*arguments), OF_LAST_NORMS[rule](*arguments))
@@ -267,9 +278,7 @@ def test_relative_to_weights_asks_for_weight_norms_and_misses_them():
     """The error is for those who call a rule by themselves."""
     assert RelativeToWeights.needs_weights
     context = StepContext(0, torch.ones(1, dtype=torch.bool))
-    with pytest.raises(
-        ArgumentError,
-        match="^RelativeToWeights got a step without weight norms: the caller has to measure them "
-        r"for a rule with needs_weights, as GradientClipper does\.$",
-    ):
+    said = "RelativeToWeights got a step without weight norms: the caller has to measure them for "
+    said += r"a rule with needs_weights, as GradientClipper does\."
+    with pytest.raises(ArgumentError, match=f"^{said}$"):
         RelativeToWeights().thresholds(torch.ones(1), context)

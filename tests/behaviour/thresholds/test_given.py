@@ -37,15 +37,10 @@ def test_the_public_names_are_these():
 
 def test_a_function_is_asked_once_a_step():
     """None at a step means no limit, as None for ``max_norm`` does."""
-    steps = []
-
-    def limit(step: int) -> float | None:
-        steps.append(step)
-        return None if step == 1 else 0.5
-
-    rule = threshold_from(limit)
-    assert [ask(rule, torch.ones(1), step).item() for step in range(3)] == [0.5, math.inf, 0.5]
-    assert steps == [0, 1, 2]
+    asked = []
+    rule = threshold_from(lambda step: asked.append(step) or [0.5, None, 0.25][step])
+    assert [ask(rule, torch.ones(1), step).item() for step in range(3)] == [0.5, math.inf, 0.25]
+    assert asked == [0, 1, 2]
     assert ask(threshold_from(None), torch.ones(1)).item() == math.inf
 
 
@@ -75,34 +70,31 @@ CLASS = "max_norm is the class Fixed itself: give an instance, Fixed(...)."
 DUCK = "max_norm is a Duck, which is not a Threshold: derive its class from gradclip.Threshold."
 FUNCTION = "a function of the step that returns a number >= 0, or None for no limit."
 BOUND = "give a finite number >= 0, or None for no"
-POSITIVE = "a finite number > 0"
-INVALID = {
-    (Percentile, "percentile"): ([-1, 100.5, math.nan, True, "10", None], "a number from 0 to 100"),
-    (Percentile, "window"): ([1, 0, -3, 10.0, True], "a whole number >= 2"),
-    (ZScore, "z"): ([0, math.nan, math.inf], POSITIVE),
-    (ZScore, "decay"): ([1, -0.1, math.nan, True], "a number >= 0 and < 1"),
-    (ZScore, "warmup"): ([0, 1.0], "a whole number >= 1"),
-    (ZScore, "eps"): ([0.0], POSITIVE),
-    (MovingAverage, "factor"): ([0], POSITIVE),
-    (MovingAverage, "decay"): ([1.0], "a number >= 0 and < 1"),
-    (MovingAverage, "warmup"): ([0], "a whole number >= 1"),
-    (MovingAverage, "warmup_norm"): ([0.0, math.inf], POSITIVE),
-    (RelativeToWeights, "factor"): ([-0.01], POSITIVE),
-    (RelativeToWeights, "eps"): ([0, math.nan], POSITIVE),
-    (GrowthLimit, "factor"): ([0, -1.0, math.inf, math.nan, "2"], POSITIVE),
-    (MeanDeviation, "factor"): ([0, math.inf], POSITIVE),
-    (MeanDeviation, "window"): ([1, 2.5], "a whole number >= 2"),
-    (MeanDeviation, "warmup"): ([-1], "a whole number >= 0"),
-    (MedianDeviation, "factor"): ([0, math.inf], POSITIVE),
-    (MedianDeviation, "window"): ([1, 2.5], "a whole number >= 2"),
-    (MedianDeviation, "warmup"): ([-1], "a whole number >= 0"),
-}
+POSITIVE, DECAY, WHOLE = "a finite number > 0", "a number >= 0 and < 1", "a whole number >="
+WINDOWS = (MeanDeviation, MedianDeviation)
+INVALID = [
+    (Percentile, "percentile", [-1, 100.5, math.nan, True, "10", None], "a number from 0 to 100"),
+    (Percentile, "window", [1, 0, -3, 10.0, True], f"{WHOLE} 2"),
+    (ZScore, "z", [0, math.nan, math.inf], POSITIVE),
+    (ZScore, "decay", [1, -0.1, math.nan, True], DECAY),
+    (ZScore, "warmup", [0, 1.0], f"{WHOLE} 1"),
+    (ZScore, "eps", [0.0], POSITIVE),
+    (MovingAverage, "factor", [0], POSITIVE),
+    (MovingAverage, "decay", [1.0], DECAY),
+    (MovingAverage, "warmup", [0], f"{WHOLE} 1"),
+    (MovingAverage, "warmup_norm", [0.0, math.inf], POSITIVE),
+    (RelativeToWeights, "factor", [-0.01], POSITIVE),
+    (RelativeToWeights, "eps", [0, math.nan], POSITIVE),
+    (GrowthLimit, "factor", [0, -1.0, math.inf, math.nan, "2"], POSITIVE),
+    *((rule, "factor", [0, math.inf], POSITIVE) for rule in WINDOWS),
+    *((rule, "window", [1, 2.5], f"{WHOLE} 2") for rule in WINDOWS),
+    *((rule, "warmup", [-1], f"{WHOLE} 0") for rule in WINDOWS),
+]
 
 
-@pytest.mark.parametrize(("rule", "option"), INVALID)
-def test_invalid_arguments_are_refused(rule, option):
+@pytest.mark.parametrize(("rule", "option", "values", "needed"), INVALID)
+def test_invalid_arguments_are_refused(rule, option, values, needed):
     """Each error says what was found and what is needed."""
-    values, needed = INVALID[rule, option]
     for value in values:
         found = re.escape(f"{option} is {value!r}")
         with pytest.raises(ArgumentError, match=f"^{found}: give {needed}"):
@@ -112,11 +104,7 @@ def test_invalid_arguments_are_refused(rule, option):
 @pytest.mark.parametrize(
     ("make", "value", "message"),
     [
-        (
-            threshold_from,
-            Fixed,
-            "max_norm is the class Fixed itself: give an instance, Fixed(...).",
-        ),
+        (threshold_from, Fixed, CLASS),
         (threshold_from, Duck(), DUCK),
         (Schedule, 1.0, f"Schedule got 1.0: give {FUNCTION}"),
         (Schedule, None, f"Schedule got None: give {FUNCTION}"),
@@ -138,12 +126,8 @@ def test_a_fixed_threshold_is_made_once_for_the_same_kind_of_norms():
     limits = ask(rule, torch.ones(3))
     assert ask(rule, torch.zeros(3)) is limits
     for other in (torch.ones(2), torch.ones(2).double(), torch.ones(2, device="meta")):
-        limits = ask(rule, other)
-        assert (limits.shape, limits.dtype, limits.device) == (
-            other.shape,
-            other.dtype,
-            other.device,
-        )
+        made = ask(rule, other)
+        assert (made.shape, made.dtype, made.device) == (other.shape, other.dtype, other.device)
 
 
 def test_a_rule_without_the_convenience_works_as_it_is():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import ArgumentError, GradientClipper, Scope, StateError, Threshold
+from gradclip import ArgumentError, GradientClipper, MemorySink, Scope, StateError, Threshold
 from gradclip.thresholds import (
     Fixed,
     GrowthLimit,
@@ -21,13 +21,13 @@ from gradclip.thresholds import (
     Schedule,
     ZScore,
 )
+from tests.support.clippers import sgd, stepped
+from tests.support.curves import log_run
+from tests.support.reference import parameter_with
 from tests.support.rules import RULES
 
 SCOPES = {
-    "global": "global",
-    "group": "group",
-    "parameter": "parameter",
-    "unit": "unit",
+    **{kind: kind for kind in ("global", "group", "parameter", "unit")},
     "excluding": Scope("unit", exclude="2.*"),
     "seeds": lambda name, parameter: range(len(parameter)),
     "modules": lambda name, parameter: name.split(".")[0],
@@ -44,9 +44,8 @@ class HostileRun:
         self.idle = nn.Parameter(torch.ones(4))  # has a gradient in some steps only
         groups = [{"params": self.model.parameters()}, {"params": [self.idle]}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.01)
-        self.clipper = GradientClipper(
-            self.optimizer, rule, scope=scope, model=self.model, **options
-        )
+        options |= {"scope": scope, "model": self.model}
+        self.clipper = GradientClipper(self.optimizer, rule, **options)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """Take steps; yield thresholds, coefficients and parameters after each."""
@@ -60,16 +59,9 @@ class HostileRun:
             if step % 10 == 9:
                 self.model[0].weight.grad[1, 2] = math.nan
             self.optimizer.step()
-            record = self.clipper.last
-            yield (
-                record.thresholds.clone(),
-                record.coefficients.clone(),
-                torch.cat([p.detach().flatten() for p in (*self.model.parameters(), self.idle)]),
-            )
-
-    def take(self, first: int, last: int) -> None:
-        for _ in self.steps(first, last):
-            pass
+            record, parameters = self.clipper.last, [*self.model.parameters(), self.idle]
+            values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+            yield record.thresholds.clone(), record.coefficients.clone(), values
 
 
 @pytest.mark.parametrize("engine", ["reference", "operators"])
@@ -99,8 +91,7 @@ def test_a_resumed_run_decides_as_one_that_never_stopped(scope, rule):
     stop = random.Random(f"{scope} {rule}").randrange(1, 24)
     whole = [*HostileRun(SCOPES[scope], RULES[rule]()).steps(0, 25)]
     stopped, resumed = (HostileRun(SCOPES[scope], RULES[rule]()) for _ in range(2))
-    stopped.take(0, stop)
-    resumed.take(3, 17)
+    _ = [*stopped.steps(0, stop)], [*resumed.steps(3, 17)]
     saved = io.BytesIO()
     parts = (stopped.model, stopped.optimizer, stopped.clipper)
     torch.save([*(part.state_dict() for part in parts), stopped.idle.data], saved)
@@ -112,7 +103,7 @@ def test_a_resumed_run_decides_as_one_that_never_stopped(scope, rule):
     resumed.idle.data.copy_(idle)
     for found, needed in zip(resumed.steps(stop, 25), whole[stop:], strict=True):
         assert all(map(torch.equal, found, needed))
-    stopped.take(stop, 25)
+    _ = [*stopped.steps(stop, 25)]
     counters = resumed.clipper.state_dict()["counters"]
     assert counters == stopped.clipper.state_dict()["counters"]
 
@@ -134,32 +125,28 @@ def test_a_state_of_other_norms_is_refused():
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_that_learns_serves_one_clipper_at_a_time(rule):
     """Until it is detached, gone, or could not be made."""
-    shared, optimizer = RULES[rule](), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    shared, optimizer, other = RULES[rule](), sgd([1.0]), sgd([1.0])
     with pytest.raises(ArgumentError) as kept:  # with its traceback, and so the clipper
         GradientClipper(optimizer, shared, log=5)
     first = GradientClipper(optimizer, shared)
     assert kept.value is not None
     if rule in ADAPTIVE:
         with pytest.raises(ArgumentError, match="learns from the norms of another clipper"):
-            GradientClipper(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), shared)
+            GradientClipper(other, shared)
     first.detach()
     second = GradientClipper(optimizer, shared)
     second.close()
     del first, second
-    GradientClipper(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), shared)
+    GradientClipper(other, shared)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_without_any_norm_is_saved_and_loaded(rule):
     """Where all groups have thresholds of their own; a later group is its first."""
     groups = [{"params": [nn.Parameter(torch.ones(1))], "max_norm": key} for key in (1.0, None)]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    clipper = GradientClipper(optimizer, RULES[rule]())
-    clipper.step()
+    clipper = stepped(optimizer := torch.optim.SGD(groups, lr=0.1), RULES[rule]())
     clipper.load_state_dict(clipper.state_dict())
-    late = nn.Parameter(torch.ones(1))
-    late.grad = torch.tensor([9.0])
-    optimizer.add_param_group({"params": [late]})
+    optimizer.add_param_group({"params": [parameter_with(torch.tensor([9.0]))]})
     clipper.step()
     assert clipper.last.norm[1].item() == 9.0
 
@@ -182,18 +169,15 @@ KNOWN = {
 """Algorithms as their authors have them, one line each."""
 
 
-def feed(rule: Threshold, norms: list[float], **options) -> GradientClipper:
-    """Take a step with each norm."""
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=0.0)
-    clipper = GradientClipper(optimizer, rule, **options)
-    for norm in norms:
-        weight.grad = torch.tensor([norm])
-        optimizer.step()
-    return clipper
+def feed(rule: Threshold, norms: list[float], **options) -> tuple[GradientClipper, list[float]]:
+    """Take a step with each norm; return the clipper and the norms after clipping."""
+    sink = MemorySink()
+    clipper = log_run(sink, *norms, max_norm=rule, **options)
+    return clipper, [step.clipped_norm for step in sink.steps]
 
 
 ORDINARY = [1.0 + 0.1 * math.sin(step) for step in range(200)]
+TENFOLD = [10 * norm for norm in ORDINARY]
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -222,28 +206,32 @@ def test_known_algorithms_are_one_line(name):
 def test_autoclip_at_10_clips_about_90_percent_of_stationary_norms():
     """Once the window shows how they vary."""
     norms = torch.randn(1500, 50, generator=torch.Generator().manual_seed(0)).norm(dim=1)
-    assert 0.87 < feed(Percentile(10), norms.tolist()).clip_rate() < 0.93
+    assert 0.87 < feed(Percentile(10), norms.tolist())[0].clip_rate() < 0.93
 
 
 @pytest.mark.parametrize("exceed", ["scale", "skip"])
-def test_one_spike_blinds_the_mean_and_not_the_median(exceed):
-    """A mean catches the next spike only without the one before."""
-    spiked = [*ORDINARY, 100.0, 50.0]
-    alone = feed(MeanDeviation(), [*ORDINARY, 50.0]).last
-    blinded, seeing = (
-        feed(rule, spiked, exceed=exceed) for rule in (MeanDeviation(), MedianDeviation())
-    )
-    assert alone.norm > alone.threshold
-    assert blinded.last.norm <= blinded.last.threshold
-    assert seeing.last.norm > seeing.last.threshold
-    assert (blinded.skipped, seeing.skipped) == ((1, 2) if exceed == "skip" else (0, 0))
+@pytest.mark.parametrize(
+    ("rule", "later", "skipped"),
+    [
+        (MeanDeviation, 1, 1),
+        (MeanDeviation, 128, 1),
+        (MeanDeviation, 129, 2),
+        (MedianDeviation, 1, 2),
+    ],
+)
+def test_one_spike_blinds_the_mean_and_not_the_median(rule, later, skipped, exceed):
+    """The mean misses the next spike for 128 steps."""
+    spiked = [*ORDINARY, 100.0, *ORDINARY[: later - 1], 50.0]
+    clipper, _ = feed(rule(), spiked, exceed=exceed)
+    assert bool(clipper.last.norm > clipper.last.threshold) == (skipped == 2)
+    assert clipper.skipped == (skipped if exceed == "skip" else 0)
 
 
 @pytest.mark.parametrize("rule", [ZScore, MovingAverage, GrowthLimit])
 def test_a_skipped_step_is_learned_from_as_if_it_had_been_scaled(rule):
     """So that skipping does not end the learning."""
     norms = [*(norm / 2 for norm in ORDINARY), 100.0, 0.4, 60.0, *ORDINARY]
-    skipping, scaling = feed(rule(), norms, exceed="skip"), feed(rule(), norms)
+    skipping, scaling = (feed(rule(), norms, exceed=exceed)[0] for exceed in ("skip", "scale"))
     assert skipping.skipped >= 1
     assert torch.equal(skipping.last.thresholds, scaling.last.thresholds)
 
@@ -277,6 +265,43 @@ RISING = [*ORDINARY, *(3 * norm for norm in ORDINARY * 2)]
 def test_norms_that_rise_for_good_are_followed_while_skipping(make):
     """Most of the last fifty steps are taken."""
     before, after = (
-        feed(make(), norms, exceed="skip") for norms in (RISING, RISING + RISING[-50:])
+        feed(make(), norms, exceed="skip")[0] for norms in (RISING, RISING + RISING[-50:])
     )
     assert after.skipped - before.skipped < 40
+
+
+@pytest.mark.parametrize("rule", [ZScore, MovingAverage])
+def test_norms_that_rise_at_once_and_for_good_are_skipped_by_averages(rule):
+    begun, risen = (
+        feed(rule(), norms, exceed="skip")[0] for norms in (ORDINARY, ORDINARY + TENFOLD)
+    )
+    assert risen.skipped - begun.skipped == len(TENFOLD)
+
+
+def test_zscore_follows_a_slow_rise():
+    rising = [ORDINARY[step % 200] * 1.005**step for step in range(600)]
+    assert feed(ZScore(2.5), rising)[0].clip_rate() < 0.02
+    assert rising[-1] > 15 * rising[0]
+
+
+def test_growth_limit_lets_norms_come_back_by_1_percent_a_step():
+    _, clipped = feed(GrowthLimit(1.01), [1.0, 1.0, 0.1, *[1.0] * 50])
+    assert clipped[2:] == pytest.approx([0.1 * 1.01**step for step in range(51)])
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps"), [(ZScore, 25), (MeanDeviation, 63), (MedianDeviation, 49)]
+)
+def test_in_the_first_steps_there_is_no_threshold_but_a_cap(rule, steps):
+    early, late = ([*ORDINARY[:count], 1e6] for count in (steps - 1, steps))
+    assert feed(rule(), early)[1][-1] == 1e6 > feed(rule(), late)[1][-1]
+    assert feed(rule(cap=5.0), early)[1][-1] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold"),
+    [(Percentile(10), 0.0), (Percentile(10, floor=0.5), 0.5), (Percentile(30), 1.0)],
+)
+def test_a_percentile_of_norms_that_are_mostly_idle_needs_a_floor(rule, threshold):
+    """Here 20 % of the steps are idle, and the last four are not."""
+    assert feed(rule, [float(step % 5 > 0) for step in range(100)])[1][-4:] == [threshold] * 4

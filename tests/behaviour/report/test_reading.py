@@ -1,25 +1,24 @@
-"""Logs that ``gradclip report`` reads, warns of or refuses."""
+"""Logs that ``gradclip report`` reads, warns of or refuses, and the facts that it finds in them."""
 
 import math
 
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import GradientClipper, JsonlSink
 from gradclip.cli import main
+from tests.support.curves import log_run
 from tests.support.report import log_line, log_norms, reported
 
 NORMS = (4.0, 1.0, math.nan, 8.0, 2.0)
 
 
 @pytest.fixture
-def logged(tmp_path, training):
+def logged(tmp_path):
     """A run in both formats: a file of JSON lines and a directory of events."""
-    run, places = training(), [tmp_path / "a.jsonl", tmp_path / "a"]
-    with GradientClipper(
-        run.optimizer, 2.0, nonfinite="skip", log=[JsonlSink(places[0]), places[1]]
-    ):
-        run.take(*NORMS)
+    places = [tmp_path / "a.jsonl", tmp_path / "a"]
+    log_run([JsonlSink(places[0]), places[1]], *NORMS, nonfinite="skip")
     return places
 
 
@@ -40,13 +39,10 @@ def test_a_directory_is_searched_recursively(tmp_path, logged):
 
 
 def test_clippers_that_share_a_directory_are_runs_of_their_own(tmp_path, training):
-    one, other = training(), training()
-    with (
-        GradientClipper(one.optimizer, 2.0, log=tmp_path),
-        GradientClipper(other.optimizer, None, log=tmp_path),
-    ):
+    one = training()
+    with GradientClipper(one.optimizer, 2.0, log=tmp_path):
+        log_run(tmp_path, 5.0, 6.0, max_norm=None)
         one.take(3.0)
-        other.take(5.0, 6.0)
     first, second = reported(tmp_path)
     assert (first["name"], first["steps"], first["clip_rate"]) == (str(tmp_path), 1, 1)
     assert second["name"] == f"{tmp_path} (grad_norm_2)"
@@ -57,15 +53,14 @@ def test_clippers_that_share_a_directory_are_runs_of_their_own(tmp_path, trainin
 def test_of_a_resumed_run_the_later_steps_count(tmp_path, training, name):
     """Also where a step is skipped again."""
     where, state = tmp_path / name, None
-    for first, norms in ((0, [4.0, 1.0, math.nan, 64.0]), (2, [math.nan, 8.0, 2.0])):
-        run = training()
-        log = JsonlSink(where) if where.suffix else where
+    for first, norms in ([4.0, 1.0], [math.nan, 64.0]), ([], [math.nan, 8.0, 2.0]):
+        run, log = training(), JsonlSink(where) if where.suffix else where
         with GradientClipper(run.optimizer, None, nonfinite="skip", log=log) as clipper:
             if state is not None:
                 clipper.load_state_dict(state)
-            run.take(*norms[: 2 - first])
+            run.take(*first)
             state = state or clipper.state_dict()
-            run.take(*norms[2 - first :])
+            run.take(*norms)
     [run] = reported(where)
     assert (run["steps"], run["last_step"], run["mean"], run["largest"]) == (5, 4, 3.75, 8)
     assert (run["nonfinite_steps"], run["skipped_steps"]) == (1, 1)
@@ -88,12 +83,8 @@ def test_damaged_files_are_read_as_far_as_possible_with_a_warning(capsys, logged
     "wrong",
     [
         "foreign",
-        log_line(1, 9.0, parameter_norms=[1.0]),
-        log_line(1, 9.0, parameter_norms="text"),
-        log_line(1, 9.0, parameter_norms=3.0),
-        log_line(1, 9.0, parameter_norms={"a": [1.0]}),
-        log_line(1, 9.0, parameter_norms={"a": "text"}),
-        log_line(1, 9.0, parameter_norms={"a": 10**400}),
+        *(log_line(1, 9.0, parameter_norms=norms) for norms in ([1.0], "text", 3.0)),
+        *(log_line(1, 9.0, parameter_norms={"a": norm}) for norm in ([1.0], "text", 10**400)),
         log_line(1, 9.0).replace("9.0", f"{10**400}"),
         log_line(1, 9.0) + "," + log_line(1, 9.0),
     ],
@@ -124,9 +115,69 @@ def test_nothing_is_refused(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
-def test_every_one_of_many_steps_counts(tmp_path):
+# Facts
+
+
+@pytest.fixture
+def summary(tmp_path):
+    """Return the facts of a run with some norms."""
+
+    def summary(norms):
+        [run] = reported(log_norms(tmp_path / "run.jsonl", norms))
+        return run
+
+    return summary
+
+
+def quiet(count):
+    return 1 + 0.05 * np.random.default_rng(0).standard_normal(count)
+
+
+def test_quantiles_mean_and_largest_are_those_of_the_finite_norms(summary):
+    found = summary([*range(1, 1001), math.nan, math.inf])
+    quantiles = {str(percent): 1 + 9.99 * percent for percent in (10.0, 50.0, 90.0, 99.0, 99.9)}
+    assert found["quantiles"] == pytest.approx(quantiles)
+    assert (found["mean"], found["largest"], found["steps"]) == (500.5, 1000, 1002)
+    assert found["nonfinite_steps"] == 2
+    assert found["spike_line"] == 500.5 + 10 * 250
+
+
+def test_spikes_are_listed_by_their_height(summary):
+    norms = quiet(2000)
+    norms[[700, 1234, 1999]] = 20, 300, 5
+    found = summary(norms)
+    usual = pytest.approx(1, rel=0.05)
+    heights = [(spike["step"], spike["norm"], spike["usual"]) for spike in found["largest_spikes"]]
+    assert heights == [(1234, 300, usual), (700, 20, usual), (1999, 5, usual)]
+    assert found["spikes"] == 3
+
+
+@pytest.mark.parametrize("step", [20, 29, 55, 99, 100, 101, 109, 110, 4999, 41_060])
+def test_no_spike_is_overlooked(summary, step):
+    """From the 21st step on, at the borders of windows, blocks and groups of blocks."""
+    norms = quiet(max(step + 1, 500))
+    norms[step] = 10
+    assert [spike["step"] for spike in summary(norms)["largest_spikes"]] == [step]
+
+
+def test_a_level_that_rises_slowly_is_a_trend_and_no_spike(summary):
+    found = summary(quiet(4000) * np.geomspace(1, 10, 4000))
+    assert found["spikes"] == summary([0.0] * 500)["spikes"] == summary([1.0] * 500)["spikes"] == 0
+    assert found["trend"] == pytest.approx(10**0.75, rel=0.05)
+    assert summary(quiet(4000))["trend"] == pytest.approx(1, rel=0.01)
+
+
+def test_few_or_no_finite_norms(summary):
+    one = summary([3.0])
+    assert (one["mean"], one["largest"], one["spikes"], one["trend"]) == (3, 3, 0, None)
+    none = summary([math.nan, math.inf])
+    assert (none["nonfinite_steps"], none["mean"]) == (2, None)
+    assert {*none["quantiles"].values()} == {None}
+
+
+def test_every_one_of_many_steps_counts(summary):
     """More steps than are parsed and packed at once."""
     norms = [step % 977 + 0.5 for step in range(50_000)]
-    [run] = reported(log_norms(tmp_path / "long.jsonl", norms))
+    run = summary(norms)
     assert (run["steps"], run["first_step"], run["last_step"]) == (50_000, 0, 49_999)
     assert run["mean"] == pytest.approx(sum(norms) / 50_000)

@@ -191,7 +191,7 @@ def test_the_printed_report_ends_with_the_line(capsys, tmp_path, norms):
 # Trainings of a model
 
 
-def trained(line, path, bad, factor):
+def trained_with(line, path, bad, factor):
     """Train where the targets of some batches are wrong; return the clipped steps and the loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -219,11 +219,11 @@ def trained(line, path, bad, factor):
 def test_a_training_with_the_advised_line_ends_better_than_without(tmp_path, kind, bad, factor):
     """A quiet one ends the same; a spiky or exploding one nearly as if no batch were wrong."""
     path = tmp_path / "run.jsonl"
-    clipped, loss = trained("GradientClipper(optimizer, None)", path, bad, factor)
+    clipped, loss = trained_with("GradientClipper(optimizer, None)", path, bad, factor)
     [run] = reported(path)
     assert (run["advice"]["kind"], clipped) == (kind, set())
-    clipped, better = trained(run["advice"]["line"], tmp_path / "again.jsonl", bad, factor)
-    _, best = trained("GradientClipper(optimizer, None)", tmp_path / "best.jsonl", (), 1.0)
+    clipped, better = trained_with(run["advice"]["line"], tmp_path / "again.jsonl", bad, factor)
+    _, best = trained_with("GradientClipper(optimizer, None)", tmp_path / "best.jsonl", (), 1.0)
     assert clipped >= {*bad}
     assert len(clipped - {*bad}) < 12
     assert better < 1.1 * best

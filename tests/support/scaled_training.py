@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import gradclip
 from gradclip import GradientClipper
 from tests.support.reference import clipped, gradient_norm, norm_of
-from tests.support.several import has_marks
+from tests.support.twins import has_marks
 
 STEPS = 24
 SPIKES = (0, 9, 10, 17)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from gradclip import AttachError, GradientClipper, Threshold
-from tests.support.scaled_training import PlannedError
-from tests.support.several import (
+from tests.support.reference import bits_in
+from tests.support.twins import (
     LIMIT,
+    PlannedError,
     Twins,
     assert_within,
     either_order,
@@ -22,12 +23,12 @@ from tests.support.several import (
     joint_loss,
     joint_norm,
     joint_scaler,
-    joint_values,
+    layers,
     mixed,
     parameters_of,
     scaled_round,
+    values_of,
     watch,
-    weights,
 )
 
 scaling = pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_scales_that_differ(fused, order, given, unscaled):
     """The clipper needs the scaler to unscale the others; else nothing is stepped."""
     scaler = joint_scaler()
     twins = Twins(lambda: mixed(fused), grad_scaler=scaler if given else None)
-    before = joint_values(*twins.ours)
+    before = values_of(*twins.ours)
     scaler.scale(joint_loss(0, twins.ours)).backward()
     joint_loss(0, twins.theirs).backward()
     if unscaled is not None:
@@ -141,24 +142,27 @@ def test_scales_that_differ(fused, order, given, unscaled):
         return
     with pytest.raises(AttachError, match="scales differ: give the clipper grad_scaler="):
         scaler.step(twins.ours[order[0]])
-    assert all(map(torch.equal, joint_values(*twins.ours), before))
+    assert all(map(torch.equal, values_of(*twins.ours), before))
     assert twins.clipper.steps == 0
     assert not has_marks(*twins.ours)
 
 
+@pytest.fixture(params=itertools.product([True, False], repeat=2), ids=str)
+def joint(request):
+    """Return two optimizers, fused or not, their scaler, and a clipper that has it."""
+    optimizers, scaler = mixed(request.param), joint_scaler()
+    return optimizers, scaler, GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+
+
 @either_order
-@fused_or_not
-def test_direct_steps(fused, order):
+def test_direct_steps(joint, order):
     """Scaled gradients are refused, and clipped once they were unscaled by hand."""
-    optimizers, scaler = mixed(fused), joint_scaler()
-    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
-    before = joint_values(*optimizers)
+    optimizers, scaler, clipper = joint
     scaler.scale(joint_loss(0, optimizers)).backward()
-    gradients = gradients_of(*optimizers)
+    before = bits_in([values_of(*optimizers), gradients_of(*optimizers)])
     with pytest.raises(AttachError, match="still scaled by grad_scaler: call grad_scaler.step"):
         optimizers[order[0]].step()
-    assert all(map(torch.equal, joint_values(*optimizers), before))
-    assert all(map(torch.equal, gradients_of(*optimizers), gradients))
+    assert bits_in([values_of(*optimizers), gradients_of(*optimizers)]) == before
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     for number in order:
@@ -170,33 +174,26 @@ def test_direct_steps(fused, order):
 @pytest.mark.parametrize("overflow", [True, False])
 @pytest.mark.parametrize("first", [0, 1], ids=["stepped one first", "other one first"])
 @pytest.mark.parametrize("unscale", [True, False], ids=["unscale_", "step"])
-@fused_or_not
-def test_gradients_added_to_those_of_another_scale(fused, unscale, first, overflow):
+def test_gradients_added_to_those_of_another_scale(joint, unscale, first, overflow):
     """They are refused, unless an overflow makes them useless."""
-    optimizers, scaler = mixed(fused), joint_scaler()
-    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
-    scaler.scale(joint_loss(0, optimizers)).backward()
-    if overflow:
-        parameters_of(optimizers[1])[0].grad[0, 0] = math.inf
-    scaler.step(optimizers[0])  # unscales both
+    optimizers, scaler, clipper = joint
+    scaled_round(optimizers, scaler, [0], overflow=1 if overflow else None)  # unscales both
     scaler.update()
     optimizers[0].zero_grad()
-    before = joint_values(*optimizers)
+    before = values_of(*optimizers)
     scaler.scale(joint_loss(1, optimizers)).backward()
     if unscale:
         scaler.unscale_(optimizers[first])
     with nullcontext() if overflow else pytest.raises(AttachError, match="another scale"):
         scaler.step(optimizers[first])
     taken = int(overflow and first == 0)
-    assert all(map(torch.equal, joint_values(*optimizers[taken:]), before[taken:]))
+    assert all(map(torch.equal, values_of(*optimizers[taken:]), before[taken:]))
     assert clipper.steps == 1 + taken
 
 
-@fused_or_not
-def test_gradients_added_to_an_optimizer_that_has_stepped(fused):
+def test_gradients_added_to_an_optimizer_that_has_stepped(joint):
     """They carry the scale until the scaler's update, and are in no norm before."""
-    optimizers, scaler = mixed(fused), joint_scaler()
-    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    optimizers, scaler, clipper = joint
     scaler.scale((parameters_of(optimizers[0])[0] ** 2).sum()).backward()
     scaler.step(optimizers[0])
     scaler.scale(joint_loss(1, optimizers)).backward()
@@ -206,61 +203,51 @@ def test_gradients_added_to_an_optimizer_that_has_stepped(fused):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@fused_or_not
-def test_gradients_computed_after_the_unscaling(fused, set_to_none):
+def test_gradients_computed_after_the_unscaling(joint, set_to_none):
     """They are refused, as GradScaler takes them for unscaled, unless it was updated."""
-    optimizers, scaler = mixed(fused), joint_scaler()
-    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
-    scaler.scale(joint_loss(0, optimizers)).backward()
-    scaler.step(optimizers[0])  # unscales both
+    optimizers, scaler, clipper = joint
+    scaled_round(optimizers, scaler, [0])  # unscales both
     optimizers[1].zero_grad(set_to_none=set_to_none)
     scaler.scale(joint_loss(1, optimizers)).backward()
     with pytest.raises(AttachError, match="SGD were computed after they had been unscaled"):
         scaler.step(optimizers[1])
-    clipper.zero_grad()
-    scaler.update()
     for step in (1, 2):  # optimizers with losses of their own, an update after each
-        scaled_round(optimizers, scaler, [step % 2], step=step)
-        scaler.update()
         clipper.zero_grad()
+        scaler.update()
+        scaled_round(optimizers, scaler, [step % 2], step=step)
     assert clipper.steps == 3
 
 
 @fused_or_not
 def test_a_parameter_that_both_hold_is_not_unscaled_twice(fused):
-    first, second = weights()
+    first, second = layers()
     optimizers = [
         torch.optim.Adam([first, second], lr=0.05, fused=fused[0]),
         torch.optim.SGD([second], lr=0.05, fused=fused[1]),
     ]
-    scaler = joint_scaler()
+    scaler, before = joint_scaler(), values_of(*optimizers)
     GradientClipper(optimizers, 1.0, grad_scaler=scaler)
     scaler.scale((first**2).sum() + (second**2).sum()).backward()
-    before = joint_values(*optimizers)
     with pytest.raises(AttachError, match="Two of the optimizers hold the same parameter"):
         scaler.step(optimizers[0])
-    assert all(map(torch.equal, joint_values(*optimizers), before))
+    assert all(map(torch.equal, values_of(*optimizers), before))
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["accumulated", "set to None"])
 @either_order
-@fused_or_not
-def test_one_skipped_for_its_overflow_or_without_gradients(fused, order, kept):
+def test_one_skipped_for_its_overflow_or_without_gradients(joint, order, kept):
     """Its gradients of another scale are not refused, as they are infinite or absent."""
-    optimizers, scaler = mixed(fused), joint_scaler()
-    clipper = GradientClipper(optimizers, 1.0, grad_scaler=scaler)
+    optimizers, scaler, clipper = joint
     scaled_round(optimizers, scaler, order)
     scaler.update()
     clipper.zero_grad()
     scaled_round(optimizers, scaler, order, step=1, overflow=1)
-    scaler.update()
     steps = watch(*optimizers)
     for step in range(2, 5):
-        optimizers[0].zero_grad()
-        if not kept:
-            optimizers[1].zero_grad()
-        scaled_round(optimizers, scaler, order, step=step)
         scaler.update()
+        for optimizer in optimizers[: 1 if kept else 2]:
+            optimizer.zero_grad()
+        scaled_round(optimizers, scaler, order, step=step)
         assert joint_norm(optimizers[0]) <= LIMIT
     assert_within(steps)
     assert clipper.steps == 5

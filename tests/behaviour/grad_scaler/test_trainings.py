@@ -17,21 +17,28 @@ from tests.support.scaled_training import (
     SPIKE,
     SPIKES,
     STEPS,
-    PlannedError,
     all_kinds,
-    assert_same,
-    fresh,
     fused_or_not,
     scaled_by_hand,
     scaled_loss,
     scaled_optimizer,
-    scaler_of,
     some_kinds,
     trained,
+    trained_as_by_hand,
     unscaled_or_not,
+)
+from tests.support.twins import (
+    PlannedError,
+    Twins,
+    assert_tensors_close,
+    joint_scaler,
+    layers,
+    values_of,
 )
 
 # Whole trainings
+
+BOUNDED_SKIP = {"exceed": "skip", "max_value": 0.1, "max_norm": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -39,10 +46,10 @@ from tests.support.scaled_training import (
     [
         {},
         {"nonfinite": "raise"},
-        {"exceed": "skip", "nonfinite": "skip", "skip_limit": 3, "max_norm": SPIKE},
+        {**SKIP, "nonfinite": "skip", "skip_limit": 3},
         {"exceed": "observe"},
         {"max_value": 0.3},
-        {"exceed": "skip", "max_value": 0.5, "max_norm": 1.8},
+        BOUNDED_SKIP,
         {"norm_type": math.inf},
     ],
     ids=str,
@@ -50,68 +57,59 @@ from tests.support.scaled_training import (
 @unscaled_or_not
 @all_kinds
 def test_overflowed_steps_are_as_if_they_had_not_been(kind, unscale, options, route):
-    run = trained(kind, scaler=scaler_of(), unscale=unscale, overflows=OVERFLOWS, **options)
-    assert_same(run, scaled_by_hand(kind, left_out=OVERFLOWS, **options))
+    run = trained_as_by_hand(kind, unscale=unscale, **options)
     assert {0.5, 2.0} <= {after / before for before, after in pairwise(run.scales)}
     assert not any(nonfinite for _, _, _, nonfinite, _, _ in run.rows)
-    assert run.skipped > 0 or options.get("exceed") != "skip"
-    assert 0 < run.clip_rate < 1 or SPIKE in options.values()
+    assert run.clipper.skipped > 0 or options.get("exceed") != "skip"
+    assert 0 < run.clipper.clip_rate() < 1 or SPIKE in options.values()
 
 
 @unscaled_or_not
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fused SGD"])
 def test_the_first_steps_may_overflow(kind, unscale, route):
     """Not of fused SGD with momentum: torch's own first step then keeps uninitialised memory."""
-    overflows = (0, 1, 2, 11)
-    run = trained(kind, scaler=scaler_of(), unscale=unscale, overflows=overflows, nonfinite="raise")
-    assert_same(run, scaled_by_hand(kind, left_out=overflows))
+    trained_as_by_hand(kind, unscale=unscale, overflows=(0, 1, 2, 11), nonfinite="raise")
 
 
-@pytest.mark.parametrize("scaled", [True, False], ids=["disabled scaler", "no scaler"])
-@pytest.mark.parametrize(
-    "options", [{}, SKIP, {"exceed": "skip", "max_value": 0.5, "max_norm": 1.8}], ids=str
-)
+@pytest.mark.parametrize("scale", [False, None], ids=["disabled scaler", "no scaler"])
+@pytest.mark.parametrize("options", [{}, SKIP, BOUNDED_SKIP], ids=str)
 @all_kinds
-def test_without_a_scale(kind, options, scaled, route):
-    scaling = {"scaler": scaler_of(enabled=False), "unscale": True} if scaled else {}
-    assert_same(trained(kind, **scaling, **options), scaled_by_hand(kind, **options))
+def test_without_a_scale(kind, options, scale, route):
+    trained_as_by_hand(kind, scale=scale, unscale=scale is False, **options)
 
 
-@pytest.mark.parametrize("scaled", [True, False], ids=["scaler", "no scaler"])
+@pytest.mark.parametrize("scale", [True, None], ids=["scaler", "no scaler"])
 @pytest.mark.parametrize(
     "options",
     [
         {"nonfinite": "skip"},
-        {"nonfinite": "skip", "exceed": "skip", "max_norm": SPIKE},
+        {"nonfinite": "skip", **SKIP},
         {"nonfinite": "skip", "max_value": 0.3},
-        {"nonfinite": "zero", "exceed": "skip", "max_norm": SPIKE},
+        {"nonfinite": "zero", **SKIP},
     ],
     ids=str,
 )
 @some_kinds
-def test_gradients_that_become_nan_after_unscaling(kind, options, scaled, route):
+def test_gradients_that_become_nan_after_unscaling(kind, options, scale, route):
     """A scaler has found no overflow in these: they meet the clipper's policy."""
     poisoned = (2, 7, 8, 12)
-    scaling = {"scaler": scaler_of(), "unscale": True, "overflows": OVERFLOWS} if scaled else {}
-    run = trained(kind, poisoned=poisoned, **scaling, **options)
-    left_out = OVERFLOWS if scaled else ()
-    assert_same(run, scaled_by_hand(kind, left_out=left_out, poisoned=poisoned, **options))
+    run = trained_as_by_hand(kind, scale=scale, unscale=bool(scale), poisoned=poisoned, **options)
     assert sum(row[3] for row in run.rows) == len(poisoned)
-    assert run.skipped > 0
+    assert run.clipper.skipped > 0
 
 
 @fused_or_not
 @unscaled_or_not
 def test_groups_with_a_norm_of_their_own(kind, unscale, route):
-    parameters, _ = fresh(kind)
-    optimizer = scaled_optimizer(
-        kind, [{"params": [parameters[0]], "max_norm": 0.5}, {"params": [parameters[1]]}]
-    )
-    clipper, scaler, norms = GradientClipper(optimizer, 0.25), scaler_of(), []
+    first, *others = layers(3)
+    parts = [[first], others]
+    groups = [{"params": [first], "max_norm": 0.5}, {"params": others}]
+    optimizer, scaler, norms = scaled_optimizer(kind, groups), joint_scaler(), []
+    clipper = GradientClipper(optimizer, 0.25)
     for step in range(4):
         optimizer.zero_grad()
-        scaler.scale(scaled_loss(0, parameters) * (math.inf if step == 2 else 1)).backward()
-        norms = [gradient_norm([p]) / scaler.get_scale() for p in parameters]
+        scaler.scale(scaled_loss(0, optimizer) * (math.inf if step == 2 else 1)).backward()
+        norms = [gradient_norm(part) / scaler.get_scale() for part in parts]
         if unscale:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -119,33 +117,28 @@ def test_groups_with_a_norm_of_their_own(kind, unscale, route):
     assert clipper.labels == ("group 0", "global")
     assert clipper.last.norm.tolist() == pytest.approx(norms, rel=1e-6)
     assert clipper.last.clipped_norm.tolist() == pytest.approx([0.5, 0.25], rel=1e-6)
-    assert [gradient_norm([p]) for p in parameters] == pytest.approx([0.5, 0.25], rel=1e-6)
+    assert [gradient_norm(part) for part in parts] == pytest.approx([0.5, 0.25], rel=1e-6)
     assert clipper.steps == 3
 
 
 @unscaled_or_not
 @all_kinds
 def test_accumulated_gradients_are_clipped_once(kind, unscale):
-    (ours, optimizer), (theirs, other) = fresh(kind), fresh(kind)
-    clipper, scaler = GradientClipper(optimizer, 1.0), scaler_of(growth_interval=2)
+    twins, scaler = Twins(lambda: [scaled_optimizer(kind)]), joint_scaler()
+    [ours], [theirs] = twins.ours, twins.theirs
     for step in range(STEPS):
         scaler.scale(scaled_loss(step, ours)).backward()
         scaled_loss(step, theirs).backward()
         if step % 3 < 2:
             continue
         if unscale:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
+            scaler.unscale_(ours)
+        scaler.step(ours)
         scaler.update()
-        norm = gradient_norm(theirs)
-        assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-5)
-        for parameter in theirs:
-            parameter.grad *= min(1.0, 1 / norm)
-        other.step()
-        optimizer.zero_grad()
-        other.zero_grad()
-    assert clipper.steps == STEPS // 3
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        twins.take_by_hand()
+        twins.zero_grad()
+    assert twins.clipper.steps == STEPS // 3
+    assert_tensors_close(values_of(ours), values_of(theirs))
 
 
 class Learning(Threshold):
@@ -171,11 +164,9 @@ class Learning(Threshold):
 @fused_or_not
 def test_a_rule_learns_only_from_steps_that_were_taken(kind, unscale, options, route):
     rule = Learning(options.get("max_norm", 1.0))
-    others = {name: value for name, value in options.items() if name != "max_norm"}
-    trained(kind, rule, scaler=scaler_of(), unscale=unscale, overflows=OVERFLOWS, **others)
-    needed = scaled_by_hand(kind, left_out=OVERFLOWS, **options)
-    assert needed.skipped == (len(SPIKES) if options == SKIP else 0)
-    taken = [row[:3] for row in needed.rows if not row[4]]
+    trained(kind, **{**options, "max_norm": rule}, unscale=unscale)
+    taken = [row[:3] for row in scaled_by_hand(kind, **options)[1] if not row[4]]
+    assert len(taken) == STEPS - len(OVERFLOWS) - (len(SPIKES) if options == SKIP else 0)
     first = 1 if route == "device" else 0  # the device alone knows which steps were skipped
     for learned, row in zip(rule.learned, taken, strict=True):
         assert learned[first:] == pytest.approx(row[first:], rel=1e-5)
@@ -198,49 +189,35 @@ BROKEN = [
 @some_kinds
 def test_steps_that_raised(kind, unscale, raising, options, broken, route):
     """The rest is as if they had not been."""
-    scaling = {"scaler": scaler_of(), "unscale": unscale, "overflows": OVERFLOWS}
-    run = trained(kind, **scaling, broken=broken, raising=raising, **options)
+    run = trained_as_by_hand(kind, unscale=unscale, broken=broken, raising=raising, **options)
     # GradScaler itself calls the step of an overflow only if the optimizer heeds its marks.
     calls = kind.startswith("fused")
     assert run.caught == [step for step in broken if calls or step not in OVERFLOWS]
-    assert_same(run, scaled_by_hand(kind, left_out=frozenset({*OVERFLOWS, *broken}), **options))
 
 
 @all_kinds
 def test_an_error_for_a_nonfinite_norm_counts_as_skipped(kind, route):
-    options = {"nonfinite": "raise", "poisoned": (7, 16)}
-    scaling = {"scaler": scaler_of(), "unscale": True, "overflows": OVERFLOWS}
-    run = trained(kind, **scaling, catch=NonFiniteGradientError, **options)
+    options = {"nonfinite": "raise", "poisoned": (7, 16), "catch": NonFiniteGradientError}
+    run = trained_as_by_hand(kind, unscale=True, **options)
     assert run.caught == [7, 16]
-    assert_same(run, scaled_by_hand(kind, left_out=OVERFLOWS, **options))
-    assert run.skipped == 2
+    assert run.clipper.skipped == 2
 
 
 @unscaled_or_not
 @fused_or_not
 def test_too_many_skips_raise_and_leave_no_trace(kind, unscale, route):
     """At once where the host knows them, else when a batch of records is there."""
-    options = {**SKIP, "skip_limit": 2}
-    run = trained(
-        kind,
-        scaler=scaler_of(),
-        unscale=unscale,
-        overflows=OVERFLOWS,
-        catch=SkipLimitError,
-        **options,
-    )
+    run = trained_as_by_hand(kind, unscale=unscale, catch=SkipLimitError, skip_limit=2, **SKIP)
     # Where the second batch of 7 is full; only a fused one has records of overflows.
     device = 13 if kind.startswith("fused") else 16
     assert run.caught == [10 if route == "host" else device]
-    assert_same(run, scaled_by_hand(kind, left_out=OVERFLOWS, **options))
 
 
 @unscaled_or_not
 @fused_or_not
 def test_an_error_after_the_step_leaves_no_trace(kind, unscale, route):
-    run = trained(kind, Learning(fails_at=3), scaler=scaler_of(), unscale=unscale)
+    run = trained(kind, Learning(fails_at=3), unscale=unscale, overflows=())
     assert run.caught == [2]
-    needed = scaled_by_hand(kind)  # the step itself was taken
-    torch.testing.assert_close(run.parameters, needed.parameters, rtol=1e-5, atol=1e-6)
-    norms = [row[1] for row in needed.rows]
-    assert [row[1] for row in run.rows[-20:]] == pytest.approx(norms[-20:], rel=1e-5)
+    optimizer, rows = scaled_by_hand(kind, left_out=())  # the step itself was taken
+    assert_tensors_close(values_of(run.optimizer), values_of(optimizer))
+    assert [row[1] for row in run.rows[-20:]] == pytest.approx([row[1] for row in rows[-20:]], 1e-5)

@@ -13,7 +13,7 @@ from gradclip.optimizers.clipped_already import ClippedGradients
 from gradclip.optimizers.closures import ClosureFinder
 from gradclip.optimizers.shared_overflow import SharedOverflow
 from gradclip.optimizers.step_changes import StepChanges
-from tests.support.stepping import optimizer_of
+from tests.support.clippers import optimizer_of
 
 ONE, OTHER = optimizer_of(), optimizer_of()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,6 +36,27 @@ def sgd(
     """Return an optimizer of parameters of ones with these gradients, tensors or lists."""
     tensors = [g if isinstance(g, torch.Tensor) else torch.tensor(g) for g in gradients]
     return kind([parameter_with(tensor, value=1.0) for tensor in tensors], lr=lr, **options)
+
+
+def optimizer_of(kind: Any = torch.optim.SGD, **options: Any) -> torch.optim.Optimizer:
+    """Return an optimizer of one weight (1, 1) with the gradient (3, 4)."""
+    return sgd([3.0, 4.0], kind=kind, **options)
+
+
+def gradient(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the gradient of the first weight."""
+    return weights_of(optimizer)[0].grad.tolist()
+
+
+CALLS = ("step()", "step(closure)", "step(closure=closure)")
+
+
+def step_by(optimizer: Any, call: str, closure: Callable[[], Any]) -> Any:
+    """Step with the gradients that a closure computes, before the step or within it."""
+    if call == "step()":
+        closure()
+        return optimizer.step()
+    return optimizer.step(closure) if call == CALLS[1] else optimizer.step(closure=closure)
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

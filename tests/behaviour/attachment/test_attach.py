@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gradclip import ArgumentError, AttachError, GradientClipper, Ranks
-from tests.support.stepping import gradient, optimizer_of
+from tests.support.clippers import gradient, optimizer_of
 
 
 class Wrapper:

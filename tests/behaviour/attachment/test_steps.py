@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradclip import AttachError, GradientClipper
-from tests.support.stepping import gradient, optimizer_of
+from tests.support.clippers import gradient, optimizer_of
 
 CLIPPED = pytest.approx([0.6, 0.8])
 

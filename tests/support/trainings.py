@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradclip import GradientClipper, MemorySink, clip_grad_norm_
+from gradclip import GradientClipper, MemorySink
 from gradclip.thresholds import Percentile
-from tests.support.reference import gradient_norm
+from tests.support.twins import clip_by_hand
 
 THRESHOLD = 1.0
 BATCHES, SIZE = 8, 4
@@ -56,11 +56,8 @@ def by_hand(
     """Train without a framework; return the network, and the norms before each clipping.
 
     Args:
-        epochs: How often the batches are trained on.
         accumulate: Batches for each step.
-        threshold: Allowed norm.
-        bf16: Whether to compute in bfloat16.
-        before: Allowed norm of a clipping before that, for which norms are not returned.
+        before: Threshold of a clipping before that, for which norms are not returned.
         skipped: Batch whose gradients are dropped.
     """
     net = net_of()
@@ -77,8 +74,7 @@ def by_hand(
             continue
         if before is not None:
             nn.utils.clip_grad_norm_(net.parameters(), before)
-        norms.append(gradient_norm(net.parameters()))
-        clip_grad_norm_(net.parameters(), threshold)
+        norms.append(clip_by_hand(optimizer, threshold=threshold))
         optimizer.step()
         optimizer.zero_grad()
     return net, norms

@@ -21,47 +21,29 @@ from torch.optim.optimizer import (
 from torch.optim.swa_utils import SWALR
 
 from gradclip import AttachError, GradientClipper, MemorySink
-from tests.support.reference import gradient_norm
-from tests.support.trainings import assert_close, momentum, values
+from tests.support.clippers import CALLS, step_by
+from tests.support.trainings import (
+    THRESHOLD,
+    assert_close,
+    loader,
+    loss_of,
+    momentum,
+    net_of,
+    values,
+)
+from tests.support.twins import Twins, clip_by_hand, joint_norm
 
-THRESHOLD = 1.0
 CLIPPED = pytest.approx(THRESHOLD, rel=1e-6)
-SCALES = (0.3, 3.0, 30.0)
-"""By what losses are multiplied, in turn, so that some gradients are too long and some are not."""
-
-
-def model_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    generator = torch.Generator().manual_seed(seed)  # threads share torch's own
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    return model.to(dtype)
-
-
-def loop_loss(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    batch = torch.randn(8, 9, generator=generator).to(dtype)
-    return (model(batch[:, :6]) - batch[:, 6:]).square().mean() * SCALES[step % len(SCALES)]
+BATCHES = [*loader()]
+"""Of every fourth the gradients are far above the threshold, from the one with index 3 on."""
 
 
 def backward(model: nn.Module, optimizer: Optimizer, step: int) -> Tensor:
     optimizer.zero_grad()
-    loss = loop_loss(model, step)
+    dtype = next(model.parameters()).dtype
+    loss = loss_of(model, [each.to(dtype) for each in BATCHES[step % len(BATCHES)]])
     loss.backward()
     return loss
-
-
-def module_norm(model: nn.Module) -> float:
-    return gradient_norm(model.parameters())
-
-
-def clip_loop(model: nn.Module) -> float:
-    norm = module_norm(model)
-    for parameter in model.parameters():
-        if norm > THRESHOLD and parameter.grad is not None:
-            scaled = parameter.grad.double() * (THRESHOLD / norm)
-            parameter.grad = scaled.to(parameter.grad.dtype)
-    return norm
 
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
@@ -78,7 +60,7 @@ def test_a_scheduler_sets_the_same_rates_as_by_hand(scheduler_of, first, step_of
     """It wraps the optimizer's step, before or after the clipper attaches."""
 
     def train(*, clips: bool) -> tuple[nn.Module, list[Any]]:
-        model, rates = model_of(), []
+        model, rates = net_of(), []
         optimizer = momentum(model)
         if first == "scheduler":
             scheduler = scheduler_of(optimizer)
@@ -88,7 +70,7 @@ def test_a_scheduler_sets_the_same_rates_as_by_hand(scheduler_of, first, step_of
         for step in range(15):
             loss = backward(model, optimizer, step)
             if clipper is None:
-                clip_loop(model)
+                clip_by_hand(optimizer)
             (clipper if clips and step_of == "clipper" else optimizer).step()
             rates.append([(g["lr"], g["momentum"]) for g in optimizer.param_groups])
             scheduler.step(*[loss.item()] * isinstance(scheduler, ReduceLROnPlateau))
@@ -102,31 +84,27 @@ def test_a_scheduler_sets_the_same_rates_as_by_hand(scheduler_of, first, step_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("with_closure", [False, True])
-def test_a_step_inside_autocast(with_closure, dtype):
+@pytest.mark.parametrize("call", CALLS[:2])
+def test_a_step_inside_autocast(call, dtype):
     """It equals one outside, bit for bit, and one clipped by hand."""
 
     def train(clips: str) -> tuple[Tensor, list[float]]:
-        model, norms = model_of(dtype), []
+        model, norms = net_of().to(dtype), []
         optimizer = momentum(model)
         clipper = None if clips == "by hand" else GradientClipper(optimizer, THRESHOLD)
         for step in range(9):
 
             def closure(step: int = step) -> Tensor:
-                optimizer.zero_grad()
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = loop_loss(model, step, dtype)
-                loss.backward()
-                norms.append(clip_loop(model) if clips == "by hand" else module_norm(model))
+                    loss = backward(model, optimizer, step)
+                norms.append(joint_norm(optimizer))
+                if clips == "by hand":
+                    clip_by_hand(optimizer)
                 return loss
 
             inside = clips == "inside"
             with torch.autocast("cpu", dtype=torch.bfloat16) if inside else nullcontext():
-                if with_closure:
-                    optimizer.step(closure)
-                else:
-                    closure()
-                    optimizer.step()
+                step_by(optimizer, call, closure)
                 assert torch.is_autocast_enabled("cpu") is inside
             if clipper is not None:
                 assert clipper.last.norm.dtype is torch.float64
@@ -145,19 +123,16 @@ def test_a_step_inside_autocast(with_closure, dtype):
 # torch itself, on Python 3.13.0:
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_model():
-    ours, theirs = model_of(), model_of()
-    compiled = torch.compile(ours, backend="eager")
-    optimizer, by_hand = momentum(compiled), momentum(theirs)
-    clipper = GradientClipper(optimizer, THRESHOLD, model=compiled)
+    compiled, model = torch.compile(net_of(), backend="eager"), net_of()
+    models = iter([compiled, model])
+    twins = Twins(lambda: [momentum(next(models))], THRESHOLD, model=compiled)
     for step in range(9):
-        backward(compiled, optimizer, step)
-        backward(theirs, by_hand, step)
-        norm = clip_loop(theirs)
-        optimizer.step()
-        by_hand.step()
-        assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-4)
-    assert 0.2 < clipper.clip_rate() < 0.8
-    assert_close(ours, theirs)
+        backward(compiled, twins.ours[0], step)
+        backward(model, twins.theirs[0], step)
+        twins.ours[0].step()
+        twins.take_by_hand(tolerance=1e-4)
+    assert 0.2 < twins.clipper.clip_rate() < 0.8
+    twins.check()
 
 
 # Hooks of others
@@ -166,11 +141,11 @@ def test_a_compiled_model():
 @pytest.fixture
 def watched() -> Iterator[tuple[nn.Module, Optimizer, dict[str, float]]]:
     """Return a model, its optimizer, and the norms that hooks all around a clipper's see."""
-    model, norms = model_of(), {}
+    model, norms = net_of(), {}
     optimizer = momentum(model)
 
     def note(name: str) -> Callable[..., None]:
-        return lambda *_: norms.update({name: module_norm(model)})
+        return lambda *_: norms.update({name: joint_norm(optimizer)})
 
     handles = [
         register_optimizer_step_pre_hook(note("global before")),
@@ -189,10 +164,10 @@ def watched() -> Iterator[tuple[nn.Module, Optimizer, dict[str, float]]]:
 @pytest.mark.parametrize("with_closure", [False, True])
 def test_hooks_see_the_gradients_as_they_are_at_their_turn(with_closure, watched):
     model, optimizer, norms = watched
-    backward(model, optimizer, 1 if with_closure else 2)
-    norm = module_norm(model)
+    backward(model, optimizer, 7 if with_closure else 3)
+    norm = joint_norm(optimizer)
     assert norm > 1.5 * THRESHOLD
-    optimizer.step(*[lambda: backward(model, optimizer, 2)] * with_closure)
+    optimizer.step(*[lambda: backward(model, optimizer, 3)] * with_closure)
     assert norms == {
         "global before": norm,
         "before, registered first": norm,
@@ -203,40 +178,42 @@ def test_hooks_see_the_gradients_as_they_are_at_their_turn(with_closure, watched
     }
 
 
+def adding(closure: Callable[[], Tensor], how: str = "by position") -> Callable[..., Any]:
+    """Return a hook that gives a step a closure."""
+    if how == "by position":
+        return lambda _, args, kwargs: ((args[0], closure), kwargs)
+    return lambda _, args, kwargs: (args, {"closure": closure})
+
+
 @pytest.mark.parametrize("how", ["by position", "by keyword"])
 @pytest.mark.parametrize("where", ["own hook", "global hook"])
 def test_a_closure_that_an_earlier_hook_adds_is_clipped(how, where):
-    ours, theirs = model_of(), model_of()
-    optimizer, by_hand = momentum(ours), momentum(theirs)
-    losses: list[Tensor] = []
+    model = net_of()
+    optimizer, losses = momentum(model), []
 
     def closure() -> Tensor:
-        losses.append(backward(ours, optimizer, 2))
-        return losses[-1]
-
-    def add(_: Optimizer, args: Any, kwargs: Any) -> Any:
-        by_position = how == "by position"
-        return ((args[0], closure), kwargs) if by_position else (args, {"closure": closure})
+        losses.append(backward(model, optimizer, 3))
+        losses.append(joint_norm(optimizer))
+        return losses[0]
 
     register = optimizer.register_step_pre_hook
-    handle = (register_optimizer_step_pre_hook if where == "global hook" else register)(add)
+    handle = (register_optimizer_step_pre_hook if where == "global hook" else register)(
+        adding(closure, how)
+    )
     clipper = GradientClipper(optimizer, THRESHOLD)
     try:
-        assert optimizer.step() is losses[0]
+        loss = optimizer.step()
     finally:
         handle.remove()
-    assert len(losses) == 1
-    backward(theirs, by_hand, 2)
-    norm = clip_loop(theirs)
-    by_hand.step()
+    [needed, norm] = losses
+    assert loss is needed
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
-    assert module_norm(ours) == CLIPPED
-    assert_close(ours, theirs)
+    assert joint_norm(optimizer) == CLIPPED
 
 
 def test_earlier_hooks_may_change_gradients_and_drop_the_closure():
     """The gradients that are there then are clipped."""
-    model = model_of()
+    model = net_of()
     optimizer = momentum(model)
 
     def halve(_: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -246,21 +223,19 @@ def test_earlier_hooks_may_change_gradients_and_drop_the_closure():
 
     optimizer.register_step_pre_hook(halve)
     clipper = GradientClipper(optimizer, THRESHOLD)
-    backward(model, optimizer, 2)
-    norm = module_norm(model)
+    backward(model, optimizer, 3)
+    norm = joint_norm(optimizer)
     optimizer.step(lambda: pytest.fail("it was dropped"))
     assert clipper.steps == 1
     assert clipper.last.norm.item() == pytest.approx(norm / 2, rel=1e-6)
-    assert module_norm(model) == CLIPPED
+    assert joint_norm(optimizer) == CLIPPED
 
 
 def test_a_closure_that_a_later_hook_adds_is_refused():
-    model = model_of()
+    model = net_of()
     optimizer = momentum(model)
     clipper = GradientClipper(optimizer, THRESHOLD)
-    optimizer.register_step_pre_hook(
-        lambda _, args, kwargs: ((args[0], lambda: backward(model, optimizer, 2)), kwargs)
-    )
+    optimizer.register_step_pre_hook(adding(lambda: backward(model, optimizer, 3)))
     backward(model, optimizer, 1)
     with pytest.raises(AttachError, match="added a closure after the clipper's hook"):
         optimizer.step()
@@ -278,38 +253,33 @@ THREADS = (
 )
 
 
-def train_logged(which: int) -> Any:
+def train_logged(which: int, model: nn.Module) -> Any:
     """Train 200 steps, some with a NaN; return what the clipper has seen and left."""
     optimizer_of, options = THREADS[which]
-    model, sink = model_of(seed=which), MemorySink()
-    optimizer = optimizer_of(model)
+    optimizer, sink = optimizer_of(model), MemorySink()
     with GradientClipper(optimizer, 0.7 + which, log=sink, **options) as clipper:
         for step in range(200):
 
             def closure(step: int = step) -> Tensor:
-                loss = backward(model, optimizer, step + 1000 * which)
+                loss = backward(model, optimizer, step + which)
                 if step % 50 == 49:
                     next(iter(model.parameters())).grad[0, 0] = math.nan
                 return loss
 
-            if which == 0:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
+            step_by(optimizer, CALLS[1 - which], closure)
         state = clipper.state_dict()
     rows = [repr((s.step, s.norm, s.clipped_norm, s.clip_rate, s.skipped)) for s in sink.steps]
     return values(model).tolist(), rows, state
 
 
 def test_two_threads_give_what_they_give_one_after_the_other():
-    expected = [train_logged(which) for which in range(2)]
+    expected = [train_logged(which, net_of(which)) for which in range(2)]
     found: list[Any] = [None, None]
-    together = threading.Barrier(2)
+    models, together = [net_of(which) for which in range(2)], threading.Barrier(2)
 
     def work(which: int) -> None:
         together.wait(30)
-        found[which] = train_logged(which)
+        found[which] = train_logged(which, models[which])
 
     threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
     interval = sys.getswitchinterval()

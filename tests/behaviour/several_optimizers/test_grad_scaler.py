@@ -148,16 +148,16 @@ def test_scales_that_differ(fused, order, given, unscaled):
 
 
 @pytest.fixture(params=itertools.product([True, False], repeat=2), ids=str)
-def joint(request):
+def scaled_pair(request):
     """Return two optimizers, fused or not, their scaler, and a clipper that has it."""
     optimizers, scaler = mixed(request.param), joint_scaler()
     return optimizers, scaler, GradientClipper(optimizers, 1.0, grad_scaler=scaler)
 
 
 @either_order
-def test_direct_steps(joint, order):
+def test_direct_steps(scaled_pair, order):
     """Scaled gradients are refused, and clipped once they were unscaled by hand."""
-    optimizers, scaler, clipper = joint
+    optimizers, scaler, clipper = scaled_pair
     scaler.scale(joint_loss(0, optimizers)).backward()
     before = bits_in([values_of(*optimizers), gradients_of(*optimizers)])
     with pytest.raises(AttachError, match="still scaled by grad_scaler: call grad_scaler.step"):
@@ -174,9 +174,9 @@ def test_direct_steps(joint, order):
 @pytest.mark.parametrize("overflow", [True, False])
 @pytest.mark.parametrize("first", [0, 1], ids=["stepped one first", "other one first"])
 @pytest.mark.parametrize("unscale", [True, False], ids=["unscale_", "step"])
-def test_gradients_added_to_those_of_another_scale(joint, unscale, first, overflow):
+def test_gradients_added_to_those_of_another_scale(scaled_pair, unscale, first, overflow):
     """They are refused, unless an overflow makes them useless."""
-    optimizers, scaler, clipper = joint
+    optimizers, scaler, clipper = scaled_pair
     scaled_round(optimizers, scaler, [0], overflow=1 if overflow else None)  # unscales both
     scaler.update()
     optimizers[0].zero_grad()
@@ -191,9 +191,9 @@ def test_gradients_added_to_those_of_another_scale(joint, unscale, first, overfl
     assert clipper.steps == 1 + taken
 
 
-def test_gradients_added_to_an_optimizer_that_has_stepped(joint):
+def test_gradients_added_to_an_optimizer_that_has_stepped(scaled_pair):
     """They carry the scale until the scaler's update, and are in no norm before."""
-    optimizers, scaler, clipper = joint
+    optimizers, scaler, clipper = scaled_pair
     scaler.scale((parameters_of(optimizers[0])[0] ** 2).sum()).backward()
     scaler.step(optimizers[0])
     scaler.scale(joint_loss(1, optimizers)).backward()
@@ -203,9 +203,9 @@ def test_gradients_added_to_an_optimizer_that_has_stepped(joint):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_computed_after_the_unscaling(joint, set_to_none):
+def test_gradients_computed_after_the_unscaling(scaled_pair, set_to_none):
     """They are refused, as GradScaler takes them for unscaled, unless it was updated."""
-    optimizers, scaler, clipper = joint
+    optimizers, scaler, clipper = scaled_pair
     scaled_round(optimizers, scaler, [0])  # unscales both
     optimizers[1].zero_grad(set_to_none=set_to_none)
     scaler.scale(joint_loss(1, optimizers)).backward()
@@ -235,9 +235,9 @@ def test_a_parameter_that_both_hold_is_not_unscaled_twice(fused):
 
 @pytest.mark.parametrize("kept", [True, False], ids=["accumulated", "set to None"])
 @either_order
-def test_one_skipped_for_its_overflow_or_without_gradients(joint, order, kept):
+def test_one_skipped_for_its_overflow_or_without_gradients(scaled_pair, order, kept):
     """Its gradients of another scale are not refused, as they are infinite or absent."""
-    optimizers, scaler, clipper = joint
+    optimizers, scaler, clipper = scaled_pair
     scaled_round(optimizers, scaler, order)
     scaler.update()
     clipper.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, distributed, nn
 from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, Ranks, Scope
 from gradclip.thresholds import Threshold
 from tests.support.dtensors import mesh_of, spread
-from tests.support.processes import error_of
+from tests.support.processes import error_of, on_ranks
 from tests.support.reference import parameter_with
 
 
@@ -84,19 +85,21 @@ AGREED = {
 
 
 @pytest.mark.parametrize("case", AGREED)
-def test_labels(two_ranks, case):
+@on_ranks("two_ranks")
+def test_labels(case):
     """All ranks have the norms of all."""
     options, labels, norms = AGREED[case]
-    assert two_ranks.run(labels_and_norms, options) == [(labels, norms)] * 2
+    assert labels_and_norms(options) == (labels, norms)
 
 
-def test_order_of_labels(two_ranks):
+@pytest.mark.parametrize("names", [[["b.10", "a.2", "b.9"], ["a.10", "a.1"]]])
+@pytest.mark.parametrize("order", [1, -1])
+@on_ranks("two_ranks")
+def test_order_of_labels(names, order):
     """It is that of their names, so that a state fits a run with parameters on other ranks."""
-    names = [["b.10", "a.2", "b.9"], ["a.10", "a.1"]]
-    for ordered in (names, names[::-1]):
-        options = with_shapes(*(dict.fromkeys(own, (2,)) for own in ordered), scope="parameter")
-        for labels, _ in two_ranks.run(labels_and_norms, options):
-            assert labels == ("a.1", "a.2", "a.10", "b.9", "b.10")
+    shapes = [dict.fromkeys(own, (2,)) for own in names[::order]]
+    labels, _ = labels_and_norms(with_shapes(*shapes, scope="parameter"))
+    assert labels == ("a.1", "a.2", "a.10", "b.9", "b.10")
 
 
 class Own(Threshold):
@@ -149,12 +152,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("needed", REFUSED)
-def test_refusals(two_ranks, needed):
+@on_ranks("two_ranks")
+def test_refusals(needed):
     """All ranks raise, whichever of them is wrong."""
-    kind = "ArgumentError" if "matches no parameter" in needed else "AttachError"
-    for message in two_ranks.errors(labels_and_norms, REFUSED[needed]):
-        assert message.startswith(kind)
-        assert needed in message
+    kind = ArgumentError if "matches no parameter" in needed else AttachError
+    with pytest.raises(kind, match=re.escape(needed)):
+        labels_and_norms(REFUSED[needed])
 
 
 def wrong_on_rank_1(option: dict[str, Any]) -> tuple[str, list[float]]:
@@ -177,30 +180,26 @@ def test_an_error_of_one_rank(two_ranks, option):
     assert first == second == [4.0]
 
 
-def grown(scope: str, name: str, replicated: str) -> Any:
-    """Add a parameter on each rank after attaching, and step."""
+@pytest.mark.parametrize(
+    ("scope", "name", "replicated"),
+    [("global", "new", "both"), ("parameter", "new", "both*"), ("global", "both.again", "both*")],
+)
+@on_ranks("two_ranks")
+def test_a_parameter_added_later(scope, name, replicated):
+    """It counts if it changes no labels, else it is refused and nothing is written."""
     optimizer = sgd_of_shapes({f"rank{distributed.get_rank()}": (2,), "both": (4,)})
     ranks = Ranks(replicated=replicated)
     clipper = GradientClipper(optimizer, 1.0, scope=scope, ranks=ranks, log=MemorySink())
     added = parameter_with(torch.ones(3))
     optimizer.add_param_group({"params": [(name, added)]})
-    message = error_of(optimizer.step)
-    return message, squares(clipper) if not message else [], added.grad.tolist()
-
-
-def test_a_parameter_added_later(two_ranks):
-    """It counts if it changes no labels: own ones of 2, one of 4 on both, and new ones of 3."""
-    for _, norms, gradient in two_ranks.run(grown, "global", "new", "both"):
-        assert norms == [2 + 2 + 4 + 3 + 3]
-        assert gradient == pytest.approx([14**-0.5] * 3)
-
-
-@pytest.mark.parametrize(("scope", "name"), [("parameter", "new"), ("global", "both.again")])
-def test_a_parameter_added_later_that_changes_labels(two_ranks, scope, name):
-    """It is refused, and nothing is written."""
-    for message, _, gradient in two_ranks.run(grown, scope, name, "both*"):
-        assert f"{name} was added after the ranks had agreed" in message
-        assert gradient == [1.0] * 3
+    if replicated == "both":
+        optimizer.step()
+        assert squares(clipper) == [2 + 2 + 4 + 3 + 3]  # own ones, one on both, and new ones
+        assert added.grad.tolist() == pytest.approx([14**-0.5] * 3)
+    else:
+        with pytest.raises(AttachError, match=f"{name} was added after the ranks had agreed"):
+            optimizer.step()
+        assert added.grad.tolist() == [1.0] * 3
 
 
 # DTensors without ranks=
@@ -227,52 +226,50 @@ def attach_dtensors(case: str) -> None:
 
 ELSEWHERE = "[stage] of rank 1 are DTensors whose mesh does not include that rank"
 DTENSORS = {
-    "other names": ["clips [whole, rank", "need ranks=gradclip.Ranks(group)"],
-    "other max_norm": ["max_norm is Fixed(1.0) on rank 0 and Fixed(2.0) on rank 1"],
-    "elsewhere": [ELSEWHERE],
+    "other names": "DTensors lie on both. Parameters that only some ranks have need ranks=gradclip",
+    "other max_norm": "max_norm is Fixed(1.0) on rank 0 and Fixed(2.0) on rank 1",
+    "elsewhere": ELSEWHERE,
 }
 
 
 @pytest.mark.parametrize("case", DTENSORS)
-def test_refusals_of_dtensors(two_ranks, case):
+@on_ranks("two_ranks")
+def test_refusals_of_dtensors(case):
     """The ranks of a DTensor have the same parameters and options, and all of them raise."""
-    for message in two_ranks.errors(attach_dtensors, case):
-        assert message.startswith("AttachError")
-        assert all(text in message for text in DTENSORS[case])
+    with pytest.raises(AttachError, match=re.escape(DTENSORS[case])):
+        attach_dtensors(case)
 
 
-def test_dtensors_on_other_ranks_alone(two_ranks):
+@on_ranks("two_ranks")
+def test_dtensors_on_other_ranks_alone():
     """If nothing else brings the ranks together, those with a shard do not hear of the refusal."""
-    one, other = two_ranks.errors(attach_dtensors, "elsewhere alone")
-    assert one == ""
-    assert ELSEWHERE in other
+    needed = f"AttachError: {ELSEWHERE}" if distributed.get_rank() else ""
+    assert error_of(attach_dtensors, "elsewhere alone").startswith(needed)
 
 
 @pytest.mark.slow
-def test_refusals_of_other_groups(four_ranks):
+@on_ranks("four_ranks")
+def test_refusals_of_other_groups():
     """Ranks that share another group with those that do not fit together raise, too."""
-    for message in four_ranks.errors(attach_dtensors, "experts"):
-        assert "need ranks=gradclip.Ranks(group)" in message
+    with pytest.raises(AttachError, match=r"need ranks=gradclip\.Ranks\(group\)"):
+        attach_dtensors("experts")
 
 
 # The group
 
 
-def in_a_group(of: str) -> Any:
-    ranks = Ranks(mesh_of("one") if of == "mesh" else distributed.new_group([0]))
-    optimizer = sgd_of_shapes(A)
-    clipper = GradientClipper(optimizer, 1.0, ranks=ranks)
-    optimizer.step()
-    assert repr(ranks) == f"Ranks({ranks.group.size()} ranks)"
-    assert squares(clipper) == [2.0 * ranks.group.size()]
-
-
-def test_groups(two_ranks):
+@on_ranks("two_ranks")
+def test_groups():
     """A mesh of one dimension is a group; a group without this rank is refused."""
-    assert two_ranks.errors(in_a_group, "mesh") == ["", ""]
-    one, other = two_ranks.errors(in_a_group, "rank 0")
-    assert one == ""
-    assert "that this rank is in" in other
+    groups = [mesh_of("one"), distributed.new_group([0])]
+    if distributed.get_rank() == 1:
+        with pytest.raises(ArgumentError, match="that this rank is in"):
+            Ranks(groups.pop())
+    for count, group in zip((2, 1), groups, strict=False):
+        clipper = GradientClipper(sgd_of_shapes(A), 1.0, ranks=(ranks := Ranks(group)))
+        clipper.step()
+        assert repr(ranks) == f"Ranks({count} ranks)"
+        assert squares(clipper) == [2.0 * count]
 
 
 def test_without_a_process_group():

@@ -15,12 +15,12 @@ from gradclip import GradientClipper
 from gradclip.thresholds import RelativeToWeights
 from tests.support import dtensors
 from tests.support.dtensors import INF, SCOPES, SHAPES, quick
-from tests.support.reference import parameter_with
+from tests.support.processes import on_ranks
+from tests.support.reference import norm_of, parameter_with
 
 DIMENSIONS = {"one": 1, "plain": 0, "two": 2, "a": 1, "b": 1}
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 SIZES = (3, 1, 7, 2, 5, 4, 6, 0)
-WEIGHT = torch.arange(1.0, 13.0).reshape(4, 3)
 
 
 class Given(NamedTuple):
@@ -193,24 +193,19 @@ def test_models_on_several_meshes(four_ranks, model):
 # Weights, and meshes of some ranks
 
 
-def weighed(scope: str) -> Any:
-    """Clip by the norms of the weights where rank 0 alone has a gradient."""
-    weight = nn.Parameter(dtensors.spread(WEIGHT, "one", "0"))
+@pytest.mark.parametrize("scope", ["parameter", "unit"])
+@on_ranks("ranks")
+def test_weights_without_gradients(scope):
+    """The norm of a weight is that of the whole, also where all but rank 0 have no gradient."""
+    whole = torch.arange(1.0, 13.0).reshape(4, 3)
+    weight = nn.Parameter(dtensors.spread(whole, "one", "0"))
     optimizer = dtensors.Still([("weight", weight)])
     clipper = GradientClipper(optimizer, RelativeToWeights(0.5), scope=scope)
     if dtensors.mesh_of("one").get_local_rank() == 0:
         weight.grad = dtensors.spread_alone(torch.ones(4, 3), "0")
     clipper.step()
-    return clipper.last.thresholds.tolist()
-
-
-@pytest.mark.parametrize("scope", ["parameter", "unit"])
-def test_weights_without_gradients(ranks, scope):
-    """The norm of a weight is that of the whole, also where a rank has no gradient."""
-    rows = WEIGHT if scope == "unit" else WEIGHT.reshape(1, -1)
-    needed = [norm / 2 for norm in torch.linalg.vector_norm(rows, dim=1).tolist()]
-    for thresholds in ranks.run(weighed, scope):
-        assert thresholds == pytest.approx(needed)
+    rows = whole if scope == "unit" else [whole]
+    assert clipper.last.thresholds.tolist() == pytest.approx([norm_of([r]) / 2 for r in rows])
 
 
 @cache
@@ -220,18 +215,14 @@ def stages() -> Any:
     return init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("stages", "replicas", "shards"))
 
 
-def on_half_of_the_ranks(order: float) -> Any:
-    """Clip twice in stages of two dimensions each: one replica, and shards."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "norm"), [(2.0, 14**0.5), (INF, 3.0)])
+@on_ranks("four_ranks")
+def test_a_mesh_of_some_ranks(order, norm):
+    """A mesh of two dimensions that is not the world takes one collective, in a group made once."""
     mesh = stages()["replicas", "shards"]
     named = {"weight": dtensors.spread_parameter(torch.arange(4.0), mesh, "R 0")}
     dtensors.clip_named(named, None, norm_type=order)
     norms, _, calls = dtensors.clip_named(named, None, norm_type=order)
-    return norms["global"], calls
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("order", "norm"), [(2.0, 14**0.5), (INF, 3.0)])
-def test_a_mesh_of_some_ranks(four_ranks, order, norm):
-    """A mesh of two dimensions that is not the world takes one collective, in a group made once."""
-    for result in four_ranks.run(on_half_of_the_ranks, order):
-        assert result == (pytest.approx(norm), ["allreduce"])
+    assert norms == {"global": pytest.approx(norm)}
+    assert calls == ["allreduce"]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from gradclip import GradientClipper, Ranks
+from gradclip import AttachError, GradientClipper, Ranks
+from tests.support.processes import on_ranks
 
 KINDS = {
     "sgd": lambda named: torch.optim.SGD(named, lr=0.1),
@@ -26,6 +27,10 @@ SCALE = 1024.0
 
 def rank_scaler(kind: type = torch.amp.GradScaler) -> Any:
     return kind("cpu", init_scale=SCALE)
+
+
+def is_itself(scaler: Any) -> bool:
+    return type(scaler) is torch.amp.GradScaler
 
 
 def is_last() -> bool:
@@ -51,9 +56,15 @@ def square_of(clipper: GradientClipper) -> float:
     return round(clipper.last.norm.square().item(), 6)
 
 
-def steps_scaled(kind: str, when: str) -> Any:
-    """Take 4 steps; at the third the last rank overflows, and at the second has no gradient."""
-    rank, last = distributed.get_rank(), is_last()
+@pytest.mark.parametrize("when", ["in the step", "unscaled before"])
+@pytest.mark.parametrize("kind", KINDS)
+@on_ranks("ranks")
+def test_one_optimizer(kind, when):
+    """An overflow on one rank skips the step on all, and the scaler is itself again afterwards.
+
+    The last rank overflows at the third of four steps, and has no gradient at the second.
+    """
+    rank, count, last = distributed.get_rank(), distributed.get_world_size(), is_last()
     weight = nn.Parameter(torch.zeros(2 + rank))
     optimizer, scaler = KINDS[kind]([(f"weight{rank}", weight)]), rank_scaler()
     clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
@@ -71,23 +82,13 @@ def steps_scaled(kind: str, when: str) -> Any:
         moved = not torch.equal(weight.detach(), before)
         rows.append((clipper.steps, square_of(clipper), scaler.get_scale(), moved))
     clipper.detach()
-    return rows, type(scaler) is torch.amp.GradScaler
-
-
-@pytest.mark.parametrize("when", ["in the step", "unscaled before"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_optimizer(ranks, kind, when):
-    """An overflow on one rank skips the step on all, and the scaler is itself again afterwards."""
-    results = ranks.run(steps_scaled, kind, when)
-    count = len(results)
-    total = sum(2 + rank for rank in range(count))
-    for rank, (rows, restored) in enumerate(results):
-        steps, squares, scales, moved = zip(*rows, strict=True)
-        assert restored
-        assert steps == (1, 2, 2, 3)
-        assert (*squares[:2], squares[3]) == (total, total - (2 + count - 1), total)
-        assert scales == (SCALE, SCALE, SCALE / 2, SCALE / 2)
-        assert moved == (True, rank != count - 1, False, True)
+    assert is_itself(scaler)
+    steps, squares, scales, moved = zip(*rows, strict=True)
+    total = sum(2 + other for other in range(count))
+    assert steps == (1, 2, 2, 3)
+    assert (*squares[:2], squares[3]) == (total, total - (2 + count - 1), total)
+    assert scales == (SCALE, SCALE, SCALE / 2, SCALE / 2)
+    assert moved == (True, not last, False, True)
 
 
 def joint(used: int, bad: dict[int, dict[int, float]]) -> Any:
@@ -111,64 +112,54 @@ def joint(used: int, bad: dict[int, dict[int, float]]) -> Any:
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_several_optimizers(two_ranks, used):
+@on_ranks("two_ranks")
+def test_several_optimizers(used):
     """An overflow of one leaves its gradients out on all ranks; one of all skips the step."""
     sizes = (2, 3)
     both = sum(sizes) + sizes[used]
     # The overflow of the optimizer that rank 0 has leaves the other's gradients on rank 1.
     without = {used: sizes[1 - used], 1 - used: 2 * sizes[used]}
     rows = [*enumerate((both, without[0], without[1], both, both), 1)]
-    results = two_ranks.run(joint, used, {1: {0: math.inf}, 2: {1: math.inf}})
-    assert results == [(rows, SCALE / 4)] * 2
-
+    assert joint(used, {1: {0: math.inf}, 2: {1: math.inf}}) == (rows, SCALE / 4)
     rows = [(steps, both) for steps in (1, 1, 2, 3, 4)]
-    results = two_ranks.run(joint, used, {1: {0: math.nan, 1: math.nan}})
-    assert results == [(rows, SCALE / 2)] * 2
+    assert joint(used, {1: {0: math.nan, 1: math.nan}}) == (rows, SCALE / 2)
 
 
-def nested() -> Any:
-    """Two clippers with one scaler, of which the later one is detached first, or last."""
-    scaler, rows = rank_scaler(), []
-    for first in (0, 1):
-        [weight, other], optimizers = optimizers_of(2, 2)
-        options = {"ranks": Ranks(), "grad_scaler": scaler}
-        clippers = [GradientClipper(each, 0.5, **options) for each in optimizers]
-        clippers[first].detach()
-        left = other if first == 0 else weight
-        bad = math.inf if distributed.get_rank() else 1.0
-        step_all(scaler, [optimizers[1 - first]], (left * bad).sum())
-        clippers[1 - first].detach()
-        rows.append((clippers[1 - first].steps, type(scaler) is torch.amp.GradScaler))
-    return rows
-
-
-def test_two_clippers_on_one_scaler(two_ranks):
+@pytest.mark.parametrize("first", [0, 1])
+@on_ranks("two_ranks")
+def test_two_clippers_on_one_scaler(first):
     """They can be detached in any order, and the last gives the scaler its class back."""
-    assert two_ranks.run(nested) == [[(0, True)] * 2] * 2
+    scaler, (weights, optimizers) = rank_scaler(), optimizers_of(2, 2)
+    options = {"ranks": Ranks(), "grad_scaler": scaler}
+    clippers = [GradientClipper(each, 0.5, **options) for each in optimizers]
+    clippers[first].detach()
+    bad = math.inf if distributed.get_rank() else 1.0
+    step_all(scaler, [optimizers[1 - first]], (weights[1 - first] * bad).sum())
+    clippers[1 - first].detach()
+    assert clippers[1 - first].steps == 0
+    assert is_itself(scaler)
 
 
-def unlike_rounds() -> Any:
-    """Two optimizers, of which the second steps every other time, and is all that rank 1 has."""
+@on_ranks("two_ranks")
+def test_an_optimizer_that_steps_now_and_then():
+    """The second of two steps every other time, and is all that rank 1 has.
+
+    The gradients of rank 1 add up to 1, 1 + 2, then 3, 3 + 4, and are in the norms of all.
+    """
     weights, optimizers = optimizers_of(2, 3)
     clipper = GradientClipper(optimizers, None, ranks=Ranks())
-    squares = []
-    for step in range(4):
+    for step, (first, second) in enumerate(((1, 1), (2, 3), (3, 3), (4, 7))):
         (weights[distributed.get_rank()] * (step + 1.0)).sum().backward()
         for optimizer in optimizers[: 1 + step % 2]:
             optimizer.step()
             optimizer.zero_grad()
-        squares.append(square_of(clipper))
-    return squares
+        assert square_of(clipper) == 2 * first**2 + 3 * second**2
 
 
-def test_an_optimizer_that_steps_now_and_then(two_ranks):
-    """The gradients of rank 1 add up to 1, 1 + 2, then 3, 3 + 4, and are in the norms of all."""
-    needed = [2 * a**2 + 3 * b**2 for a, b in ((1, 1), (2, 3), (3, 3), (4, 7))]
-    assert two_ranks.run(unlike_rounds) == [needed] * 2
-
-
-def one_step(case: str) -> Any:
-    """Take a step; under "a stage" the last rank alone has a loss to scale, as in a pipeline."""
+@pytest.mark.parametrize("case", ["a pipeline", "sharded"])
+@on_ranks("two_ranks")
+def test_other_scalers(case):
+    """Stages without a loss have the scale of the last; a scaler that agrees is not given."""
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     [weight], [optimizer] = optimizers_of(2)
@@ -181,56 +172,34 @@ def one_step(case: str) -> Any:
         weight.grad = torch.full((2,), SCALE)
     scaler.step(optimizer)
     scaler.update()
-    return square_of(clipper), scaler.get_scale()
+    assert (square_of(clipper), scaler.get_scale()) == (4.0, SCALE)
 
 
-@pytest.mark.parametrize("case", ["a stage", "sharded"])
-def test_one_step(two_ranks, case):
-    """Stages without a loss have the scale of the last; a scaler that agrees is not given."""
-    assert two_ranks.run(one_step, case) == [(4.0, SCALE)] * 2
-
-
-def copied_and_dropped() -> Any:
+@on_ranks("two_ranks")
+def test_copies_of_a_scaler():
+    """They agree with nobody, and nothing keeps a scaler alive."""
     _, [optimizer] = optimizers_of(2)
     scaler = rank_scaler()
     clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
-    copies = [copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))]
-    kinds = [type(each) is torch.amp.GradScaler for each in (scaler, *copies)]
+    assert not is_itself(scaler)
+    assert is_itself(copy.deepcopy(scaler))
+    assert is_itself(pickle.loads(pickle.dumps(scaler)))
     clipper.detach()
-    kinds.append(type(scaler) is torch.amp.GradScaler)
+    assert is_itself(scaler)
     GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
     dropped = weakref.ref(scaler)
     del clipper, optimizer, scaler
     gc.collect()
-    return kinds, dropped() is None
-
-
-def test_copies_of_a_scaler(two_ranks):
-    """They agree with nobody, and nothing keeps a scaler alive."""
-    assert two_ranks.run(copied_and_dropped) == [([False, True, True, True], True)] * 2
-
-
-def sharded_scaler() -> float:
-    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-
-    [weight], [optimizer] = optimizers_of(2)
-    clipper = GradientClipper(optimizer, 0.5, ranks=Ranks())
-    step_all(rank_scaler(ShardedGradScaler), [optimizer], weight.sum())
-    return square_of(clipper)
-
-
-def test_a_scaler_that_agrees_by_itself(two_ranks):
-    """It need not be given to the clipper."""
-    assert two_ranks.run(sharded_scaler) == [4.0] * 2
+    assert dropped() is None
 
 
 def attach_and_step(case: str) -> None:
     weights, optimizers = optimizers_of(2, 2)
-    given = None if case in ("no scaler", "gradients computed between two steps") else rank_scaler()
-    if case == "a scaler with replaced methods":
+    given = rank_scaler() if case in ("another scaler", "replaced methods") else None
+    if case == "replaced methods":
         given.unscale_ = print
     GradientClipper(optimizers, 1.0, ranks=Ranks(), grad_scaler=given)
-    if case != "gradients computed between two steps":
+    if case != "gradients between two steps":
         step_all(rank_scaler(), optimizers, torch.cat(weights).sum())
     for weight, optimizer in zip(weights, optimizers, strict=True):
         weight.sum().backward()
@@ -242,12 +211,12 @@ def attach_and_step(case: str) -> None:
     [
         ("no scaler", "this very one as grad_scaler="),
         ("another scaler", "this very one as grad_scaler="),
-        ("a scaler with replaced methods", "unscale_ of the GradScaler was replaced"),
-        ("gradients computed between two steps", "give each of them a clipper of its own"),
+        ("replaced methods", "unscale_ of the GradScaler was replaced"),
+        ("gradients between two steps", "give each of them a clipper of its own"),
     ],
 )
-def test_refusals(two_ranks, case, needed):
+@on_ranks("two_ranks")
+def test_refusals(case, needed):
     """All ranks raise."""
-    for message in two_ranks.errors(attach_and_step, case):
-        assert message.startswith("AttachError")
-        assert needed in message
+    with pytest.raises(AttachError, match=needed):
+        attach_and_step(case)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from gradclip import GradientClipper, MemorySink, Ranks
+from gradclip import GradientClipper, MemorySink, NonFiniteGradientError, Ranks
 from tests.support.clippers import OPTIONS
 from tests.support.dtensors import (
     INF,
@@ -21,6 +21,7 @@ from tests.support.dtensors import (
     full_gradients,
     quick,
 )
+from tests.support.processes import on_ranks
 from tests.support.reference import parameter_with
 from tests.support.rules import RULES
 
@@ -103,22 +104,21 @@ def test_dtypes(two_ranks, layout, dtype):
     check_parts(two_ranks, layout, "global", dtype=dtype)
 
 
-def tied_shards() -> dict[str, float]:
-    """Clip two stages of two shards, as Megatron-LM has, with copies of one embedding in both."""
+@pytest.mark.slow
+@on_ranks("four_ranks")
+def test_copied_shards():
+    """Two stages of two shards, as Megatron-LM has, with copies of one embedding in both.
+
+    Of each shard of the embedding one copy counts, and of other parameters both shards.
+    """
     stage, shard = divmod(distributed.get_rank(), 2)
     own, copy = parameter_with(torch.tensor([3.0])), parameter_with(torch.full((2,), 1.0 + shard))
     tied = ("embed.weight", "head.weight")
     ranks = Ranks(replicated=lambda name, p: f"tied/{shard}" if name in tied else None)
     named = {f"own{stage}": own, tied[stage]: copy}
     norms, *_ = clip_named(named, None, scope="parameter", ranks=ranks)
-    return {label: norm**2 for label, norm in norms.items()}
-
-
-@pytest.mark.slow
-def test_copied_shards(four_ranks):
-    """Of each shard of the embedding one copy counts, and of other parameters both shards."""
     needed = {"embed.weight": 2 * 1 + 2 * 4, "own0": 2 * 9, "own1": 2 * 9}
-    assert four_ranks.run(tied_shards) == [pytest.approx(needed)] * 4
+    assert {label: norm**2 for label, norm in norms.items()} == pytest.approx(needed)
 
 
 # Many steps
@@ -208,11 +208,12 @@ of_copies = pytest.mark.parametrize("layout", ["stages copy", "shards 0 copy"])
 
 
 @of_copies
-def test_an_error_of_one_rank(two_ranks, layout):
+@on_ranks("two_ranks")
+def test_an_error_of_one_rank(layout):
     """All ranks raise, and name the parameter that is on one of them."""
-    for message in two_ranks.errors(steps_of_parts, layout, "Fixed", {"nonfinite": "raise"}):
-        assert message.startswith("NonFiniteGradientError")
-        assert "nan at step 6, from these parameters: vector. The norms before: " in message
+    needed = "nan at step 6, from these parameters: vector. The norms before: "
+    with pytest.raises(NonFiniteGradientError, match=needed):
+        steps_of_parts(layout, "Fixed", {"nonfinite": "raise"})
 
 
 def log_rows(layout: str, rank: int, alone: bool = False) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from gradclip import GradientClipper, Ranks
+from gradclip import AttachError, GradientClipper, Ranks
 from tests.ranks.test_training import Net, spread_module
 from tests.support.dtensors import (
     SCOPES,
@@ -20,6 +21,7 @@ from tests.support.dtensors import (
     spread_alone,
     spread_parameter,
 )
+from tests.support.processes import on_ranks
 
 
 def attach(case: str) -> None:
@@ -29,14 +31,6 @@ def attach(case: str) -> None:
         net, rows = spread_module(Net(), "fsdp"), case == "flat rows"
         options = {"scope": "unit", "model": net, "ranks": Ranks()} if rows else {}
         GradientClipper(torch.optim.SGD(net.parameters(), lr=1.0), 1.0, **options)
-    elif case == "some ranks of a mesh":
-        mesh_of("one")
-        group = distributed.new_group([0, 1, 2])
-        if distributed.get_rank() < 3:
-            weight = nn.Parameter(spread_alone(torch.zeros(4), "0"))
-            GradientClipper(torch.optim.SGD([weight], lr=0.1), 1.0, ranks=Ranks(group))
-    elif case == "a plain module":
-        GradientClipper(torch.optim.SGD(Net().parameters(), lr=1.0), 1.0)
     else:
         overlaps = case == "overlapping optimizer"
         zero = ZeroRedundancyOptimizer(
@@ -54,20 +48,24 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals(two_ranks, case):
+@on_ranks("two_ranks")
+def test_refusals(case):
     """Parts of gradients are refused, with the remedy, and another clipper can attach."""
-    for message in two_ranks.errors(attach, case):
-        assert message.startswith("AttachError")
-        assert REFUSED[case] in message
-    assert two_ranks.errors(attach, "a plain module") == ["", ""]
+    with pytest.raises(AttachError, match=re.escape(REFUSED[case])):
+        attach(case)
+    GradientClipper(torch.optim.SGD(Net().parameters(), lr=1.0), 1.0)
 
 
 @pytest.mark.slow
-def test_a_group_of_some_ranks_of_a_mesh(four_ranks):
+@on_ranks("four_ranks")
+def test_a_group_of_some_ranks_of_a_mesh():
     """It is refused, as its DTensors could not count once."""
-    *messages, _ = four_ranks.errors(attach, "some ranks of a mesh")
-    for message in messages:
-        assert "on the ranks [0, 1, 2, 3], of which the group in ranks= has [0, 1, 2]" in message
+    weight = nn.Parameter(spread_alone(torch.zeros(4), "0"))
+    group = distributed.new_group([0, 1, 2])
+    if distributed.get_rank() < 3:
+        needed = r"on the ranks \[0, 1, 2, 3\], of which the group in ranks= has \[0, 1, 2\]"
+        with pytest.raises(AttachError, match=needed):
+            GradientClipper(torch.optim.SGD([weight], lr=0.1), 1.0, ranks=Ranks(group))
 
 
 def in_stages(gradients: dict[str, Tensor], **options: Any) -> Any:
@@ -99,21 +97,21 @@ def test_dtensors_within_stages(four_ranks, across, collectives, scope, order):
     )
 
 
-def tied_dtensors() -> float:
-    """Two stages with a copy of one embedding in both."""
+@pytest.mark.slow
+@on_ranks("four_ranks")
+def test_a_copied_dtensor():
+    """Of two stages with a copy of one embedding in both, all shards of one copy count."""
     stage = mesh_of("a").get_local_rank()
     gradients = {f"own{stage}": torch.full((4,), 1.0 + stage), "embed": torch.full((6,), 2.0)}
     norms, *_ = in_stages(gradients, max_norm=None, ranks=Ranks(replicated="embed"))
-    return round(norms["global"] ** 2, 6)
+    assert norms["global"] ** 2 == pytest.approx(4 * 1 + 4 * 4 + 6 * 4)
 
 
+@pytest.mark.parametrize(("replicated", "square"), [("*", 8.0), ((), 32.0)])
 @pytest.mark.slow
-def test_a_copied_dtensor(four_ranks):
-    """All shards of one copy count."""
-    assert four_ranks.run(tied_dtensors) == [4 * 1 + 4 * 4 + 6 * 4] * 4
-
-
-def without_shards(replicated: str | tuple[()]) -> float:
+@on_ranks("four_ranks")
+def test_fsdp1_without_shards(replicated, square):
+    """It holds copies, which ``replicated=`` says. The gradient has 8 elements of 1."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     options = {"sharding_strategy": ShardingStrategy.NO_SHARD, "device_id": torch.device("cpu")}
@@ -123,11 +121,4 @@ def without_shards(replicated: str | tuple[()]) -> float:
     clipper = GradientClipper(optimizer, None, model=module, ranks=ranks)
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    return clipper.last.norm.square().item()
-
-
-@pytest.mark.slow
-def test_fsdp1_without_shards(four_ranks):
-    """It holds copies, which ``replicated=`` says. The gradient has 8 elements of 1."""
-    assert four_ranks.run(without_shards, "*") == [pytest.approx(8.0)] * 4
-    assert four_ranks.run(without_shards, ()) == [pytest.approx(32.0)] * 4
+    assert clipper.last.norm.square().item() == pytest.approx(square)

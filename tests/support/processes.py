@@ -7,6 +7,8 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
+from inspect import Parameter, Signature, signature
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,6 @@ class Pool:
         assert not failures, "\n".join(failures)
         return [result for _, result in answers.values()]
 
-    def errors(self, function: Callable[..., Any], *arguments: Any) -> list[str]:
-        """Call a function on all ranks; return the error of gradclip that each raised."""
-        return self.run(error_of, function, *arguments)
-
     def close(self) -> None:
         """End the processes."""
         for end in self._ends:
@@ -69,6 +67,27 @@ class Pool:
             process.join(10)
             process.kill()
         self._folder.cleanup()
+
+
+def on_ranks(pool: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test on all ranks of a pool, a fixture."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        def run(**arguments: Any) -> None:
+            arguments.pop(pool).run(_call_body, test.__module__, test.__name__, arguments)
+
+        own = [*signature(test).parameters.values()]
+        fixture = Parameter(pool, Parameter.POSITIONAL_OR_KEYWORD)
+        run.__signature__ = Signature([fixture, *own])  # type: ignore[attr-defined]
+        run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+        run.body = test  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _call_body(module: str, name: str, arguments: dict[str, Any]) -> None:
+    getattr(import_module(module), name).body(**arguments)
 
 
 def error_of(function: Callable[..., Any], *arguments: Any) -> str:
@@ -102,5 +121,6 @@ def _serve(end: Any, rank: int, count: int, store: str) -> None:
             return
         try:
             end.send((None, function(*arguments)))
-        except BaseException:  # noqa: BLE001  # whoever called hears of it
-            end.send((traceback.format_exc(), None))
+        except BaseException as error:  # noqa: BLE001  # whoever called hears of it
+            told = traceback.TracebackException.from_exception(error, capture_locals=True)
+            end.send(("".join(told.format()), None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -121,22 +122,13 @@ class OutsideRun:
 
     def snapshot(self) -> str:
         """Return parameters, gradients, groups and state of the optimizer as text, exactly."""
-        torch.set_printoptions(threshold=sys.maxsize, precision=17)
         groups = [{**group, "params": None} for group in self.optimizer.param_groups]
-        state = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        state = [self.optimizer.state.get(p) for p in self.parameters]
         tensors = [(p.detach(), p.grad) for p in self.parameters]
-        text = repr((tensors, groups, [exact(each) for each in state]))
+        torch.set_printoptions(threshold=sys.maxsize, precision=17)
+        text = repr((tensors, groups, state))
         torch.set_printoptions(profile="default")
-        return text
-
-
-def exact(state: Any) -> Any:
-    """Return a state without what has no text of its own."""
-    if isinstance(state, dict):
-        return {name: exact(value) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [exact(value) for value in state]
-    return state if isinstance(state, Tensor | int | float | bool | None) else type(state)
+        return re.sub(" at 0x[0-9a-f]+", "", text)  # addresses of objects
 
 
 def clip_inner(run: OutsideRun) -> Any:

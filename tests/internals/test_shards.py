@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -16,10 +15,10 @@ from gradclip.ranks.shards import groups_of, shard_of
 from tests.support.processes import CONTEXT
 
 
-@pytest.fixture(scope="module")
-def process() -> Iterator[ProcessPoolExecutor]:
+def elsewhere(function: Any, *arguments: Any) -> Any:
+    """Call a function in a process of its own."""
     with ProcessPoolExecutor(1, CONTEXT) as pool:
-        yield pool
+        return pool.submit(function, *arguments).result(60)
 
 
 def part(rows: Tensor, count: int, place: int) -> Tensor:
@@ -35,11 +34,9 @@ def rows_by_rank(data: int, tensor: int, height: int) -> list[tuple[list[int], l
     from torch.distributed.tensor.placement_types import _StridedShard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    results = []
-    for rank in range(data * tensor):
-        distributed.init_process_group(
-            "fake", store=FakeStore(), rank=rank, world_size=data * tensor
-        )
+    results, count = [], data * tensor
+    for rank in range(count):
+        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
         mesh = init_device_mesh("cpu", (data, tensor))
         first, second = mesh.get_coordinate()
         rows = part(part(torch.arange(height), tensor, second), data, first)
@@ -55,9 +52,9 @@ def rows_by_rank(data: int, tensor: int, height: int) -> list[tuple[list[int], l
 @pytest.mark.parametrize(
     ("data", "tensor", "height"), [(2, 2, 5), (3, 2, 7), (4, 2, 9), (4, 4, 19), (2, 4, 3)]
 )
-def test_rows_of_fsdp2_on_tensor_parallelism(process, data, tensor, height):
+def test_rows_of_fsdp2_on_tensor_parallelism(data, tensor, height):
     """The rows of a shard are those that its local tensor has."""
-    for rows, needed in process.submit(rows_by_rank, data, tensor, height).result(60):
+    for rows, needed in elsewhere(rows_by_rank, data, tensor, height):
         assert rows == needed
 
 
@@ -69,9 +66,8 @@ def begun_again() -> list[Any]:
     results = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:
-            distributed.init_process_group(
-                "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
-            )
+            place = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
+            distributed.init_process_group("gloo", **place)
             mesh = init_device_mesh("cpu", (1,))
             gradient = distribute_tensor(torch.tensor([3.0, 4.0]), mesh)
             [group] = groups_of([gradient])
@@ -81,6 +77,6 @@ def begun_again() -> list[Any]:
     return results
 
 
-def test_a_group_that_is_joined_after_another_one(process):
+def test_a_group_that_is_joined_after_another_one():
     """A group that was left and made again is not confused with the earlier one."""
-    assert process.submit(begun_again).result(60) == [(5.0, True)] * 2
+    assert elsewhere(begun_again) == [(5.0, True)] * 2

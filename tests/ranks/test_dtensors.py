@@ -91,12 +91,15 @@ def four_parameters(mesh: str, words: str, *options: Any, dtype: str = "float32"
     return SpreadModel([Given(*each, dtype) for each in spread], *options)
 
 
+PENDING = "P, 0, R, 1"
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("order", quick([1.0, 2.0, 3.0, INF], 2.0, INF))
-@pytest.mark.parametrize("words", ["0", "1", "R"])
+@pytest.mark.parametrize("words", ["0", "1", "R", pytest.param(PENDING, id="pending sums")])
 def test_one_mesh(ranks, scope, order, words):
-    """Shards and replicas have the norms of the whole, in one collective."""
-    check_spread(ranks, four_parameters("one", words, scope, order), 1)
+    """Shards and replicas have the norms of the whole, in one collective, and summands too."""
+    check_spread(ranks, four_parameters("one", words, scope, order), None if "P" in words else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -106,27 +109,18 @@ def test_dtypes(two_ranks, scope, dtype):
     check_spread(two_ranks, four_parameters("one", "0", scope, 2.0, dtype=dtype), 1)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("order", [2.0, INF])
-def test_pending_sums(ranks, scope, order):
-    """A gradient whose ranks hold summands is measured as their sum."""
-    check_spread(ranks, four_parameters("one", "P, 0, R, 1", scope, order))
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("words", ["0 0", "0 1", "1 0", "R 0", "0 R", "R R"])
-@pytest.mark.slow
-def test_a_mesh_of_two_dimensions(four_ranks, scope, words):
-    """One collective serves both dimensions of a mesh of all ranks."""
-    check_spread(four_ranks, four_parameters("two", words, scope, 2.0), 1)
+# Experts have a mesh of their own, with replicas.
+ON_TWO_DIMENSIONS = [("two", words, 1) for words in ("0 0", "0 1", "1 0", "R 0", "0 R", "R R")]
+ON_TWO_DIMENSIONS.append(("one, two, a, b", "0, R 1, 0, 1", 3))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("order", [2.0, INF])
+@pytest.mark.parametrize(("mesh", "words", "collectives"), ON_TWO_DIMENSIONS)
 @pytest.mark.slow
-def test_several_meshes(four_ranks, scope, order):
-    """One collective for each group, as for experts on a mesh of their own, with replicas."""
-    check_spread(four_ranks, four_parameters("one, two, a, b", "0, R 1, 0, 1", scope, order), 3)
+def test_meshes_of_two_dimensions(four_ranks, mesh, words, collectives, scope, order):
+    """One collective serves both dimensions of a mesh of all ranks, and one each other group."""
+    check_spread(four_ranks, four_parameters(mesh, words, scope, order), collectives)
 
 
 # Any model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -22,9 +21,12 @@ SCHEDULES = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B"]
 
 
 class Part(nn.Module):
-    """A stage of a model, with the names of the whole; the only one is the whole."""
+    """A stage of a model, with the names of the whole; the only one is the whole.
 
-    def __init__(self, stage: int, stages: int, head: bool) -> None:
+    The last stage has the embedding of the first again, under the same name or as a head.
+    """
+
+    def __init__(self, stage: int, stages: int, last: str) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.stage, self.stages = stage, stages
@@ -32,17 +34,15 @@ class Part(nn.Module):
         embed = nn.Embedding(LETTERS, WIDTH)
         blocks = [nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS)]
         own = {str(i): block for i, block in enumerate(blocks) if i * stages // BLOCKS == stage}
-        if self.first or (self.last and not head):
-            self.embed = embed
-        elif self.last:
-            self.head = nn.Linear(WIDTH, LETTERS, bias=False)
-            self.head.weight = embed.weight
+        self.tied_name = TIED if self.first else last
+        if self.first or self.last:
+            self.add_module(self.tied_name.split(".")[0], embed)
         self.blocks = nn.ModuleDict(own)
         self.double()
 
     @property
     def tied(self) -> nn.Parameter:
-        return self.head.weight if hasattr(self, "head") else self.embed.weight
+        return self.get_parameter(self.tied_name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.first:
@@ -50,14 +50,6 @@ class Part(nn.Module):
         for block in self.blocks.values():
             inputs = inputs + block(inputs).tanh()
         return inputs @ self.tied.T if self.last else inputs
-
-
-def parts_of(kind: str, *, head: bool) -> list[Part]:
-    rank, count = distributed.get_rank(), distributed.get_world_size()
-    if kind == "whole":
-        return [Part(0, 1, head)]
-    own = [rank, rank + count] if kind == "ScheduleInterleaved1F1B" else [rank]
-    return [Part(stage, count * len(own), head) for stage in own]
 
 
 @cache
@@ -92,20 +84,21 @@ def one_name(name: str, parameter: Any) -> str | None:
     return "tokens" if name in (TIED, HEAD) else None
 
 
-def trained_stages(kind: str, options: dict[str, Any], copies: str = TIED) -> Any:
+def trained_stages(kind: str, scope: str, last: str = TIED) -> Any:
     """Train a few steps; return the norms, weights and collectives of each, and the counters."""
-    head = copies == HEAD and kind != "whole"
-    parts = parts_of(kind, head=head)
-    ranks = None if kind == "whole" else Ranks(replicated=one_name if head else copies)
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    own = [rank, rank + count] if kind == "ScheduleInterleaved1F1B" else [rank]
+    parts = [Part(stage, count * len(own), last) for stage in own]
+    ranks = Ranks(replicated=TIED if last == TIED else one_name)
+    if kind == "whole":
+        parts, ranks = [Part(0, 1, TIED)], None
     named = {name: p for part in parts for name, p in part.named_parameters()}
     # Names come from the stage, or where there are several from the optimizer.
     model = parts[0] if len(parts) == 1 else None
     given = [*named.items()] if model is None else model.parameters()
     optimizer = torch.optim.SGD(given, lr=0.2, momentum=0.9)
-    options = {"max_norm": LIMITS[options.get("scope", "global")]} | options
-    clipper = GradientClipper(optimizer, **options, model=model, ranks=ranks)
-    backward = backward_of(kind, parts)
-    steps = []
+    clipper = GradientClipper(optimizer, LIMITS[scope], scope=scope, model=model, ranks=ranks)
+    backward, steps = backward_of(kind, parts), []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         letters, targets = torch.randint(LETTERS, (2, BATCH), generator=generator)
@@ -119,10 +112,16 @@ def trained_stages(kind: str, options: dict[str, Any], copies: str = TIED) -> An
     return steps, clipper.state_dict()["counters"]
 
 
-def check_stages(pool: Any, kind: str, options: dict[str, Any], *rest: Any) -> Any:
-    """Compare every rank at every step with one process, whose steps are returned."""
-    whole, counters = pool.run(trained_stages, "whole", options, *rest)[0]
-    results = pool.run(trained_stages, kind, options, *rest)
+@pytest.mark.parametrize("scope", LIMITS)
+@pytest.mark.parametrize("kind", quick([*SCHEDULES, "a head"], "ScheduleGPipe", "a head"))
+def test_tied_weights(ranks, kind, scope):
+    """Norms and weights are those of one process with the whole model, some of them clipped.
+
+    A copy counts once by its one name, or by one that a function for ``replicated=`` gives both.
+    """
+    whole, counters = ranks.run(trained_stages, "whole", scope)[0]
+    names_of_last = ("Schedule1F1B", scope, HEAD) if kind == "a head" else (kind, scope, TIED)
+    results = ranks.run(trained_stages, *names_of_last)
     names: set[str] = set()
     for steps, own_counters in results:
         assert own_counters == counters
@@ -134,33 +133,5 @@ def check_stages(pool: Any, kind: str, options: dict[str, Any], *rest: Any) -> A
                 torch.testing.assert_close(weight, needed[1][name], rtol=1e-9, atol=1e-12)
         names |= weights.keys()
     assert names == whole[0][1].keys()
-    return whole
-
-
-@pytest.mark.parametrize("scope", LIMITS)
-@pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
-def test_training(ranks, kind, scope):
-    """Norms and weights are those of one process with the whole model, some of them clipped."""
-    steps = check_stages(ranks, kind, {"scope": scope})
-    exceeding = {norm > LIMITS[scope] for norms, *_ in steps for norm in norms.values()}
+    exceeding = {norm > LIMITS[scope] for norms, *_ in whole for norm in norms.values()}
     assert exceeding == {True, False}
-
-
-@pytest.mark.parametrize("scope", LIMITS)
-def test_tied_weights_of_two_names(ranks, scope):
-    """A function for ``replicated=`` gives both one name, and they have one norm."""
-    check_stages(ranks, "Schedule1F1B", {"scope": scope}, HEAD)
-
-
-@pytest.mark.parametrize("kind", quick(SCHEDULES, "ScheduleGPipe"))
-def test_without_replicated(two_ranks, kind):
-    """Tied weights count twice, which shows that the tests above can fail."""
-    options = {"scope": "parameter", "max_norm": None}
-    norms = two_ranks.run(trained_stages, "whole", options)[0][0][0][0]
-    twice = norms | {TIED: math.sqrt(2) * norms[TIED]}
-    for steps, _ in two_ranks.run(trained_stages, kind, options, ()):
-        assert steps[0][0] == pytest.approx(twice, rel=1e-9)
-    for steps, _ in two_ranks.run(trained_stages, kind, {"max_norm": None}, ()):
-        [norm] = steps[0][0].values()
-        assert norm == pytest.approx(math.hypot(*twice.values()), rel=1e-9)
-        assert norm > 1.02 * math.hypot(*norms.values())

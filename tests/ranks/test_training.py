@@ -223,38 +223,37 @@ def check_kind(pool: Any, kind: str, options: dict[str, Any]) -> Any:
     return results
 
 
-HERE = {
+PLACEMENTS = {
     "tensor": "Partial",
     "mixed": "Shard",
     "offload": "Shard",
     "bfloat16": "Shard",
     "experts": "Shard",
     "idle experts": "None",
-}
-ON_TWO_DIMENSIONS = {
+    # On meshes of two dimensions
     "tensor and fsdp2": "_StridedShard",
     "hsdp": "Replicate",
     "experts with copies": "Shard",
 }
+KINDS = [*PLACEMENTS]
 
 
 @pytest.mark.parametrize("order", quick([2.0, INF], 2.0))
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", quick(HERE, "tensor", "experts", "mixed"))
+@pytest.mark.parametrize("kind", quick(KINDS[:6], "tensor", "experts", "mixed"))
 def test_modules(ranks, kind, scope, order):
     """Modules are clipped by the norms of their whole gradients."""
     results = check_kind(ranks, kind, {"scope": scope, "norm_type": order})
-    assert any(HERE[kind] in placements for *_, placements in results)
+    assert any(PLACEMENTS[kind] in placements for *_, placements in results)
 
 
 @pytest.mark.parametrize("order", [2.0, INF])
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", ON_TWO_DIMENSIONS)
+@pytest.mark.parametrize("kind", KINDS[6:])
 @pytest.mark.slow
 def test_meshes_of_two_dimensions(four_ranks, kind, scope, order):
     """So are modules on meshes of two dimensions."""
-    results = check_kind(four_ranks, kind, {"scope": scope, "norm_type": order})
-    assert all(ON_TWO_DIMENSIONS[kind] in placements for *_, placements in results)
+    test_modules(four_ranks, kind, scope, order)
 
 
 @pytest.mark.parametrize("scope", ["parameter", "unit"])

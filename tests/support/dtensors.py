@@ -146,14 +146,14 @@ def check_clipped(
     """Compare what `clip_named` returned on all ranks with the oracle.
 
     Args:
-        results: What it returned.
-        full: The whole gradients.
-        scope: The scope.
-        order: The order of the norms.
-        limit: The threshold.
+        results: The norms, gradients and collectives by rank.
+        full: The whole gradients, which the oracle clips.
+        scope: As for a clipper.
+        order: The ``norm_type``.
+        limit: The ``max_norm``.
         collectives: The all-reduces of a step; None for any.
         slack: Roundings of the largest element that an element may be wrong by.
-        part: Returns of the whole gradients those that a rank returns.
+        part: Returns the gradients of a rank, of all.
     """
     needed, clipped = oracle(full, scope, order, limit)
     for rank, (norms, gradients, calls) in enumerate(results):

@@ -49,39 +49,30 @@ def regression(package: Any = pl, **overrides: Any) -> Any:
 
 def evaluated(package: Any = pl) -> Any:
     """Return a module that can also be evaluated."""
-
-    def evaluate(self: Any, batch: Any, index: int) -> None:
-        loss_of(self.net, batch)
-
-    return regression(package, validation_step=evaluate, test_step=evaluate)
+    evaluations = ("validation_step", "test_step")
+    return regression(package, **dict.fromkeys(evaluations, lambda *_: None))
 
 
 def stepping(**overrides: Any) -> Any:
     """Return a module that steps by hand, with all of its optimizers after one backward."""
 
-    def optimizers_of(self: Any) -> list[Any]:
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
     def step(self: Any, batch: Any, index: int) -> None:
-        for optimizer in optimizers_of(self):
-            optimizer.zero_grad()
+        self.zero_grad()
         self.manual_backward(loss_of(self.net, batch))
+        optimizers = self.optimizers()
         if self.limit:
-            self.clip_gradients(self.optimizers(), gradient_clip_val=self.limit)
-        for optimizer in optimizers_of(self):
+            self.clip_gradients(optimizers, gradient_clip_val=self.limit)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             optimizer.step()
 
-    return regression(
-        **{"automatic_optimization": False, "training_step": step, "limit": None, **overrides}
-    )
+    own = {"automatic_optimization": False, "training_step": step, "limit": None}
+    return regression(**own | overrides)
 
 
 def halves() -> Any:
     """Return a module whose loss two optimizers have in common."""
-    return stepping(
-        configure_optimizers=lambda self: [momentum(self.net[0]), momentum(self.net[2])]
-    )
+    parts = {"configure_optimizers": lambda self: [momentum(self.net[i]) for i in (0, 2)]}
+    return stepping(**parts)
 
 
 class Adversaries(nn.Module):
@@ -113,21 +104,14 @@ def adversarial(step_with_closure: bool = False) -> Any:
                 closure()
                 optimizer.step()
 
-    module = stepping(
-        training_step=step, configure_optimizers=lambda self: self.nets.optimizers_of()
-    )
-    module.nets = Adversaries()
-    return module
+    nets = Adversaries()
+    configure = {"configure_optimizers": lambda self: nets.optimizers_of()}
+    return stepping(training_step=step, nets=nets, **configure)
 
 
 def trainer_of(*callbacks: Any, package: Any = pl, **options: Any) -> Any:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
+    extras = ("checkpointing", "progress_bar", "model_summary")
+    quiet = {"logger": False, "max_epochs": 1} | {f"enable_{extra}": False for extra in extras}
     given = callbacks[0] if len(callbacks) == 1 else [*callbacks]
     return package.Trainer(accelerator="cpu", callbacks=given, **{**quiet, **options})
 

@@ -91,7 +91,7 @@ def test_one_optimizer(kind, when):
     assert moved == (True, not last, False, True)
 
 
-def joint(used: int, bad: dict[int, dict[int, float]]) -> Any:
+def joint_rows(used: int, bad: dict[int, dict[int, float]]) -> Any:
     """Take 5 steps with two optimizers.
 
     Args:
@@ -120,9 +120,9 @@ def test_several_optimizers(used):
     # The overflow of the optimizer that rank 0 has leaves the other's gradients on rank 1.
     without = {used: sizes[1 - used], 1 - used: 2 * sizes[used]}
     rows = [*enumerate((both, without[0], without[1], both, both), 1)]
-    assert joint(used, {1: {0: math.inf}, 2: {1: math.inf}}) == (rows, SCALE / 4)
+    assert joint_rows(used, {1: {0: math.inf}, 2: {1: math.inf}}) == (rows, SCALE / 4)
     rows = [(steps, both) for steps in (1, 1, 2, 3, 4)]
-    assert joint(used, {1: {0: math.nan, 1: math.nan}}) == (rows, SCALE / 2)
+    assert joint_rows(used, {1: {0: math.nan, 1: math.nan}}) == (rows, SCALE / 2)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -68,33 +68,21 @@ def test_full_disk(tmp_path, training, disk):
     run = training()
     clipper = GradientClipper(run.optimizer, 1.0, log=TensorBoardSink(tmp_path, flush_every=10))
     with warnings_of(TensorBoardSink=[f"No space left on device: '{tmp_path}"]):
+        disk.free = 20
         run.take(*[1.0] * 10)
-        disk.free = 1000
-        run.take(*[1.0] * 30)
-        assert len(os.listdir(tmp_path)) == 1, "a full disk does not fill with empty files"
-        for free, steps in ((1 << 40, 10), (0, 10), (1 << 40, 5)):
+        assert os.listdir(tmp_path) == [], "a full disk does not fill with empty files"
+        for files, free, steps in ((1, 1 << 40, 10), (1, 1000, 30), (2, 1 << 40, 10), (2, 0, 10)):
             disk.free = free
             run.take(*[1.0] * steps)
+            assert len(os.listdir(tmp_path)) == files
+        disk.free = 1 << 40
+        run.take(*[1.0] * 5)
         clipper.close()
     steps = steps_in(tmp_path)[PRE]
     assert len(os.listdir(tmp_path)) == 3
-    assert steps[:10] == [*range(10)]
-    assert [step for step in steps if step >= 20] == [*range(40, 50), *range(60, 65)]
+    assert steps[:10] == [*range(10, 20)]
+    assert [step for step in steps if step >= 30] == [*range(50, 60), *range(70, 75)]
     assert steps == sorted(set(steps))
-
-
-def test_disk_that_is_full_from_the_beginning(tmp_path, training, disk):
-    run, sink = training(), TensorBoardSink(tmp_path, flush_every=2)
-    disk.free = 20
-    with (
-        warnings_of(TensorBoardSink=["No space left on device"]),
-        GradientClipper(run.optimizer, 1.0, log=sink),
-    ):
-        run.take(*[1.0] * 6)
-        assert os.listdir(tmp_path) == []
-        disk.free = 1 << 40
-        run.take(*[1.0] * 2)
-    assert steps_in(tmp_path)[PRE] == [6, 7]
 
 
 def test_interrupt_within_a_write(tmp_path, training, disk):
@@ -137,40 +125,47 @@ def test_write_that_the_system_refuses(tmp_path, children):
     assert {*run.steps.tolist()} >= whole
 
 
-def test_directory_below_a_file(tmp_path, training):
-    run, blocking = training(), tmp_path / "file"
-    blocking.write_text("in the way")
-    with (
-        warnings_of(
-            TensorBoardSink=[f"NotADirectoryError: [Errno 20] Not a directory: '{tmp_path}"]
-        ),
-        GradientClipper(run.optimizer, 1.0, log=blocking / "run") as clipper,
-    ):
-        for _ in range(2):
-            run.take(1.0)
-            clipper.flush()
-        blocking.unlink()
-        run.take(1.0)
-    assert steps_in(blocking / "run")[PRE] == [2]
+def remove_file(directory):
+    next(directory.iterdir()).unlink()
 
 
-@pytest.mark.parametrize("removed", ["directory", "file"])
-def test_removed_logs_are_made_again(tmp_path, training, removed):
+def move(directory):
+    directory.rename(directory.with_name("moved"))
+
+
+def put_a_file_in_the_way(directory):
+    shutil.rmtree(directory)
+    directory.write_text("in the way")
+
+
+REMOVED = "event file was removed, a new file goes on"
+
+
+@pytest.mark.parametrize(
+    ("disturb", "warned", "place", "needed"),
+    [
+        (shutil.rmtree, REMOVED, "run", [2, 3]),
+        (remove_file, REMOVED, "run", [2, 3]),
+        (move, None, "moved", [0, 1, 2, 3]),
+        (put_a_file_in_the_way, "FileExistsError", "run", [3]),
+    ],
+)
+def test_logs_that_are_removed_or_moved(tmp_path, training, disturb, warned, place, needed):
+    """They are made again where they were; a directory that is moved takes its curves along."""
     run, directory = training(), tmp_path / "run"
     with (
-        warnings_of(TensorBoardSink=[f"event file was removed, a new file goes on: '{directory}"]),
+        warnings_of(**({"TensorBoardSink": [warned]} if warned else {})),
         GradientClipper(run.optimizer, 1.0, log=directory) as clipper,
     ):
         run.take(1.0, 1.0)
         clipper.flush()
-        if removed == "directory":
-            shutil.rmtree(directory)
-        else:
-            next(directory.iterdir()).unlink()
+        disturb(directory)
         run.take(1.0)
         clipper.flush()
+        if directory.is_file():
+            directory.unlink()
         run.take(1.0)
-    assert steps_in(directory)[PRE] == [2, 3]
+    assert steps_in(tmp_path / place)[PRE] == needed
 
 
 def test_file_of_lines_whose_directory_is_removed(tmp_path, training):
@@ -182,13 +177,3 @@ def test_file_of_lines_whose_directory_is_removed(tmp_path, training):
         run.take(*[1.0] * 4)
     [found] = runs_in(path)
     assert found.steps.tolist() == [4, 5, 6, 7, 8]
-
-
-def test_directory_that_is_moved_takes_its_curves_along(tmp_path, training):
-    run = training()
-    with GradientClipper(run.optimizer, 1.0, log=tmp_path / "here") as clipper:
-        run.take(1.0)
-        clipper.flush()
-        (tmp_path / "here").rename(tmp_path / "there")
-        run.take(1.0)
-    assert steps_in(tmp_path / "there")[PRE] == [0, 1]

@@ -1,10 +1,11 @@
 """An operator, a launch or a closure that raises in a step leaves everything as it was."""
 
+import itertools
 import math
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradclip import GradientClipper, MemorySink
 from gradclip.thresholds import Percentile
 from tests.support.engines import REGISTRY, load_triton
+from tests.support.reference import parameter_with
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process tests the Triton kernels, on the CPU, and nothing else."""
@@ -30,6 +32,11 @@ OPTIONS = {
     "1-norm": {"norm_type": 1.0},
     "infinity norm": {"norm_type": math.inf},
 }
+SEVERAL = {
+    "several dtypes": {"dtypes": (torch.float32, torch.float64, torch.bfloat16)},
+    "bounded and scaled": {"max_value": 0.1},
+}
+"""Options of runs whose step launches several kernels that write."""
 KERNELS = (
     [pytest.param("triton", marks=pytest.mark.interpreted)]
     if INTERPRETED
@@ -38,7 +45,6 @@ KERNELS = (
 ENGINES = [*([] if INTERPRETED else KERNELS), "operators", "reference"]
 """Interpreted kernels are numpy's matter, not that of torch's operators."""
 with_kernels = pytest.mark.parametrize("engine_name", KERNELS, indirect=True)
-with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 class LaunchError(RuntimeError):
@@ -64,9 +70,9 @@ class SteppedRun:
     def __init__(self, engine, dtypes=(torch.float32,), **options):
         self.weights = [nn.Parameter(torch.ones(3, 64, dtype=dtype)) for dtype in dtypes]
         self.optimizer = torch.optim.SGD(self.weights, lr=0.1, momentum=0.9)
-        self.sink = MemorySink()
-        options = {"log": self.sink, "engine": engine, **options}
-        self.clipper = GradientClipper(self.optimizer, Percentile(50, window=5), **options)
+        self.sink, rule = MemorySink(), Percentile(50, window=5)
+        options |= {"log": self.sink, "engine": engine}
+        self.clipper = GradientClipper(self.optimizer, rule, **options)
         for length in (1.0, 2.0):
             self.make_gradients(length)
             self.optimizer.step()
@@ -79,25 +85,19 @@ class SteppedRun:
 
     def seen(self):
         """Return all that there is of it, gradients and all states included, to the bit."""
-        tensors = []
-        for weight in self.weights:
-            momentum = self.optimizer.state[weight].get("momentum_buffer")
-            tensors += [tensor.tolist() for tensor in (weight, weight.grad, momentum)]
-        state, newest = self.clipper.state_dict(), self.clipper.last.step
+        momenta = [self.optimizer.state[weight]["momentum_buffer"] for weight in self.weights]
+        state = self.clipper.state_dict()
         rule = state.pop("threshold")
-        learned = [rule[name].tolist() for name in ("window", "counts")]
-        return repr((tensors, state, learned, len(self.sink.steps), newest))
+        tensors = [*self.weights, *(w.grad for w in self.weights), *momenta, rule["window"]]
+        values = [tensor.tolist() for tensor in (*tensors, rule["counts"])]
+        return repr((values, state, len(self.sink.steps), self.clipper.last.step))
 
 
 def check_each_fault(engine, fault, *, renews=False, **options):
     """Let one fault after the other stop a step, which is then taken again; return their number.
 
-    Args:
-        engine: Name of the engine.
-        fault: Makes the context, of a run and a number, in which so many calls succeed; it gives an
-            object that knows whether it ``raised``.
-        renews: Whether some gradients may be written already, so that they are made again.
-        options: Of the run.
+    ``fault`` makes a context in which so many calls succeed; ``renews`` says that some gradients
+    may be written already, so that they are made again.
     """
     whole = SteppedRun(engine, **options)
     whole.optimizer.step()
@@ -105,13 +105,9 @@ def check_each_fault(engine, fault, *, renews=False, **options):
     while raised:
         at += 1
         run = SteppedRun(engine, **options)
-        with fault(run, at) as failing:
-            try:
-                run.optimizer.step()
-            except LaunchError:
-                assert failing.raised
-        raised = failing.raised
-        if raised:
+        with fault(run, at) as failing, suppress(LaunchError):
+            run.optimizer.step()
+        if raised := failing.raised:
             if renews:
                 run.make_gradients()
             assert run.seen() == run.before
@@ -120,96 +116,82 @@ def check_each_fault(engine, fault, *, renews=False, **options):
     return at
 
 
-class Operators(TorchDispatchMode):
-    """Raises at one of the operators that run before a step."""
+class Calls:
+    """Calls of a function, of which one fails."""
 
-    def __init__(self, at):
-        super().__init__()
-        self._left, self.raised, self._over = at, False, False
-
-    def end(self, *_):
-        self._over = True
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not self._over:
-            self._left -= 1
-            if self._left < 0:
-                self._over = self.raised = True
-                raise LaunchError(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def failing_operator(run, at):
-    operators = Operators(at)
-    hook = run.optimizer.register_step_pre_hook(operators.end)
-    with operators:
-        yield operators
-    hook.remove()
-
-
-@with_options
-def test_operator_that_fails(engine_name, options):
-    """Whichever of those that the clipper runs it is."""
-    in_parts = engine_name == "reference" and options == OPTIONS["unit"]  # writes unit by unit
-    assert check_each_fault(engine_name, failing_operator, renews=in_parts, **options) > 2
-
-
-class Launches:
-    """A function that launches kernels, of which one cannot be launched."""
-
-    def __init__(self, launch, at):
-        self._launch, self._left, self.raised = launch, at, False
+    def __init__(self, function, at):
+        self._function, self._left, self.raised = function, at, False
 
     def __call__(self, *arguments, **options):
         self._left -= 1
         if self._left == -1:
             self.raised = True
             raise LaunchError
-        return self._launch(*arguments, **options)
+        return self._function(*arguments, **options)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run before a step among the calls."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls, self.over = calls, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not (self.over or self.calls.raised):
+            self.calls()
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def failing_operator(run, at):
+    operators = Operators(Calls(int, at))
+    hook = run.optimizer.register_step_pre_hook(lambda *_: setattr(operators, "over", True))
+    with operators:
+        yield operators.calls
+    hook.remove()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_operator_that_fails(engine_name, options):
+    """Whichever of those that the clipper runs it is."""
+    in_parts = engine_name == "reference" and options == OPTIONS["unit"]  # writes unit by unit
+    assert check_each_fault(engine_name, failing_operator, renews=in_parts, **options) > 2
 
 
 class Library:
-    """The library of the native engine, whose functions are launches of a kind."""
+    """The library of the native engine, whose functions are calls of a kind."""
 
     def __init__(self, library, at):
-        self.launches = Launches(lambda verb, *given: getattr(library, verb)(*given), at)
+        self.calls = Calls(lambda verb, *given: getattr(library, verb)(*given), at)
 
     def __getattr__(self, verb):
-        return lambda *arguments: self.launches(verb, *arguments)
+        return lambda *arguments: self.calls(verb, *arguments)
 
 
 @contextmanager
 def failing_launch(run, at):
-    name = run.clipper.engine
     with pytest.MonkeyPatch.context() as patch:
-        if name == "native":
-            failing = Library(REGISTRY["native"]._library, at)
-            patch.setattr(REGISTRY["native"], "_library", failing)
-            yield failing.launches
+        if run.clipper.engine == "native":
+            library = Library(REGISTRY["native"]._library, at)
+            patch.setattr(REGISTRY["native"], "_library", library)
+            yield library.calls
         else:
             load_triton()
-            launch = sys.modules["gradclip.engines.triton.launching"].launch
-            failing = Launches(launch, at)
-            patch.setattr("gradclip.engines.triton.engine.launch", failing)
-            yield failing
-
-
-@with_kernels
-@with_options
-def test_launch_that_fails(engine_name, options):
-    assert check_each_fault(engine_name, failing_launch, **options) >= 1
+            calls = Calls(sys.modules["gradclip.engines.triton.launching"].launch, at)
+            patch.setattr("gradclip.engines.triton.engine.launch", calls)
+            yield calls
 
 
 @with_kernels
 @pytest.mark.parametrize(
-    "options",
-    [{"dtypes": (torch.float32, torch.float64, torch.bfloat16)}, {"max_value": 0.1}],
-    ids=["several dtypes", "bounded and scaled"],
+    "options", [*OPTIONS.values(), *SEVERAL.values()], ids=[*OPTIONS, *SEVERAL]
 )
-def test_launch_that_fails_among_several(engine_name, options):
-    """All but the gradients is as it was; here they are made anew."""
-    assert check_each_fault(engine_name, failing_launch, renews=True, **options) >= 2
+def test_launch_that_fails(engine_name, options):
+    """Of several launches some may have written gradients, which are made anew; no more."""
+    several = options in SEVERAL.values()
+    faults = check_each_fault(engine_name, failing_launch, renews=several, **options)
+    assert faults >= 1 + several
 
 
 @pytest.mark.slow
@@ -218,26 +200,20 @@ def test_launches_of_triton_on_the_host():
     if find_spec("triton") is None:
         pytest.skip("there is no Triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "interpreted"]
-    done = subprocess.run(
-        [*command, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, __file__], env=environment, **options)
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
 
 
 def test_launch_that_fails_at_the_first_of_two_optimizers(monkeypatch):
     """Both are as they were, and can be stepped again."""
-    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    weights = [parameter_with(torch.full((3,), 3.0), value=1.0) for _ in range(2)]
     optimizers = [torch.optim.SGD([weights[0]], lr=0.1), torch.optim.Adam([weights[1]], lr=0.1)]
     clipper = GradientClipper(optimizers, 1.0, engine="operators")
-    for weight in weights:
-        weight.grad = torch.full_like(weight, 3.0)
     with monkeypatch.context() as patch:
-        patch.setattr(type(REGISTRY["operators"]), "scale_", Launches(None, 0))
+        patch.setattr(type(REGISTRY["operators"]), "scale_", Calls(None, 0))
         with pytest.raises(LaunchError):
             clipper.step()
     for weight in weights:
@@ -247,8 +223,8 @@ def test_launch_that_fails_at_the_first_of_two_optimizers(monkeypatch):
     assert (clipper.steps, clipper.last) == (0, None)
     clipper.step()
     assert (clipper.steps, clipper.last.norm.item()) == (1, pytest.approx(54**0.5))
-    assert torch.allclose(weights[0], 1 - 0.1 * torch.full((3,), 6**-0.5))
-    assert torch.allclose(weights[1], torch.full((3,), 0.9))
+    steps = torch.full((3,), 6**-0.5), torch.ones(3)
+    assert all(map(torch.allclose, weights, (1 - 0.1 * step for step in steps)))
 
 
 class ClosureError(RuntimeError):
@@ -263,29 +239,31 @@ KINDS = {
 
 
 class Closing:
-    """A quartic loss under an optimizer, with a threshold that is never met, or without clipper."""
+    """A quartic loss under an optimizer whose clipper, if there is one, never clips."""
 
     def __init__(self, kind, clipped=True):
         self.weight = nn.Parameter(torch.tensor([3.0, -2.0, 0.5]))
         self.optimizer = KINDS[kind]([self.weight], lr=0.1)
         self.clipper = GradientClipper(self.optimizer, 1e6) if clipped else None
-        self.fails, self._evaluations = None, 0
         self.step()
 
-    def step(self):
-        self._evaluations = 0
-        self.optimizer.step(self._closure)
+    def step(self, fails_at=None):
+        """Step; raise in a numbered evaluation, before or after its gradients are there."""
+        moments = ((n, when) for n in itertools.count(1) for when in ("before", "after"))
 
-    def _closure(self):
-        self._evaluations += 1
-        self.optimizer.zero_grad()
-        if self.fails == (self._evaluations, "before"):
-            raise ClosureError
-        loss = (self.weight**4).sum()
-        loss.backward()
-        if self.fails == (self._evaluations, "after"):
-            raise ClosureError
-        return loss
+        def fail():
+            if next(moments) == fails_at:
+                raise ClosureError
+
+        def closure():
+            self.optimizer.zero_grad()
+            fail()
+            loss = (self.weight**4).sum()
+            loss.backward()
+            fail()
+            return loss
+
+        self.optimizer.step(closure)
 
     def seen(self):
         state = self.optimizer.state[self.weight]
@@ -299,20 +277,17 @@ class Closing:
 def test_closure_that_raises(kind, evaluation, when):
     """All is as without a clipper, and the step does not count.
 
-    One that raises before its gradients are there or after leaves most optimizers unstepped; LBFGS
-    has moved its parameters by its second evaluation.
+    Most optimizers are left unstepped; LBFGS has moved its parameters by its second evaluation.
     """
     run, alone = Closing(kind), Closing(kind, clipped=False)
     counts = run.clipper.state_dict(), run.clipper.last
     for each in (run, alone):
-        each.fails = (evaluation, when)
         with pytest.raises(ClosureError):
-            each.step()
-        each.fails = None
+            each.step((evaluation, when))
     assert run.seen() == alone.seen()
     assert (run.clipper.state_dict(), run.clipper.last) == counts
-    for each in (run, alone):
-        each.step()
+    run.step()
+    alone.step()
     assert run.seen() == alone.seen()
     assert run.clipper.steps == 2
 
@@ -323,7 +298,7 @@ def test_launch_that_fails_after_an_evaluation(monkeypatch):
     before = repr((run.weight.tolist(), run.optimizer.state_dict()))
     engine = type(REGISTRY.get("native") or REGISTRY["operators"])
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "norm", Launches(engine.norm, 0))
+        patch.setattr(engine, "norm", Calls(engine.norm, 0))
         with pytest.raises(LaunchError):
             run.step()
     assert repr((run.weight.tolist(), run.optimizer.state_dict())) == before

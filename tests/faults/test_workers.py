@@ -16,23 +16,29 @@ STEPS = BEFORE + EPOCHS * LENGTH
 
 
 class Data(Dataset):
-    """Says which process read an item; may raise at one of them, or collect garbage."""
+    """Says which process read an item, after an action at each."""
 
-    def __init__(self, raises_at=None, *, collects=False):
-        self._raises_at, self._collects = raises_at, collects
+    def __init__(self, act=int):
+        self._act = act
 
     def __len__(self):
         return LENGTH
 
     def __getitem__(self, index):
-        if self._collects and not index:
-            gc.collect()
-        if index == self._raises_at:
-            raise KeyError("no such item")
+        self._act(index)
         return os.getpid()
 
 
-def forking_loader(data, *, persistent=False):
+def fail_at_three(index):
+    if index == 3:
+        raise KeyError("no such item")
+
+
+def collect_garbage(index):
+    gc.collect()
+
+
+def loader_of(data, *, persistent=False):
     options = {"num_workers": 2, "multiprocessing_context": "fork"}
     return DataLoader(data, batch_size=None, persistent_workers=persistent, **options)
 
@@ -52,8 +58,8 @@ def end(life):
     life.clipper.close()
 
 
-def train_with_workers(folder, persistent=False):
-    life, data = begun(folder), forking_loader(Data(), persistent=persistent)
+def train_with_workers(folder, persistent):
+    life, data = begun(folder), loader_of(Data(), persistent=persistent)
     readers = set()
     for _ in range(EPOCHS):
         for reader in data:
@@ -64,13 +70,9 @@ def train_with_workers(folder, persistent=False):
     life.clipper.close()
 
 
-def train_with_persistent_workers(folder):
-    train_with_workers(folder, persistent=True)
-
-
 def train_with_a_worker_that_fails(folder):
     life = begun(folder)
-    items = iter(forking_loader(Data(raises_at=3)))
+    items = iter(loader_of(Data(fail_at_three)))
     for _ in range(3):
         next(items)
         life.step()
@@ -83,14 +85,13 @@ def leave_a_clipper_to_a_worker(folder):
     """Leave a clipper to the garbage collector, which runs first in a worker."""
     gc.disable()
     begun(folder)
-    list(forking_loader(Data(collects=True)))
+    list(loader_of(Data(collect_garbage)))
     gc.collect()
 
 
 def fork_without_a_loader(folder):
     """The child ends as programs do."""
-    life = begun(folder)
-    child = os.fork()
+    life, child = begun(folder), os.fork()
     if child == 0:
         atexit._run_exitfuncs()
         os._exit(0)
@@ -98,15 +99,9 @@ def fork_without_a_loader(folder):
     end(life)
 
 
-def train_without_close(folder):
-    """A forked process that trains writes everything at its end."""
-    begun(folder)
-
-
 def close_in_a_child(folder):
     """The child alone goes on, which then owns the logs."""
-    life = begun(folder)
-    child = os.fork()
+    life, child = begun(folder), os.fork()
     if child == 0:
         life.clipper.close()
     else:
@@ -115,20 +110,20 @@ def close_in_a_child(folder):
 
 
 @pytest.mark.parametrize(
-    ("life", "steps"),
+    ("steps", "life", "arguments"),
     [
-        (train_with_workers, STEPS),
-        (train_with_persistent_workers, STEPS),
-        (train_with_a_worker_that_fails, STEPS),
-        (leave_a_clipper_to_a_worker, BEFORE),
-        (fork_without_a_loader, STEPS),
-        (train_without_close, BEFORE),
-        (close_in_a_child, BEFORE),
+        (STEPS, train_with_workers, [False]),
+        (STEPS, train_with_workers, [True]),
+        (STEPS, train_with_a_worker_that_fails, []),
+        (BEFORE, leave_a_clipper_to_a_worker, []),
+        (STEPS, fork_without_a_loader, []),
+        (BEFORE, begun, []),  # a forked process that trains writes everything at its end
+        (BEFORE, close_in_a_child, []),
     ],
 )
-def test_each_step_is_written_once(tmp_path, children, life, steps):
+def test_each_step_is_written_once(tmp_path, children, steps, life, arguments):
     """By one process, whichever forks there are."""
-    children.run(life, tmp_path)
+    children.run(life, tmp_path, *arguments)
     assert [line["step"] for line in lines_in(tmp_path / "steps.jsonl")] == [*range(steps)]
     assert steps_in(tmp_path / "events")["grad_norm/pre"] == [*range(steps)]
     assert len(os.listdir(tmp_path / "events")) == 1

@@ -98,17 +98,13 @@ def norms_in(batch):
     return batch.values()[0].tolist()
 
 
-def test_step_runs_no_operator_and_a_full_batch_one_copy(late_device):
+def test_full_batch_is_copied_once_and_read_only_after_its_event(late_device):
+    """A step before that runs no operator."""
     *first, last = late_device.records(4)
     buffer = filled(first, 4)
-    assert list(buffer.take(wait=False)) == []
-    assert late_device.operators == []
+    assert list(buffer.take(wait=False)) == late_device.operators == []
     buffer.append(last)
     assert late_device.operators == ["aten.stack.default"] * 4 + ["aten.copy_.default"]
-
-
-def test_copy_is_read_only_after_its_event(late_device):
-    buffer = filled(late_device.records(4), 4)
     assert list(buffer.take(wait=False)) == list(buffer.take(wait=False)) == []
     late_device.finish()
     (batch,) = buffer.take(wait=False)
@@ -151,13 +147,8 @@ def test_step_on_the_host_runs_no_operator():
 
 
 def test_records_of_another_number_of_norms_begin_a_batch():
-    buffer = filled([host_record(1.0), host_record(2.0), host_record(3.0, 4.0)], 10)
-    assert [*map(norms_in, buffer.take(wait=True))] == [[[1.0], [2.0]], [[3.0, 4.0]]]
-
-
-def test_batch_has_copies_of_the_tensors():
-    """A threshold may reuse its tensor later."""
-    record = host_record(1.0)
-    buffer = filled([record], 1)
-    record.norms.fill_(5.0)
-    assert [*map(norms_in, buffer.take(wait=True))] == [[[1.0]]]
+    """A batch has copies of the tensors: a threshold may reuse its tensor later."""
+    buffer = filled([host_record(1.0), host_record(2.0), last := host_record(3.0, 4.0)], 10)
+    batches = [*buffer.take(wait=True)]
+    last.norms.fill_(5.0)
+    assert [*map(norms_in, batches)] == [[[1.0], [2.0]], [[3.0, 4.0]]]

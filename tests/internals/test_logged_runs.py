@@ -7,16 +7,15 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from gradclip import ArgumentError, GradientClipper, JsonlSink, MemorySink, TensorBoardSink
-from gradclip.records.sinks.tfrecord import framed
 from gradclip.report import Run, read_runs
 from gradclip.report.run import run_of
 from gradclip.report.summary import summarized
+from tests.support.curves import framed
 from tests.support.report import log_line
+from tests.support.trainings import BATCHES, loader, loss_of, momentum, net_of
 
 NAN = math.nan
 
@@ -29,53 +28,42 @@ def entries_of_run(run):
     return dict(zip(zip(logged.steps.tolist(), names, strict=True), logged.norms, strict=True))
 
 
-def read_lines(path, norms_by_step):
-    """Write a line for each step and its norms of parameters; read the run."""
-    path.write_text(
-        "".join(
-            f"{log_line(step, 2.0, **({'parameter_norms': norms} if norms is not None else {}))}\n"
-            for step, norms in norms_by_step
-        )
-    )
+def read_lines(path, *steps):
+    """Write a line for each step and its norms of parameters, or None; read the run."""
+    fields = [{} if norms is None else {"parameter_norms": norms} for _, norms in steps]
+    lines = [log_line(step, 2.0, **more) for (step, _), more in zip(steps, fields, strict=True)]
+    path.write_text("\n".join(lines))
     [run] = read_runs([path])
     return run
 
 
-def read_events(path, events):
+def read_events(path, *events):
     """Write an event for each step and its numbers by tag; read the runs."""
-    path.mkdir()
-    content = b""
+    contents = []
     for step, numbers in events:
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
-        content += framed([Event(step=step, summary=Summary(value=values)).SerializeToString()])
-    (path / "events.out.tfevents.1.x").write_bytes(content)
+        values = [{"tag": tag, "simple_value": value} for tag, value in numbers.items()]
+        contents.append(Event(step=step, summary={"value": values}).SerializeToString())
+    path.mkdir()
+    (path / "events.out.tfevents.1.x").write_bytes(framed(contents))
     return read_runs([path])
 
 
 def test_every_sink_writes_the_same_run(tmp_path):
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    wanted = {"per_parameter": "all", "per_parameter_every": 2}
-    memory = MemorySink(**wanted)
-    sinks = [
-        memory,
-        JsonlSink(tmp_path / "a.jsonl", **wanted),
-        TensorBoardSink(tmp_path / "a", **wanted),
-    ]
-    with GradientClipper(optimizer, 0.5, nonfinite="skip", model=model, log=sinks):
-        for step in range(5):
+    net, wanted = net_of(), {"per_parameter": "all", "per_parameter_every": 2}
+    optimizer, memory = momentum(net), MemorySink(**wanted)
+    others = JsonlSink(tmp_path / "a.jsonl", **wanted), TensorBoardSink(tmp_path / "a", **wanted)
+    with GradientClipper(optimizer, 0.5, nonfinite="skip", model=net, log=[memory, *others]):
+        for step, batch in enumerate(loader()):
             optimizer.zero_grad()
-            loss = model(torch.randn(4, 3)).square().sum()
-            (loss * (NAN if step == 3 else 1)).backward()
+            (loss_of(net, batch) * (NAN if step == 3 else 1)).backward()
             optimizer.step()
     first, *others = run_of(memory.steps, "memory"), *read_runs([tmp_path])
-    assert first.steps.tolist() == [0, 1, 2, 3, 4]
-    assert first.skipped.tolist() == [False, False, False, True, False]
-    assert first.finite.tolist() == [True, True, True, False, True]
-    assert first.thresholds.tolist() == [0.5] * 5
-    assert first.parameter_norms.steps.tolist() == [0, 0, 2, 2, 3, 3, 4, 4]  # 3: not finite
-    both = [entries_of_run(first)[2, name] for name in ("weight", "bias")]
-    assert math.hypot(*both) == pytest.approx(first.norms[2], rel=1e-5)
+    assert first.steps.tolist() == [*range(BATCHES)]
+    assert first.skipped.tolist() == (~first.finite).tolist() == [n == 3 for n in range(BATCHES)]
+    assert first.thresholds.tolist() == [0.5] * BATCHES
+    assert {*first.parameter_norms.steps.tolist()} == {0, 2, 3, 4, 6}  # 3: not finite
+    entries, names = entries_of_run(first), dict(net.named_parameters())
+    assert math.hypot(*(entries[2, name] for name in names)) == pytest.approx(first.norms[2])
     assert len(others) == 2
     for run in others:
         for field in ("steps", "skipped", "thresholds"):
@@ -83,80 +71,71 @@ def test_every_sink_writes_the_same_run(tmp_path):
         for field in ("norms", "clipped_norms"):
             found, expected = getattr(run, field), getattr(first, field)
             assert found[first.finite] == pytest.approx(expected[first.finite], rel=1e-6)
-        assert entries_of_run(run) == pytest.approx(entries_of_run(first), rel=1e-6, nan_ok=True)
+        assert entries_of_run(run) == pytest.approx(entries, rel=1e-6, nan_ok=True)
 
 
 def test_lines_name_any_parameters_at_any_steps(tmp_path):
     lines = [(0, {"b": 1.5, "a": None}), (1, None), (2, {"c": 3, "a": 1e300}), (3, {})]
-    run = read_lines(tmp_path / "a.jsonl", lines)
+    run = read_lines(tmp_path / "a.jsonl", *lines)
     assert run.steps.tolist() == [0, 1, 2, 3]
     assert run.parameter_norms.names == ("b", "a", "c")
     expected = {(0, "b"): 1.5, (0, "a"): NAN, (2, "c"): 3.0, (2, "a"): 1e300}
     assert entries_of_run(run) == pytest.approx(expected, nan_ok=True)
+    assert read_lines(tmp_path / "a.jsonl", (0, None), (1, {})).parameter_norms is None
 
 
 def test_events_belong_to_the_clipper_in_their_tags(tmp_path):
-    first, second = read_events(
+    first, second, third = read_events(
         tmp_path / "run",
-        [
-            (0, {"grad_norm/pre": 1.0, "parameter_norm/a/b": 0.5, "parameter_norm/x\ny": math.inf}),
-            (0, {"grad_norm_2/pre": 7.0, "parameter_norm_2/a/b": 6.0}),
-            (1, {"grad_norm/pre": 2.0, "parameter_norm_2/a/b": 99.0, "loss": 3.0}),
-            (2, {"grad_norm/pre": NAN, "parameter_norm/a/b": NAN, "parameter_norm/": 1.0}),
-            (3, {"parameter_norm/a/b": 99.0, "grad_norm/post": 1.0}),
-        ],
+        (0, {"grad_norm/pre": 1.0, "parameter_norm/a/b": 0.5, "parameter_norm/x\ny": math.inf}),
+        (0, {"grad_norm_2/pre": 7.0, "parameter_norm_2/a/b": 6.0}),
+        (0, {"grad_norm_3/pre": 7.0}),
+        (1, {"grad_norm/pre": 2.0, "parameter_norm_2/a/b": 99.0, "loss": 3.0}),
+        (2, {"grad_norm/pre": NAN, "parameter_norm/a/b": NAN, "parameter_norm/": 1.0}),
+        (3, {"parameter_norm/a/b": 99.0, "grad_norm/post": 1.0}),
     )
     assert (first.steps.tolist(), second.steps.tolist()) == ([0, 1, 2], [0])
     expected = {(0, "a/b"): 0.5, (0, "x\ny"): math.inf, (2, "a/b"): NAN}
     assert entries_of_run(first) == pytest.approx(expected, nan_ok=True)
     assert entries_of_run(second) == {(0, "a/b"): 6.0}
+    assert third.parameter_norms is None
 
 
 def test_no_run_is_refused_and_records_of_others_end_a_file(tmp_path):
     with pytest.raises(ArgumentError, match="No runs were given"):
         read_runs([])
-    read_events(tmp_path / "run", [(0, {"grad_norm/pre": 1.0})])
+    read_events(tmp_path / "run", (0, {"grad_norm/pre": 1.0}))
     [file] = (tmp_path / "run").iterdir()
     file.write_bytes(file.read_bytes() + framed([b"\xff"]))
     with pytest.warns(UserWarning, match="records that are not events of TensorBoard"):
         assert len(read_runs([file])[0]) == 1
 
 
-def test_a_run_without_norms_of_parameters_has_none(tmp_path):
-    assert read_lines(tmp_path / "a.jsonl", [(0, None), (1, {})]).parameter_norms is None
-    [run] = read_events(tmp_path / "run", [(0, {"grad_norm/pre": 1.0})])
-    assert run.parameter_norms is None
-
-
 def test_a_resumed_run_replaces_norms_of_parameters_with_their_steps(tmp_path):
     replaced = [(step, {"old": 1.0, "both": 1.0}) for step in range(2, 6)]
     lines = [(0, {"both": 0.0}), (1, None), *replaced, (2, None), (3, {"both": 4})]
-    run = read_lines(tmp_path / "a.jsonl", lines)
+    run = read_lines(tmp_path / "a.jsonl", *lines)
     assert run.steps.tolist() == [0, 1, 2, 3]
     assert entries_of_run(run) == {(0, "both"): 0.0, (3, "both"): 4.0}
     assert run.parameter_norms.names == ("both",)
-    assert read_lines(tmp_path / "a.jsonl", [(0, {"old": 1.0}), (0, None)]).parameter_norms is None
+    assert read_lines(tmp_path / "a.jsonl", (0, {"old": 1.0}), (0, None)).parameter_norms is None
     events = [(n, {"grad_norm/pre": 1.0, "parameter_norm/a": float(n)}) for n in (0, 1, 2, 1)]
-    assert entries_of_run(read_events(tmp_path / "run", events)[0]) == {
-        (0, "a"): 0.0,
-        (1, "a"): 1.0,
-    }
+    [run] = read_events(tmp_path / "run", *events)
+    assert entries_of_run(run) == {(0, "a"): 0.0, (1, "a"): 1.0}
 
 
 def test_norms_of_parameters_stay_with_their_steps_in_long_runs(tmp_path):
     """More steps than are parsed, and packed, at once; a foreign line shifts nothing."""
     expected = {(step, "a"): float(step) for step in range(0, 20_000, 7)}
-    steps = [(n, {"a": float(n)} if n % 7 == 0 else None) for n in range(20_000)]
-    assert entries_of_run(read_lines(tmp_path / "a.jsonl", steps)) == expected
+    norms = [{"a": float(n)} if n % 7 == 0 else None for n in range(20_000)]
+    assert entries_of_run(read_lines(tmp_path / "a.jsonl", *enumerate(norms))) == expected
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "b.jsonl").write_text("\n".join([*lines[:9_000], "foreign", *lines[9_000:]]))
     with pytest.warns(UserWarning, match="1 of its lines are not steps"):
         assert entries_of_run(read_runs([tmp_path / "b.jsonl"])[0]) == expected
-    events = [
-        (n, {"grad_norm/pre": 1.0} | ({"parameter_norm/a": norms["a"]} if norms else {}))
-        for n, norms in steps
-    ]
-    assert entries_of_run(read_events(tmp_path / "run", events)[0]) == expected
+    tags = [{f"parameter_norm/{name}": norm for name, norm in (n or {}).items()} for n in norms]
+    events = [(step, {"grad_norm/pre": 1.0, **numbers}) for step, numbers in enumerate(tags)]
+    assert entries_of_run(read_events(tmp_path / "run", *events)[0]) == expected
 
 
 def test_a_million_steps_are_summed_up_in_little_memory():

@@ -9,7 +9,7 @@ from torch import nn
 from gradclip import thresholds
 from gradclip.records import replays
 from gradclip.records.record import ClipRecord
-from tests.logging.test_replays import WARM_UP, GraphTraining, replay_batches
+from tests.support.graphs import WARM_UP, GraphTraining, replay_batches
 
 
 def test_many_norms_take_no_more_memory():

@@ -4,60 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import gradclip
-from gradclip import AttachError, GradientClipper
+from gradclip import AttachError
+from tests.support.graphs import WARM_UP, GraphTraining, replay_batches
 from tests.support.rules import RULES
 
-WARM_UP = 3
 CAPTURABLE = [name for name in RULES if name != "Schedule"]  # which asks at each step
-
-
-class GraphTraining:
-    """A small network, whose batches are copied into one tensor, as a graph needs it."""
-
-    def __init__(self, max_norm, *, fused=True, **options):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=fused)
-        self.batch = torch.zeros(5, 4)
-        self.sink = gradclip.MemorySink()
-        self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
-
-    def step(self):
-        self.optimizer.zero_grad()
-        self.model(self.batch).square().mean().backward()
-        self.optimizer.step()
-
-    def eager(self, given):
-        for batch in given:
-            self.batch.copy_(batch)
-            self.step()
-        return self
-
-    def replayed(self, given, tape, captured):
-        """Take some steps, capture one, which the tape runs at once, and replay it."""
-        self.eager(given[:WARM_UP])
-        self.batch.copy_(given[WARM_UP])
-        with captured(), tape:
-            self.step()
-        for batch in given[WARM_UP + 1 :]:
-            self.batch.copy_(batch)
-            tape.replay()
-        return self
-
-    def parameters(self):
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
-
-    def field(self, name):
-        self.clipper.flush()
-        return [getattr(step, name) for step in self.sink.steps]
-
-
-def replay_batches(count):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(5, 4, generator=generator) * (1 + index % 4) for index in range(count)]
 
 
 @pytest.fixture
@@ -103,19 +56,13 @@ def test_norms_that_are_not_finite(options, tape, captured):
     assert not any(parameter.isnan().any() for parameter in training.parameters())
 
 
-def test_step_that_exceeds_is_skipped_and_changes_nothing(six, tape):
-    training = six(1e6, exceed="skip")
+def test_step_that_exceeds_is_skipped_and_too_many_raise_at_the_next_flush(six, tape):
+    training = six(1e6, exceed="skip", skip_limit=2)
     before = training.parameters()
     training.batch.copy_(replay_batches(1)[0] * 1e6)
     tape.replay()
     assert all(map(torch.equal, before, training.parameters()))
     assert (training.clipper.skipped, training.clipper.steps) == (1, 7)
-
-
-def test_too_many_skips_raise_at_the_next_flush(six, tape):
-    training = six(1e6, exceed="skip", skip_limit=2)
-    training.batch.copy_(replay_batches(1)[0] * 1e6)
-    tape.replay()
     training.clipper.flush()
     tape.replay()
     match = "2 steps in a row were skipped, up to step 7"
@@ -124,8 +71,9 @@ def test_too_many_skips_raise_at_the_next_flush(six, tape):
 
 
 def test_steps_before_between_and_after_replays(six, tape):
-    """They are numbered in their order, and closing writes the rest."""
+    """They are numbered in their order, the newest is the last, and closing writes the rest."""
     training = six()
+    assert training.clipper.last.norm.item() == training.field("norm")[-1]
     training.step()
     tape.replay()
     training.clipper.flush()
@@ -136,11 +84,6 @@ def test_steps_before_between_and_after_replays(six, tape):
     assert [step.step for step in training.sink.steps] == [*range(11)]
     times = [step.wall_time for step in training.sink.steps]
     assert times == sorted(times)
-
-
-def test_newest_replay_is_the_last_record(six):
-    training = six()
-    assert training.clipper.last.norm.item() == training.field("norm")[-1]
 
 
 def test_state_that_is_loaded_goes_on_from_its_own_step(six, tape):
@@ -162,47 +105,41 @@ def test_overwritten_records_are_counted(monkeypatch, tape, captured):
     assert training.clipper.steps == 13
 
 
-def refusal(training, tape, captured):
-    """Return why a step is not captured; nothing changes."""
-    before = training.parameters()
-    with captured(), tape, pytest.raises(AttachError) as error:
-        training.step()
-    assert all(map(torch.equal, before, training.parameters()))
-    return str(error.value)
+class Halved(gradclip.Threshold):
+    def thresholds(self, norms, context):
+        return norms * 0.5
+
+
+class CapturableHalved(Halved):
+    capturable = True
 
 
 @pytest.mark.parametrize(
-    ("max_norm", "options", "reason"),
+    ("max_norm", "options", "steps", "reason"),
     [
-        (0.5, {"nonfinite": "raise"}, "nonfinite='raise'"),
-        (lambda step: 0.5, {}, "at every step"),
-        (0.5, {"exceed": "skip", "fused": False}, "AdamW cannot"),
+        (0.5, {"nonfinite": "raise"}, 2, "nonfinite='raise'"),
+        (lambda step: 0.5, {}, 2, "at every step"),
+        (0.5, {"exceed": "skip", "fused": False}, 2, "AdamW cannot"),
+        (Halved(), {}, 2, "'capturable = True'"),
+        (0.5, {}, 0, "take a few steps on a side stream first"),
     ],
 )
-def test_steps_that_need_the_host_are_not_captured(max_norm, options, reason, tape, captured):
-    assert reason in refusal(
-        GraphTraining(max_norm, **options).eager(replay_batches(2)), tape, captured
-    )
+def test_steps_that_are_not_captured(max_norm, options, steps, reason, tape, captured):
+    """Nothing changes."""
+    training = GraphTraining(max_norm, **options).eager(replay_batches(steps))
+    before = training.parameters()
+    with captured(), tape, pytest.raises(AttachError) as error:
+        training.step()
+    assert reason in str(error.value)
+    assert all(map(torch.equal, before, training.parameters()))
 
 
-def test_step_before_any_other_is_not_captured(tape, captured):
-    assert "take a few steps on a side stream first" in refusal(GraphTraining(0.5), tape, captured)
-
-
-def test_step_of_other_parameters_than_before_is_not_captured(tape, captured):
+def test_step_of_other_parameters_than_before_is_not_captured(captured):
     training = GraphTraining(0.5, scope="parameter").eager(replay_batches(3))
     training.model[0].weight.requires_grad_(False)
     with captured(), pytest.raises(AttachError, match="Other parameters had gradients"):
         training.step()
 
 
-def test_own_threshold_is_captured_only_if_it_says_it_can_be(tape, captured):
-    class Own(gradclip.Threshold):
-        def thresholds(self, norms, context):
-            return norms * 0.5
-
-    training = GraphTraining(Own()).eager(replay_batches(2))
-    assert "'capturable = True'" in refusal(training, tape, captured)
-    Own.capturable = True
-    training.replayed(replay_batches(5), tape, captured)
-    assert training.field("coefficient") == [0.5] * 7
+def test_own_threshold_is_captured_if_it_says_it_can_be(six):
+    assert six(CapturableHalved()).field("coefficient") == [0.5] * 6

@@ -47,11 +47,6 @@ def test_row_of_several_norms(order, before, after):
     assert (row.coefficient, row.clip_rate) == (0.5, 2 / 3)
 
 
-@pytest.mark.parametrize("threshold", [None, 0.0])
-def test_threshold(threshold):
-    assert logged_rows(1.0, max_norm=threshold)[0].threshold == threshold
-
-
 @pytest.mark.parametrize("policy", ["zero", "skip"])
 def test_norms_that_are_not_finite(policy):
     """They are counted apart and enter no rate, which is 0 before the first finite norm."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import entry_points
+from unittest.mock import Mock
 
 import pytest
 
@@ -38,43 +39,42 @@ def logged_run(tmp_path):
     return str(log_norms(tmp_path / "run.jsonl", [1.0, 3.0] * 150, 2.0))
 
 
-def test_version_and_help(capsys):
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"gradclip {gradclip.__version__}\n"
-    assert main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    assert "demo" in printed
-    assert "report" in printed
+DEFAULTS = [f"(default: {default})" for default in ("300", "1.0", "rnn-tanh", "demo")]
+DEMO = ["--steps", "--seed", "--max-norm", "--out", "{rnn-tanh,rnn-relu,lstm,gru}", *DEFAULTS]
 
 
-def test_help_of_the_demo_names_its_options_and_their_defaults(capsys):
-    assert main(["demo", "--help"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for option in ("--steps", "--seed", "--max-norm", "--out", "{rnn-tanh,rnn-relu,lstm,gru}"):
-        assert option in printed
-    for default in ("300", "1.0", "rnn-tanh", "demo"):
-        assert f"(default: {default})" in printed
-
-
-def test_the_installed_script_calls_main():
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--version"], [f"gradclip {gradclip.__version__}"]),
+        (["--help"], ["demo", "report"]),
+        (["demo", "--help"], DEMO),
+    ],
+)
+def test_version_and_help(capsys, arguments, words):
+    """Help names options and their defaults; the installed script calls the same function."""
     [script] = entry_points(group="console_scripts", name="gradclip")
     assert script.load() is main
+    assert main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert [word for word in words if word not in printed] == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("demo --steps 0", f"--steps: found '0': give {WHOLE}"),
-        ("demo --steps 2.5", f"--steps: found '2.5': give {WHOLE}"),
-        ("demo --steps many", f"--steps: found 'many': give {WHOLE}"),
-        ("demo --steps=", f"--steps: found '': give {WHOLE}"),
+        *(
+            (f"demo --steps={n}", f"--steps: found '{n}': give {WHOLE}")
+            for n in (0, 2.5, "many", "")
+        ),
         ("demo --seed -1", "--seed: found '-1': give a whole number, 0 to 2^63 - 1"),
         (f"demo --seed {2**63}", f"--seed: found '{2**63}': give a whole number"),
         ("demo --seed x", "--seed: found 'x': give a whole number"),
         ("demo --max-norm -1", f"--max-norm: found '-1': give {FINITE}"),
-        ("demo --max-norm nan", f"--max-norm: found 'nan': give {FINITE}"),
-        ("demo --max-norm=-inf", f"--max-norm: found '-inf': give {FINITE}"),
-        ("demo --max-norm big", f"--max-norm: found 'big': give {FINITE}"),
+        *(
+            (f"demo --max-norm={value}", f"--max-norm: found '{value}': give {FINITE}")
+            for value in ("nan", "-inf", "big")
+        ),
         ("demo --cell LSTM", "--cell: invalid choice: 'LSTM'"),
         ("demo --step 3", "see 'gradclip --help'"),
         ("demo --steps", "--steps: expected one argument (see 'gradclip demo --help')"),
@@ -93,10 +93,7 @@ def test_the_installed_script_calls_main():
         ("report nothing.jsonl --plot a\0.png", SUFFIX),
         ("report nothing.jsonl --plot folder.png", "is a folder"),
         ("report nothing.jsonl --plot nowhere/a.png", "There is no folder 'nowhere'"),
-        (
-            "report" + 13 * " run.jsonl" + " --plot a.png",
-            "Found 13 runs: a picture has room for 12",
-        ),
+        (f"report{13 * ' run.jsonl'} --plot a.png", "Found 13 runs: a picture has room for 12"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line(
@@ -119,9 +116,7 @@ def test_a_folder_that_cannot_be_written_is_refused(refused, tmp_path, monkeypat
     if os.path.isdir("/proc/self"):  # a file system without folders of others
         assert "/proc" in refused("demo", "--steps", "1", "--out", "/proc/gradclip")
 
-    def read_only(*arguments, **options):  # root may write everywhere else
-        raise OSError(30, "Read-only file system")
-
+    read_only = Mock(side_effect=OSError(30, "Read-only file system"))  # root may write elsewhere
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     line = refused("demo", "--steps", "1", "--out", str(tmp_path))
     assert "cannot be written (Read-only file system)" in line

@@ -4,12 +4,12 @@ import functools
 import io
 import math
 import os
+import re
 import shlex
-import struct
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import Mock
 
 import matplotlib
@@ -24,21 +24,16 @@ from gradclip.cli.demo.progress import Bars, Lines, progress
 from gradclip.cli.demo.run import show_table
 from gradclip.cli.demo.task import read_text, seeded_model
 from gradclip.cli.demo.training import Curves
-from tests.support.curves import curves_in, values_in
+from tests.support.curves import TAGS, steps_in, values_in
 
 NAN, INF = math.nan, math.inf
-TAGS = {
-    "loss",
-    *(f"grad_norm/{tag}" for tag in ("pre", "post", "threshold", "clip_rate")),
-    *(f"grad_norm/{tag}_steps" for tag in ("nonfinite", "skipped")),
-    *(f"parameter_norm/{name}" for name, _ in seeded_model("rnn-tanh", 9, 0).named_parameters()),
-}
+PARAMETERS = dict(seeded_model("rnn-tanh", 9, 0).named_parameters())
 text = functools.cache(read_text)
 
 
 def is_picture(path: Path) -> bool:
-    head = path.read_bytes()[:24]
-    return head.startswith(b"\x89PNG\r\n\x1a\n") and struct.unpack(">II", head[16:]) == (900, 600)
+    with Image.open(path) as image:
+        return (image.format, image.size) == ("PNG", (900, 600))
 
 
 @pytest.fixture
@@ -53,8 +48,7 @@ def hide(monkeypatch):
     return hide
 
 
-@dataclass
-class Done:
+class Done(NamedTuple):
     """The results of a demo."""
 
     code: int
@@ -90,13 +84,10 @@ def demo(tmp_path, capsys, monkeypatch):
 def test_it_logs_every_step_and_says_where(demo):
     done = demo(steps=5, picture=True)
     assert done.code == 0
-    for run in done.curves:
-        assert run.keys() == TAGS
-        assert {len(values) for values in run.values()} == {5}
-        assert set(run["grad_norm/threshold"]) == {1.0}
+    tags = {"loss", *TAGS, *(f"parameter_norm/{name}" for name in PARAMETERS)}
     for run in ("unclipped", "clipped"):
-        curves = curves_in(done.folder / run).values()
-        assert all([point.step for point in curve] == [0, 1, 2, 3, 4] for curve in curves)
+        assert steps_in(done.folder / run) == {tag: [0, 1, 2, 3, 4] for tag in tags}
+        assert values_in(done.folder / run)["grad_norm/threshold"] == [1.0] * 5
     unclipped, clipped = done.curves
     for tag in ("loss", "grad_norm/pre"):
         assert unclipped[tag][0] == clipped[tag][0]  # the same weights and batch
@@ -159,8 +150,8 @@ def test_the_seed_decides_every_number(demo):
 
 def test_it_prints_how_to_call_tensorboard(demo, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    [line] = [line for line in demo(steps=1).out.splitlines() if line.startswith("Curves:")]
-    [path, *_] = shlex.split(line.removeprefix("Curves:"))
+    [line] = re.findall("^Curves: (.*)", demo(steps=1).out, re.MULTILINE)
+    [path, *_] = shlex.split(line)
     assert os.path.isabs(path)
     assert os.access(path, os.X_OK)
     (tmp_path / "tensorboard").write_text("#!/bin/sh\n")
@@ -183,23 +174,16 @@ def test_without_matplotlib_it_names_the_extra(demo, hide):
 
 def test_a_second_demo_replaces_only_the_logs_of_the_first(demo):
     folder = demo(steps=6, folder="[a]*").folder  # characters with a meaning in patterns
-    theirs = [
-        folder / name
-        for name in (
-            "events.out.tfevents.1.host.2.3",
-            f"events.out.tfevents.1.host.2.3{LOG_SUFFIX}",
-            "unclipped/events.out.tfevents.1.host.2.3",
-            "clipped/events.out.tfevents.1.host.2.3.v2",
-            f"clipped/mine{LOG_SUFFIX}",
-            f"mine/events.out.tfevents.1.host.2.3{LOG_SUFFIX}",
-        )
-    ]
+    events = "events.out.tfevents.1.host.2.3"
+    names = [events, f"{events}{LOG_SUFFIX}", f"mine/{events}{LOG_SUFFIX}", f"unclipped/{events}"]
+    names += [f"clipped/{events}.v2", f"clipped/mine{LOG_SUFFIX}"]
+    theirs = [folder / name for name in names]
     (folder / "mine").mkdir()
     for path in theirs:
         path.write_text("theirs")
     demo(steps=4, folder="[a]*")
-    assert {path.read_text() for path in theirs} == {"theirs"}
     for path in theirs:
+        assert path.read_text() == "theirs"
         path.unlink()
     assert len(values_in(folder / "clipped")["loss"]) == 4
     assert len(list((folder / "unclipped").iterdir())) == 1
@@ -211,8 +195,8 @@ def test_an_interrupt_leaves_the_logs_so_far(demo, monkeypatch):
     done = demo(steps=5)
     last = f"gradclip demo: interrupted; the logs so far are in {done.folder}"
     assert (done.code, done.err.splitlines()[-1]) == (130, last)
-    for run, steps in zip(done.curves, (5, 2), strict=True):
-        assert len(run["loss"]) == len(run["grad_norm/pre"]) == steps
+    counts = [(len(run["loss"]), len(run["grad_norm/pre"])) for run in done.curves]
+    assert counts == [(5, 5), (2, 2)]
 
 
 def test_a_full_disk_ends_it_with_a_line(demo, monkeypatch):
@@ -220,17 +204,16 @@ def test_a_full_disk_ends_it_with_a_line(demo, monkeypatch):
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", Mock(side_effect=full))
     done = demo()
     assert done.code == 1
-    last = done.err.splitlines()[-1]
-    assert last.startswith("gradclip demo: stopped, a file cannot be written")
-    assert "No space left on device" in last
+    said = "gradclip demo: stopped, a file cannot be written.*No space left on device"
+    assert re.match(said, done.err.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_the_default_demo_shows_the_use_of_clipping(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "gradclip", "demo"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    unclipped, clipped = Done(done.returncode, "", "", tmp_path / "demo").curves
     assert done.returncode == 0, done.stderr
-    unclipped, clipped = (values_in(tmp_path / "demo" / run) for run in ("unclipped", "clipped"))
     assert len(unclipped["loss"]) == len(clipped["loss"]) == 300
     last, last_clipped = (sum(run["loss"][-10:]) / 10 for run in (unclipped, clipped))
     assert last_clipped < 2.5
@@ -265,9 +248,8 @@ def test_the_table_is_the_same_with_and_without_rich(hide):
         "Final loss: mean of all steps. Clip rate: share of the finite norms above 1",
         "(in brackets: observed only, no gradient was changed).",
     ]
-    words = [word for word in rich.getvalue().split() if word.isascii()]
     assert "┃" in rich.getvalue()
-    assert words == plain.getvalue().split()
+    assert [w for w in rich.getvalue().split() if w.isascii()] == plain.getvalue().split()
     show_table(runs[1:], 1.0, plain)
     assert "mean of the last 10 steps" in plain.getvalue()
 
@@ -313,36 +295,32 @@ def test_progress_in_a_terminal_is_a_bar_or_a_line_that_is_rewritten(hide, monke
     assert stream.getvalue().endswith("\n")
 
 
-@pytest.mark.parametrize(
-    ("unclipped", "clipped"),
-    [
-        (([3.0], [1.0]), ([3.0], [1.0])),
-        (([NAN] * 3, [NAN] * 3), ([NAN] * 3, [NAN] * 3)),
-        (([3.0, INF, NAN], [1.0, INF, NAN]), ([3.0, 2.0, 1.0], [1.0, INF, 0.5])),
-        (([0.0] * 3, [0.0] * 3), ([0.0] * 3, [0.0, 0.0, 1.0])),
-        (([4.0, 1e37, 3e38], [1.0, 1e37, 1e38]), ([4.0, 3.0, 2.0], [1e-38, 1.0, 2.0])),
-    ],
-    ids=["one step", "NaN only", "infinite", "zeros", "huge"],
-)
+NUMBERS = {
+    "one step": ([3.0], [1.0], [3.0], [1.0]),
+    "NaN only": ([NAN] * 3,) * 4,
+    "infinite": ([3.0, INF, NAN], [1.0, INF, NAN], [3.0, 2.0, 1.0], [1.0, INF, 0.5]),
+    "zeros": ([0.0] * 3, [0.0] * 3, [0.0] * 3, [0.0, 0.0, 1.0]),
+    "huge": ([4.0, 1e37, 3e38], [1.0, 1e37, 1e38], [4.0, 3.0, 2.0], [1e-38, 1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("max_norm", [1.0, 0.0, 1e-300, 1e305])
-def test_the_picture_bears_any_numbers(tmp_path, unclipped, clipped, max_norm):
+def test_the_picture_bears_any_numbers(tmp_path, name, max_norm):
+    losses, norms, *clipped = NUMBERS[name]
     options = Options(out=str(tmp_path), max_norm=max_norm)
-    draw([curves_of(*unclipped), curves_of(*clipped, clips=True)], options)
+    draw([curves_of(losses, norms), curves_of(*clipped, clips=True)], options)
     assert is_picture(tmp_path / "demo.png")
 
 
 def test_the_picture_has_both_colours_and_uses_no_global_state(tmp_path):
-    runs = [
-        curves_of([4.0, 20, 15], [1.0, 1e4, 1e2]),
-        curves_of([4.0, 3, 2], [1.0, 2, 1], clips=True),
-    ]
+    unclipped = curves_of([4.0, 20, 15], [1.0, 1e4, 1e2])
     with matplotlib.rc_context({"lines.linewidth": 9, "figure.dpi": 33}):
-        before = dict(matplotlib.rcParams)
-        loaded = "matplotlib.pyplot" in sys.modules
-        draw(runs, Options(out=str(tmp_path)))
+        before, loaded = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+        clipped = curves_of([4.0, 3, 2], [1.0, 2, 1], clips=True)
+        draw([unclipped, clipped], Options(out=str(tmp_path)))
         assert dict(matplotlib.rcParams) == before
         assert ("matplotlib.pyplot" in sys.modules) == loaded
     colours = Image.open(tmp_path / "demo.png").convert("RGB").getcolors(1 << 20)
     counted = {colour: count for count, colour in colours}
-    assert counted[0xD5, 0x5E, 0x00] > 300
-    assert counted[0x00, 0x72, 0xB2] > 300
+    assert min(counted[0xD5, 0x5E, 0x00], counted[0x00, 0x72, 0xB2]) > 300

@@ -1,5 +1,6 @@
 """Every benchmark runs on a toy and prints its tables."""
 
+import itertools
 import json
 import re
 import shutil
@@ -12,11 +13,8 @@ from benchmarks.cost import bandwidth, clip, distributed, instructions, logging,
 from benchmarks.cuda import run as cuda
 from benchmarks.experiments.spikes import run as spikes
 from benchmarks.experiments.spikes import training as spike_training
-from benchmarks.experiments.spikes.training import ARMS as SPIKE_ARMS
-from benchmarks.experiments.spikes.training import CORRUPTIONS
 from benchmarks.experiments.temporal_order import run as temporal_order
 from benchmarks.experiments.temporal_order import training as temporal_training
-from benchmarks.experiments.temporal_order.training import ARMS as ORDER_ARMS
 from benchmarks.peers import run as peers
 from benchmarks.peers.packages import PEERS
 from benchmarks.peers.ways import adaptive_ways, fixed_ways
@@ -135,7 +133,8 @@ def test_spikes(capsys, tmp_path, monkeypatch):
     spike_training.text.cache_clear()
     printed = capsys.readouterr().out
     assert printed == saved.read_text()
-    rows = [f"\n| {corruption} | {arm} | " for corruption in CORRUPTIONS for arm in SPIKE_ARMS]
+    pairs = itertools.product(spike_training.CORRUPTIONS, spike_training.ARMS)
+    rows = [f"\n| {corruption} | {arm} | " for corruption, arm in pairs]
     assert [printed.count(row) for row in rows] == [1] * len(rows)
     assert "| 1 NaN | no clipping | diverged |" in printed
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -154,8 +153,8 @@ def test_temporal_order(capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr()
     assert printed.err.count("4 updates") == 2
     assert "2 updates" not in printed.err
-    text = saved.read_text()
+    text, arms = saved.read_text(), temporal_training.ARMS
     assert text.startswith(printed.out)
-    rows = [f"| {n} | {arm} | 0/2 | 0.00 to 0.66 |" for n in (10, 20) for arm in ORDER_ARMS]
+    rows = [f"| {n} | {arm} | 0/2 | 0.00 to 0.66 |" for n in (10, 20) for arm in arms]
     assert all(row in text for row in rows)
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

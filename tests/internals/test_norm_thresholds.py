@@ -39,13 +39,9 @@ class HalvingRule(Threshold):
         (True, {"skipped": YES}, False, (8.0, 4.0, True)),
         (True, {"skipped": YES, "overflow": YES}, False, (8.0, 4.0, False)),
     ],
-    ids=str,
 )
 def test_what_a_rule_observes(asks, flags, partial, observed):
-    """A skip known to the device alone counts as a norm without a gradient.
-
-    A rule that asks for skipped steps is told the norms that scaling would have given.
-    """
+    """A skip known to the device alone counts as a norm without a gradient."""
     rule, norms = HalvingRule(), torch.tensor([8.0], dtype=torch.float64)
     rule.observes_skipped = asks
     labels = NormLabels([torch.optim.SGD([nn.Parameter(torch.ones(1))])], Scope())

@@ -13,23 +13,8 @@ import pytest
 import gradclip
 
 PACKAGE = Path(gradclip.__file__).parent
-FLOORS = (
-    "errors",
-    "checks",
-    "engines",
-    "thresholds",
-    "scopes",
-    "ranks",
-    "records",
-    "gradients",
-    "optimizers",
-    "functional",
-    "clipper",
-    "integrations",
-    "report",
-    "view",
-    "cli",
-)
+FLOORS = "errors checks engines thresholds scopes ranks records gradients optimizers functional "
+FLOORS = (FLOORS + "clipper integrations report view cli").split()
 """The rooms from below: each imports those before it alone."""
 LOWER = {"report": {"errors", "records"}}
 """Rooms that import less than what lies below them: a report needs no torch."""
@@ -71,12 +56,10 @@ def imports_of(path: Path) -> Iterator[Import]:
     for node in relative_imports(ast.parse(path.read_text())):
         start = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
         for alias in node.names:
-            module = ".".join(filter(None, [*start, alias.name]))
-            is_module = PACKAGE.joinpath(*module.split(".")).with_suffix(".py").exists()
-            is_room = PACKAGE.joinpath(*module.split("."), "__init__.py").exists()
-            yield Import(
-                module_name(path), module if is_module or is_room else ".".join(filter(None, start))
-            )
+            parts = [*filter(None, [*start, alias.name])]
+            file = PACKAGE.joinpath(*parts)
+            is_name = not (file.with_suffix(".py").exists() or (file / "__init__.py").exists())
+            yield Import(module_name(path), ".".join(parts[: len(parts) - is_name]))
 
 
 IMPORTS = [each for path in sorted(PACKAGE.rglob("*.py")) for each in imports_of(path)]
@@ -89,9 +72,7 @@ def room_of(module: str) -> str:
 ACROSS = [
     each
     for each in IMPORTS
-    if each.importer not in ("", "__main__")
-    and each.imported
-    and room_of(each.importer) != room_of(each.imported)
+    if {*each}.isdisjoint(("", "__main__")) and room_of(each.importer) != room_of(each.imported)
 ]
 """Those from one room into another; ``__init__`` offers names of all rooms."""
 
@@ -104,14 +85,8 @@ def test_the_package_has_these_entries_alone():
 @pytest.mark.parametrize("room", FLOORS)
 def test_a_room_imports_rooms_below_it_alone(room):
     below = LOWER.get(room, {*FLOORS[: FLOORS.index(room)]})
-    up = {
-        each
-        for each in ACROSS
-        if room_of(each.importer) == room
-        and room_of(each.imported) not in below
-        and (each.importer, room_of(each.imported)) not in DOORS
-    }
-    assert up == set()
+    imported = {(i, room_of(imported)) for i, imported in ACROSS if room_of(i) == room}
+    assert {(i, lower) for i, lower in imported - DOORS if lower not in below} == set()
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -125,11 +100,8 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_names_the_modules_that_others_import(room):
     offered = {*getattr(__import__(f"gradclip.{room}", fromlist=["__all__"]), "__all__", ())}
-    asked = {
-        each.imported.split(".")[1]
-        for each in ACROSS
-        if room_of(each.imported) == room and each.imported != room
-    }
+    modules = {each.imported for each in ACROSS if room_of(each.imported) == room} - {room}
+    asked = {module.split(".")[1] for module in modules}
     assert asked <= offered
     assert not any(name.startswith("_") for name in asked)
 

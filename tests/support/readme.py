@@ -1,9 +1,12 @@
 """README and docs/: their snippets, their prose, and the commands that show their claims."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -19,6 +22,15 @@ PROSE = {
 HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
 EVIDENCE = re.compile(r"<!-- test: (.+?) -->", re.DOTALL)
 """The comment behind a claim, which names the tests and commands that show it."""
+
+
+def run_example(name: str, *arguments: str, cwd: Path | None = None) -> str:
+    """Run an example; return its output. It ends well and without a warning."""
+    cleaning_up = "ignore:Implicitly cleaning up:ResourceWarning"
+    command = [sys.executable, "-W", "error", "-W", cleaning_up, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 def commands_in(text: str) -> list[str]:

@@ -19,6 +19,26 @@ from gradclip.engines.operators import device
 from gradclip.engines.operators.engine import OperatorsEngine
 
 
+class DeviceEngine(OperatorsEngine):
+    """The engine of torch operators as off the CPU, also for tensors of the CPU."""
+
+    def power_sums(self, tensors, order, *, rows=False):
+        return device.power_sums(tensors, order, rows=rows)
+
+    def norm(self, tensors, order, *, scalar=False):
+        norm = device.norm(tensors, order)
+        return norm.squeeze(0) if scalar else norm
+
+    def norm_and_sums(self, tensors, order):
+        return device.norm_and_sums(tensors, order)
+
+    def scale_(self, tensors, coefficients, *, rows=False):
+        device.scale_(tensors, coefficients, rows=rows)
+
+    def clamp_(self, tensors, bounds, *, rows=False):
+        device.clamp_(tensors, bounds, rows=rows)
+
+
 class Tape(TorchDispatchMode):
     """Runs operators and, at every replay, runs them again on the same memory.
 
@@ -60,24 +80,6 @@ def tape(like_a_device: None) -> Iterator[Tape]:
 @pytest.fixture
 def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU be treated as a device whose values the host does not know."""
-
-    class DeviceEngine(OperatorsEngine):
-        def power_sums(self, tensors, order, *, rows=False):
-            return device.power_sums(tensors, order, rows=rows)
-
-        def norm(self, tensors, order, *, scalar=False):
-            norm = device.norm(tensors, order)
-            return norm.squeeze(0) if scalar else norm
-
-        def norm_and_sums(self, tensors, order):
-            return device.norm_and_sums(tensors, order)
-
-        def scale_(self, tensors, coefficients, *, rows=False):
-            device.scale_(tensors, coefficients, rows=rows)
-
-        def clamp_(self, tensors, bounds, *, rows=False):
-            device.clamp_(tensors, bounds, rows=rows)
-
     monkeypatch.setattr(engines, "_BEST", {"cpu": DeviceEngine()})
     take_the_device_route(monkeypatch)
 

@@ -1,4 +1,4 @@
-"""Every engine as a fixture, and the helpers of its tests: tensors, their bits, sums by hand."""
+"""Every engine as a fixture, and the helpers of its tests: tensors, and their bits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from gradclip.engines import layout
 from gradclip.engines.base import INTEGERS
 from gradclip.engines.native import engine as native
 from gradclip.engines.operators import host
+from tests.support.device import DeviceEngine
 
 ORDERS = [1.0, 2.0, math.inf, 0.5, 3.0]
 LEVELS = {"native": native.BEST, "native with AVX2": 1, "native for any processor": 0}
 """Instruction sets of the native engine; where the processor lacks one, the next lower serves."""
 OLDER = [*LEVELS][1:]
 """Slow: test_native.py shows quickly that their bits are those of the best level."""
-ON_CUDA = " on cuda"
+ON_CUDA, OFF_CPU = " on cuda", " off the cpu"
+"""Of torch operators off the CPU there is also the code alone, on tensors of the CPU."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process tests the Triton kernels, on the CPU, and nothing else."""
 SMALL, CHUNK = 600, 8 * host.PIECE
@@ -35,39 +37,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return random(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
 def vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole buffer that a tensor is a view of."""
-    return tensor.new_empty(0).set_(tensor.untyped_storage())
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that compares equal only to the same bits."""
     return tensor.detach().resolve_neg().contiguous().view(INTEGERS[tensor.element_size()]).clone()
-
-
-def power_sum(tensor: torch.Tensor, order: float) -> float:
-    values = tensor.double().abs().flatten()
-    if not values.numel():
-        return 0.0
-    return (values.max() if order == math.inf else (values**order).sum()).item()
-
-
-def assert_scaled(found: torch.Tensor, original: torch.Tensor, coefficient: float) -> None:
-    """Check products up to one rounding, and one of the coefficient to float32."""
-    if coefficient == 0:
-        assert not bool((found != 0).any())
-        return
-    expected, info = original.double() * coefficient, torch.finfo(original.dtype)
-    tolerance = (info.eps / 2 + 2.0**-24) * expected.abs() + info.smallest_normal * info.eps
-    assert bool(((found.double() - expected).abs() <= tolerance).all())
 
 
 @contextmanager
@@ -86,6 +62,7 @@ def _engines():
         return [pytest.param("triton", marks=pytest.mark.interpreted)]
     return [
         "operators",
+        "operators" + OFF_CPU,
         "reference",
         *(pytest.param(name, marks=pytest.mark.slow if name in OLDER else ()) for name in LEVELS),
         *(pytest.param(name + ON_CUDA, marks=pytest.mark.cuda) for name in ("triton", "operators")),
@@ -106,6 +83,8 @@ def engine(request, monkeypatch):
             library.gradclip_choose(native.BEST)
         elif name == "triton":
             yield request.getfixturevalue("triton_engine")
+        elif request.param.endswith(OFF_CPU):
+            yield DeviceEngine()
         else:
             if request.param.endswith(ON_CUDA):
                 request.getfixturevalue("on_cuda")
@@ -178,21 +157,24 @@ def on_cuda():
 
 
 @pytest.fixture
-def rewritten(monkeypatch):
+def rewritten(engine, monkeypatch):
     """Return whether a tensor was written since it had a version, and since the last `forget`.
 
     On a device the version says nothing, since the device alone knows; of the interpreter each
     store is seen.
     """
-    return _Stores(monkeypatch) if INTERPRETED else _Versions()
+    return _Stores(monkeypatch) if INTERPRETED else _Versions(isinstance(engine, DeviceEngine))
 
 
 class _Versions:
+    def __init__(self, unknown: bool) -> None:
+        self._unknown = unknown
+
     def forget(self) -> None:
         pass
 
     def __call__(self, tensor: torch.Tensor, version: int) -> bool:
-        return tensor.is_cpu and tensor._version != version
+        return tensor.is_cpu and not self._unknown and tensor._version != version
 
 
 class _Stores:

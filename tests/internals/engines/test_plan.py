@@ -37,7 +37,8 @@ def strips(lengths, counts=None, strides=None):
 
 def checked(lengths, counts=None, strides=None, *, processors=1, block=BLOCK) -> Plan:
     """Make a plan, and check the promises of every plan."""
-    made = plan(lengths, counts, strides, processors=processors, block=block)
+    with torch.device("meta"):  # tables are made on the host, whatever the default device is
+        made = plan(lengths, counts, strides, processors=processors, block=block)
     assert all(table.dtype == torch.int64 and table.is_cpu for table in made.tables)
     expected = [*strips(lengths, counts, strides)]
     assert made.strips == len(expected)
@@ -108,23 +109,13 @@ def test_every_element_is_in_one_piece(drawn, processors, rows):
         checked(lengths, processors=processors, block=block)
 
 
-@pytest.mark.parametrize(
-    ("given_", "pieces", "first_pieces", "whole"),
-    [
-        (([5],), [[0, 0, 5, 0]], [0, 1], True),
-        (([],), [], [0], True),
-        (([0, 0],), [], [0, 0, 0], False),
-        (([0, 3, 0, 0, 7, 0],), [[1, 0, 3, 1], [4, 0, 7, 4]], [0, 0, 1, 1, 1, 2, 2], False),
-        (([3, 2], [2, 1], [10, 2]), [[0, 0, 3, 0], [0, 10, 3, 1], [1, 0, 2, 2]], None, True),
-        (([3, 0, 2], [0, 4, 1], [3, 0, 2]), [[2, 0, 2, 4]], [0, 0, 0, 0, 0, 1], False),
-    ],
-)
-def test_small_plans_by_hand(given_, pieces, first_pieces, whole):
-    """Empty tensors and rows have no piece; rows start a stride apart."""
-    made = checked(*given_)
-    assert made.pieces.tolist() == pieces
-    assert first_pieces in (None, made.first_pieces.tolist())
-    assert (made.whole, made.programs, made.grouped, made.writers) == (whole, 1, 1, 1)
+def test_empty_tensors_and_rows_have_no_piece_and_rows_start_a_stride_apart():
+    made = checked([0, 3, 0, 0, 7, 0])
+    assert made.pieces.tolist() == [[1, 0, 3, 1], [4, 0, 7, 4]]
+    assert made.first_pieces.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    made = checked([3, 0, 2], [2, 4, 1], [10, 0, 2])
+    assert made.pieces.tolist() == [[0, 0, 3, 0], [0, 10, 3, 1], [2, 0, 2, 6]]
+    assert checked([]).pieces.tolist() == []
 
 
 def test_a_strip_is_cut_where_a_piece_is_full_and_where_a_program_ends():
@@ -151,7 +142,6 @@ def test_the_gradients_of_models_are_shared_out_evenly(shapes, processors):
 def test_rows_of_a_large_embedding_are_shared_out_evenly():
     made = plan([768], [50257], [768], processors=H200)
     assert made.programs > 10 * H200
-    assert sum(made.starts.diff()) == made.strips
     assert made.pieces[:, FIRST].tolist() == [*range(0, 50257 * 768, 768)]
     assert max(costs(made, BLOCK)) < 1.3 * sum(costs(made, BLOCK)) / made.programs
 
@@ -164,26 +154,3 @@ def test_offsets_beyond_32_bits_are_exact(length):
     assert pieces[:, LENGTH].sum() == length
     made = checked([100, 3], [3, 2], [3 * GIBI, 2])
     assert made.pieces[:3, FIRST].tolist() == [0, 3 * GIBI, 6 * GIBI]
-
-
-def test_programs_are_begun_for_work_that_is_worth_it():
-    for blocks, programs in ((1, 1), (PROGRAM_COST, 1), (2 * PROGRAM_COST, 2), (8000, PROGRAMS)):
-        assert plan([(blocks - STRIP_COST) * 16], block=16).programs == programs
-    made = plan([10**6], block=16, processors=2)
-    assert (made.programs, made.grouped) == (2 * PROGRAMS, PROGRAMS // WRITERS)
-    assert made.writers == 2 * WRITERS
-
-
-def test_a_plan_depends_on_lengths_alone():
-    lengths = [*map(prod, resnet50())]
-    once = plan(lengths, processors=3)
-    with torch.device("meta"):
-        again = plan(tuple(lengths), processors=3)
-    by_rows = plan(lengths, [1] * len(lengths), [0] * len(lengths), processors=3)
-    for other in (again, by_rows):
-        assert all(map(torch.equal, once.tables, other.tables))
-        assert (other.programs, other.grouped, other.whole) == (
-            once.programs,
-            once.grouped,
-            once.whole,
-        )

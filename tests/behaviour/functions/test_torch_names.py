@@ -47,13 +47,21 @@ every_way = pytest.mark.parametrize("clip", WAYS)
 @pytest.mark.parametrize("order", [1.0, 1.5, 2.0, 3.0, math.inf])
 def test_the_norm_is_measured_and_clipped(clip, order):
     """Over all dtypes together; the result is a plain 0-d float64 tensor."""
-    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-    tensors = [torch.randn(9).to(kind) for kind in kinds]
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+    tensors = [
+        torch.randn(9, dtype=torch.complex128).conj(),
+        *(torch.randn(9).to(k) for k in kinds),
+    ]
     needed = norm_of(tensors, order)
     norm = clip((tensor for tensor in tensors), needed / 2, order)
     assert (type(norm), norm.shape, norm.dtype) == (Tensor, (), torch.float64)
     assert norm.item() == pytest.approx(needed, rel=1e-6)
     assert norm_of(tensors, order) == pytest.approx(needed / 2, rel=4e-3)  # of bfloat16
+
+
+def test_the_modulus_of_a_large_complex_element_is_finite():
+    norm = gradclip.get_total_norm([torch.tensor([3e38 + 3e38j])], math.inf)
+    assert norm.item() == pytest.approx(3e38 * math.sqrt(2))
 
 
 @every_way

@@ -52,9 +52,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self._calls: list[tuple[Any, ...]] = []
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket not in self.READING, "the host would wait for a value"
         made = function(*args, **(kwargs or {}))
         self._calls.append((function, args, kwargs or {}, made))

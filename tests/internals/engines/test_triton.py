@@ -44,13 +44,13 @@ def mixed_lengths(dtype=torch.float32):
     return [random(length, dtype=dtype) for length in MIXED]
 
 
-def measured_alike(engine, tensors, order, rel=1e-6):
+def measured_alike(engine, tensors, order):
     """Return whether an engine measures tensors as the reference does."""
     found, expected = (
         [*one.power_sums(tensors, order).tolist(), one.norm(tensors, order, scalar=True).item()]
         for one in (engine, REFERENCE)
     )
-    return found == pytest.approx(expected, rel=rel, abs=0)
+    return found == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def changed_alike(engine, tensors, numbers, *, limit):
@@ -112,15 +112,6 @@ def test_bits_do_not_depend_on_where_a_tensor_begins(tiny, dtype):
 
 
 # Beyond the range of float32
-
-
-@pytest.mark.parametrize("order", [1.0, 2.0])
-@pytest.mark.parametrize("value", [1e20, 3e38, 1e-25, 1e-40, 1e-45])
-def test_what_float32_cannot_add_up_is_added_up_in_float64(tiny, value, order):
-    small, large = torch.full((300,), value), torch.ones(300)
-    mixture = torch.cat([small, large])
-    assert measured_alike(tiny, [small, large, mixture], order, 1e-7)
-    assert measured_alike(tiny, [small, -small[:5]], order, 1e-7)
 
 
 def test_only_what_left_the_range_of_float32_is_read_again(tiny, monkeypatch):

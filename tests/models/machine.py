@@ -380,6 +380,7 @@ class Machine(RuleBasedStateMachine):
             assert same((listed(parameter), listed(parameter.grad), self._momentum(weight)), needed)
         assert not hasattr(self.optimizer, "found_inf")
         assert bool(self.optimizer._optimizer_step_pre_hooks) == self.life.attached
+        assert self.life.attached or not self.optimizer._optimizer_step_post_hooks
 
     @invariant()
     def the_clipper_says_what_was_done(self):

@@ -21,6 +21,7 @@ from torch.nn import utils
 
 import gradclip
 from gradclip import ArgumentError, GradientError, NonFiniteGradientError
+from tests.models.rules import model_norm
 from tests.support.reference import bits_of, parameter_with
 from tests.support.tolerances import ROUNDOFF
 
@@ -54,6 +55,12 @@ def fails(call: Callable[[], Any], error: type[Exception] = RuntimeError) -> boo
     except error:
         return True
     return False
+
+
+def warns(call: Callable[[], Any]) -> bool:
+    with pytest.warns(UserWarning, match="is an empty generator"):
+        call()
+    return True
 
 
 def after(clip: Callable[..., Any], gradient: Tensor, *arguments: Any) -> list[Any]:
@@ -180,12 +187,6 @@ met: set[str] = set()
 """Those that random gradients have met."""
 
 
-def warns(call: Callable[[], Any]) -> bool:
-    with pytest.warns(UserWarning, match="is an empty generator"):
-        call()
-    return True
-
-
 def overlapping(values: Tensor) -> Tensor:
     return values.as_strided((len(values) - 1, 2), (1, 1))
 
@@ -216,15 +217,13 @@ class GradientCase(NamedTuple):
         """Make it; every call makes an equal one in memory of its own."""
         generator = torch.Generator().manual_seed(self.seed)
         numel = math.prod(self.shape)
-        entries_in_float64 = C128 if self.dtype.is_complex else F64
-        values = torch.randn(numel, generator=generator, dtype=entries_in_float64) * self.scale
+        wide = C128 if self.dtype.is_complex else F64
+        values = torch.randn(numel, generator=generator, dtype=wide) * self.scale
         if self.values == "constant":
             values.fill_(0.7 * self.scale)
         elif self.values == "few":
-            values = (
-                torch.randint(-1, 2, (numel,), generator=generator).to(entries_in_float64)
-                * self.scale
-            )
+            signs = torch.randint(-1, 2, (numel,), generator=generator)
+            values = signs.to(wide) * self.scale
         elif numel and self.values in ("nan", "inf", "-inf"):
             values[self.seed % numel] = float(self.values)
         return laid_out(values.to(self.dtype).reshape(self.shape), self.layout)
@@ -349,19 +348,6 @@ def magnitudes(gradients: Iterable[Tensor]) -> list[float]:
     return found
 
 
-def exactly_rounded_norm(values: list[float], order: float) -> float:
-    """Return the norm, correctly rounded but for the root; infinite where it is beyond float64."""
-    if any(map(math.isnan, values)):
-        return NAN
-    largest = max(values, default=0.0)
-    if order == INF or not 0 < largest < INF:
-        return largest
-    try:
-        return math.fsum(value**order for value in values) ** (1 / order)
-    except OverflowError:
-        return INF
-
-
 def has_narrow_dtype(gradients: Iterable[Tensor]) -> bool:
     return any(real(gradient.dtype) is not F64 for gradient in gradients)
 
@@ -373,7 +359,7 @@ def exclusions(case: Arguments, parameters: list[nn.Parameter]) -> set[str]:
     layouts = {each.layout for each in given}
     largest = max((value for value in magnitudes(gradients) if value < INF), default=0.0)
     least, most = (1e-6, 1e4) if has_narrow_dtype(gradients) else (1e-90, 1e90)
-    norm = exactly_rounded_norm(magnitudes(gradients), case.order)
+    norm = model_norm(magnitudes(gradients), case.order)
     reasons = {
         "twice": sum(p.grad is not None for p in parameters) > len(gradients),
         "sparse": any(gradient.is_sparse for gradient in gradients),
@@ -426,12 +412,10 @@ def check_clipping(case: Arguments, *, apart: bool, raises: bool) -> None:
     ours, theirs = case.parameters(), case.parameters()
     excluded = exclusions(case, theirs)
     gradients = distinct_gradients(ours)
-    norm = exactly_rounded_norm(magnitudes(gradients), case.order)
+    norm = model_norm(magnitudes(gradients), case.order)
     accuracy = 1e-6 if has_narrow_dtype(gradients) else 1e-12
-    before, originals = (
-        [bits_and_version(g) for g in gradients],
-        [entries_in_float64(g) for g in gradients],
-    )
+    before = [bits_and_version(gradient) for gradient in gradients]
+    originals = [entries_in_float64(gradient) for gradient in gradients]
     measured = gradclip.get_total_norm(gradients, case.order).item()
     assert measured == pytest.approx(norm, rel=accuracy, abs=0, nan_ok=True)
     assert [bits_and_version(g) for g in gradients] == before

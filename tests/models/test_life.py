@@ -48,7 +48,7 @@ def test_one_life_with_every_rule_and_policy(rule, exceed):
 
     for event in (
         *(again, step(SPIKE), step([("zero", 0)]), step(SPIKE)),
-        *(lambda: machine.save(through_a_file=False), again),
+        *(lambda: machine.save(through_a_file=True), again),
         lambda: machine.step_with_closure([SPIKE, UNFIT, USUAL], through),
         *(step(UNFIT), step(SPIKE), lambda: machine.load(0), again),
         *(lambda: machine.set_steps(7), step(UNFIT)),

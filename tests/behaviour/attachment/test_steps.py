@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradclip import AttachError, GradientClipper
-from tests.support.clippers import gradient, optimizer_of
+from tests.support.clippers import CALLS, gradient, optimizer_of, step_by
 
 CLIPPED = pytest.approx([0.6, 0.8])
 
@@ -140,7 +140,7 @@ def _hooked_parents():
         assert optimizer_of(kind).step.hooked
 
 
-@pytest.mark.parametrize("call", ["step()", "step(closure)", "step(closure=closure)"])
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", [Stepping, Deeper])
 def test_a_nested_step_is_clipped_and_counted_once(kind, call):
     optimizer, calls = optimizer_of(kind), []
@@ -151,12 +151,7 @@ def test_a_nested_step_is_clipped_and_counted_once(kind, call):
         return 7.0
 
     for _ in range(3):
-        if call == "step()":
-            closure()
-            optimizer.step()
-        else:
-            given = {"closure": closure} if "=" in call else {}
-            assert optimizer.step(*[] if given else [closure], **given) == 7.0
+        assert step_by(optimizer, call, closure) == (None if call == "step()" else 7.0)
         assert gradient(optimizer) == CLIPPED
     assert calls == [0, 1, 2]
     assert clipper.steps == 3

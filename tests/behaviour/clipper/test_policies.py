@@ -114,19 +114,6 @@ def test_too_many_skipped_steps_in_a_row_raise(bad):
 # nonfinite
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_zero_erases_the_gradients_and_takes_the_step(bad):
-    optimizer = sgd([1.0, bad], [2.0], momentum=0.9)
-    clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
-    assert [p.grad.tolist() for p in weights_of(optimizer)] == [[0.0, 0.0], [0.0]]
-    assert [p.tolist() for p in weights_of(optimizer)] == [[1.0, 1.0], [1.0]]
-    assert len(optimizer.state) == 2  # momentum acts
-    assert bool(clipper.last.nonfinite)
-    assert clipper.last.clipped_norm.item() == 0.0
-    assert (clipper.steps, clipper.skipped) == (1, 0)
-
-
 def test_raise_names_the_parameters_and_changes_nothing():
     """The step counts as skipped and is logged, and the next one goes on."""
     sink = MemorySink()

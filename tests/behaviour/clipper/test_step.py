@@ -83,6 +83,16 @@ def test_a_function_of_the_step():
     assert clipper.steps == 42
 
 
+def test_a_threshold_of_zero_erases():
+    optimizer = sgd([3.0, 4.0])
+    GradientClipper(optimizer, 0)
+    optimizer.step()
+    assert weights_of(optimizer)[0].tolist() == [1.0, 1.0]
+    weights_of(optimizer)[0].grad = torch.zeros(2)
+    optimizer.step()
+    assert weights_of(optimizer)[0].grad.tolist() == [0.0, 0.0]
+
+
 def test_a_tied_parameter_counts_and_is_scaled_once():
     weight = parameter_with(torch.tensor([3.0, 4.0]))
     with pytest.warns(UserWarning, match="duplicate parameters"):
@@ -106,6 +116,13 @@ def test_elements_are_bounded_before_the_norm(exceed):
     assert (last.norm * last.coefficient).item() == pytest.approx(1.0, rel=1e-12)
     expected = [math.sqrt(0.5)] * 2 if exceed == "scale" else [30.0, 4.0]
     assert weights_of(optimizer)[0].grad.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_bound_does_not_hide_an_infinite_element():
+    clipper = GradientClipper(optimizer := sgd([1.0, math.inf]), 10.0, max_value=1.0)
+    optimizer.step()
+    assert bool(clipper.last.nonfinite)
+    assert weights_of(optimizer)[0].grad.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(("max_norm", "expected"), [(None, [-2.0, -2.0]), (1.0, [-(0.5**0.5)] * 2)])

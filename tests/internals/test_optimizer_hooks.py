@@ -70,6 +70,20 @@ def record() -> ClipRecord:
     return ClipRecord(0, 0.0, torch.ones(1), torch.ones(1), torch.ones(1))
 
 
+def test_a_step_writes_known_gradients_and_uses_up_their_record():
+    gradient, newest, clipped = torch.ones(3), record(), ClippedGradients()
+    clipped.mark_stepped(ONE, [gradient])
+    assert not clipped.knows(gradient)
+    clipped.add([gradient], newest)
+    gradient.div_(2)  # as a fused optimizer unscales
+    clipped.mark_stepped(ONE, [gradient])
+    assert clipped.knows(gradient)
+    assert clipped.record_for(ONE, gradient) is None
+    assert clipped.record_for(OTHER, gradient) is newest
+    clipped.add([gradient], newest)
+    assert clipped.record_for(ONE, gradient) is newest
+
+
 def test_tensors_that_are_gone_are_forgotten():
     """Another tensor may have the id of one."""
     clipped, newest = ClippedGradients(), record()

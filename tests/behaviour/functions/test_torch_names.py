@@ -28,32 +28,14 @@ def test_signatures_are_those_of_torch(name):
     assert signature(getattr(gradclip, name)) == signature(getattr(nn.utils, name))
 
 
-def clip_parameters(tensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
-    return gradclip.clip_grad_norm_(map(parameter_with, tensors), max_norm, norm_type)
-
-
-def clip_by_two_calls(tensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
-    listed = [*tensors]
-    norm = gradclip.get_total_norm(listed, norm_type)
-    gradclip.clip_grads_with_norm_(map(parameter_with, listed), max_norm, norm)
-    return norm
-
-
-WAYS = [clip_parameters, clip_by_two_calls, gradclip.clip_gradients_]
-every_way = pytest.mark.parametrize("clip", WAYS)
-
-
-@every_way
 @pytest.mark.parametrize("order", [1.0, 1.5, 2.0, 3.0, math.inf])
-def test_the_norm_is_measured_and_clipped(clip, order):
-    """Over all dtypes together; the result is a plain 0-d float64 tensor."""
+def test_plain_tensors_have_one_norm_and_are_scaled_once(order):
+    """Of all dtypes together; the result is a plain 0-d float64 tensor."""
     kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
-    tensors = [
-        torch.randn(9, dtype=torch.complex128).conj(),
-        *(torch.randn(9).to(k) for k in kinds),
-    ]
+    conjugate = torch.randn(9, dtype=torch.complex128).conj()
+    tensors = [conjugate, *(torch.randn(9).to(kind) for kind in kinds)]
     needed = norm_of(tensors, order)
-    norm = clip((tensor for tensor in tensors), needed / 2, order)
+    norm = gradclip.clip_gradients_((tensor for tensor in [*tensors, tensors[1]]), needed / 2, order)
     assert (type(norm), norm.shape, norm.dtype) == (Tensor, (), torch.float64)
     assert norm.item() == pytest.approx(needed, rel=1e-6)
     assert norm_of(tensors, order) == pytest.approx(needed / 2, rel=4e-3)  # of bfloat16
@@ -64,36 +46,17 @@ def test_the_modulus_of_a_large_complex_element_is_finite():
     assert norm.item() == pytest.approx(3e38 * math.sqrt(2))
 
 
-@every_way
 @pytest.mark.parametrize(
     ("gradient", "max_norm"),
-    [
-        ([3.0, 4.0], 5.0),
-        ([3.0, math.inf], math.inf),
-        ([3.0, 4.0], math.inf),
-        ([0.0, 0.0], 0),
-        ([1.0, -math.inf], 1e-3),
-        ([math.nan, -2.0], 1e-3),
-    ],
+    [([3.0, 4.0], 5.0), ([3.0, 4.0], math.inf), ([0.0, 0.0], 0), ([math.nan, -2.0], 1e-3)],
 )
-def test_nothing_is_written(clip, gradient, max_norm):
+def test_nothing_is_written(gradient, max_norm):
     """At or below the threshold, without one, or if the norm is not finite."""
     tensors = [torch.tensor(gradient), torch.zeros(1, dtype=torch.float16)]
     before = [(bits_of(tensor), tensor._version) for tensor in tensors]
-    norm = clip(tensors, max_norm)
+    norm = gradclip.clip_gradients_(tensors, max_norm)
     assert norm.item() == pytest.approx(math.hypot(*gradient), nan_ok=True)
     assert [(bits_of(tensor), tensor._version) for tensor in tensors] == before
-
-
-@every_way
-def test_a_gradient_counts_and_is_scaled_once(clip):
-    """However often it occurs, and whoever else has it."""
-    gradient = torch.tensor([3.0, 4.0])
-    assert clip([gradient, gradient], 1.0).item() == 5.0
-    assert norm_of([gradient]) == pytest.approx(1.0, rel=2e-7)
-    weight = parameter_with(torch.tensor([3.0, 4.0]))
-    assert gradclip.clip_grad_norm_([weight, weight], 0).item() == 5.0
-    assert weight.grad.tolist() == [0.0, 0.0]
 
 
 def test_gradients_with_a_graph_are_scaled_outside_of_it():
@@ -147,21 +110,13 @@ def test_unfit_gradients_are_refused_before_anything_is_written(kind):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        *(
-            (lambda p, limit=limit, way=way: way([p], limit), "max_norm is ")
-            for limit in (-1, math.nan, True, "1.0", None, torch.ones(2))
-            for way in (gradclip.clip_grad_norm_, gradclip.clip_gradients_)
-        ),
+        (lambda p: gradclip.clip_grad_norm_([p], -1), "max_norm is -1"),
+        (lambda p: gradclip.clip_gradients_([p], True), "max_norm is True"),
         (lambda p: gradclip.clip_grads_with_norm_(p, -1, torch.tensor(5.0)), "max_norm is -1"),
-        *(
-            (lambda p, norm=norm: gradclip.clip_grads_with_norm_(p, 1.0, norm), "the tensor of one")
-            for norm in (5.0, torch.ones(2), None)
-        ),
+        (lambda p: gradclip.clip_grads_with_norm_(p, 1.0, 5.0), "the tensor of one"),
+        (lambda p: gradclip.clip_grads_with_norm_(p, 1.0, torch.ones(2)), "the tensor of one"),
         (lambda p: gradclip.clip_grad_norm_([p, "weight"], 1.0), "Found a str among the param"),
-        (
-            lambda p: gradclip.clip_grad_value_([p, COMPLEX], 1.0),
-            "complex elements cannot be bound",
-        ),
+        (lambda p: gradclip.clip_grad_value_([p, COMPLEX], 1.0), "complex elements cannot be"),
     ],
 )
 def test_invalid_arguments_are_refused(call, message):

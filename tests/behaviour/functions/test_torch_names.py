@@ -35,7 +35,7 @@ def test_plain_tensors_have_one_norm_and_are_scaled_once(order):
     conjugate = torch.randn(9, dtype=torch.complex128).conj()
     tensors = [conjugate, *(torch.randn(9).to(kind) for kind in kinds)]
     needed = norm_of(tensors, order)
-    norm = gradclip.clip_gradients_((tensor for tensor in [*tensors, tensors[1]]), needed / 2, order)
+    norm = gradclip.clip_gradients_(iter([*tensors, tensors[1]]), needed / 2, order)
     assert (type(norm), norm.shape, norm.dtype) == (Tensor, (), torch.float64)
     assert norm.item() == pytest.approx(needed, rel=1e-6)
     assert norm_of(tensors, order) == pytest.approx(needed / 2, rel=4e-3)  # of bfloat16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from gradclip import GradientClipper
 from gradclip.thresholds import RelativeToWeights
 from tests.support import dtensors
-from tests.support.dtensors import INF, SCOPES, SHAPES, quick
+from tests.support.dtensors import INF, SCOPES, SHAPES, orders_and_dtypes
 from tests.support.processes import on_ranks
 from tests.support.reference import norm_of, parameter_with
 
@@ -95,18 +94,12 @@ PENDING = "P, 0, R, 1"
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("order", quick([1.0, 2.0, 3.0, INF], 2.0, INF))
+@orders_and_dtypes
 @pytest.mark.parametrize("words", ["0", "1", "R", pytest.param(PENDING, id="pending sums")])
-def test_one_mesh(ranks, scope, order, words):
+def test_one_mesh(ranks, scope, order, dtype, words):
     """Shards and replicas have the norms of the whole, in one collective, and summands too."""
-    check_spread(ranks, four_parameters("one", words, scope, order), None if "P" in words else 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("scope", SCOPES)
-def test_dtypes(two_ranks, scope, dtype):
-    """Shards of every dtype have the norms of the whole."""
-    check_spread(two_ranks, four_parameters("one", "0", scope, 2.0, dtype=dtype), 1)
+    model = four_parameters("one", words, scope, order, dtype=dtype)
+    check_spread(ranks, model, None if "P" in words else 1)
 
 
 # Experts have a mesh of their own, with replicas.
@@ -202,19 +195,15 @@ def test_weights_without_gradients(scope):
     assert clipper.last.thresholds.tolist() == pytest.approx([norm_of([r]) / 2 for r in rows])
 
 
-@cache
-def stages() -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("stages", "replicas", "shards"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("order", "norm"), [(2.0, 14**0.5), (INF, 3.0)])
 @on_ranks("four_ranks")
 def test_a_mesh_of_some_ranks(order, norm):
     """A mesh of two dimensions that is not the world takes one collective, in a group made once."""
-    mesh = stages()["replicas", "shards"]
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dimensions = ("stages", "replicas", "shards")
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=dimensions)[dimensions[1:]]
     named = {"weight": dtensors.spread_parameter(torch.arange(4.0), mesh, "R 0")}
     dtensors.clip_named(named, None, norm_type=order)
     norms, _, calls = dtensors.clip_named(named, None, norm_type=order)

@@ -23,7 +23,7 @@ words_of_one = pytest.mark.parametrize("words", ["0", "1", "R"])
 @on_ranks("ranks")
 def test_norms(words, limit):
     """The functions return plain tensors with the norm of the whole, and bound elements."""
-    full = full_gradients(torch.float32).values()
+    full = full_gradients().values()
     parameters = [spread_parameter(gradient, "one", words) for gradient in full]
     gradients, needed = [p.grad for p in parameters], norm_of(full)
     before = gradclip.get_total_norm(gradients).item()
@@ -38,36 +38,27 @@ def test_norms(words, limit):
 
 @on_ranks("two_ranks")
 def test_a_rank_without_gradients():
-    """It enters the collective: of two ranks one has none, that with the second halves."""
-    full = full_gradients(torch.float32).values()
-    needed = norm_of(gradient.chunk(2)[0] for gradient in full)
-    parameters = [nn.Parameter(spread(torch.zeros_like(gradient), "one", "0")) for gradient in full]
+    """It enters the collective: of two ranks one has none, that with the second half."""
+    weight = nn.Parameter(spread(torch.zeros(4), "one", "0"))
     if distributed.get_rank() == 0:
-        for parameter, gradient in zip(parameters, full, strict=True):
-            parameter.grad = dtensors.spread_alone(gradient, "0")
+        weight.grad = dtensors.spread_alone(torch.arange(3.0, 7.0), "0")
     with dtensors.Recorded() as calls:
-        norm = gradclip.clip_grad_norm_(parameters, 0.5)
-    assert calls == ["allreduce"]
-    assert norm.item() == pytest.approx(needed, rel=1e-6)
+        norm = gradclip.clip_grad_norm_([weight], 0.5)
+    assert (calls, norm.item()) == (["allreduce"], 5.0)
 
 
 @words_of_one
 @on_ranks("ranks")
 def test_units(words):
     """Units are clipped by the norms of the whole, as in one process."""
-    kinds = []
-    for way in (torch.Tensor.clone, lambda tensor: spread(tensor, "one", words)):
-        generator = torch.Generator().manual_seed(3)
-        parameters = []
-        for gradient in full_gradients(torch.float32).values():
-            weight = torch.randn(gradient.shape, generator=generator)
-            parameters.append(nn.Parameter(way(weight)))
-            parameters[-1].grad = way(gradient)
-        norm = gradclip.clip_grad_units_(parameters, 0.02).item()
-        kinds.append((norm, [dtensors.whole(parameter.grad) for parameter in parameters]))
-    (norm, gradients), (spread_norm, spread_gradients) = kinds
-    assert spread_norm == pytest.approx(norm, rel=1e-6)
-    torch.testing.assert_close(spread_gradients, gradients)
+    results = []
+    for way in (Tensor.clone, lambda tensor: spread(tensor, "one", words)):
+        parameters = [nn.Parameter(way(weight)) for weight in full_gradients(seed=3).values()]
+        for parameter, gradient in zip(parameters, full_gradients().values(), strict=True):
+            parameter.grad = way(gradient)
+        norm = gradclip.clip_grad_units_(parameters, 0.02)
+        results.append([norm, *(dtensors.whole(parameter.grad) for parameter in parameters)])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 @words_of_one

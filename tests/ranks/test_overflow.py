@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from gradclip import AttachError, GradientClipper, Ranks
+from tests.support.dtensors import spread
 from tests.support.processes import on_ranks
 
 KINDS = {
@@ -123,6 +124,18 @@ def test_several_optimizers(used):
     assert joint_rows(used, {1: {0: math.inf}, 2: {1: math.inf}}) == (rows, SCALE / 4)
     rows = [(steps, both) for steps in (1, 1, 2, 3, 4)]
     assert joint_rows(used, {1: {0: math.nan, 1: math.nan}}) == (rows, SCALE / 2)
+
+
+@on_ranks("two_ranks")
+def test_dtensors():
+    """An overflow in the shard of one rank skips the step on all, without more options."""
+    weight = nn.Parameter(spread(torch.zeros(4), "one", "0"))
+    optimizer, scaler = torch.optim.SGD([weight], lr=0.1), rank_scaler()
+    clipper, bad = GradientClipper(optimizer, 0.5), math.inf if is_last() else 1.0
+    for factor, steps, scale in ((1.0, 1, SCALE), (bad, 1, SCALE / 2), (1.0, 2, SCALE / 2)):
+        optimizer.zero_grad()
+        step_all(scaler, [optimizer], (weight.to_local() * factor).sum())
+        assert (clipper.steps, square_of(clipper), scaler.get_scale()) == (steps, 4.0, scale)
 
 
 @pytest.mark.parametrize("first", [0, 1])

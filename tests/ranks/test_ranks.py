@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,13 +13,13 @@ from torch import Tensor, distributed, nn
 from gradclip import GradientClipper, MemorySink, NonFiniteGradientError, Ranks
 from tests.support.clippers import OPTIONS
 from tests.support.dtensors import (
-    INF,
     SCOPES,
     SHAPES,
     Recorded,
     check_clipped,
     clip_named,
     full_gradients,
+    orders_and_dtypes,
     quick,
 )
 from tests.support.processes import on_ranks
@@ -60,17 +61,23 @@ def here() -> tuple[int, int]:
 # One step
 
 
-def clip_apart(layout: str, scope: str, order: float, dtype: torch.dtype) -> Any:
+def clip_apart(layout: str, scope: str, order: float, dtype: str) -> Any:
     parts = own_parts(layout, full_gradients(dtype), *here())
     named = {name: parameter_with(part.clone()) for name, part in parts.items()}
     ranks = Ranks(replicated=COPY if "copy" in layout else ())
     return clip_named(named, scope=scope, norm_type=order, ranks=ranks)
 
 
-def check_parts(
-    pool: Any, layout: str, scope: str, order: float = 2.0, dtype: Any = torch.float32
-) -> None:
-    results = pool.run(clip_apart, layout, scope, order, dtype)
+# Of shards that are not DTensors the rows are unknown: scope "unit" is refused.
+SHARDS = ("shards 0", "shards 0 copy", "shards 1", "shards 1 copy")
+LAYOUTS = [*product(("stages", "stages copy"), SCOPES), *product(SHARDS, SCOPES[:2])]
+
+
+@pytest.mark.parametrize(("layout", "scope"), LAYOUTS)
+@orders_and_dtypes
+def test_one_step(ranks, layout, scope, order, dtype):
+    """Stages and shards have the norms of the whole, in one collective."""
+    results = ranks.run(clip_apart, layout, scope, order, dtype)
     check_clipped(
         results,
         full_gradients(dtype),
@@ -79,29 +86,6 @@ def check_parts(
         collectives=1,
         part=lambda clipped, rank: own_parts(layout, clipped, rank, len(results)),
     )
-
-
-@pytest.mark.parametrize("layout", ["stages", "stages copy"])
-@pytest.mark.parametrize("order", quick([1.0, 2.0, 3.0, INF], 2.0, INF))
-@pytest.mark.parametrize("scope", SCOPES)
-def test_stages(ranks, scope, order, layout):
-    """Stages have the norms of the whole, in one collective."""
-    check_parts(ranks, layout, scope, order)
-
-
-@pytest.mark.parametrize("layout", ["shards 0", "shards 0 copy", "shards 1", "shards 1 copy"])
-@pytest.mark.parametrize("order", [2.0, INF])
-@pytest.mark.parametrize("scope", ["global", "parameter"])
-def test_shards(ranks, layout, scope, order):
-    """Shards have the norms of the whole, in one collective."""
-    check_parts(ranks, layout, scope, order)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["stages copy", "shards 0 copy"])
-def test_dtypes(two_ranks, layout, dtype):
-    """Other dtypes have the norms of the whole, too."""
-    check_parts(two_ranks, layout, "global", dtype=dtype)
 
 
 @pytest.mark.slow
@@ -193,7 +177,6 @@ def test_rules(two_ranks, layout, rule, scope):
     check_steps(two_ranks, layout, rule, {"scope": scope})
 
 
-# Of shards that are not DTensors the rows are unknown: scope "unit" is refused.
 LAID_OUT = [("stages copy", name) for name in OPTIONS]
 LAID_OUT += [("shards 0 copy", name) for name in OPTIONS if name != "unit"]
 
@@ -216,27 +199,18 @@ def test_an_error_of_one_rank(layout):
         steps_of_parts(layout, "Fixed", {"nonfinite": "raise"})
 
 
-def log_rows(layout: str, rank: int, alone: bool = False) -> Any:
-    """Log on one rank; return the norms of parameters at each step, and the incidents."""
-    sink = MemorySink(per_parameter="all")
-    log = sink if alone or distributed.get_rank() == rank else None
-    steps_of_parts(layout, "Fixed", {"log": log}, alone)
-    steps = [{**step.parameter_norms} for step in sink.steps if step.parameter_norms]
-    return steps, [step.incident for step in sink.steps if step.incident]
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 @of_copies
-def test_the_log_of_one_rank(two_ranks, layout, rank):
+@on_ranks("two_ranks")
+def test_the_log_of_one_rank(layout, rank):
     """It has the norms of the parameters of all ranks, and the others have no log."""
-    needed, _ = log_rows(layout, rank, alone=True)
-    results = two_ranks.run(log_rows, layout, rank)
-    assert results[1 - rank] == ([], [])
-    steps, incidents = results[rank]
-    full = [{**dict.fromkeys(SHAPES, 0.0), **norms} for norms in needed]
-    assert [norms for norms in steps if any(norms.values())] == [
-        pytest.approx(norms, rel=1e-6, nan_ok=True) for norms in full
-    ]
-    assert incidents
+    sink, whole = (MemorySink(per_parameter="all") for _ in range(2))
+    steps_of_parts(layout, "Fixed", {"log": whole}, alone=True)
+    logs = distributed.get_rank() == rank
+    steps_of_parts(layout, "Fixed", {"log": sink if logs else None})
+    for step, needed in zip(sink.steps, whole.steps, strict=True) if logs else ():
+        norms = dict.fromkeys(SHAPES, 0.0) | dict(needed.parameter_norms or {})
+        assert {**step.parameter_norms} == pytest.approx(norms, rel=1e-6, nan_ok=True)
     start = "The norm was nan at step 6, from vector. The norms before: "
-    assert all(incident.startswith(start) for incident in incidents)
+    incidents = [step.incident for step in sink.steps if step.incident]
+    assert [incident.startswith(start) for incident in incidents] == [True] * logs

@@ -76,7 +76,7 @@ def in_stages(gradients: dict[str, Tensor], **options: Any) -> Any:
 
 def staged(across: str, scope: str, order: float) -> Any:
     """Clip two stages of two ranks each, with every second parameter."""
-    full = [*full_gradients(torch.float32).items()][mesh_of("a").get_local_rank() :: 2]
+    full = [*full_gradients().items()][mesh_of("a").get_local_rank() :: 2]
     ranks = Ranks({"stages": mesh_of("a"), "all": None}[across])
     return in_stages(dict(full), scope=scope, norm_type=order, ranks=ranks)
 
@@ -89,7 +89,7 @@ def test_dtensors_within_stages(four_ranks, across, collectives, scope, order):
     """They count once, whether ``ranks=`` has the ranks of a mesh or one rank of each."""
     check_clipped(
         four_ranks.run(staged, across, scope, order),
-        full_gradients(torch.float32),
+        full_gradients(),
         scope,
         order,
         collectives=collectives,

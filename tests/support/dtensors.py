@@ -21,10 +21,17 @@ LIMIT = 0.7
 
 
 def quick(values: Iterable[Any], *some: Any) -> list[Any]:
-    """Return the values of a parameter, of which all but some make slow tests."""
-    return [
-        value if value in some else pytest.param(value, marks=pytest.mark.slow) for value in values
-    ]
+    """Return the values of parameters, of which all but some make slow tests."""
+    rows = {value: value if isinstance(value, tuple) else (value,) for value in values}
+    slow = pytest.mark.slow
+    return [pytest.param(*row, marks=[slow] * (key not in some)) for key, row in rows.items()]
+
+
+ORDERS = [(order, "float32") for order in (2.0, INF, 1.0, 3.0)]
+DTYPES = [(2.0, dtype) for dtype in ("float64", "bfloat16", "float16")]
+orders_and_dtypes = pytest.mark.parametrize(
+    ("order", "dtype"), quick(ORDERS + DTYPES, *ORDERS[:2], *DTYPES)
+)
 
 
 @cache
@@ -33,14 +40,15 @@ def meshes() -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     world = distributed.get_world_size()
-    meshes = {"one": init_device_mesh("cpu", (world,), mesh_dim_names=("a",))}
+    names = ("one", "experts")
+    meshes = {name: init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in names}
     if world == 4:
         meshes["two"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     return meshes
 
 
 def mesh_of(name: Any) -> Any:
-    """Return the mesh of all ranks, "one" or "two" dimensions; "a" and "b" are those of two."""
+    """Return a mesh of all ranks with "one" or "two" dimensions; "a" and "b" are those of two."""
     if not isinstance(name, str):
         return name  # it is a mesh
     return meshes()["two"][name] if name in ("a", "b") else meshes()[name]
@@ -53,12 +61,10 @@ def placements_of(words: str) -> list[Any]:
     return [kinds[word] if word in kinds else Shard(int(word)) for word in words.split()]
 
 
-def full_gradients(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+def full_gradients(dtype: str = "float32", seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in SHAPES.items()
-    }
+    given = {"generator": generator, "dtype": torch.float64}
+    return {name: torch.randn(s, **given).to(getattr(torch, dtype)) for name, s in SHAPES.items()}
 
 
 def spread(full: Tensor, mesh: Any, words: str) -> Tensor:

@@ -90,17 +90,6 @@ def _call_body(module: str, name: str, arguments: dict[str, Any]) -> None:
     getattr(import_module(module), name).body(**arguments)
 
 
-def error_of(function: Callable[..., Any], *arguments: Any) -> str:
-    """Return the error of gradclip that a function raises, with its name; "" for none."""
-    from gradclip.errors import GradClipError
-
-    try:
-        function(*arguments)
-    except GradClipError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def _serve(end: Any, rank: int, count: int, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch

@@ -1,4 +1,4 @@
-"""Norms of all gradients and of each index, on one rank and across ranks."""
+"""Norms of all gradients and of each norm index, on one rank and across ranks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gradclip.errors import ArgumentError
 from gradclip.gradients.buckets import Bucket, buckets_of
-from gradclip.gradients.norms import measure_across_ranks, norms_of
+from gradclip.gradients.norms import SharedNorms, measure_across_ranks, norms_of
 from gradclip.ranks.groups import NormRanks, RankGroup
-from gradclip.scopes.norm_indices import NOWHERE, NormIndices
+from gradclip.scopes.norm_indices import (
+    NOWHERE,
+    NormIndices,
+    present_norms,
+    row_values,
+    sums_by_norm,
+)
+from tests.support.engines import vector
 from tests.support.reference import norm_of
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -42,7 +51,14 @@ PAIR, OTHER_PAIR, ALONE = (
 
 
 def indices_of(*indices: int, rows: bool = False) -> NormIndices:
-    return NormIndices(torch.tensor(indices), rows)
+    return NormIndices(torch.tensor(indices, dtype=torch.int64), rows)
+
+
+def measured(
+    buckets: Sequence[Bucket], order: float, *ranks: object, count: int = 1, **options: object
+) -> SharedNorms:
+    options = {"count": count, "device": CPU, "engine": "auto", **options}
+    return measure_across_ranks(buckets, order, NormRanks(*ranks), **options)
 
 
 def power_sum_of(gradients: Iterable[Tensor], order: float) -> float:
@@ -94,15 +110,8 @@ def test_rows_without_a_norm_do_not_count(order):
     assert norms.tolist() == approx([norm_of([rows[2]], order), norm_of([whole, rows[0]], order)])
     needed = [power_sum_of([whole], order), power_sum_of([rows[0], rows[2]], order)]
     assert torch.cat(sums).tolist() == approx(needed)
-    shared = measure_across_ranks(
-        buckets,
-        order,
-        NormRanks(),
-        count=2,
-        device=CPU,
-        engine="auto",
-        parameters=((indices_of(0), indices_of(2)), 3),
-    )
+    parameters = ((indices_of(0), indices_of(2)), 3)
+    shared = measured(buckets, order, count=2, parameters=parameters)
     assert torch.equal(shared.norms, norms)
     assert shared.parameter_sums.tolist() == approx([needed[0], 0.0, needed[1]])
 
@@ -142,6 +151,47 @@ def test_without_float64_sums_meet_in_float32(monkeypatch):
     assert norms_of([], 2.0, groups=[PAIR]).dtype == F32
 
 
+# From rows to norms and back
+
+
+@given(
+    st.lists(st.lists(st.integers(NOWHERE, 4), max_size=4), max_size=4),
+    st.sampled_from([1.0, 2.0, 3.0, math.inf]),
+    st.randoms(use_true_random=False),
+)
+def test_sums_and_values_find_their_norms(indices, order, random):
+    """Rows in no norm enter none, and get the other value."""
+    norm_indices = tuple(indices_of(*each, rows=True) for each in indices)
+    flat = [index for each in indices for index in each]
+    sums = vector(*(random.random() for _ in flat))
+    found = sums_by_norm(sums.clone(), order, norm_indices, 5)
+    for norm in range(5):
+        parts = [s for s, index in zip(sums.tolist(), flat, strict=True) if index == norm]
+        needed = max(parts, default=0.0) if order == math.inf else math.fsum(parts)
+        assert found[norm].item() == pytest.approx(needed, rel=1e-12)
+    present = present_norms(norm_indices, 5, CPU)
+    assert present.tolist() == [norm in flat for norm in range(5)]
+    needed = [7.0 if index == NOWHERE else float(index) for index in flat]
+    assert row_values(torch.arange(5.0), norm_indices, 7.0).tolist() == needed
+
+
+def test_one_row_for_each_norm_in_order_is_the_very_tensor():
+    """Not where there are more norms, or fewer rows."""
+    values, norm_indices = vector(1, 4, 9), (indices_of(0, rows=True), indices_of(1, 2, rows=True))
+    assert row_values(values, norm_indices, 1.0) is values
+    assert sums_by_norm(values, 2.0, norm_indices, 3) is values
+    assert sums_by_norm(values, 2.0, norm_indices, 4).tolist() == [1.0, 4.0, 9.0, 0.0]
+    assert row_values(vector(1, 2, 3, 4), norm_indices, 1.0).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_indices_go_to_the_device_of_the_values_of_which_none_is_read():
+    norm_indices = (indices_of(0, NOWHERE, rows=True), indices_of(2, 0, rows=True))
+    values = torch.empty(4, dtype=F64, device=META)
+    assert sums_by_norm(values, 2.0, norm_indices, 3).shape == (3,)
+    assert row_values(values[:3], norm_indices, 1.0).shape == (4,)
+    assert present_norms(norm_indices, 3, META).shape == (3,)
+
+
 # Across ranks
 
 
@@ -174,7 +224,7 @@ def norm_of_ranks(gradients: Sequence[Tensor], order: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "weights", "present"), list(itertools.product([False, True], repeat=3))
+    ("parameters", "weights", "present"), [*itertools.product([False, True], repeat=3)]
 )
 @every_order
 def test_ranks_measure_together(order, parameters, weights, present):
@@ -182,13 +232,11 @@ def test_ranks_measure_together(order, parameters, weights, present):
     gradients, indices = gradients_of_ranks(), [0, 2, 1, 0, 2]
     values, of_parameters = gradients_of_ranks(), [4, 0, 1, 4, 2]
     norm_indices = [indices_of(index) for index in indices]
-    shared = measure_across_ranks(
+    shared = measured(
         buckets_of_ranks(gradients, order, norm_indices),
         order,
-        NormRanks((PAIR,)),
+        (PAIR,),
         count=3,
-        device=CPU,
-        engine="auto",
         parameters=(tuple(map(indices_of, of_parameters)), 6) if parameters else None,
         weights=buckets_of_ranks(values, order, norm_indices) if weights else None,
         present=torch.tensor([True, False, True]) if present else None,
@@ -199,10 +247,8 @@ def test_ranks_measure_together(order, parameters, weights, present):
 
     assert shared.norms.tolist() == norms(gradients)
     if parameters:
-        needed = (
-            sum_of_ranks(each, order) for each in grouped_by_index(gradients, of_parameters, 6)
-        )
-        assert shared.parameter_sums.tolist() == approx(needed)
+        parts = grouped_by_index(gradients, of_parameters, 6)
+        assert shared.parameter_sums.tolist() == approx(sum_of_ranks(part, order) for part in parts)
     if weights:
         assert shared.weight_norms.tolist() == norms(values)
     if present:
@@ -221,19 +267,15 @@ def test_all_gradients_of_several_ranks_have_one_norm(order, scalar):
 
 
 @every_order
-@pytest.mark.parametrize(
-    "norm_ranks", [NormRanks(), NormRanks((), PAIR), NormRanks((), OTHER_PAIR)]
-)
-def test_a_group_within_the_ranks_around_it_needs_no_collective(order, norm_ranks):
+@pytest.mark.parametrize("around", [None, PAIR, OTHER_PAIR])
+def test_a_group_within_the_ranks_around_it_needs_no_collective(order, around):
     """Its gradients add up with those of all else; a bucket of all gradients has no positions."""
     gradients = [torch.randn(4), torch.randn(4)]
     buckets = buckets_of(gradients, order)
     assert not buckets[0].indices
-    buckets[0].group = PAIR if norm_ranks.across else None
-    options = {"count": 1, "device": CPU, "engine": "auto"}
-    parameters = ((indices_of(2), indices_of(0)), 3)
-    shared = measure_across_ranks(buckets, order, norm_ranks, parameters=parameters, **options)
-    factor = 2 if norm_ranks.across and order < math.inf else 1
+    buckets[0].group = around and PAIR
+    shared = measured(buckets, order, (), around, parameters=((indices_of(2), indices_of(0)), 3))
+    factor = 2 if around and order < math.inf else 1
     first, second = (factor * power_sum_of([gradient], order) for gradient in gradients)
     assert shared.parameter_sums.tolist() == approx([second, 0.0, first])
 
@@ -255,18 +297,16 @@ def test_each_group_of_ranks_has_its_collective():
     assert norms_of(buckets, 1.0).item() == 2 * 1 + 2 * 2
 
 
-@pytest.mark.parametrize("norm_ranks", [NormRanks((PAIR,)), NormRanks((), PAIR)])
-def test_results_of_ranks_are_float64_on_the_device_asked_for(norm_ranks):
-    options = {"count": 1, "device": META, "engine": "auto"}
+@pytest.mark.parametrize("ranks", [((PAIR,),), ((), PAIR)])
+def test_results_of_ranks_are_float64_on_the_device_asked_for(ranks):
     parameters = ((indices_of(0),) * 5, 1)
     for buckets in (buckets_of_ranks(gradients_of_ranks(), 2.0), []):
-        shared = measure_across_ranks(buckets, 2.0, norm_ranks, parameters=parameters, **options)
-        for vector in (shared.norms, shared.parameter_sums):
-            assert (vector.device, vector.dtype, vector.shape) == (META, F64, (1,))
+        shared = measured(buckets, 2.0, *ranks, device=META, parameters=parameters)
+        for values in (shared.norms, shared.parameter_sums):
+            assert (values.device, values.dtype, values.shape) == (META, F64, (1,))
 
 
 def test_a_norm_is_present_if_one_rank_has_a_gradient():
-    present, options = torch.tensor([True, False]), {"count": 2, "device": CPU, "engine": "auto"}
     for group in (PAIR, ALONE):
-        shared = measure_across_ranks([], 2.0, NormRanks((group,)), present=present, **options)
+        shared = measured([], 2.0, (group,), count=2, present=torch.tensor([True, False]))
         assert shared.present.tolist() == [True, False]

@@ -1,4 +1,4 @@
-"""What a rule observes of steps that only the device knows to be skipped, or that are partial."""
+"""Steps that only the device knows to be skipped: what is written, and what a rule observes."""
 
 import pytest
 import torch
@@ -15,6 +15,21 @@ CPU = torch.device("cpu")
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
+@pytest.mark.parametrize("overflow", [YES, NO])
+@pytest.mark.parametrize("exceed", ["scale", "skip"])
+def test_an_overflow_leaves_the_gradients(overflow, exceed):
+    """GradScaler skips that step: nothing is bounded or scaled, and no policy skips it."""
+    tensor, settings = torch.tensor([3.0, 0.5]), Settings(max_value=2.0, exceed=exceed)
+    gradients = StepGradients([tensor], None, settings, 1, CPU, overflow=overflow)
+    norms = gradients.norms()
+    decision = gradients.decide_(norms, torch.ones_like(norms))
+    gradients.scale_(decision)
+    assert bool(decision.skip) is (exceed == "skip" and not overflow)
+    written = exceed == "scale" and not overflow
+    assert (tensor.tolist() == [3.0, 0.5]) is not written
+    assert (decision.reduction.item() == 1.0) is not written
+
+
 class HalvingRule(Threshold):
     observed = ()
 
@@ -28,14 +43,10 @@ class HalvingRule(Threshold):
 @pytest.mark.parametrize(
     ("asks", "flags", "partial", "observed"),
     [
-        (False, {}, False, (8.0, 4.0, True)),
         (False, {}, True, ()),  # the norm of some gradients
-        (False, {"skipped": True}, False, ()),
         (False, {"skipped": YES}, False, (8.0, 4.0, False)),
         (False, {"skipped": NO}, False, (8.0, 4.0, True)),
         (False, {"overflow": YES}, False, (8.0, 4.0, False)),
-        (False, {"overflow": NO}, False, (8.0, 4.0, True)),
-        (True, {"skipped": True}, False, (8.0, 4.0, True)),
         (True, {"skipped": YES}, False, (8.0, 4.0, True)),
         (True, {"skipped": YES, "overflow": YES}, False, (8.0, 4.0, False)),
     ],
@@ -48,7 +59,6 @@ def test_what_a_rule_observes(asks, flags, partial, observed):
     gradients = StepGradients([torch.ones(1)], None, Settings(), 1, CPU, partial=partial)
     thresholds = NormThresholds(rule, labels, CPU, 2.0)
     found = thresholds.at_step(gradients, norms, 0)
-    skipped = bool(flags.get("skipped", False))
-    coefficients = torch.full_like(norms, 1.0 if skipped else 0.5)
-    thresholds.observe(ClipRecord(0, 0.0, norms, found, coefficients, **flags))
+    record = ClipRecord(0, 0.0, norms, found, torch.full_like(norms, 0.5), **flags)
+    thresholds.observe(record)
     assert rule.observed == observed

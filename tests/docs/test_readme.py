@@ -131,12 +131,8 @@ def test_every_section_and_bullet_has_evidence(page):
     assert [n for n, text in sections.items() if text.strip() and not commands_in(text)] == []
     bullets = re.findall(r"^- .*(?:\n  .*)*", PROSE[page], flags=re.MULTILINE)
     assert [bullet for bullet in bullets if not commands_in(bullet)] == []
-
-
-def test_no_evidence_is_overlooked():
-    """A comment in another spelling would be checked by nobody."""
-    for text in PROSE.values():
-        assert len(re.findall(r"<!--", text)) == len(EVIDENCE.findall(text))
+    # A comment in another spelling would be checked by nobody.
+    assert PROSE[page].count("<!--") == len(EVIDENCE.findall(PROSE[page]))
 
 
 @pytest.mark.parametrize("page", PROSE)

@@ -12,10 +12,21 @@ from gradclip.records.recorder import Recorder
 
 
 class Device:
-    """A stand-in for a CUDA device: its copies to the host arrive when it says so."""
+    """A stand-in for a CUDA device and its events: copies to the host arrive when it says so."""
 
     def __init__(self):
         self.done, self.operators, self.copies, self.waits = False, [], [], []
+
+    def record(self, stream):
+        assert stream == "stream of cuda:0"
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        if not self.done:
+            self.waits.append("event")
+            self.finish()
 
     def finish(self):
         self.done = True
@@ -56,26 +67,13 @@ class DeviceTensor(Tensor):
 
 @pytest.fixture
 def late_device(monkeypatch):
-    owner = Device()
-
-    class Event:
-        def record(self, stream):
-            assert stream == "stream of cuda:0"
-
-        def query(self):
-            return owner.done
-
-        def synchronize(self):
-            if not owner.done:
-                owner.waits.append("event")
-                owner.finish()
-
     def empty_like(like, *, device, pin_memory):
         assert device == "cpu"
         assert pin_memory, "a copy to other memory is not asynchronous"
         return torch.full(like.shape, -1.0, dtype=like.dtype)
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    owner = Device()
+    monkeypatch.setattr(torch.cuda, "Event", lambda: owner)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda of: f"stream of {of}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda of: owner.waits.append(str(of)))
     monkeypatch.setattr(torch, "empty_like", empty_like)
@@ -112,8 +110,7 @@ def test_full_batch_is_copied_once_and_read_only_after_its_event(late_device):
 
 
 def test_taking_everything_waits_for_the_device_and_the_copy(late_device):
-    buffer = filled(late_device.records(3), 4)
-    (batch,) = buffer.take(wait=True)
+    (batch,) = (buffer := filled(late_device.records(3), 4)).take(wait=True)
     assert late_device.waits == ["cuda:0"], "the steps may have run on another stream"
     assert norms_in(batch) == [[0.0], [1.0], [2.0]]
     assert late_device.waits == ["cuda:0", "event"]

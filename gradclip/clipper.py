@@ -19,7 +19,6 @@ from .errors import ArgumentError, AttachError
 from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, described, options_of
-from .gradients.step import StepGradients
 from .optimizers.attachment import Attachment
 from .optimizers.joint import JointGradients
 from .optimizers.step_changes import StepChanges
@@ -170,13 +169,14 @@ class GradientClipper:
     @no_grad
     def _clip(self, optimizer: Optimizer, changes: StepChanges) -> ClipRecord | None:
         """Clip the gradients that an optimizer is about to step with."""
-        if capturing():
+        captured = capturing()
+        if captured:
             check_capture(self._settings, self._threshold)
         gradients = self._joint.at_step(optimizer, changes)
-        if not isinstance(gradients, StepGradients):
+        if gradients is None or isinstance(gradients, ClipRecord):
             return gradients  # an earlier step of this backward pass has clipped these, or nothing
         norms = gradients.norms()
-        step = self._recorder.next_step(norms)
+        step = self._recorder.next_step(norms, captured=captured)
         thresholds = self._norm_thresholds.at_step(gradients, norms, step)
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
@@ -192,7 +192,7 @@ class GradientClipper:
 
     def _refuse_nonfinite(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Raise for a skipped step if the policy is "raise"; the step counts all the same."""
-        if self._settings.raises and not are_finite(record.norms):
+        if self._settings.raises and not are_finite(record.values[0]):
             # The error tells the norms before this step: build it before this step is recorded.
             error = nonfinite_error(record, self._recorder.history())
             self._joint.mark_stepped(optimizer)

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from ..errors import EngineUnavailableError
 
 INFINITY = math.inf
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The dtypes of tensors that engines take."""
+_FACTS = attrgetter("dtype", "layout", "is_cpu")
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype of an element size. Magnitudes are ordered as their bits without the sign."""
 
@@ -100,6 +104,65 @@ class Engine(ABC):
             Shapes (1,) and (n,), as for `norm` and `power_sums`.
         """
         return self.norm(tensors, order), self.power_sums(tensors, order)
+
+    # The usual step: one norm on the CPU, which the host reads as a number at once.
+
+    def prepare(self, tensors: TensorList, order: float) -> bool:
+        """Look at the gradients of a step, once for `host_norm` and `host_scale_`.
+
+        Args:
+            tensors: What the parameters of a step hold. Not written.
+            order: p of the p-norm that will be measured.
+
+        Returns:
+            True if they are n >= 1 plain tensors of one dtype on the CPU, each with elements of
+            its own; False for anything else, which the other methods serve.
+        """
+        if {*map(type, tensors)} != {Tensor} or len({*map(id, tensors)}) < len(tensors):
+            return False
+        facts = {*map(_FACTS, tensors)}
+        dtype, layout, on_cpu = next(iter(facts))
+        plain = dtype in REAL and layout is torch.strided and on_cpu
+        return plain and len(facts) == 1
+
+    def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
+        """Return the norm of all tensors together as a number.
+
+        Args:
+            tensors: n >= 1 gradients for which `prepare` returned True. Not written.
+            order: p of the p-norm, as for `prepare`.
+            sums: Filled with the power sum of each tensor; shape (n,), float64, on the CPU.
+        """
+        if sums is None:
+            return self.norm(tensors, order).item()
+        norm, measured = self.norm_and_sums(tensors, order)
+        sums.copy_(measured)
+        return norm.item()
+
+    def host_scale_(self, tensors: TensorList, coefficient: float) -> None:
+        """Multiply tensors by one coefficient, in place; see `scale_`.
+
+        Args:
+            tensors: As for `host_norm`.
+            coefficient: In [0, 1].
+        """
+        self.scale_(tensors, torch.tensor([coefficient], dtype=torch.float64, device="cpu"))
+
+    def host_clip_(self, tensors: TensorList, threshold: float, order: float) -> Tensor:
+        """Scale tensors to a threshold in place, if their norm is finite and above it.
+
+        Args:
+            tensors: As for `host_norm`.
+            threshold: The largest norm allowed, infinity for no limit.
+            order: As for `host_norm`.
+
+        Returns:
+            The norm before; 0-d, float64.
+        """
+        norm = self.norm(tensors, order, scalar=True)
+        if threshold < norm.item() < INFINITY:
+            self.host_scale_(tensors, threshold / norm.item())
+        return norm
 
     @abstractmethod
     def scale_(

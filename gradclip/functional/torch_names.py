@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_bound, checked_order
-from ..engines.base import host_may_read, norm_dtype
+from ..engines import engine_for
+from ..engines.base import TensorList, host_may_read, norm_dtype
 from ..errors import ArgumentError, GradientError, NonFiniteGradientError
 from ..gradients.buckets import Bucket, buckets_of
 from ..gradients.coefficients import clip_coefficients
@@ -30,6 +31,7 @@ from ..ranks.shards import groups_of
 from .operators import norm_like, nothing, operator
 
 TensorOrTensors = Tensor | Iterable[Tensor]
+_CPU = torch.device("cpu")
 
 
 def clip_grad_norm_(
@@ -199,6 +201,9 @@ def _clip_norm_(
     groups: Sequence[RankGroup] = (),
 ) -> Tensor:
     """Clip and return the norm; see `clip_grad_norm_`. ``finite`` asks for the error."""
+    engine, usual = engine_for("auto", _CPU), TensorList(gradients)
+    if not groups and not finite and engine.prepare(usual, order):
+        return engine.host_clip_(usual, limit, order)
     buckets = buckets_of(distinct(gradients), order)
     norm = norms_of(buckets, order, scalar=True, groups=groups)
     if finite and not bool(norm.isfinite()):

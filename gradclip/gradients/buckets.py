@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..engines import engine_for
-from ..engines.base import TensorList
+from ..engines.base import REAL, TensorList
 from ..engines.layout import rows_overlap
 from ..errors import GradientError
 from ..ranks.groups import RankGroup
 from ..ranks.shards import LOCAL, Shard, common_shard_of, is_dtensor, shard_of
 from ..scopes.norm_indices import NormIndices, row_values
-from .forms import REAL, forms_of
+from .forms import forms_of
 from .held import PLAIN
 
 HERE = None, True
@@ -43,8 +43,8 @@ class Bucket:
     """
 
     device: torch.device
-    measured: list[Tensor]
-    written: list[Tensor]
+    measured: TensorList
+    written: TensorList
     norm_indices: list[NormIndices] = field(default_factory=list)
     """The norm indices of each measured tensor; empty if all share one norm."""
     written_norm_indices: list[NormIndices] = field(default_factory=list)
@@ -162,7 +162,7 @@ def copies_of(buckets: Iterable[Bucket]) -> list[Bucket]:
     return [
         replace(bucket, measured=copies, written=copies, written_norm_indices=bucket.norm_indices)
         for bucket in buckets
-        for copies in [[tensor.clone() for tensor in bucket.measured]]
+        for copies in [TensorList(tensor.clone() for tensor in bucket.measured)]
     ]
 
 

@@ -35,7 +35,7 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
         # One norm on the CPU is the usual case, and Python numbers take a fraction of the time of
         # tensor operators.
         threshold = thresholds if isinstance(thresholds, float) else thresholds.item()
-        coefficient = _coefficient(norms.item(), threshold, erase)
+        coefficient = clip_coefficient(norms.item(), threshold, erase)
         if coefficient == 1:
             return _one(norms.dtype)
         # Not full_like(norms): a norm that a user gives may be of a subclass of Tensor, and the
@@ -50,8 +50,10 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
     return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)
 
 
-def are_finite(norms: Tensor) -> bool:
+def are_finite(norms: Tensor | float) -> bool:
     """Return whether all norms are finite. Host sync."""
+    if isinstance(norms, float):
+        return norms < math.inf
     return norms.item() < math.inf if norms.numel() == 1 else bool((norms < math.inf).all())
 
 
@@ -105,7 +107,8 @@ def reduction_of(coefficients: Tensor, bounded: Tensor, norms: Tensor) -> Tensor
     return coefficients * ratio
 
 
-def _coefficient(norm: float, threshold: float, erase: bool) -> float:
+def clip_coefficient(norm: float, threshold: float, erase: bool) -> float:
+    """Return the coefficient of one norm that is a number; see `clip_coefficients`."""
     if not norm < math.inf:
         return 0.0 if erase else 1.0
     return threshold / norm if norm > threshold else 1.0

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..engines import norm_dtype
+from ..engines.base import REAL
 from ..errors import GradientError
 from ..ranks.shards import is_dtensor, is_pending, local_of, stored
 
-REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
 
 

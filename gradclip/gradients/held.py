@@ -16,8 +16,10 @@ from ..scopes.norm_indices import NormIndices
 # One call into C for all tensors costs less than a line of Python for each.
 PLAIN = {Tensor}
 """The types of gradients that are no subclass."""
+_GROUPS = attrgetter("param_groups")
 _PARAMETERS = itemgetter("params")
-_GRADIENT = attrgetter("grad")
+GRADIENT = attrgetter("grad")
+"""Returns the gradient of a parameter, None without one."""
 
 
 def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
@@ -27,7 +29,7 @@ def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return the gradients of parameters that have one, each object once even if it is shared."""
-    gradients = [*map(_GRADIENT, parameters)]
+    gradients = [*map(GRADIENT, parameters)]
     if {*map(type, gradients)} != PLAIN:
         gradients = [gradient for gradient in gradients if gradient is not None]
     return distinct(gradients)
@@ -80,7 +82,7 @@ class HeldGradients:
 
 def parameters_held(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
     """Return every parameter of several optimizers, in order."""
-    return parameters_of(group for optimizer in optimizers for group in optimizer.param_groups)
+    return parameters_of(chain.from_iterable(map(_GROUPS, optimizers)))
 
 
 class Weight(NamedTuple):

@@ -37,10 +37,10 @@ class Decision(NamedTuple):
 
     skip: bool | Tensor
     """True if the whole step is skipped; 0-d, bool, if only the device knows."""
-    coefficients: Tensor
-    """Shape (k,): the factor of each norm's gradients."""
-    reduction: Tensor
-    """Shape (k,): norm after ``max_value`` and scaling, divided by the norm as measured."""
+    coefficients: Any
+    """The factor of each norm's gradients: shape (k,); a number where the one norm is a number."""
+    reduction: Any
+    """Norm after ``max_value`` and scaling, divided by the norm as measured; as `coefficients`."""
 
 
 class StepGradients:
@@ -112,7 +112,7 @@ class StepGradients:
 
     # Norms
 
-    def norms(self) -> Tensor:
+    def norms(self) -> Any:
         """Measure the norms, without the scale of GradScaler; shape (k,). Nothing is written.
 
         Collective if the norms span several ranks. The same collective exchanges what `present`,
@@ -272,7 +272,7 @@ class StepGradients:
 
     def _present_here(self) -> Tensor:
         if self._norm_indices is None:
-            flag = _flag(bool(self.tensors), self._device)
+            flag = presence_flag(bool(self.tensors), self._device)
             keep_if_captured(flag)
             return flag
         norm_indices = [
@@ -336,5 +336,6 @@ class StepGradients:
 
 
 @lru_cache(maxsize=8)
-def _flag(value: bool, device: torch.device) -> Tensor:
+def presence_flag(value: bool, device: torch.device) -> Tensor:
+    """Return whether one norm has a gradient; shape (1,), bool, made once for each device."""
     return torch.tensor([value], device=device)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from .grad_scaler import (
     skips_on_device,
 )
 from .step_changes import GuardedArguments, StepChanges
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Attachment:
@@ -59,11 +62,9 @@ class Attachment:
         self._running: _RunningStep | None = None
         self._closures = ClosureFinder(optimizer)
         self._may_nest = _may_call_parents_step(type(optimizer))
-        # torch.compile(optimizer.step) would trace the hooks as well, and compile them anew for
-        # every step index. Disabled, they are called as they are.
         self._clip_in_closure = torch.compiler.disable(self._clip_or_skip)
-        before = optimizer.register_step_pre_hook(torch.compiler.disable(self._before))
-        after = optimizer.register_step_post_hook(torch.compiler.disable(self._after))
+        before = optimizer.register_step_pre_hook(_uncompiled(self._before))
+        after = optimizer.register_step_post_hook(_uncompiled(self._after))
         # Before all other post-hooks, which are to find the optimizer restored. The pre-hook comes
         # after the earlier ones, which may still change the gradients.
         cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(
@@ -96,15 +97,17 @@ class Attachment:
             self._running = None
         if making_state():
             return None
-        overflow = overflows_in_passed_scaler(optimizer, kwargs)
+        # The usual step has no argument but the optimizer itself.
+        plain = len(args) == 1 and not kwargs
+        overflow = not plain and overflows_in_passed_scaler(optimizer, kwargs)
         running = self._running = _RunningStep(optimizer)
         if overflow:
             return None
-        closure = self._closures.find(args, kwargs)
+        closure = None if plain else self._closures.find(args, kwargs)
         if closure is None:
             self._clip_or_skip(running)
             if not running.step_changes:
-                return None  # the usual case
+                return None
         else:
             # The gradients of now are stale: the closure will compute those of this step.
             running.has_closure = running.awaits_closure = True
@@ -165,6 +168,8 @@ class Attachment:
         Host sync where the device alone knows the decision and the optimizer cannot skip there.
         """
         skipped = False if running.record is None else running.record.skipped
+        if skipped is False:
+            return
         if isinstance(skipped, Tensor) and skips_on_device(self._optimizer):
             # Fused optimizers take the attribute found_inf for an overflow, as GradScaler sets it.
             pending = mark_of(self._optimizer, "found_inf")
@@ -186,12 +191,14 @@ class Attachment:
         running = self._running
         if running is None:
             return
-        running.step_changes.undo()
+        if running.step_changes:
+            running.step_changes.undo()
         if running.has_nested and step_running(optimizer, outside=1):
             return  # this was the nested step; the outer one goes on
         self._running = None
+        plain = len(args) == 1 and not kwargs
         try:
-            self._end(running, self._closures.find(args, kwargs))
+            self._end(running, None if plain else self._closures.find(args, kwargs))
         except BaseException:
             self._abandon()
             raise
@@ -210,9 +217,10 @@ class Attachment:
                 f"A step pre-hook of {name} added a closure after the clipper's hook, so that its "
                 "gradients were not clipped: register that hook before attaching the clipper."
             )
-        if running.record is not None:
-            self._finish(self._optimizer, running.record)
-        if running.changed_parameters():
+        if running.record is None:
+            return
+        self._finish(self._optimizer, running.record)
+        if running.record.skipped is not False and running.changed_parameters():
             warnings.warn(
                 f"{name} changed parameters in a step that was to be skipped, though they had no "
                 "gradient: it cannot be skipped exactly. Choose another policy than 'skip' for it.",
@@ -233,19 +241,21 @@ class Attachment:
 class _RunningStep:
     """A step that has begun: its changes, its closure and its record so far."""
 
+    # Defaults of the class: a usual step sets the record alone.
+    has_nested = False
+    """True if it has called the step of a parent class, whose hooks are the same."""
+    has_closure = False
+    awaits_closure = False
+    """True until the closure was evaluated for the first time."""
+    record: ClipRecord | None = None
+    _clipped: list[TensorVersion] | None = None
+    _parameters: Sequence[tuple[Tensor, int | None]] = ()
+
     def __init__(self, optimizer: Optimizer) -> None:
         self.step_changes = StepChanges(optimizer)
         self.marks = marks_of(optimizer)
         """GradScaler's marks at the beginning, to recognize them after an error."""
-        self.has_nested = False
-        """True if it has called the step of a parent class, whose hooks are the same."""
-        self.has_closure = False
-        self.awaits_closure = False
-        """True until the closure was evaluated for the first time."""
-        self.record: ClipRecord | None = None
         self._optimizer = optimizer
-        self._clipped: list[TensorVersion] | None = None
-        self._parameters: list[tuple[Tensor, int | None]] = []
 
     def remember_clipped(self, gradients: list[Tensor]) -> None:
         """Remember gradients as the clipping has left them."""
@@ -269,10 +279,27 @@ class _RunningStep:
 
     def changed_parameters(self) -> bool:
         """Return whether a skipped step has written parameters all the same."""
-        skipped = self.record is not None and self.record.skipped is not False
-        return skipped and any(
-            version_of(parameter) != version for parameter, version in self._parameters
-        )
+        return any(version_of(parameter) != version for parameter, version in self._parameters)
+
+
+def _uncompiled(hook: Callable[P, R]) -> Callable[P, R]:
+    """Return a hook that ``torch.compile`` neither traces nor compiles.
+
+    ``torch.compile(optimizer.step)`` would trace it, and compile it anew for every step index.
+    torch.compiler.disable prevents both and costs 2 us a call, so only a compiled step pays them.
+    """
+    disabled: Callable[P, R] = torch.compiler.disable(hook)
+    frames, decorators = torch._C._dynamo.eval_frame, torch._dynamo.decorators
+    if not (hasattr(frames, "get_eval_frame_callback") and hasattr(decorators, "skip")):
+        return disabled
+
+    @wraps(hook)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        compiled = frames.get_eval_frame_callback() is not None
+        return disabled(*args, **kwargs) if compiled else hook(*args, **kwargs)
+
+    decorators.skip(call)
+    return call
 
 
 def is_attached(optimizer: Optimizer) -> bool:

@@ -42,12 +42,12 @@ def checked_scaler(given: object) -> GradScaler | None:
 
 def mark_of(optimizer: Optimizer, name: str) -> Tensor | None:
     """Return ``grad_scale`` or ``found_inf`` if the optimizer heeds it, else None."""
-    return getattr(optimizer, name, None) if _heeds_marks(optimizer) else None
+    return getattr(optimizer, name, None) if heeds_marks(optimizer) else None
 
 
-def marks_of(optimizer: Optimizer) -> list[object]:
+def marks_of(optimizer: Optimizer) -> list[Any]:
     """Return both marks, None for one that is absent."""
-    return [vars(optimizer).get(name) for name in MARKS]
+    return [*map(vars(optimizer).get, MARKS)]
 
 
 def mend_marks(optimizer: Optimizer, marks: Sequence[object]) -> None:
@@ -84,7 +84,7 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     True for torch's own fused optimizers once all their state exists. A first step that is skipped
     makes the state nevertheless, and fused SGD would leave its momentum uninitialised.
     """
-    if type(optimizer) not in FUSED or not _heeds_marks(optimizer):
+    if type(optimizer) not in FUSED or not heeds_marks(optimizer):
         return False
     is_sgd = type(optimizer) is torch.optim.SGD
     return all(
@@ -95,7 +95,8 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     )
 
 
-def _heeds_marks(optimizer: Optimizer) -> bool:
+def heeds_marks(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer unscales by itself, and skips the step of an overflow."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 

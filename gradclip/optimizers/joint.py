@@ -11,8 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..engines import engine_for
-from ..engines.base import host_may_read
-from ..gradients.held import HeldGradients, Weight, gradients_of, parameters_held
+from ..engines.base import TensorList, host_may_read
+from ..gradients.held import (
+    GRADIENT,
+    HeldGradients,
+    Weight,
+    gradients_of,
+    parameters_held,
+    parameters_of,
+)
+from ..gradients.host_step import HostGradients
 from ..gradients.policies import Settings
 from ..gradients.step import StepGradients
 from ..ranks.agreement import SCOPES_BY_NAME
@@ -20,7 +28,7 @@ from ..ranks.layout import RankLayout
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
 from ..thresholds import Threshold, is_foreign, learns
-from .grad_scaler import checked_scaler, mark_of
+from .grad_scaler import checked_scaler, heeds_marks, mark_of
 from .several import Selection, SeveralOptimizers
 from .shared_overflow import SharedOverflow, refuse_unshared_overflow
 from .step_changes import StepChanges
@@ -61,6 +69,13 @@ class JointGradients:
         self._labels = labels
         self._rank_layout = rank_layout
         self._needs_weights = threshold.needs_weights
+        self._may_be_usual = (
+            len(optimizers) == 1
+            and rank_layout.across is None
+            and settings.max_value is None
+            and not threshold.needs_weights
+            and self.device.type == "cpu"
+        )
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         """The parameters whose names were asked for last, and these names."""
@@ -74,6 +89,8 @@ class JointGradients:
             )
         for device in self.devices:
             engine_for(settings.engine, device)
+        if self._may_be_usual:
+            self._host_engine = engine_for(settings.engine, self.device)
         rank_layout.refresh(parameters_held(optimizers))
 
     def attach(self) -> None:
@@ -102,7 +119,7 @@ class JointGradients:
 
     def at_step(
         self, stepping: Optimizer, step_changes: StepChanges
-    ) -> StepGradients | ClipRecord | None:
+    ) -> HostGradients | StepGradients | ClipRecord | None:
         """Return the gradients to clip before a step.
 
         Args:
@@ -121,10 +138,17 @@ class JointGradients:
         for optimizer in self.optimizers:
             check_groups(optimizer)
         self._labels.refresh()
-        self._rank_layout.refresh(parameters_held(self.optimizers))
+        if self._rank_layout.count != self._labels.count:
+            self._rank_layout.refresh(parameters_held(self.optimizers))
+        scale = overflow = None
+        if heeds_marks(stepping):
+            scale, overflow = mark_of(stepping, "grad_scale"), mark_of(stepping, "found_inf")
+        elif self._may_be_usual:
+            usual = self._usual(stepping)
+            if usual is not None:
+                return usual
         if self._rank_layout.across is not None:
             refuse_unshared_overflow(self._overflow)
-        overflow = mark_of(stepping, "found_inf")
         if overflow is not None:
             overflow = overflow > 0
             # Several optimizers under a GradScaler wait for the device in any case.
@@ -133,7 +157,7 @@ class JointGradients:
                     return None
                 overflow = None
         if self._several is None:
-            held, scale = self._held_by([stepping]), mark_of(stepping, "grad_scale")
+            held = self._held_by([stepping])
             return self._step_gradients(held, scale=scale, overflow=overflow)
         choice = self._several.at_step(stepping, step_changes)
         if isinstance(choice, Selection):
@@ -149,6 +173,21 @@ class JointGradients:
         """Remember the gradients of an optimizer as its step has left them."""
         if self._several is not None:
             self._several.mark_stepped(optimizer)
+
+    def _usual(self, optimizer: Optimizer) -> HostGradients | None:
+        """Return the gradients of the usual step; None if some are no plain ones on the CPU."""
+        if not (self._labels.is_global and self._rank_layout.is_alone):
+            return None
+        engine, order = self._host_engine, self._settings.norm_type
+        parameters = [*parameters_of(optimizer.param_groups)]
+        gradients = TensorList(map(GRADIENT, parameters))
+        if not engine.prepare(gradients, order):
+            gradients = TensorList(gradients_of(parameters))
+            if not engine.prepare(gradients, order):
+                return None
+        asked = self._rank_layout.wants_parameter_norms
+        names = self._names(parameters, gradients) if asked else None
+        return HostGradients(engine, gradients, self._settings, names)
 
     def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
         labels, rank_layout = self._labels, self._rank_layout
@@ -174,7 +213,10 @@ class JointGradients:
         parameters = [*parameters_held(optimizers)]
         if self._one_norm_for_all:
             gradients = gradients_of(parameters)
-            return HeldGradients(gradients, names=self._names(parameters, gradients))
+            asked = self._rank_layout.wants_parameter_norms
+            return HeldGradients(
+                gradients, names=self._names(parameters, gradients) if asked else ()
+            )
         names: list[str] = []
         held, ids = HeldGradients(names=names), set()
         # The threshold of a parameter's own norm follows from its weights, also on a rank that has
@@ -198,9 +240,7 @@ class JointGradients:
         return held
 
     def _names(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[str]:
-        """Return the names of the gradients' parameters, or none if nobody asks for them."""
-        if not self._rank_layout.wants_parameter_norms:
-            return ()
+        """Return the names of the gradients' parameters."""
         if len(gradients) < len(parameters):
             # Reversed, so that of several parameters with one gradient the first names it.
             by_id = {id(parameter.grad): parameter for parameter in reversed(parameters)}

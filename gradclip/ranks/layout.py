@@ -52,10 +52,13 @@ class RankLayout:
         self._options = options
         self._names: tuple[str, ...] | None = None
         self._indices: dict[str, NormIndices] = {}
-        self._count = -1
+        self.is_alone = True
+        """True if the norms span no other rank."""
+        self.count = -1
+        """Number of the parameters at the last `refresh`."""
 
     def refresh(self, parameters: Iterable[Tensor]) -> None:
-        """Find the ranks that parameters are spread over, if there are more parameters now.
+        """Find the ranks that parameters are spread over. Called when there are more parameters.
 
         Collective at the first call. With DTensors alone it is again one when there are more, as
         the ranks of a DTensor have the same parameters. With ``ranks=`` it is not: one rank may
@@ -65,13 +68,11 @@ class RankLayout:
             AttachError: The ranks do not fit together.
             ArgumentError: A name in an option is that of no parameter on any rank.
         """
-        count = self._labels.count
-        if count == self._count:
-            return
         norm_ranks = norm_ranks_of(groups_of(parameters), self.across)
-        if self.across is None or self._count < 0:
+        if self.across is None or self.count < 0:
             self._agree(norm_ranks)
-        self.norm_ranks, self._count = norm_ranks, count
+        self.norm_ranks, self.count = norm_ranks, self._labels.count
+        self.is_alone = not norm_ranks
 
     def parameter_names(self, local_names: Sequence[str]) -> Sequence[str] | None:
         """Return the names of the parameters whose norms are measured; None for no such norms.

@@ -27,26 +27,26 @@ class RecordBuffer:
         self._waiting: list[ClipRecord] = []
         self._sent: list[Batch] = []
 
-    @property
-    def sent(self) -> bool:
-        """Whether a batch can be taken."""
-        return bool(self._sent)
+    def append(self, record: ClipRecord) -> bool:
+        """Keep a record; a full buffer starts its copy to the host. No host sync on CUDA.
 
-    def append(self, record: ClipRecord) -> None:
-        """Keep a record; a full buffer starts its copy to the host. No host sync on CUDA."""
+        Returns:
+            True if a batch is on its way, which `take` may yield.
+        """
         if self._waiting and not _can_share_batch(self._waiting[-1], record):
             self._send()
         self._waiting.append(record)
-        count = len(self._waiting)
-        sums = record.parameter_sums
-        numbers = record.norms.numel() + (0 if sums is None else len(sums.names))
+        count, numbers, sums = len(self._waiting), record.count, record.parameter_sums
+        if sums is not None:
+            numbers += len(sums.names)
         if count >= self._capacity or count * numbers >= MOST_NORMS:
             self._send()
+        return bool(self._sent)
 
     def take(self, *, wait: bool) -> Iterator[Batch]:
         """Yield the batches that have arrived; with ``wait`` all, after waiting for the device."""
         if wait and self._waiting:
-            wait_for_device(self._waiting[-1].norms.device)
+            wait_for_device(self._waiting[-1].device)
             self._send()
         while self._sent and (wait or self._sent[0].arrived()):
             yield self._sent.pop(0)
@@ -68,22 +68,11 @@ class Batch:
 
     def __init__(self, records: Sequence[ClipRecord]) -> None:
         self.records = records
-        rows = [
-            [record.norms for record in records],
-            [record.thresholds for record in records],
-            [record.coefficients for record in records],
-        ]
         self.has_device_flags = any(
             isinstance(record.skipped, Tensor) or record.overflow is not None for record in records
         )
         """Whether only the device knows if some of the steps were skipped."""
-        if self.has_device_flags:
-            rows += [
-                [flag_per_norm(record.skipped, record.norms) for record in records],
-                [flag_per_norm(record.overflow, record.norms) for record in records],
-            ]
-        # One tensor, so that one copy brings everything but the sums of parameters.
-        values = torch.stack([torch.stack(row) for row in rows])
+        values = _stacked(records, self.has_device_flags)
         measured = [sums for record in records if (sums := record.parameter_sums) is not None]
         vectors = [vector.to(values.device) for sums in measured for vector in sums.sums]
         self._host = _on_host(values)
@@ -161,6 +150,34 @@ def wait_for_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _stacked(records: Sequence[ClipRecord], flags: bool) -> Tensor:
+    """Return all values as one tensor, so that one copy brings them to the host.
+
+    Args:
+        records: n records with k norms each.
+        flags: Whether to add two rows for steps that were skipped, and for those that GradScaler
+            skipped.
+
+    Returns:
+        Shape (3 or 5, n, k).
+    """
+    if all(record.is_number for record in records):
+        numbers = [record.values for record in records]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu").T.unsqueeze(2)
+    rows = [
+        [record.norms for record in records],
+        [record.thresholds for record in records],
+        [record.coefficients for record in records],
+    ]
+    if flags:
+        rows += [
+            [flag_per_norm(record.skipped, record.norms) for record in records],
+            [flag_per_norm(record.overflow, record.norms) for record in records],
+        ]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
 def _can_share_batch(one: ClipRecord, other: ClipRecord) -> bool:
-    same_count = one.norms.numel() == other.norms.numel()
-    return same_count and one.norms.device == other.norms.device
+    if one.is_number and other.is_number:
+        return True
+    return one.count == other.count and one.device == other.device

@@ -1,39 +1,85 @@
-"""The record of one step, in tensors on the device."""
+"""The record of one step: tensors on the device, or numbers that become tensors when read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .parameter_norms import ParameterSums
 
+_CPU = torch.device("cpu")
 
-@dataclass(frozen=True, slots=True, eq=False)
+
 class ClipRecord:
     """The norms, thresholds and coefficients of one step, on the device.
 
-    The fields are vectors with one entry per label. The properties are what a user reads: 0-d
-    tensors if there is one norm, else tensors of shape (k,) in the order of
-    ``GradientClipper.labels``. They are computed when they are read. Nothing here waits for the
-    device, except the repr.
+    ``norms``, ``thresholds`` and ``coefficients`` are vectors with one entry per label. The other
+    properties are what a user reads: 0-d tensors if there is one norm, else tensors of shape (k,)
+    in the order of ``GradientClipper.labels``. All are computed when they are read. Nothing here
+    waits for the device, except the repr.
+
+    Args:
+        step: Index of the step, from 0.
+        wall_time: When the step was taken, in seconds since the epoch.
+        norms: Shape (k,); or the one norm as a number, if the host knows it.
+        thresholds: As the norms.
+        coefficients: As the norms.
+        skipped: Whether the whole step was skipped; 0-d, bool, if only the device knows.
+        overflow: Whether GradScaler skipped the step, which then does not count: 0-d, bool, if only
+            the device knows, else None.
+        parameter_sums: The power sum of each parameter's gradient, for the logs.
     """
 
-    step: int
-    """Index of the step, from 0."""
-    wall_time: float
-    """When the step was taken, in seconds since the epoch."""
-    norms: Tensor
-    thresholds: Tensor
-    coefficients: Tensor
-    skipped: bool | Tensor = False
-    """Whether the whole step was skipped; 0-d, bool, if only the device knows."""
-    overflow: Tensor | None = None
-    """Whether GradScaler skipped the step, which then does not count: 0-d, bool, if only the
-    device knows, else None."""
-    parameter_sums: ParameterSums | None = None
-    """The power sum of each parameter's gradient, for the logs."""
+    __slots__ = (
+        *("count", "is_number", "overflow", "parameter_sums", "skipped"),
+        *("step", "values", "wall_time"),
+    )
+
+    def __init__(
+        self,
+        step: int,
+        wall_time: float,
+        norms: Tensor | float,
+        thresholds: Tensor | float,
+        coefficients: Tensor | float,
+        skipped: bool | Tensor = False,
+        overflow: Tensor | None = None,
+        parameter_sums: ParameterSums | None = None,
+    ) -> None:
+        self.step = step
+        self.wall_time = wall_time
+        self.values: tuple[Any, Any, Any] = norms, thresholds, coefficients
+        """Norms, thresholds and coefficients as given: three tensors, or three numbers."""
+        self.is_number = isinstance(norms, float)
+        """Whether the values are numbers."""
+        self.count = 1 if isinstance(norms, float) else norms.numel()
+        """k, the number of norms."""
+        self.skipped = skipped
+        self.overflow = overflow
+        self.parameter_sums = parameter_sums
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the norms."""
+        return _CPU if self.is_number else self.values[0].device
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms as measured; shape (k,)."""
+        return _as_vector(self.values[0])
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Largest norms allowed; shape (k,)."""
+        return _as_vector(self.values[1])
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Factors by which the norms were reduced; shape (k,)."""
+        return _as_vector(self.values[2])
 
     @property
     def norm(self) -> Tensor:
@@ -64,6 +110,14 @@ class ClipRecord:
         names = ("step", "norm", "clipped_norm", "threshold", "coefficient", "nonfinite")
         return f"ClipRecord({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
+    def __getstate__(self) -> list[Any]:
+        """Return the arguments of the constructor, in order."""
+        flags = (self.skipped, self.overflow, self.parameter_sums)
+        return [self.step, self.wall_time, self.norms, self.thresholds, self.coefficients, *flags]
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
 
 def clipped_norms(norms: Tensor, coefficients: Tensor) -> Tensor:
     """Return the norms after scaling: 0 where a coefficient is 0, even if the norm is infinite."""
@@ -74,6 +128,12 @@ def clipped_norms(norms: Tensor, coefficients: Tensor) -> Tensor:
 def flag_per_norm(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
     """Return a flag as a number for each norm, 0 or 1, so that it travels beside the norms."""
     return torch.zeros_like(norms) + (False if flag is None else flag)
+
+
+def _as_vector(values: Tensor | float) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    return torch.full((1,), values, dtype=torch.float64, device=_CPU)
 
 
 def _as_scalar(values: Tensor) -> Tensor:

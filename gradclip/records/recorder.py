@@ -105,26 +105,28 @@ class Recorder:
         Raises:
             SkipLimitError: ``skip_limit`` steps in a row were skipped.
         """
-        longest = self._counter.pop_longest_run()
-        if self._skip_limit is not None and longest >= self._skip_limit:
-            raise skip_limit_error(self._skip_limit, self.seen - 1)
+        limit = self._skip_limit
+        if limit is not None and self._counter.pop_longest_run() >= limit:
+            raise skip_limit_error(limit, self.seen - 1)
 
     # The way of a record
 
-    def next_step(self, norms: Tensor) -> int:
+    def next_step(self, norms: Tensor | float, *, captured: bool) -> int:
         """Return the index of the step that begins.
 
         Waits for the device if steps of a CUDA graph were replayed.
 
         Args:
-            norms: Norms of the step, shape (k,).
+            norms: Norms of the step, shape (k,), or the one norm as a number.
+            captured: Whether the step is captured in a CUDA graph.
 
         Raises:
             AttachError: The step is captured in a CUDA graph and has no memory for its records.
         """
-        if not capturing():
-            self._read_replays()
-        elif not self._has_replay_memory(norms):
+        if not captured:
+            if self._replayed is not None:
+                self._read_replays()
+        elif isinstance(norms, float) or not self._has_replay_memory(norms.numel(), norms.device):
             raise AttachError(
                 "A step was captured in a CUDA graph before any step was taken, so its records "
                 "have no memory: take a few steps on a side stream first, as torch.cuda.graph "
@@ -141,12 +143,13 @@ class Recorder:
             keep_if_captured(self._replayed)
             self._replayed.write(record)
             return
-        if may_be_captured(record) and not self._has_replay_memory(record.norms):
+        captured = not record.is_number and may_be_captured(record)
+        if captured and not self._has_replay_memory(record.count, record.device):
             # Before any capture: memory that is made within one belongs to the graph.
             self._replayed = ReplayedRecords(record.norms)
         self.seen += 1
-        self._append(record)
-        if self._buffer.sent:
+        self._device_overflows |= record.overflow is not None
+        if self._buffer.append(record):
             self._deliver(wait=False)
 
     def flush(self) -> None:
@@ -181,14 +184,11 @@ class Recorder:
             replayed, records = self._replayed.take(self.seen)
             self.seen += replayed
             for record in records:
-                self._append(record)
+                self._device_overflows |= record.overflow is not None
+                self._buffer.append(record)
 
-    def _has_replay_memory(self, norms: Tensor) -> bool:
-        return self._replayed is not None and self._replayed.fits(norms)
-
-    def _append(self, record: ClipRecord) -> None:
-        self._device_overflows |= record.overflow is not None
-        self._buffer.append(record)
+    def _has_replay_memory(self, count: int, device: torch.device) -> bool:
+        return self._replayed is not None and self._replayed.fits(count, device)
 
     def _deliver(self, *, wait: bool) -> None:
         """Count the batches that have arrived, with ``wait`` all of them, and log their rows."""

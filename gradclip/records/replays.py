@@ -19,7 +19,7 @@ MOST_NUMBERS = 1 << 19
 
 def may_be_captured(record: ClipRecord) -> bool:
     """Return whether a later step like this one may be captured in a CUDA graph."""
-    return record.norms.is_cuda
+    return record.device.type == "cuda"
 
 
 class ReplayedRecords:
@@ -40,9 +40,9 @@ class ReplayedRecords:
         self._time = time.time()
         self._captured = False
 
-    def fits(self, norms: Tensor) -> bool:
-        """Return whether a record with these norms fits: their number and device are the same."""
-        return self._rows.shape[2] == norms.numel() and self._rows.device == norms.device
+    def fits(self, count: int, device: torch.device) -> bool:
+        """Return whether the record of so many norms on a device fits in."""
+        return self._rows.shape[2] == count and self._rows.device == device
 
     def write(self, record: ClipRecord) -> None:
         """Write a record; a captured write is repeated at every replay. No host sync."""

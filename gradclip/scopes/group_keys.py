@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from operator import methodcaller
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ KEY = "max_norm"
 """The key of a parameter group with a norm and a threshold of its own."""
 ABSENT = object()
 """Stands for the key of a group without it: None is a value of the key."""
+_KEY_OF = methodcaller("get", KEY, ABSENT)
 
 
 class GroupKeys:
@@ -54,6 +56,8 @@ class GroupKeys:
         """
         for number, optimizer in enumerate(self._optimizers):
             groups, keys = optimizer.param_groups, self._keys[number]
+            if [*map(_KEY_OF, groups)] == keys:
+                continue  # the usual case, without a line of Python for each group
             if len(groups) < len(keys):
                 self._forget(number, len(groups), numbered=numbered)
             while len(keys) < len(groups):

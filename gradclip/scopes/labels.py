@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, itemgetter
 from weakref import ref
 
 import torch
@@ -24,6 +26,8 @@ from .scope import SHARED, Scope
 NormKey = tuple[bool, str]
 """True if the clipper's threshold applies to the norm, and its label. A parameter group with a
 ``max_norm`` may have the same label as a norm of the scope, and is another norm."""
+
+_GROUPS, _PARAMETERS = attrgetter("param_groups"), itemgetter("params")
 
 GroupThresholds = dict[NormKey, float | None]
 """The norms in order, each with the ``max_norm`` of its parameter group, None for the others."""
@@ -155,9 +159,9 @@ class NormLabels:
                 can no longer be matched.
         """
         self._keys.refresh(numbered=self._scope.kind == "group")
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        groups = chain.from_iterable(map(_GROUPS, self._optimizers))
         # Called at every step: a count, not a walk over all parameters.
-        count = sum(len(group["params"]) for group in groups)
+        count = sum(map(len, map(_PARAMETERS, groups)))
         if count != self.count:
             self._label_added()
             self.count = count

@@ -1,8 +1,9 @@
 """The base class of rules that learn from norms: state, accepted norms, saving, new labels.
 
-One norm on the CPU is the usual case. A Python number is ten times as fast as a tensor there,
-so a rule turns norms and state into numbers first where that is possible (`numbers_or_tensors`)
-and then writes its arithmetic once, for both.
+One norm on the CPU is the usual case. A Python number is ten times as fast as a tensor there, so
+the clipper gives this norm to a rule of this package as a number. The rule turns its state into
+numbers as well and writes its arithmetic once, with the functions of ``numbers.py``. A rule outside
+of this package always gets tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,6 @@ from torch import Tensor
 from ..engines.base import host_may_read
 from ..errors import StateError
 from .base import Rule, StepContext
-
-NumberOrTensor = TypeVar("NumberOrTensor", float, Tensor)
 
 
 class AdaptiveThreshold(Rule):
@@ -106,14 +105,20 @@ class AdaptiveThreshold(Rule):
         self.state, self._labels = state, tuple(labels)
         self.rebuild()
 
-    def thresholds(self, norms: Tensor, context: StepContext) -> Tensor:
-        """See `Threshold.thresholds`."""
-        limits = super().thresholds(norms, context)
+    def thresholds(self, norms: Any, context: StepContext) -> Any:
+        """See `Rule.thresholds`."""
+        limits: Any = super().thresholds(norms, context)
+        if isinstance(limits, float):
+            return limits
         # The record keeps what is returned, and a tensor of the state changes at the next step.
         return limits.clone() if any(limits is kept for kept in self.state.values()) else limits
 
-    def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:
-        """See `Threshold.observe`."""
+    def observe(self, norms: Any, clipped_norms: Any, context: StepContext) -> None:
+        """See `Threshold.observe`; norms are numbers or tensors, as in `thresholds`."""
+        if isinstance(norms, float):
+            if self._usable(norms, clipped_norms) and context.present.item():
+                self.learn(norms, clipped_norms, None)  # type: ignore[arg-type]  # numbers
+            return
         observed = self._observed(norms, clipped_norms, context)
         if observed is not None:  # NaN times anything is NaN, also times 0
             norms = torch.where(observed, norms, 0.0)
@@ -134,67 +139,14 @@ class AdaptiveThreshold(Rule):
     def _observed(
         self, norms: Tensor, clipped_norms: Tensor, context: StepContext
     ) -> Tensor | None:
-        if is_number(norms):
-            usable = self._usable(norms.item(), clipped_norms.item())
-            if usable and context.present.item():
-                return None
         observed = context.present & self._usable(norms, clipped_norms)
         # None spares `put` a torch.where for each tensor; elsewhere the host does not know.
         return None if host_may_read(observed) and bool(observed.all()) else observed
 
-    def _usable(self, norms: NumberOrTensor, clipped_norms: NumberOrTensor) -> Any:
+    def _usable(self, norms: Any, clipped_norms: Any) -> Any:
         """Return whether norms may be observed."""
         finite = (norms < math.inf) & (clipped_norms < math.inf)  # False for NaN
         return finite if self.observes_zeros else finite & (clipped_norms > 0)
-
-
-# Arithmetic for a number and for a tensor of shape (k,) alike, with the same bits: each operation
-# rounds alike. A number divided by a tensor does not: torch multiplies by the reciprocal.
-
-
-def is_number(norms: Tensor) -> bool:
-    """Return whether this is one norm that the host may read without waiting."""
-    return norms.numel() == 1 and host_may_read(norms)
-
-
-def numbers_or_tensors(norms: Tensor, *state: Tensor) -> Sequence[Any]:
-    """Return the tensors, all of shape (k,), as numbers if the host may read the one norm.
-
-    With several norms, or on another device, they are returned as they are.
-    """
-    if is_number(norms):
-        return [tensor.item() for tensor in (norms, *state)]
-    return (norms, *state)
-
-
-def as_limits(limits: Any, norms: Tensor) -> Tensor:
-    """Return limits, a number or a tensor, as a tensor like the norms."""
-    return limits if isinstance(limits, Tensor) else torch.full_like(norms, limits)
-
-
-def where(condition: Any, chosen: Any, other: Any) -> Any:
-    """Return ``chosen`` where the condition holds, else ``other``; both are computed."""
-    if isinstance(condition, Tensor):
-        return torch.where(condition, chosen, other)
-    return chosen if condition else other
-
-
-def clamped(value: Any, *, low: float | None = None, high: float | None = None) -> Any:
-    """Return a value, or the nearest bound."""
-    if isinstance(value, Tensor):
-        return value.clamp(low, high)
-    value = value if high is None else min(value, high)
-    return value if low is None else max(value, low)
-
-
-def as_floats(counts: Any, norms: Tensor) -> Any:
-    """Return counts in the dtype of the norms: torch would make them float32 in a division."""
-    return counts.to(norms.dtype) if isinstance(counts, Tensor) else float(counts)
-
-
-def square_root(value: NumberOrTensor) -> NumberOrTensor:
-    """Return the square root of numbers that are not negative."""
-    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
 # Saved states

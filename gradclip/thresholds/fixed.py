@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from ..checks import checked_bound
 from .base import Rule, StepContext
+from .numbers import NumberOrTensor
 
 
 class Fixed(Rule):
@@ -32,10 +32,12 @@ class Fixed(Rule):
         self.max_norm = None if max_norm is None else checked_bound("max_norm", max_norm)
         self._cached = torch.empty(0, device="cpu")
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
+        limit = math.inf if self.max_norm is None else self.max_norm
+        if isinstance(norms, float):
+            return limit
         like = self._cached  # the same tensor for every record: nobody writes a threshold
         if like.shape != norms.shape or like.device != norms.device or like.dtype != norms.dtype:
-            limit = math.inf if self.max_norm is None else self.max_norm
             self._cached = torch.full_like(norms, limit)
         return self._cached

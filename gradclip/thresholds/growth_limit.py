@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import checked_positive
 from .adaptive import AdaptiveThreshold
 from .base import StepContext
+from .numbers import NumberOrTensor, as_limits, numbers_or_tensors, where
 
 
 class GrowthLimit(AdaptiveThreshold):
@@ -45,11 +46,13 @@ class GrowthLimit(AdaptiveThreshold):
         """See `AdaptiveThreshold.fresh`: 0 stands for no norm yet."""
         return {"previous": torch.zeros(count, device=device, dtype=dtype)}
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
-        previous = self.state["previous"]
-        return torch.where(previous > 0, self.factor * previous, math.inf)
+        _, previous = numbers_or_tensors(norms, self.state["previous"])
+        return as_limits(where(previous > 0, self.factor * previous, math.inf), norms)
 
-    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+    def learn(
+        self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
+    ) -> None:
         """See `AdaptiveThreshold.learn`."""
         self.put(observed, previous=clipped_norms)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import checked_count, checked_positive
 from .adaptive import AdaptiveThreshold
 from .base import StepContext
+from .numbers import NumberOrTensor
 from .window import NormWindow, Row, Rows
 
 
@@ -61,11 +62,13 @@ class MeanDeviation(AdaptiveThreshold):
         """See `AdaptiveThreshold.rebuild`."""
         self._ring.follow(self.state)
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
-        return self._ring.limits(norms, self.warmup, self._limit)
+        return self._ring.limits(norms, self.warmup, self._limit)  # type: ignore[no-any-return]
 
-    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+    def learn(
+        self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
+    ) -> None:
         """See `AdaptiveThreshold.learn`."""
         self._ring.add(norms, observed)
 

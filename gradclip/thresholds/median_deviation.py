@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_positive
-from .adaptive import AdaptiveThreshold, where
+from .adaptive import AdaptiveThreshold
 from .base import StepContext
+from .numbers import NumberOrTensor, where
 from .window import NormWindow, Row, Rows
 
 
@@ -67,11 +68,13 @@ class MedianDeviation(AdaptiveThreshold):
         """See `AdaptiveThreshold.rebuild`."""
         self._ring.follow(self.state)
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
-        return self._ring.limits(norms, self.warmup, self._limit)
+        return self._ring.limits(norms, self.warmup, self._limit)  # type: ignore[no-any-return]
 
-    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+    def learn(
+        self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
+    ) -> None:
         """See `AdaptiveThreshold.learn`."""
         self._ring.add(norms, observed)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_decay, checked_positive
-from .adaptive import AdaptiveThreshold, as_limits, numbers_or_tensors, where
+from .adaptive import AdaptiveThreshold
 from .base import StepContext
+from .numbers import NumberOrTensor, numbers_or_tensors, where
 
 
 class MovingAverage(AdaptiveThreshold):
@@ -66,15 +68,17 @@ class MovingAverage(AdaptiveThreshold):
             "counts": torch.zeros(count, device=device, dtype=torch.int64),
         }
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
         _, average, count = numbers_or_tensors(norms, self.state["average"], self.state["counts"])
         warm = count < self.warmup
         # The one norm on the CPU is known to be past its warm-up, which then costs nothing.
         shared = math.inf if warm is False else self._shared_limits(norms, context.order)
-        return as_limits(where(warm, shared, self.factor * average), norms)
+        return where(warm, shared, self.factor * average)  # type: ignore[no-any-return]
 
-    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+    def learn(
+        self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
+    ) -> None:
         """See `AdaptiveThreshold.learn`."""
         norm, average, count = numbers_or_tensors(
             clipped_norms, self.state["average"], self.state["counts"]
@@ -84,8 +88,10 @@ class MovingAverage(AdaptiveThreshold):
         moved = where(count < self.warmup, smallest, moved)
         self.put(observed, average=moved, counts=count + 1)
 
-    def _shared_limits(self, norms: Tensor, order: float) -> Tensor:
+    def _shared_limits(self, norms: Any, order: float) -> Any:
         """Return limits that scale the norm of all finite norms together to ``warmup_norm``."""
+        if isinstance(norms, float):
+            return self.warmup_norm if self.warmup_norm < norms < math.inf else math.inf
         finite = norms < math.inf
         usable = torch.where(finite, norms, 0.0)
         # Powers of norms relative to the largest neither overflow nor all vanish.

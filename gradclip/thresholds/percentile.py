@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_percentile
-from .adaptive import (
-    AdaptiveThreshold,
-    as_floats,
-    as_limits,
-    clamped,
-    numbers_or_tensors,
-    where,
-)
+from .adaptive import AdaptiveThreshold
 from .base import StepContext
+from .numbers import NumberOrTensor, as_floats, as_limits, clamped, numbers_or_tensors, where
 from .window import NormWindow, OrderedNorms
 
 
@@ -74,7 +68,7 @@ class Percentile(AdaptiveThreshold):
             self._ordered = OrderedNorms(self._ring.norms)
         self._ordered.sort_(self._ring.norms)
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
         norm, present, count = numbers_or_tensors(norms, context.present, self._ring.counts)
         usable = present & (norm < math.inf)
@@ -87,6 +81,8 @@ class Percentile(AdaptiveThreshold):
         limit = lower + (upper - lower) * fraction
         return as_limits(where(count > 0, limit, math.inf), norms)
 
-    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+    def learn(
+        self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
+    ) -> None:
         """See `AdaptiveThreshold.learn`."""
         self._ordered.replace_(*self._ring.add(norms, observed))

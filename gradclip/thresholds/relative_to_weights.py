@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..checks import checked_positive
 from ..errors import ArgumentError
 from .base import Rule, StepContext
+from .numbers import NumberOrTensor, clamped, numbers_or_tensors
 
 
 class RelativeToWeights(Rule):
@@ -43,7 +42,7 @@ class RelativeToWeights(Rule):
         self.factor = checked_positive("factor", factor)
         self.eps = checked_positive("eps", eps)
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`.
 
         Raises:
@@ -54,4 +53,5 @@ class RelativeToWeights(Rule):
                 "RelativeToWeights got a step without weight norms: the caller has to measure them "
                 "for a rule with needs_weights, as GradientClipper does."
             )
-        return self.factor * context.weight_norms.clamp(min=self.eps)
+        _, weight_norms = numbers_or_tensors(norms, context.weight_norms)
+        return self.factor * clamped(weight_norms, low=self.eps)  # type: ignore[no-any-return]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from ..checks import checked_bound
 from ..errors import ArgumentError
 from .base import Rule, StepContext
+from .numbers import NumberOrTensor, as_limits
 
 
 class Schedule(Rule):
@@ -46,7 +44,7 @@ class Schedule(Rule):
             )
         self.function = function
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`.
 
         Raises:
@@ -55,4 +53,4 @@ class Schedule(Rule):
         limit = self.function(context.step)
         if limit is not None:
             limit = checked_bound(f"max_norm({context.step})", limit)
-        return torch.full_like(norms, math.inf if limit is None else limit)
+        return as_limits(math.inf if limit is None else limit, norms)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engines.base import host_may_read
-from .adaptive import as_limits, is_number
 
 
 class NormWindow:
@@ -57,17 +56,18 @@ class NormWindow:
         # A loaded state may be of another dtype, whose largest number is another one.
         self.norms.masked_fill_(~self.filled(), torch.finfo(self.norms.dtype).max)
 
-    def add(self, norms: Tensor, observed: Tensor | None) -> tuple[Any, Any]:
+    def add(self, norms: Tensor | float, observed: Tensor | None) -> tuple[Any, Any]:
         """Replace the oldest norm of each label; see `AdaptiveThreshold.learn`.
 
         Returns:
             The norms that left and those that entered, as tensors of shape (k, 1), or as numbers
             where there is one norm on the CPU. A free slot counts as a norm that left.
         """
-        if is_number(norms) and observed is None:
-            ring, slot = self.norms.numpy()[0], self.counts.item() % self.length
-            oldest, ring[slot] = ring[slot].item(), norms.item()
-            self.counts += 1
+        if isinstance(norms, float):
+            ring, count = self.norms.numpy()[0], self.counts.item()
+            slot = count % self.length
+            oldest, ring[slot] = ring[slot].item(), norms
+            self.counts.fill_(count + 1)
             return oldest, ring[slot].item()  # read again: a ring of float32 has rounded it
         slots = (self.counts % self.length).unsqueeze(1)
         leaving, entering = self.norms.gather(1, slots), norms.unsqueeze(1)
@@ -77,7 +77,7 @@ class NormWindow:
         self.counts += 1 if observed is None else observed
         return leaving, entering
 
-    def limits(self, norms: Tensor, warmup: int, limit: Callable[[Row | Rows], Any]) -> Tensor:
+    def limits(self, norms: Tensor | float, warmup: int, limit: Callable[[Row | Rows], Any]) -> Any:
         """Return limits from statistics of the window, infinity during a warm-up.
 
         Args:
@@ -90,11 +90,11 @@ class NormWindow:
             Shape (k,).
         """
         needed = max(warmup, 3) - 1
-        if not is_number(norms):
+        if not isinstance(norms, float):
             return torch.where(self.counts >= needed, limit(Rows(self)), math.inf)
         count = int(self.counts.item())
         row = Row(self.norms.numpy()[0, :count])
-        return as_limits(limit(row) if count >= needed else math.inf, norms)
+        return limit(row) if count >= needed else math.inf
 
     def filled(self) -> Tensor:
         """Return which slots hold a norm; shape (k, length), bool."""
@@ -109,10 +109,10 @@ class Row:
 
     def mean_and_deviation(self) -> tuple[float, float]:
         """Return the mean and the sample deviation (n - 1)."""
-        norms = self.norms.tolist()
-        mean = sum(norms) / len(norms)
-        squares = sum((norm - mean) * (norm - mean) for norm in norms)
-        return mean, math.sqrt(squares / (len(norms) - 1))
+        count = len(self.norms)
+        mean = sum(self.norms.tolist()) / count
+        distance = self.norms - mean
+        return mean, math.sqrt(distance.dot(distance).item() / (count - 1))
 
     def median_and_distance(self) -> tuple[float, float]:
         """Return the median and the median distance from it."""
@@ -210,7 +210,7 @@ class OrderedNorms:
             near = self._bounded.gather(1, ranks.long().unsqueeze(1) + self._neighbours)
             return torch.clamp(norms.unsqueeze(1), near[:, :2], near[:, 1:]).unbind(dim=1)  # type: ignore[return-value]
         rank = int(ranks)
-        below, here, above = self._bounded[0, rank : rank + 3].tolist()
+        below, here, above = self._bounded.numpy()[0, rank : rank + 3].tolist()
         return min(max(norms, below), here), min(max(norms, here), above)
 
     def replace_(self, leaving: Any, entering: Any) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_decay, checked_positive
-from .adaptive import (
-    AdaptiveThreshold,
+from .adaptive import AdaptiveThreshold
+from .base import StepContext
+from .numbers import (
+    NumberOrTensor,
     as_floats,
     as_limits,
     clamped,
@@ -18,7 +20,6 @@ from .adaptive import (
     square_root,
     where,
 )
-from .base import StepContext
 
 
 class ZScore(AdaptiveThreshold):
@@ -74,11 +75,13 @@ class ZScore(AdaptiveThreshold):
             "counts": torch.zeros(count, device=device, dtype=torch.int64),
         }
 
-    def limits(self, norms: Tensor, context: StepContext) -> Tensor:
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
         return as_limits(self._limit(*self._numbers(norms)), norms)
 
-    def learn(self, norms: Tensor, clipped_norms: Tensor, observed: Tensor | None) -> None:
+    def learn(
+        self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
+    ) -> None:
         """See `AdaptiveThreshold.learn`."""
         norm, mean, variance, count = self._numbers(norms)
         # Computed again: cap and floor are no part of what it observes.
@@ -93,10 +96,10 @@ class ZScore(AdaptiveThreshold):
         # variance of all norms so far, without a buffer.
         variance = (1 - weight) * variance + weight * (where(warm, before, after) * after)
         # The square of a norm can be infinite, which would end all limits.
-        variance = clamped(variance, high=torch.finfo(norms.dtype).max)
+        variance = clamped(variance, high=torch.finfo(self.state["variance"].dtype).max)
         self.put(observed, mean=mean, variance=variance, counts=count + 1)
 
-    def _numbers(self, norms: Tensor) -> tuple[Any, Any, Any, Any]:
+    def _numbers(self, norms: Any) -> tuple[Any, Any, Any, Any]:
         """Return norm, mean, variance and count."""
         norm, mean, variance, count = numbers_or_tensors(
             norms, self.state["mean"], self.state["variance"], self.state["counts"]

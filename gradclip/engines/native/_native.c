@@ -21,7 +21,7 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { ABI = 2 }; /* increase it with every change of a function that engine.py calls */
+enum { ABI = 3 }; /* increase it with every change of a function that engine.py calls */
 enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
@@ -34,6 +34,7 @@ enum {
     BLOCK = 8 * 2 * PAIR, /* elements summed in float32 before float64: 8 for each lane */
 };
 
+#define LOWEST_ADDRESS ((int64_t)1 << 32) /* tensors without memory lie below, see layout.py */
 #define SMALLEST_NORMAL 0x1p-126
 #define VANISHING 0x1p-70 /* a smaller sum may have lost much in float32 */
 
@@ -161,6 +162,7 @@ enum { USUAL, FLUSHING };
 #endif
 
 #include "_native_work.h"
+#include "_native_walk.h"
 
 static struct job job_of(const struct request *request)
 {
@@ -289,6 +291,20 @@ EXPORTED int gradclip_scale(
     const struct request *request, const double *coefficients, int64_t count, char *written)
 {
     return written_by(request, scale_piece, coefficients, count, written);
+}
+
+/* The norm of all tensors together, then their scaling to a threshold if a finite norm is above. */
+EXPORTED int gradclip_clip(
+    const struct request *request, double threshold, double *norm, char *written)
+{
+    int status = gradclip_norm(request, norm, NULL);
+    if (status != OK || !(*norm > threshold && *norm < INFINITY))
+        return status;
+    control before = GET_CONTROL();
+    SET_CONTROL(USUAL); /* a program that flushes denormals would make a small quotient 0 */
+    double coefficient = threshold / *norm;
+    SET_CONTROL(before);
+    return gradclip_scale(request, &coefficient, 1, written);
 }
 
 /* Clamp each tensor, or each row, to magnitudes whose bits are at most those of its bound. NaN

@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ...errors import EngineUnavailableError
-from ..base import INTEGERS, Engine, rounded_bounds
+from ..base import INTEGERS, Engine, TensorList, rounded_bounds
 from ..layout import addresses_of, flat, flat_view, table, table_view
 from ..operators.engine import OPERATORS
 
-ABI = 2
+ABI = 3
 """The version of the library's functions that this module calls."""
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 OK, NO_MEMORY = 0, -1
 BEST = 2
 """The highest level of instruction sets."""
+HEADER = 5
+"""Numbers of a request before its table of addresses and lengths."""
 SPARE = 32
 """Tensors for a norm to make at a time."""
 
@@ -50,6 +52,7 @@ class NativeEngine(Engine):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self._walk = _walker(library)
 
     def unsupported(self, device: torch.device) -> str | None:
         """See `Engine.unsupported`."""
@@ -87,6 +90,48 @@ class NativeEngine(Engine):
             if all(addresses) and _done(self._library.gradclip_norm(request, *addresses)):
                 return norm, sums
         return OPERATORS.norm_and_sums(tensors, order)
+
+    def prepare(self, tensors: TensorList, order: float) -> bool:
+        """See `Engine.prepare`."""
+        if self._walk is None:
+            if not super().prepare(tensors, order):
+                return False
+            tensors.note, _stored = _request(tensors, False, flat_view, order)
+            return tensors.note is not None
+        count = len(tensors)
+        tensors.note = request = (ctypes.c_int64 * (HEADER + 2 * count))()
+        status = self._walk(tensors, request, count, torch.get_num_threads(), order)
+        return status == OK or _done(status)
+
+    def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
+        """See `Engine.host_norm`."""
+        norm = ctypes.c_double()
+        address = None if sums is None else _address(sums)
+        if address == 0:
+            return super().host_norm(tensors, order, sums)
+        status = self._library.gradclip_norm(tensors.note, ctypes.byref(norm), address)
+        if status != OK:
+            _done(status)  # raises: no memory is left
+        return norm.value
+
+    def host_scale_(self, tensors: TensorList, coefficient: float) -> None:
+        """See `Engine.host_scale_`."""
+        request = tensors.note
+        flags = (ctypes.c_char * len(tensors))()
+        factor = ctypes.byref(ctypes.c_double(coefficient))
+        _done(self._library.gradclip_scale(request, factor, 1, flags))
+        increment_version([*compress(tensors, flags.raw)])
+
+    def host_clip_(self, tensors: TensorList, threshold: float, order: float) -> Tensor:
+        """See `Engine.host_clip_`."""
+        norm, flags = _new_number(scalar=True), (ctypes.c_char * len(tensors))()
+        address = _address(norm)
+        if not address:
+            return super().host_clip_(tensors, threshold, order)
+        _done(self._library.gradclip_clip(tensors.note, threshold, address, flags))
+        if any(flags.raw):
+            increment_version([*compress(tensors, flags.raw)])
+        return norm
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
@@ -228,14 +273,61 @@ def load() -> ctypes.CDLL:
         raise _unavailable(f"its library cannot be loaded ({error})") from error
     if abi != ABI:
         raise _unavailable(f"its library is of another version ({abi}, needed is {ABI})")
-    request, numbers = ctypes.c_char_p, ctypes.c_void_p
+    request = numbers = ctypes.c_void_p
     library.gradclip_power_sums.argtypes = (request, numbers)
     library.gradclip_norm.argtypes = (request, numbers, numbers)
     library.gradclip_scale.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
+    library.gradclip_clip.argtypes = (request, ctypes.c_double, numbers, ctypes.c_char_p)
     library.gradclip_clamp.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
     library.gradclip_use_threads_of(_entry_of_threads())
     library.gradclip_choose(BEST)
     return library
+
+
+class _ExchangeApi(ctypes.Structure):
+    """``DLPackExchangeAPI`` of DLPack 1: functions of torch for code in C."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("major", "minor")),
+        *((name, ctypes.c_void_p) for name in ("older", "allocate", "export", "take")),
+        ("describe", ctypes.c_void_p),
+    ]
+
+
+class _Interpreter(ctypes.Structure):
+    """``struct interpreter`` of the library."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("list_size", "list_item", "type_of", "release", "clear_error"),
+            *("describe", "tensor_type"),
+        )
+    ]
+
+
+def _walker(library: ctypes.CDLL) -> Callable[..., int] | None:
+    """Return the library's function that walks a list of tensors; None for a torch before 2.10."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    api = ctypes.pythonapi
+    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", api)
+    )
+    exchange = _ExchangeApi.from_address(pointer_of(capsule, b"dlpack_exchange_api"))
+    if exchange.major != 1 or not exchange.describe:
+        return None
+    functions = api.PyList_Size, api.PyList_GetItem, api.PyObject_Type, api.Py_DecRef
+    addresses = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
+    clear = ctypes.cast(api.PyErr_Clear, ctypes.c_void_p)
+    interpreter = _Interpreter(*addresses, clear, exchange.describe, id(Tensor))
+    library.gradclip_use_interpreter(ctypes.byref(interpreter))
+    # PyDLL keeps the interpreter's lock during the call, which takes about a microsecond.
+    walk = ctypes.PyDLL(str(LIBRARY)).gradclip_walk
+    numbers = ctypes.c_int64, ctypes.c_int64, ctypes.c_double
+    walk.argtypes = (ctypes.py_object, ctypes.c_void_p, *numbers)
+    return walk
 
 
 def _entry_of_threads() -> ctypes.c_void_p:

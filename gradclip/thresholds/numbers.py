@@ -1,0 +1,53 @@
+"""Arithmetic for one norm as a number and for a tensor of norms, so that a rule is written once.
+
+Both give the same bits, since each operation rounds alike. A number divided by a tensor does not:
+torch multiplies by the reciprocal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+NumberOrTensor = TypeVar("NumberOrTensor", float, Tensor)
+
+
+def numbers_or_tensors(norms: NumberOrTensor, *state: Tensor) -> Sequence[Any]:
+    """Return norms and state; the state, of shape (1,), as numbers if the norm is one."""
+    return [norms, *(map(Tensor.item, state) if isinstance(norms, float) else state)]
+
+
+def as_limits(limits: Any, norms: NumberOrTensor) -> NumberOrTensor:
+    """Return limits, a number or a tensor, as a number or a tensor like the norms."""
+    if isinstance(norms, float) or isinstance(limits, Tensor):
+        return limits  # type: ignore[no-any-return]
+    return torch.full_like(norms, limits)
+
+
+def where(condition: Any, chosen: Any, other: Any) -> Any:
+    """Return ``chosen`` where the condition holds, else ``other``; both are computed."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, chosen, other)
+    return chosen if condition else other
+
+
+def as_floats(counts: Any, norms: Any) -> Any:
+    """Return counts in the dtype of the norms: torch would make them float32 in a division."""
+    return counts.to(norms.dtype) if isinstance(counts, Tensor) else float(counts)
+
+
+def square_root(value: NumberOrTensor) -> NumberOrTensor:
+    """Return the square root of numbers that are not negative."""
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def clamped(value: Any, *, low: float | None = None, high: float | None = None) -> Any:
+    """Return a number or tensor, or the nearest bound; the upper one if the bounds are crossed."""
+    if isinstance(value, Tensor):
+        return value.clamp(low, high)
+    value = value if low is None else max(value, low)
+    return value if high is None else min(value, high)

@@ -1,0 +1,92 @@
+"""The usual step: one optimizer, plain gradients on the CPU, one norm."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradclip
+from gradclip import GradientClipper, MemorySink
+from gradclip.thresholds import ZScore
+
+PACKAGE = str(Path(gradclip.__file__).parent)
+
+
+def python_calls(step) -> list[str]:
+    """Return the functions of gradclip that a call enters, and what these enter in turn."""
+    calls: list[str] = []
+
+    def profile(frame, event, _) -> None:
+        caller = frame.f_back
+        files = [code.co_filename for code in (frame.f_code, caller and caller.f_code) if code]
+        if event == "call" and any(file.startswith(PACKAGE) for file in files):
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="older torch")
+@pytest.mark.parametrize(
+    ("threshold", "most"), [(1e9, 50), (1e-9, 56), (ZScore(), 80)], ids=["under", "clip", "learn"]
+)
+def test_a_step_makes_few_python_calls(threshold, most):
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(6)]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    with GradientClipper(optimizer, threshold) as clipper:
+        if clipper.engine != "native":
+            pytest.skip("the native engine was not built")
+        for _ in range(3):
+            optimizer.step()
+        calls = python_calls(optimizer.step)
+    assert 20 < len(calls) < most, calls
+
+
+def test_what_is_read_of_a_record_is_made_for_the_reader():
+    """Nobody can change a record by changing the tensors that it returns."""
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    with GradientClipper(torch.optim.SGD([parameter], lr=0.1), 1.0) as clipper:
+        clipper.step()
+        clipper.last.norm.zero_()
+        clipper.last.norms.zero_()
+        assert [clipper.last.norm.item(), clipper.last.norms.tolist()] == [5.0, [5.0]]
+        assert clipper.last.coefficient.item() == 0.2
+
+
+@pytest.mark.parametrize("unusual", ["sparse", "absent", "strided", "half"])
+def test_steps_of_both_kinds_follow_each_other(unusual):
+    """Gradients may be plain at one step and not at the next; records and rules go on."""
+    parameters = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    grads = {
+        "sparse": lambda: torch.eye(2).to_sparse(),
+        "absent": lambda: None,
+        "strided": lambda: torch.eye(4)[::2, ::2],
+        "half": lambda: torch.eye(2),
+    }
+    if unusual == "half":
+        parameters[1].data = parameters[1].data.half()
+        grads["half"] = lambda: torch.eye(2).half()
+    sink = MemorySink()
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    with GradientClipper(optimizer, ZScore(warmup=1), log=sink) as clipper:
+        for step in range(6):
+            parameters[0].grad = torch.eye(2) * (step + 1)
+            parameters[1].grad = grads[unusual]() if step % 2 else None
+            if step % 2 == 0 and unusual != "half":
+                parameters[1].grad = torch.eye(2)
+            clipper.step()
+        clipper.flush()
+        assert clipper.steps == 6
+        assert int(clipper.state_dict()["threshold"]["counts"]) == 6
+    assert [row.step for row in sink.steps] == [*range(6)]

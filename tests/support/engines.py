@@ -46,6 +46,31 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_neg().contiguous().view(INTEGERS[tensor.element_size()]).clone()
 
 
+def channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return random(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole buffer that a tensor is a view of."""
+    return tensor.new_empty(0).set_(tensor.untyped_storage())
+
+
+def power_sum(tensor: torch.Tensor, order: float) -> float:
+    values = tensor.double().abs().flatten()
+    if not values.numel():
+        return 0.0
+    return (values.max() if order == math.inf else (values**order).sum()).item()
+
+
+def assert_scaled(found: torch.Tensor, original: torch.Tensor, coefficient: torch.Tensor) -> None:
+    """Check products up to one rounding, and one of the coefficient to float32."""
+    erased, info = coefficient == 0, torch.finfo(original.dtype)
+    expected = (original.double() * coefficient).masked_fill(erased, 0)
+    tolerance = (info.eps / 2 + 2.0**-24) * expected.abs() + info.smallest_normal * info.eps
+    error = (found.double() - expected).abs()
+    assert bool((error <= tolerance.masked_fill(erased, 0)).all())
+
+
 @contextmanager
 def denormals_flushed(flush: bool = True) -> Iterator[None]:
     """Let the CPU take denormals for 0 within a block, or not."""

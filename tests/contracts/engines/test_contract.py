@@ -22,17 +22,17 @@ from tests.support.engines import (
     LEVELS,
     ORDERS,
     SMALL,
+    assert_scaled,
     bits,
+    channels_last,
     denormals_flushed,
+    power_sum,
     random,
+    storage,
     vector,
 )
 
 tensors_and_rows = pytest.mark.parametrize("rows", [False, True], ids=["tensors", "rows"])
-
-
-def channels_last(*shape: int, dtype: torch.dtype) -> Tensor:
-    return random(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
 def windows(buffer: Tensor, count: int, width: int, step: int) -> Tensor:
@@ -132,18 +132,6 @@ def by_tensor(numbers: Tensor, tensors: list[Tensor], rows: bool) -> Iterator[Te
         yield part.view(-1, *[1] * (tensor.dim() - 1)) if rows else part.view(())
 
 
-def storage(tensor: Tensor) -> Tensor:
-    """The whole buffer that a tensor is a view of."""
-    return tensor.new_empty(0).set_(tensor.untyped_storage())
-
-
-def power_sum(tensor: Tensor, order: float) -> float:
-    values = tensor.double().abs().flatten()
-    if not values.numel():
-        return 0.0
-    return (values.max() if order == math.inf else (values**order).sum()).item()
-
-
 def assert_same(found: Tensor, needed: Tensor) -> None:
     torch.testing.assert_close(found, needed, rtol=0, atol=0, equal_nan=True)
 
@@ -154,15 +142,6 @@ def assert_sums(engine: Engine, tensors: list[Tensor], order: float, rows: bool)
     assert (sums.shape, sums.dtype) == ((len(needed),), torch.float64)
     assert sums.tolist() == pytest.approx(needed, rel=1e-6, abs=0, nan_ok=True)
     return sums
-
-
-def assert_scaled(found: Tensor, original: Tensor, coefficient: Tensor) -> None:
-    """Check products up to one rounding, and one of the coefficient to float32."""
-    erased, info = coefficient == 0, torch.finfo(original.dtype)
-    expected = (original.double() * coefficient).masked_fill(erased, 0)
-    tolerance = (info.eps / 2 + 2.0**-24) * expected.abs() + info.smallest_normal * info.eps
-    error = (found.double() - expected).abs()
-    assert bool((error <= tolerance.masked_fill(erased, 0)).all())
 
 
 def assert_written(tensor: Tensor, whole: Tensor, chosen: Tensor) -> None:

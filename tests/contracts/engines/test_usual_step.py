@@ -98,7 +98,7 @@ def test_plain_gradients_are_multiplied(host, dtype, coefficient):
         host.host_norm(given, 2.0)
         host.host_scale_(given, coefficient)
         for tensor, (original, version) in zip(given, before, strict=True):
-            assert_scaled(tensor, original, coefficient)
+            assert_scaled(tensor, original, torch.tensor(coefficient))
             assert tensor._version > version or not tensor.numel()
 
 

@@ -20,7 +20,7 @@ from ..errors import EngineUnavailableError
 INFINITY = math.inf
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of tensors that engines take."""
-_FACTS = attrgetter("dtype", "layout", "is_cpu")
+_FACTS = attrgetter("dtype", "layout")
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype of an element size. Magnitudes are ordered as their bits without the sign."""
 
@@ -121,9 +121,9 @@ class Engine(ABC):
         if {*map(type, tensors)} != {Tensor} or len({*map(id, tensors)}) < len(tensors):
             return False
         facts = {*map(_FACTS, tensors)}
-        dtype, layout, on_cpu = next(iter(facts))
-        plain = dtype in REAL and layout is torch.strided and on_cpu
-        return plain and len(facts) == 1
+        dtype, layout = next(iter(facts))
+        plain = len(facts) == 1 and dtype in REAL and layout is torch.strided
+        return plain and all(map(host_may_read, tensors))
 
     def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
         """Return the norm of all tensors together as a number.
@@ -146,7 +146,8 @@ class Engine(ABC):
             tensors: As for `host_norm`.
             coefficient: In [0, 1].
         """
-        self.scale_(tensors, torch.tensor([coefficient], dtype=torch.float64, device="cpu"))
+        dtype = norm_dtype(tensors[0].device)
+        self.scale_(tensors, torch.full((1,), coefficient, dtype=dtype, device="cpu"))
 
     def host_clip_(self, tensors: TensorList, threshold: float, order: float) -> Tensor:
         """Scale tensors to a threshold in place, if their norm is finite and above it.

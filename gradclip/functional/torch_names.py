@@ -202,7 +202,8 @@ def _clip_norm_(
 ) -> Tensor:
     """Clip and return the norm; see `clip_grad_norm_`. ``finite`` asks for the error."""
     engine, usual = engine_for("auto", _CPU), TensorList(gradients)
-    if not groups and not finite and engine.prepare(usual, order):
+    usable = not groups and not finite and engine.prepare(usual, order)
+    if usable and host_may_read(usual[0]):
         return engine.host_clip_(usual, limit, order)
     buckets = buckets_of(distinct(gradients), order)
     norm = norms_of(buckets, order, scalar=True, groups=groups)

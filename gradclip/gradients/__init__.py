@@ -2,8 +2,9 @@
 
 ``held.py`` collects gradients, ``forms.py`` converts them for the engines, ``buckets.py`` sorts
 them so that one engine call takes many, ``norms.py`` measures, ``norm_thresholds.py`` applies the
-rule, ``coefficients.py`` has the formula, ``policies.py`` the options, and ``step.py`` combines
-these for one step.
+rule, ``coefficients.py`` has the formula, ``policies.py`` the options. ``step.py`` combines these
+for one step, and ``host_step.py`` does the same in numbers for the usual step: plain gradients on
+the CPU that share one norm.
 
 Called by: optimizers, functional, clipper, integrations.
 Imports: errors, checks, engines, thresholds, scopes, ranks, records.
@@ -14,6 +15,7 @@ __all__ = [
     "coefficients",
     "forms",
     "held",
+    "host_step",
     "norm_thresholds",
     "norms",
     "policies",

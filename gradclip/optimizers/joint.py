@@ -74,7 +74,7 @@ class JointGradients:
             and rank_layout.across is None
             and settings.max_value is None
             and not threshold.needs_weights
-            and self.device.type == "cpu"
+            and host_may_read(torch.empty(0, device=self.device))
         )
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()

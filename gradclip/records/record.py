@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engines import norm_dtype
 from .parameter_norms import ParameterSums
 
 _CPU = torch.device("cpu")
+_set = object.__setattr__
 
 
 class ClipRecord:
@@ -33,6 +35,17 @@ class ClipRecord:
         parameter_sums: The power sum of each parameter's gradient, for the logs.
     """
 
+    step: int
+    wall_time: float
+    values: tuple[Any, Any, Any]
+    """Norms, thresholds and coefficients as given: three tensors, or three numbers."""
+    is_number: bool
+    """True if the values are numbers."""
+    count: int
+    """k, the number of norms."""
+    skipped: bool | Tensor
+    overflow: Tensor | None
+    parameter_sums: ParameterSums | None
     __slots__ = (
         *("count", "is_number", "overflow", "parameter_sums", "skipped"),
         *("step", "values", "wall_time"),
@@ -49,17 +62,18 @@ class ClipRecord:
         overflow: Tensor | None = None,
         parameter_sums: ParameterSums | None = None,
     ) -> None:
-        self.step = step
-        self.wall_time = wall_time
-        self.values: tuple[Any, Any, Any] = norms, thresholds, coefficients
-        """Norms, thresholds and coefficients as given: three tensors, or three numbers."""
-        self.is_number = isinstance(norms, float)
-        """Whether the values are numbers."""
-        self.count = 1 if isinstance(norms, float) else norms.numel()
-        """k, the number of norms."""
-        self.skipped = skipped
-        self.overflow = overflow
-        self.parameter_sums = parameter_sums
+        is_number = isinstance(norms, float)
+        _set(self, "step", step)
+        _set(self, "wall_time", wall_time)
+        _set(self, "values", (norms, thresholds, coefficients))
+        _set(self, "is_number", is_number)
+        _set(self, "count", 1 if is_number else norms.numel())  # type: ignore[union-attr]
+        _set(self, "skipped", skipped)
+        _set(self, "overflow", overflow)
+        _set(self, "parameter_sums", parameter_sums)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"A ClipRecord cannot be changed: found a new {name}.")
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +147,7 @@ def flag_per_norm(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
 def _as_vector(values: Tensor | float) -> Tensor:
     if isinstance(values, Tensor):
         return values
-    return torch.full((1,), values, dtype=torch.float64, device=_CPU)
+    return torch.full((1,), values, dtype=norm_dtype(_CPU), device=_CPU)
 
 
 def _as_scalar(values: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ def test_launch_that_fails_after_an_evaluation(monkeypatch):
     before = repr((run.weight.tolist(), run.optimizer.state_dict()))
     engine = type(REGISTRY.get("native") or REGISTRY["operators"])
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "norm", Calls(engine.norm, 0))
+        patch.setattr(engine, "host_norm", Calls(engine.host_norm, 0))
         with pytest.raises(LaunchError):
             run.step()
     assert repr((run.weight.tolist(), run.optimizer.state_dict())) == before

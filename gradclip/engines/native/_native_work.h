@@ -159,14 +159,51 @@ static void add_up_long_rows(struct job *job)
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 static pid_t owner;
 
+/* A call returns when all of its threads have run. Where other programs keep the cores busy, that
+ * takes until the system lets the last thread run, many times longer than the work: after such a
+ * call some are made in one thread, twice as many each time. */
+
+enum { MOST_ALONE = 1024 };
+static int64_t calls_alone, next_alone = 1;
+
 /* Use the threads behind this function; NULL for one thread. */
 EXPORTED void gradclip_use_threads_of(void *entry)
 {
     memcpy(&parallel, &entry, sizeof entry);
     owner = getpid();
+    calls_alone = 0;
+    next_alone = 1;
 }
 
-static int run_large(struct job *job)
+static int threads_are_free(void)
+{
+    int64_t left = __atomic_load_n(&calls_alone, __ATOMIC_RELAXED);
+    if (left > 0)
+        __atomic_store_n(&calls_alone, left - 1, __ATOMIC_RELAXED);
+    return left <= 0;
+}
+
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void work_in_threads(struct job *job, int64_t threads, int64_t bytes)
+{
+    /* Nanoseconds: a start, and for each byte several times what one thread takes. */
+    enum { START = 200000, QUICK = 2, POWER = 40 };
+    int quick = !job->sums || job->order == 1 || job->order == 2 || job->order == INFINITY;
+    int64_t began = nanoseconds();
+    parallel(work_on_units, job, (unsigned)threads, 0);
+    int had_to_wait = nanoseconds() - began > START + (quick ? QUICK : POWER) * bytes;
+    int64_t alone = __atomic_load_n(&next_alone, __ATOMIC_RELAXED);
+    __atomic_store_n(&calls_alone, had_to_wait ? alone : 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&next_alone, had_to_wait ? at_most(MOST_ALONE, 2 * alone) : 1, __ATOMIC_RELAXED);
+}
+
+static int run_large(struct job *job, int64_t bytes)
 {
     int64_t units = 0, rows = 0, count = job->count;
     for (int64_t tensor = 0; tensor < count; tensor++)
@@ -185,8 +222,8 @@ static int run_large(struct job *job)
     }
     job->first_unit[count] = units;
     int64_t threads = at_most(units, job->threads);
-    if (parallel && threads > 1 && getpid() == owner)
-        parallel(work_on_units, job, (unsigned)threads, 0);
+    if (parallel && threads > 1 && getpid() == owner && threads_are_free())
+        work_in_threads(job, threads, bytes);
     else
         work_on_units(job);
     if (job->sums)
@@ -208,7 +245,7 @@ static int run(struct job *job)
     SET_CONTROL(USUAL);
     int status = OK;
     if (bytes >= THREADED)
-        status = run_large(job);
+        status = run_large(job, bytes);
     else
         run_small(job);
     SET_CONTROL(before);

@@ -70,7 +70,7 @@ def host(request, monkeypatch):
         yield REGISTRY[name]
 
 
-def prepared(host: Engine, tensors: list[torch.Tensor], order: float = 2.0) -> TensorList | None:
+def looked_at(host: Engine, tensors: list[torch.Tensor], order: float = 2.0) -> TensorList | None:
     given = TensorList(tensors)
     return given if host.prepare(given, order) else None
 
@@ -80,7 +80,7 @@ def test_plain_gradients_have_the_norm_of_float64(host, dtype, order):
     """With each power sum or without, they have the bits of the other verbs."""
     for make in PLAIN.values():
         tensors = make(dtype)
-        given = prepared(host, tensors, order)
+        given = looked_at(host, tensors, order)
         sums = torch.full((len(tensors),), math.nan, dtype=torch.float64)
         norm = host.host_norm(given, order)
         assert norm == host.norm(tensors, order).item() == host.host_norm(given, order, sums)
@@ -93,7 +93,7 @@ def test_plain_gradients_have_the_norm_of_float64(host, dtype, order):
 @pytest.mark.parametrize("coefficient", [0.0, 2.0**-140, 0.3, 1 - 2.0**-20])
 def test_plain_gradients_are_multiplied(host, dtype, coefficient):
     for make in PLAIN.values():
-        given = prepared(host, make(dtype))
+        given = looked_at(host, make(dtype))
         before = [(tensor.clone(), tensor._version) for tensor in given]
         host.host_norm(given, 2.0)
         host.host_scale_(given, coefficient)
@@ -107,7 +107,7 @@ def test_plain_gradients_are_multiplied(host, dtype, coefficient):
 def test_clipping_in_one_call(host, threshold, flushed):
     """It scales a finite norm above the threshold, and writes nothing else."""
     first, second = torch.tensor([3.0], dtype=torch.float64), torch.tensor([4.0]).double()
-    given = prepared(host, [first, second])
+    given = looked_at(host, [first, second])
     with denormals_flushed(flushed):
         norm = host.host_clip_(given, threshold, 2.0)
     assert (norm.item(), norm.shape, norm.dtype) == (5.0, (), torch.float64)
@@ -116,7 +116,7 @@ def test_clipping_in_one_call(host, threshold, flushed):
     else:
         assert first.item() == pytest.approx(threshold * 0.6, rel=1e-6)
         assert first._version > 0
-    spoilt = prepared(host, [torch.tensor([math.nan, 2.0])])
+    spoilt = looked_at(host, [torch.tensor([math.nan, 2.0])])
     assert math.isnan(host.host_clip_(spoilt, threshold, 2.0).item())
     assert (spoilt[0][1].item(), spoilt[0]._version) == (2.0, 0)
 
@@ -124,7 +124,7 @@ def test_clipping_in_one_call(host, threshold, flushed):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("make", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
 def test_other_gradients_are_left_to_the_other_verbs(host, make):
-    assert prepared(host, make()) is None
+    assert looked_at(host, make()) is None
 
 
 @pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL.keys())
@@ -133,7 +133,7 @@ def test_unusual_memory_is_refused_or_served(host, make):
     tensors, twins = make(), make()
     for twin, tensor in zip(twins, tensors, strict=True):
         storage(twin).copy_(storage(tensor))
-    given = prepared(host, tensors)
+    given = looked_at(host, tensors)
     if given is None:
         return
     assert host.host_norm(given, 2.0) == host.norm(twins, 2.0).item()
@@ -147,7 +147,7 @@ def test_tensors_of_a_transformation_have_no_address(native_engine, transform):
     accepted = []
 
     def function(values: torch.Tensor) -> torch.Tensor:
-        accepted.append(prepared(native_engine, [values]))
+        accepted.append(looked_at(native_engine, [values]))
         return values.sum()
 
     transform(function)(random(3, 4))
@@ -157,11 +157,11 @@ def test_tensors_of_a_transformation_have_no_address(native_engine, transform):
 def test_memory_that_was_given_back_is_not_read(native_engine):
     gone = random(3)
     gone.untyped_storage().resize_(0)
-    assert prepared(native_engine, [gone]) is None
+    assert looked_at(native_engine, [gone]) is None
 
 
 def test_an_error_of_the_walk_does_not_stay(native_engine):
     """torch sets an error for a sparse tensor; the next call must not see it."""
-    assert prepared(native_engine, [random(2, 2).to_sparse()]) is None
-    assert prepared(native_engine, [random(2)]) is not None
+    assert looked_at(native_engine, [random(2, 2).to_sparse()]) is None
+    assert looked_at(native_engine, [random(2)]) is not None
     assert bits(random(1)).numel() == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -325,6 +327,30 @@ c_engine._library.gradclip_use_threads_of(ctypes.c_void_p(None))
 print(torch.equal(c_engine.norm([large], 2.0), needed))
 """)
     assert found.split() == ["True"]
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.05, range(2, 6)), (0.0, range(12, 21))])
+def test_threads_that_have_to_wait_are_seldom_asked(c_engine, seconds, calls):
+    """Beside other programs they come late; the bits are the same with and without them."""
+    library, started = c_engine._library, []
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def parallel(work, data, threads, flags):
+        started.append(threads)
+        time.sleep(seconds)
+        function(work)(data)
+
+    torch.set_num_threads(2)
+    large = torch.randn(2_000_000)
+    needed = c_engine.norm([large], 2.0)
+    library.gradclip_use_threads_of(ctypes.cast(parallel, ctypes.c_void_p))
+    try:
+        norms = [c_engine.norm([large], 2.0) for _ in range(20)]
+    finally:
+        library.gradclip_use_threads_of(native._entry_of_threads())
+    assert all(torch.equal(norm, needed) for norm in norms)
+    assert len(started) in calls
 
 
 def test_no_runtime_is_no_error(monkeypatch):

@@ -29,7 +29,7 @@ def test_a_ring_of_float32_returns_the_norm_that_it_holds():
     """The sorted norms would lose it otherwise."""
     ring = NormWindow(2)
     ring.follow(ring.fresh(1, torch.device("cpu"), torch.float32))
-    _, entering = ring.add(vector(0.1), None)
+    _, entering = ring.add(0.1, None)
     assert entering == ring.norms[0, 0].item() == torch.tensor(0.1).item()
 
 

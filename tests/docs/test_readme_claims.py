@@ -1,4 +1,4 @@
-"""Claims of README and docs on devices, graphs, logs and the demo that no other test shows."""
+"""Claims of README and docs on devices, graphs and logs that no other test shows."""
 
 import math
 
@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from gradclip import GradientClipper, MemorySink, cli
-from tests.support.curves import values_in
+from gradclip import GradientClipper
+from tests.support.graphs import GraphTraining, replay_batches
 
 
 @pytest.mark.usefixtures("like_a_device")
@@ -23,30 +23,14 @@ def test_torch_operators_on_a_device_multiply_also_by_1():
 
 
 def test_an_incident_of_a_graph_names_no_parameter(tape, captured):
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    batch, sink = torch.ones(3, 2), MemorySink()
-    clipper = GradientClipper(optimizer, 1.0, model=model, log=sink)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        optimizer.step()
-
-    step()
-    step()
-    batch.fill_(math.nan)
-    step()
-    batch.fill_(1.0)
-    with captured(), tape:
-        step()
-    batch.fill_(math.nan)
-    tape.replay()
-    clipper.close()
-    eager, replayed = (step.incident for step in sink.steps if step.incident)
-    assert "weight" in eager
+    given = replay_batches(5)
+    for batch in given[2::2]:
+        batch.fill_(math.nan)
+    training = GraphTraining(1.0).replayed(given, tape, captured)
+    eager, replayed = filter(None, training.field("incident"))
+    assert "parameter 0" in eager
     assert "nan at step 4" in replayed
-    assert "weight" not in replayed
+    assert "parameter" not in replayed
 
 
 @pytest.mark.parametrize("through_the_writer", [False, True])
@@ -67,15 +51,3 @@ def test_tensorboard_without_its_data_server_follows_one_file(
     writer.close()
     assert len(reader.Scalars("loss")) == 2
     assert len(reader.Scalars("grad_norm/pre")) == (2 if through_the_writer else 1)
-
-
-@pytest.mark.slow
-def test_the_explosion_of_the_demo_begins_in_the_recurrent_weights(tmp_path):
-    assert cli.main(["demo", "--steps", "100", "--out", str(tmp_path / "demo")]) == 0
-    values = values_in(tmp_path / "demo/unclipped")
-    norms, prefix = values["grad_norm/pre"], "parameter_norm/"
-    # Its first step: later ones, and their heights, depend on the processor, whose roundings grow.
-    first = next(step for step, norm in enumerate(norms) if norm > 100)
-    begin = {tag.removeprefix(prefix): v[first] for tag, v in values.items() if prefix in tag}
-    assert max(begin, key=begin.__getitem__).startswith("recurrent.weight")
-    assert begin["head.weight"] < 0.5 * norms[first]

@@ -16,11 +16,15 @@ WARM_UP = 3
 class GraphTraining:
     """A small network, whose batches are copied into one tensor, as a graph needs it."""
 
-    def __init__(self, max_norm: Any, *, fused: bool = True, **options: Any) -> None:
+    def __init__(
+        self, max_norm: Any, *, device: str = "cpu", fused: bool = True, **options: Any
+    ) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=fused)
-        self.batch = torch.zeros(5, 4)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=0.1, fused=fused, capturable=device == "cuda"
+        )
+        self.batch = torch.zeros(5, 4, device=device)
         self.sink = MemorySink()
         self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
 

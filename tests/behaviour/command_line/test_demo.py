@@ -161,15 +161,12 @@ def test_it_prints_how_to_call_tensorboard(demo, monkeypatch, tmp_path):
     assert f"{shlex.quote(sys.executable)} -m tensorboard.main" in demo(steps=1).out
 
 
-def test_without_matplotlib_it_names_the_extra(demo, hide):
+def test_without_matplotlib_an_old_picture_is_said_to_be_old(demo, hide, tmp_path):
     hide("matplotlib")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/demo.png").write_text("old")
     done = demo(picture=True, steps=1)
-    assert done.code == 0
-    assert 'pip install "gradclip[report]"' in done.out
-    assert not (done.folder / "demo.png").exists()
-    (done.folder / "demo.png").write_text("old")
-    done = demo(picture=True, steps=1)
-    assert f"({done.folder / 'demo.png'} belongs to an earlier demo)" in done.out
+    assert f"({tmp_path / 'out/demo.png'} belongs to an earlier demo)" in done.out
 
 
 def test_a_second_demo_replaces_only_the_logs_of_the_first(demo):
@@ -209,7 +206,8 @@ def test_a_full_disk_ends_it_with_a_line(demo, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_default_demo_shows_the_use_of_clipping(tmp_path):
+def test_the_default_demo_shows_an_explosion_and_the_use_of_clipping(tmp_path):
+    """The explosion begins in the recurrent weights."""
     command = [sys.executable, "-W", "error", "-m", "gradclip", "demo"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     unclipped, clipped = Done(done.returncode, "", "", tmp_path / "demo").curves
@@ -218,7 +216,12 @@ def test_the_default_demo_shows_the_use_of_clipping(tmp_path):
     last, last_clipped = (sum(run["loss"][-10:]) / 10 for run in (unclipped, clipped))
     assert last_clipped < 2.5
     assert last > 1.25 * last_clipped
-    assert max(unclipped["grad_norm/pre"]) > 10  # more or less by the processor
+    norms, prefix = unclipped["grad_norm/pre"], "parameter_norm/"
+    # Its first step: later ones, and their heights, depend on the processor, whose roundings grow.
+    first = next(step for step, norm in enumerate(norms) if norm > 100)
+    begin = {tag.removeprefix(prefix): v[first] for tag, v in unclipped.items() if prefix in tag}
+    assert max(begin, key=begin.__getitem__).startswith("recurrent.weight")
+    assert begin["head.weight"] < 0.5 * norms[first]
     assert max(clipped["grad_norm/post"]) <= 1 + 1e-6
     assert is_picture(tmp_path / "demo/demo.png")
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradclip
-from gradclip import GradientClipper
+from tests.support.graphs import WARM_UP, GraphTraining, replay_batches
 from tests.support.reference import norm_of
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -22,39 +22,11 @@ on_many = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def device(request) -> torch.device:
-    return torch.device(request.param)
+def device(request) -> str:
+    return request.param
 
 
-class CapturedTraining:
-    """A small network, whose batches are copied into one tensor, as a graph needs it."""
-
-    def __init__(self, device, max_norm, *, fused=True, **options) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
-        capturable = {"capturable": True} if device.type == "cuda" else {}
-        parameters = self.model.parameters()
-        self.optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=fused, **capturable)
-        self.batch = torch.zeros(5, 4, device=device)
-        self.sink = gradclip.MemorySink()
-        self.clipper = GradientClipper(self.optimizer, max_norm, log=self.sink, **options)
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        self.model(self.batch).square().mean().backward()
-        self.optimizer.step()
-
-    def learn(self, batches) -> None:
-        for batch in batches:
-            self.batch.copy_(batch)
-            self.step()
-
-
-def made_batches(count: int, device) -> list[torch.Tensor]:
-    return [torch.randn(5, 4).to(device) * (1 + index % 4) for index in range(count)]
-
-
-def assert_alike(one: CapturedTraining, other: CapturedTraining, rel: float) -> None:
+def assert_alike(one: GraphTraining, other: GraphTraining, rel: float) -> None:
     """Close both clippers and compare what they logged."""
     one.clipper.close()
     other.clipper.close()
@@ -69,13 +41,11 @@ def assert_alike(one: CapturedTraining, other: CapturedTraining, rel: float) -> 
 
 @on_many
 def test_a_device_clips_as_the_cpu_does(device, rule, options):
-    given = made_batches(10, "cpu")
-    here = CapturedTraining(torch.device("cpu"), rule(), **options)
-    there = CapturedTraining(device, rule(), **options)
-    engines = ("triton",) if device.type == "cuda" else ("native", "operators")
+    given = replay_batches(10)
+    here = GraphTraining(rule(), **options).eager(given)
+    there = GraphTraining(rule(), device=device, **options).eager(given)
+    engines = ("triton",) if device == "cuda" else ("native", "operators")
     assert there.clipper.engine in engines
-    here.learn(given)
-    there.learn([batch.to(device) for batch in given])
     assert_alike(here, there, rel=1e-3)
 
 
@@ -95,9 +65,9 @@ def test_gradients_on_two_devices_share_a_norm(device):
 @on_both
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
-    training = CapturedTraining(device, 0.01, fused=fused)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=100)
-    given, norms = made_batches(6, device), []
+    training = GraphTraining(0.01, device=device, fused=fused)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=100)
+    given, norms = [batch.to(device) for batch in replay_batches(6)], []
     given[3] *= math.inf
     for batch in given:
         training.optimizer.zero_grad()
@@ -118,7 +88,7 @@ def test_a_scaled_loss_has_the_norm_of_the_loss(device, fused):
 def test_autocast_and_other_defaults_change_nothing(device):
     given = [torch.full((5_000,), 2.0**8, device=device) for _ in range(3)]
     needed = gradclip.get_total_norm(given)
-    with torch.autocast(device.type, dtype=torch.bfloat16), torch.device("cpu"):
+    with torch.autocast(device, dtype=torch.bfloat16), torch.device("cpu"):
         assert torch.equal(gradclip.get_total_norm(given), needed)
     assert needed.item() == pytest.approx(2.0**8 * math.sqrt(15_000), rel=1e-6)
 
@@ -164,20 +134,20 @@ CAPTURED = ["Fixed", "Percentile", "MedianDeviation", "MovingAverage", "Relative
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"scope": "parameter"}])
 @pytest.mark.parametrize("rule", CAPTURED, indirect=True)
 def test_a_captured_step_replays_with_right_norms_and_logs(device, rule, options):
-    given = made_batches(12, device)
+    given = replay_batches(12)
     given[7][0, 0] = math.nan if options else given[7][0, 0]
-    eager, replayed = (CapturedTraining(device, rule(), **options) for _ in range(2))
-    eager.learn(given)
+    eager, replayed = (GraphTraining(rule(), device=device, **options) for _ in range(2))
+    eager.eager(given)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        replayed.learn(given[:3])
+        replayed.eager(given[:WARM_UP])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     replayed.optimizer.zero_grad()
     with torch.cuda.graph(graph):
         replayed.step()
-    for batch in given[3:]:
+    for batch in given[WARM_UP:]:
         replayed.batch.copy_(batch)
         graph.replay()
     assert replayed.clipper.steps == 12

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 import gradclip
-from gradclip import ArgumentError, AttachError, GradientClipper, JsonlSink, MemorySink, StateError
+from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, StateError
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import StepContext, Threshold
 from tests.support import lightning, trainings
@@ -27,27 +27,6 @@ from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
 pytestmark = lightning.IGNORED
 
 # Automatic optimization
-
-
-WAYS = {
-    "three batches a step": ({"accumulate_grad_batches": 3}, {"accumulate": 3}),
-    "validation within": ({"val_check_interval": 3}, {}),
-    "gradient_clip_val=0": ({"gradient_clip_val": 0}, {}),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_ways_to_train(way):
-    """Each step is clipped once, and its norm is the true one."""
-    options, same = WAYS[way]
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    module = lightning.evaluated()
-    trainer = lightning.trainer_of(callback, **options)
-    trainer.fit(module, loader(), loader())
-    expected, norms = by_hand(**same)
-    trainings.assert_close(module.net, expected)
-    assert trainings.norms_of(sink) == pytest.approx(norms, rel=1e-6)
-    assert callback.clippers[0].steps == trainer.global_step == len(norms)
 
 
 def quasi_newton(net: nn.Module) -> Optimizer:
@@ -73,19 +52,6 @@ def test_lbfgs():
     trainings.assert_close(module.net, net)
     assert len(norms) > BATCHES
     assert max(norms) > THRESHOLD
-
-
-def test_a_second_fit_after_an_overflow():
-    """Steps that the GradScaler has skipped are in no curve, also when a second fit counts on."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
-    precision = MixedPrecision("16-mixed", "cpu", scaler)
-    precision.forward_context = torch.enable_grad  # scaled as in float16, computed in float32
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    trainer = fit(module := lightning.regression(), callback, plugins=[precision])
-    assert callback.clippers[0].steps == BATCHES - 1
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, loader())
-    assert [step.step for step in sink.steps] == [*range(2 * BATCHES - 1)]
 
 
 # Several optimizers under manual optimization
@@ -164,16 +130,12 @@ def fit_with_loggers(folder: Any, *arguments: Any, **options: Any) -> Any:
 
 def test_loggers(tmp_path):
     """The loggers of the trainer get the numbers of its steps, written at the end of each epoch."""
-
-    class Looks(pl.Callback):
-        def on_train_epoch_start(self, *_: Any) -> None:
-            counts.append(len(sink.steps))
-
     counts: list[int] = []
     callback = GradClipCallback(THRESHOLD, log=[True, sink := MemorySink()])
+    looks = {"on_train_epoch_start": lambda *_: counts.append(len(sink.steps))}
     options = {"log_every_n_steps": 2, "max_epochs": 2}
-    module = lightning.regression()
-    curves, rows = fit_with_loggers(tmp_path, module, callback, Looks(), **options)
+    module = lightning.regression(**looks)
+    curves, rows = fit_with_loggers(tmp_path, module, callback, **options)
     assert counts == [0, BATCHES]
     assert len(sink.steps) == 2 * BATCHES
     assert {*curves} == NAMES <= {*rows[0]}
@@ -185,14 +147,27 @@ def test_loggers(tmp_path):
     assert table == [(step.step, step.norm) for step in expected]
 
 
-@pytest.mark.parametrize(
-    ("every", "every_of_trainer", "steps"), [(3, 1, [0, 3, 6]), (None, 0, []), (None, 5, [0, 5])]
-)
-def test_every(tmp_path, every, every_of_trainer, steps):
-    """The option, or the trainer, says which steps the loggers get."""
-    callback, options = GradClipCallback(1.0, every=every), {"log_every_n_steps": every_of_trainer}
-    curves, _ = fit_with_loggers(tmp_path, lightning.regression(), callback, **options)
+LOGGED = [
+    ({"every": 3}, {"log_every_n_steps": 1}, [0, 3, 6]),
+    ({}, {"log_every_n_steps": 0}, []),
+    ({}, {"log_every_n_steps": 5}, [0, 5]),
+    ({}, {"fast_dev_run": 4}, []),
+    ({"log": None}, {"log_every_n_steps": 1}, []),
+    ({"log": "own"}, {"log_every_n_steps": 1}, []),
+]
+
+
+@pytest.mark.parametrize(("given", "options", "steps"), LOGGED)
+def test_steps_in_logs(tmp_path, monkeypatch, given, options, steps):
+    """The options say which steps the loggers get; a directory of one's own has all of them."""
+    monkeypatch.chdir(tmp_path)
+    callback, module = GradClipCallback(THRESHOLD, **given), lightning.regression()
+    curves, rows = fit_with_loggers(tmp_path, module, callback, **options)
     assert [step for step, _ in curves.get("grad_norm/pre", [])] == steps
+    assert len(rows) == len(steps)
+    assert max(module.after) <= THRESHOLD * (1 + 1e-6)
+    own = lightning.scalars_in(tmp_path / "own").get("grad_norm/pre", [])
+    assert len(own) == (BATCHES if given == {"log": "own"} else 0)
 
 
 def test_logs_of_several_clippers(tmp_path):
@@ -206,59 +181,31 @@ def test_logs_of_several_clippers(tmp_path):
         assert curves[f"{prefix}/pre"][-1] == pytest.approx((7, clipper.last.norm.item()))
 
 
-@pytest.mark.parametrize("log", ["own", None])
-def test_logs_of_ones_own(tmp_path, log):
-    """A directory gets all steps, None logs nothing, and the trainer's loggers get none."""
-    callback = GradClipCallback(THRESHOLD, log=log and str(tmp_path / log))
-    options = {"log_every_n_steps": 1}
-    assert fit_with_loggers(tmp_path, lightning.regression(), callback, **options) == ({}, [])
-    assert log is None or len(lightning.scalars_in(tmp_path / log)["grad_norm/pre"]) == BATCHES
-
-
 def test_a_logger_of_several_fits(tmp_path):
-    """A second fit and a resumed one continue its curves."""
+    """A second fit and a resumed one continue its curves, without a step that overflowed."""
     options = {"logger": TensorBoardLogger(tmp_path), "log_every_n_steps": 1}
-    trainer = fit(module := lightning.regression(), GradClipCallback(THRESHOLD), **options)
+    options["plugins"] = [lightning.precision_of(trainings.overflowing_scaler())]
+    callback = GradClipCallback(THRESHOLD)
+    trainer = fit(module := lightning.regression(), callback, **options)
+    assert callback.clippers[0].steps == BATCHES - 1
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     options |= {"max_epochs": 3, "resume": str(tmp_path / "a.ckpt")}
     fit(module, GradClipCallback(THRESHOLD), **options)
     curve = lightning.scalars_in(options["logger"].log_dir)["grad_norm/pre"]
-    assert [step for step, _ in curve] == [*range(3 * BATCHES)]
-
-
-def test_fast_dev_run(tmp_path, monkeypatch):
-    """It clips, and writes nothing."""
-    monkeypatch.chdir(tmp_path)
-    callback, module = GradClipCallback(THRESHOLD), lightning.regression()
-    fit(module, callback, fast_dev_run=4, logger=True)
-    assert callback.clippers[0].steps == 4
-    assert max(module.after) <= THRESHOLD * (1 + 1e-6)
-    assert not [*tmp_path.rglob("events*")]
+    assert [step for step, _ in curve] == [*range(3 * BATCHES - 1)]
 
 
 # Refusals and warnings
-
-
-class ClipsLater(pl.Callback):
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        trainer.gradient_clip_val = 0.5
-
-
-class ReplacesWithin(pl.Callback):
-    def on_before_backward(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 3:
-            trainer.strategy.setup_optimizers(trainer)
 
 
 class Engine(SingleDeviceStrategy):
     handles_gradient_accumulation = True
 
 
-def sink_of_two(folder: Any) -> dict[str, Any]:
-    given = {"log": [JsonlSink(folder / "steps")], "joint": False}
-    return {"module": lightning.adversarial(), "given": given}
+def set_clipping(trainer: Any, module: Any) -> None:
+    trainer.gradient_clip_val = 0.5
 
 
 def of_other_clippers(folder: Any) -> dict[str, Any]:
@@ -267,25 +214,31 @@ def of_other_clippers(folder: Any) -> dict[str, Any]:
     return {"module": lightning.adversarial(), "resume": path, "max_epochs": 2}
 
 
+def one_sink(_: Any) -> dict[str, Any]:
+    return {"module": lightning.adversarial(), "given": {"log": [MemorySink()], "joint": False}}
+
+
 def scaled_halves(_: Any) -> dict[str, Any]:
     return {"module": lightning.halves(), "plugins": [MixedPrecision("16-mixed", "cpu")]}
 
 
 def replaced_within_a_batch(_: Any) -> dict[str, Any]:
-    return {"module": lightning.stepping(), "others": [ReplacesWithin()]}
+    replaces = lightning.replacing("on_before_backward", 3)
+    return {"module": lightning.stepping(), "others": [replaces]}
 
 
 CLIPS = "gradient_clip_val=0.5 and a GradClipCallback"
 BY_VALUE = "gradient_clip_algorithm='value' and a GradClipCallback"
+LATER = [pl.callbacks.LambdaCallback(on_fit_start=set_clipping)]
 ENGINE = "Engine takes the steps in an engine of its own"
 SCALED = "Lightning updates after the step of each optimizer"
 REFUSED = [
     (lambda _: {"gradient_clip_val": 0.5}, ArgumentError, CLIPS),
     (lambda _: {"gradient_clip_algorithm": "value"}, ArgumentError, BY_VALUE),
-    (lambda _: {"others": [ClipsLater()]}, ArgumentError, CLIPS),
+    (lambda _: {"others": LATER}, ArgumentError, CLIPS),
     (lambda _: {"strategy": Engine("cpu")}, AttachError, ENGINE),
     (scaled_halves, AttachError, SCALED),
-    (sink_of_two, ArgumentError, "2 optimizers with a clipper each"),
+    (one_sink, ArgumentError, "2 optimizers with a clipper each"),
     (of_other_clippers, StateError, "of 2 clippers, and there are 1"),
     (replaced_within_a_batch, AttachError, "SGD was added within a batch"),
 ]
@@ -300,20 +253,6 @@ def test_refusals(options_in, error, message, tmp_path):
     with pytest.raises(error, match=message):
         fit(module, *options.pop("others", ()), callback, **options)
     assert all(clipper.steps <= 3 for clipper in callback.clippers)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"optimizer": None}, TypeError, "optimizer"),
-        ({"every": 0}, ArgumentError, "every is 0"),
-        ({"log": [True, 5]}, ArgumentError, "log is 5"),
-    ],
-)
-def test_options(options, error, message):
-    """They are checked when the callback is made."""
-    with pytest.raises(error, match=message):
-        GradClipCallback(THRESHOLD, **options)
 
 
 def test_a_trainer_that_clips_can_evaluate(package):
@@ -343,12 +282,6 @@ def test_invalid_states():
         GradClipCallback(THRESHOLD).load_state_dict({"steps": 3})
 
 
-def test_two_callbacks_in_one_trainer():
-    """Lightning refuses them."""
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        lightning.trainer_of(GradClipCallback(THRESHOLD), GradClipCallback(THRESHOLD))
-
-
 # Modules that clip by themselves
 
 
@@ -356,21 +289,20 @@ def clips(self: Any, optimizer: Any, **_: Any) -> None:
     self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
 
 
-def test_a_module_that_overrides_the_clipping(package):
-    """It gets a warning: the gradients were clipped before they were measured."""
-    module = lightning.regression(package, configure_gradient_clipping=clips)
-    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    with pytest.warns(UserWarning, match="Regression overrides configure_gradient_clipping"):
-        fit(module, callback, package=package)
-    assert max(trainings.norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
+OVERRIDING = {"configure_gradient_clipping": clips}
+CLIPPING = [
+    (OVERRIDING, "Regression overrides configure_gradient_clipping"),
+    (lightning.manual_steps(limit=0.1), "Regression writes to its gradients between"),
+]
 
 
-def test_a_module_that_clips_by_hand():
-    """It gets one warning under manual optimization."""
+@pytest.mark.parametrize(("overrides", "message"), CLIPPING)
+def test_a_module_that_clips(package, overrides, message):
+    """It gets one warning: the gradients were clipped before they were measured."""
     callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
-    with pytest.warns(UserWarning, match="Regression writes to its gradients between") as caught:
-        fit(lightning.stepping(limit=0.1), callback)
-    assert len([each for each in caught if "writes to its gradients" in str(each.message)]) == 1
+    with pytest.warns(UserWarning, match=message) as caught:
+        fit(lightning.regression(package, **overrides), callback, package=package)
+    assert len([each for each in caught if message in str(each.message)]) == 1
     assert max(trainings.norms_of(sink)) == pytest.approx(0.1, rel=1e-3)
 
 

@@ -15,11 +15,10 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from gradclip import GradientClipper, MemorySink, NonFiniteGradientError
+from gradclip import MemorySink, NonFiniteGradientError
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import Schedule
 from tests.support import lightning, trainings
-from tests.support.clippers import Training
 from tests.support.lightning import fit
 from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
 
@@ -65,32 +64,29 @@ def test_a_run_resumed_without_a_state(made, tmp_path):
     assert {clipper.steps for clipper in callback.clippers} == {2 * BATCHES}
 
 
-def rule_thresholds(norms: list[float]) -> list[float]:
-    """Return the thresholds of the rule for these norms."""
-    training, thresholds = Training(), []
-    with GradientClipper(training.optimizer, trainings.rule_of()) as clipper:
-        for norm in norms:
-            training.take(norm)
-            thresholds.append(clipper.last.threshold.item())
-    return thresholds
+def without_momentum() -> Any:
+    """Return a module that trains without momentum, which an optimizer made anew has lost."""
+    return lightning.regression(configure_optimizers=lambda self: SGD(self.parameters(), lr=0.05))
+
+
+def plain_fit(*others: Any, epochs: int = 2) -> Any:
+    callback = GradClipCallback(trainings.rule_of(), log=(sink := MemorySink()))
+    trainer = fit(module := without_momentum(), *others, callback, max_epochs=epochs)
+    return trainer, module, callback, sink
 
 
 def test_several_fits():
     """A second fit of a trainer continues, one of another begins anew, unless a state is loaded."""
-    callback = GradClipCallback(trainings.rule_of(), log=(sink := MemorySink()))
-    trainer = fit(module := lightning.regression(), callback)
+    trainer, module, callback, sink = plain_fit(epochs=1)
     first = callback.clippers[0]
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader())
     assert callback.clippers[0] is not first
     assert callback.clippers[0].steps == trainer.global_step == 2 * BATCHES
-    assert [step.step for step in sink.steps] == [*range(2 * BATCHES)]
-    thresholds = [step.threshold for step in sink.steps]
-    assert thresholds[BATCHES:] == rule_thresholds(trainings.norms_of(sink))[BATCHES:]
-
-    fit(lightning.regression(), callback)
+    fit(without_momentum(), callback)
     assert callback.clippers[0].steps == BATCHES
-    assert [step.threshold for step in sink.steps[2 * BATCHES :]] == thresholds[:BATCHES]
+    expected = lightning.numbers_of(plain_fit()[-1])
+    assert lightning.numbers_of(sink) == expected + expected[:BATCHES]
 
     callback.load_state_dict(callback.state_dict())
     fit(lightning.regression(), callback)
@@ -118,26 +114,18 @@ def test_evaluation(tmp_path):
 # Optimizers that are replaced
 
 
-class Replaces(pl.Callback):
-    """Has other optimizers made after a batch in the middle."""
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 5:
-            trainer.strategy.setup_optimizers(trainer)
+REPLACED = lightning.replacing("on_train_batch_end", 5)
 
 
 def test_replaced_optimizers():
     """They are clipped as the first were, in the same curves."""
-    sinks = [MemorySink(), MemorySink()]
-    callbacks = [GradClipCallback(trainings.rule_of(), log=sink) for sink in sinks]
-    plain = {"configure_optimizers": lambda self: SGD(self.parameters(), lr=0.05)}
-    modules = [lightning.regression(**plain) for _ in range(2)]
-    fit(modules[0], callbacks[0], max_epochs=2)
-    fit(modules[1], Replaces(), callbacks[1], max_epochs=2)
-    assert torch.equal(*(trainings.values(module.net) for module in modules))
-    assert repr(callbacks[0].state_dict()) == repr(callbacks[1].state_dict())
-    assert lightning.numbers_of(sinks[0]) == lightning.numbers_of(sinks[1])
-    assert [step.step for step in sinks[1].steps] == [*range(2 * BATCHES)]
+    runs = [plain_fit(), plain_fit(REPLACED)]
+    first, second = [
+        (trainings.values(module).tolist(), repr(callback.state_dict()), lightning.numbers_of(sink))
+        for _, module, callback, sink in runs
+    ]
+    assert first == second
+    assert [number[0] for number in second[2]] == [*range(2 * BATCHES)]
 
 
 def test_a_replaced_optimizer_of_other_parameters():
@@ -148,7 +136,7 @@ def test_a_replaced_optimizer_of_other_parameters():
 
     callback = GradClipCallback(trainings.rule_of(), scope="parameter", log=(sink := MemorySink()))
     with pytest.warns(UserWarning, match="replaced by one whose clipper begins anew: .*label"):
-        fit(lightning.regression(configure_optimizers=head), Replaces(), callback)
+        fit(lightning.regression(configure_optimizers=head), REPLACED, callback)
     assert callback.clippers[0].labels == ("net.2.weight", "net.2.bias")
     assert callback.clippers[0].steps == BATCHES
     assert [*dict.fromkeys(step.step for step in sink.steps)] == [*range(BATCHES)]
@@ -203,16 +191,11 @@ def test_copies(copier):
 
 def test_copies_made_within_a_run():
     """They are free, and take a state."""
-
-    class Copies(pl.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            twins.append(copy.deepcopy(callback))
-
-        on_validation_batch_end = on_train_batch_end
-
     twins: list[GradClipCallback] = []
-    callback, module = GradClipCallback(THRESHOLD), lightning.evaluated()
-    trainer = lightning.trainer_of(callback, Copies(), limit_val_batches=1)
+    hooks = ("on_train_batch_end", "on_validation_batch_end")
+    copies = dict.fromkeys(hooks, lambda *_: twins.append(copy.deepcopy(callback)))
+    callback, module = GradClipCallback(THRESHOLD), lightning.evaluated(**copies)
+    trainer = lightning.trainer_of(callback, limit_val_batches=1)
     trainer.validate(module, loader(), verbose=False)
     trainer.fit(module, loader(), loader())
     trainings.assert_close(module.net, by_hand()[0])
@@ -225,17 +208,15 @@ def test_copies_made_within_a_run():
 def test_bound_functions():
     """The object that a schedule is bound to is not copied."""
 
-    class Plan:
+    class Asked(list):
         def at(self, step: int) -> float:
-            asked.append(self)
+            self.append(step)
             return THRESHOLD
 
-    asked: list[Plan] = []
-    plan = Plan()
-    for max_norm in (plan.at, Schedule(plan.at)):
+    for max_norm in ((asked := Asked()).at, Schedule(asked.at)):
         fit(module := lightning.regression(), GradClipCallback(max_norm))
         trainings.assert_close(module.net, by_hand()[0])
-    assert {*map(id, asked)} == {id(plan)}
+    assert {*asked} == {*range(BATCHES)}
 
 
 # Tuners

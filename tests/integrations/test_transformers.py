@@ -56,12 +56,6 @@ def test_the_trainer_clips_too(tmp_path, own):
     assert_free(trainer.optimizer)
 
 
-def test_a_model():
-    """It is refused, as the Trainer has one."""
-    with pytest.raises(ArgumentError, match="model was given"):
-        GradClipCallback(1.0, model=NetOutputs())
-
-
 def test_a_stand_in_for_optimizers(tmp_path):
     """It is refused, as it holds no parameter."""
     dummy = {"optimizer": lambda model: LayerWiseDummyOptimizer()}
@@ -97,28 +91,22 @@ def test_the_history(tmp_path, monkeypatch):
     assert {f"train/{name}" for name in NUMBERS} <= {*events.Tags()["scalars"]}
 
 
-class Quiet(InOrder):
-    """Reports, and keeps no history."""
-
-    def log(self, logs, start_time=None):
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-
-
-class Hearing(TrainerCallback):
-    def __init__(self) -> None:
-        self.heard: list[bool] = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.heard.append({*logs} >= NUMBERS)
-
-
 def test_a_trainer_without_a_history(tmp_path):
     """Callbacks that were given before hear the numbers."""
-    hearing = Hearing()
-    trainer = hf_trainer(tmp_path, hearing, GradClipCallback(THRESHOLD), kind=Quiet)
+    heard = []
+
+    class Quiet(InOrder):
+        def log(self, logs, start_time=None):
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    class Hearing(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            heard.append({*logs} >= NUMBERS)
+
+    trainer = hf_trainer(tmp_path, Hearing(), GradClipCallback(THRESHOLD), kind=Quiet)
     trainer.state.log_history.append({"step": 99})
     trainer.train()
-    assert hearing.heard == [True] * (BATCHES // 2) + [False]
+    assert heard == [True] * (BATCHES // 2) + [False]
     assert not trainer.state.log_history
 
 
@@ -239,13 +227,6 @@ def test_other_callbacks(tmp_path):
 
 
 # Steps that are skipped
-
-
-def test_skipped_steps(tmp_path):
-    """They leave the model as it is."""
-    trainer = trained_trainer(tmp_path, GradClipCallback(1e-6, exceed="skip"))
-    assert torch.equal(values(trainer.model), values(NetOutputs()))
-    assert log_entries(trainer)[-1]["grad_norm/skipped_steps"] == BATCHES
 
 
 def spoiling(number: float) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ import os
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -30,18 +29,15 @@ def by_lightning(
     folder: Any, clipping: Any, way: Way, package: str = "lightning.pytorch", **overrides: Any
 ) -> Any:
     from lightning.pytorch.loggers import CSVLogger
-    from lightning.pytorch.plugins.precision import MixedPrecision
 
     from gradclip.integrations.lightning import GradClipCallback
     from tests.support import lightning
 
     options = {"max_epochs": way.epochs, "accumulate_grad_batches": way.accumulate}
-    options["precision"] = "bf16-mixed" if way.bf16 else None
+    options |= {"precision": "bf16-mixed" if way.bf16 else None, "gradient_clip_val": 0}
     batches = trainings.loader()
     if way.scaler is not None:
-        precision = MixedPrecision("16-mixed", "cpu", way.scaler)
-        precision.forward_context = torch.enable_grad  # as in float16, computed in float32
-        options["plugins"] = [precision]
+        options["plugins"] = [lightning.precision_of(way.scaler)]
     if way.processes > 1:
         samples, rank = batches.dataset, int(os.environ["RANK"])
         dealt = DistributedSampler(samples, way.processes, rank, shuffle=False)
@@ -51,9 +47,9 @@ def by_lightning(
         options["logger"] = CSVLogger(folder, "table", "")
         clipping = clipping | {"log": [True, clipping["log"], f"{folder}/board"]}
     callback, library = GradClipCallback(**clipping), importlib.import_module(package)
-    module = lightning.regression(library, **overrides)
-    trainer = lightning.trainer_of(callback, package=library, **options)
-    trainer.fit(module, batches)
+    module = lightning.evaluated(library, **overrides)
+    trainer = lightning.trainer_of(callback, package=library, val_check_interval=3, **options)
+    trainer.fit(module, batches, trainings.loader())
     [clipper] = callback.clippers
     assert trainer.global_step == clipper.steps + (way.scaler is not None)
     return module.net, clipper

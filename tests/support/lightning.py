@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -47,14 +49,14 @@ def regression(package: Any = pl, **overrides: Any) -> Any:
     return type("Regression", (Regression,), overrides)()
 
 
-def evaluated(package: Any = pl) -> Any:
+def evaluated(package: Any = pl, **overrides: Any) -> Any:
     """Return a module that can also be evaluated."""
-    evaluations = ("validation_step", "test_step")
-    return regression(package, **dict.fromkeys(evaluations, lambda *_: None))
+    evaluations = dict.fromkeys(("validation_step", "test_step"), lambda *_: None)
+    return regression(package, **evaluations, **overrides)
 
 
-def stepping(**overrides: Any) -> Any:
-    """Return a module that steps by hand, with all of its optimizers after one backward."""
+def manual_steps(**overrides: Any) -> dict[str, Any]:
+    """Return overrides for steps by hand, with all optimizers after one backward."""
 
     def step(self: Any, batch: Any, index: int) -> None:
         self.zero_grad()
@@ -66,13 +68,27 @@ def stepping(**overrides: Any) -> Any:
             optimizer.step()
 
     own = {"automatic_optimization": False, "training_step": step, "limit": None}
-    return regression(**own | overrides)
+    return own | overrides
+
+
+def stepping(**overrides: Any) -> Any:
+    return regression(**manual_steps(**overrides))
 
 
 def halves() -> Any:
     """Return a module whose loss two optimizers have in common."""
     parts = {"configure_optimizers": lambda self: [momentum(self.net[i]) for i in (0, 2)]}
     return stepping(**parts)
+
+
+def replacing(hook: str, step: int) -> Any:
+    """Return a callback that has other optimizers made, at a hook after some steps."""
+
+    def replace(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == step:
+            trainer.strategy.setup_optimizers(trainer)
+
+    return pl.callbacks.LambdaCallback(**{hook: replace})
 
 
 class Adversaries(nn.Module):
@@ -109,6 +125,13 @@ def adversarial(step_with_closure: bool = False) -> Any:
     return stepping(training_step=step, nets=nets, **configure)
 
 
+def precision_of(scaler: Any) -> Any:
+    """Return a precision that scales as in float16, and computes in float32."""
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    precision.forward_context = torch.enable_grad
+    return precision
+
+
 def trainer_of(*callbacks: Any, package: Any = pl, **options: Any) -> Any:
     extras = ("checkpointing", "progress_bar", "model_summary")
     quiet = {"logger": False, "max_epochs": 1} | {f"enable_{extra}": False for extra in extras}
@@ -135,6 +158,8 @@ def in_turn(self: Any, batch: Any, index: int) -> Tensor:
 
 
 def scalars_in(folder: Any) -> dict[str, list[tuple[int, float]]]:
+    if not Path(folder).exists():
+        return {}
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in reader.Tags()["scalars"] if tag.startswith("grad_norm")]
     # Of several files the order is that of their names, whose last number has no leading zeros.

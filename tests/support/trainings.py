@@ -28,6 +28,11 @@ def momentum(net: nn.Module) -> Optimizer:
     return SGD(net.parameters(), lr=0.05, momentum=0.9)
 
 
+def overflowing_scaler() -> torch.amp.GradScaler:
+    """Return a scaler by powers of 2, which change no bits; its first scale is too large."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+
+
 def rule_of() -> Percentile:
     return Percentile(60, window=6)
 

@@ -35,12 +35,10 @@ def test_spike_is_above_the_median_and_ten_median_deviations(norms, factor):
 USUAL = [*map(float, range(1, 101))]  # the line is 50.5 + 10 * 25
 CASES = {
     "on the line": (USUAL, 300.5, False),
-    "above the line": (USUAL, 300.6, True),
     "too few norms": ([1.0] * (FEWEST - 1), 1e9, False),
     "enough norms": ([1.0] * FEWEST, 1e9, True),
     "zeros and non-finite norms do not count": ([0.0, 2.0, NAN, 0.0, INF, 2.1] * 20, 2.5, False),
     "the others do": ([0.0, 2.0, NAN, 0.0, INF, 2.1] * 20, 2.7, True),
-    "only the last norms count": ([100.0] * 200 + [1.0, 1.1] * (WINDOW // 2), 50.0, True),
     "rounding of equal norms": ([5.0] * 50, 5.0 * (1 + 1e-9), False),
     "more than rounding": ([5.0] * 50, 5.01, True),
 }

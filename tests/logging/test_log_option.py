@@ -6,8 +6,16 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from gradclip import ArgumentError, GradientClipper, JsonlSink, MemorySink, Sink, TensorBoardSink
-from tests.support.curves import indices_in, log_run, steps_in
+from gradclip import (
+    ArgumentError,
+    CallableSink,
+    GradientClipper,
+    JsonlSink,
+    MemorySink,
+    Sink,
+    TensorBoardSink,
+)
+from tests.support.curves import Kept, indices_in, log_run, steps_in
 
 
 @pytest.mark.parametrize("log", [None, []])
@@ -37,6 +45,9 @@ def test_lists_and_tuples_of_all_kinds(tmp_path):
 
 
 def test_sinks_show_where_they_write(tmp_path):
+    """One that cannot write is no sink."""
+    with pytest.raises(TypeError, match="abstract"):
+        Sink()
     sinks = TensorBoardSink(tmp_path / "run"), JsonlSink(tmp_path / "a"), MemorySink()
     names = [f"TensorBoardSink('{tmp_path}/run')", f"JsonlSink('{tmp_path}/a')"]
     assert [*map(repr, sinks)] == [*names, "MemorySink(0 steps)"]
@@ -60,6 +71,10 @@ def test_sinks_show_where_they_write(tmp_path):
         ("runs\0a", "where is 'runs\\x00a'"),
         (SimpleNamespace(add_scalar=print), "where is a types.SimpleNamespace"),
         (SummaryWriter, "where is a builtins.type"),
+        *[
+            (Kept(flush_every=count), f"Kept.flush_every is {count!r}")
+            for count in (0, -1, 2.0, "10", None, True)
+        ],
     ],
 )
 def test_invalid_logs_are_refused(training, log, found):
@@ -68,8 +83,14 @@ def test_invalid_logs_are_refused(training, log, found):
     assert str(caught.value).startswith(f"{found}: give ")
 
 
-def test_refusals_of_single_sinks():
-    with pytest.raises(ArgumentError, match="where is a list"):
-        TensorBoardSink(["runs"])
-    with pytest.raises(TypeError, match="abstract"):
-        Sink()
+@pytest.mark.parametrize(
+    ("kind", "argument", "needed"),
+    [
+        (TensorBoardSink, ["runs"], "where is a list"),
+        *[(JsonlSink, path, "the path of a file") for path in (None, 3, "", b"run.jsonl", ".")],
+        *[(CallableSink, log, "a function of a dict") for log in (None, 3, "wandb", dict)],
+    ],
+)
+def test_invalid_destinations_are_refused(kind, argument, needed):
+    with pytest.raises(ArgumentError, match=needed):
+        kind(argument)

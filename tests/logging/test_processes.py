@@ -14,32 +14,22 @@ from gradclip import GradientClipper
 parameter = torch.nn.Parameter(torch.zeros(2))
 optimizer = torch.optim.SGD([parameter], lr=0.0)
 
-def train(steps):
-    for _ in range(steps):
+def train(log):
+    clipper = GradientClipper(optimizer, 1.0, log=log)
+    for _ in range(7):
         parameter.grad = torch.ones(2)
         optimizer.step()
+    return clipper
 
 """
 ENDS = {
-    "never bound": """
-GradientClipper(optimizer, 1.0, log=sys.argv[1])
-train(7)
-""",
-    "an exception": """
-clipper = GradientClipper(optimizer, 1.0, log=sys.argv[1])
-train(7)
-raise KeyError("uncaught")
-""",
-    "an exception within with": """
-with GradientClipper(optimizer, 1.0, log=sys.argv[1]):
-    train(7)
-    raise KeyError("uncaught")
-""",
+    "never bound": "train(sys.argv[1])",
+    "an exception": 'clipper = train(sys.argv[1])\nraise KeyError("uncaught")',
+    "an exception within with": 'with train(sys.argv[1]):\n    raise KeyError("uncaught")',
     "a writer that its user has closed": """
 from torch.utils.tensorboard import SummaryWriter
 with SummaryWriter(sys.argv[1]) as writer:
-    clipper = GradientClipper(optimizer, 1.0, log=writer)
-    train(7)
+    clipper = train(writer)
 """,
 }
 QUICK, *SLOW = ENDS

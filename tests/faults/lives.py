@@ -32,6 +32,11 @@ class LoggedTraining:
             self.weight.grad[0] = torch.nan
         self.optimizer.step()
 
+    def step_up_to(self, last):
+        """Take the steps before one."""
+        while self.clipper.steps < last:
+            self.step()
+
     def save(self, path):
         """Write the state, and only then put it in the place of the last one."""
         holders = {"optimizer": self.optimizer, "clipper": self.clipper}

@@ -30,19 +30,6 @@ FIELDS = {
 """Numbers of a run, each with the field of a logged step."""
 
 
-class Uninterrupted:
-    """The same training, which nobody kills."""
-
-    def __init__(self):
-        self._sink = MemorySink(flush_every=1)
-        self._life = LoggedTraining(self._sink)
-
-    def steps(self, count):
-        while len(self._sink.steps) < count:
-            self._life.step()
-        return self._sink.steps[:count]
-
-
 def checked_length(path, expected):
     """Return the length of a log, which is as it would have been without an end."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -77,13 +64,15 @@ def kill(children, folder, until, pause):
 
 
 def test_killed_training_loses_a_batch_at_most_and_goes_on(tmp_path, children):
-    moments, whole = random.Random(0), Uninterrupted()
+    moments, sink = random.Random(0), MemorySink(flush_every=1)
+    alone, expected = LoggedTraining(sink), sink.steps
     state, lengths, resumed = tmp_path / "state.pt", dict.fromkeys(LOGS, 0), []
     for _ in range(KILLS):
         until = max(resumed, default=0) + moments.randrange(-10, LONGEST)
         taken = kill(children, tmp_path, until, moments.uniform(0, PAUSE))
+        alone.step_up_to(max(taken + 1, *lengths.values()))
         for name, before in lengths.items():
-            length = checked_length(tmp_path / name, whole.steps(max(before, taken + 1)))
+            length = checked_length(tmp_path / name, expected)
             assert max(taken, before) - FLUSH_EVERY < length
             assert length == before or length <= taken + 1
             lengths[name] = length
@@ -98,7 +87,7 @@ def test_killed_training_loses_a_batch_at_most_and_goes_on(tmp_path, children):
 
     last = max(lengths.values()) + 100
     children.run(live, tmp_path, last)
-    expected = whole.steps(last)
+    alone.step_up_to(last)
     assert [checked_length(tmp_path / name, expected) for name in LOGS] == [last, last]
     curves = curves_in(tmp_path / "events")
     for tag in ("clip_rate", "nonfinite_steps", "skipped_steps"):

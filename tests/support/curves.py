@@ -35,18 +35,10 @@ def log_run(
     return clipper
 
 
-def log_named(
-    log: Any, names: str, *steps: Sequence[float | None], limits: Any = (), **options: Any
-) -> None:
-    """Take steps at which named parameters have gradients with these norms, or None.
-
-    With limits each parameter has a norm and a threshold of its own.
-    """
+def log_named(log: Any, names: str, *steps: Sequence[float | None], **options: Any) -> None:
+    """Take steps at which named parameters have gradients with these norms, or None."""
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in names]
-    groups = [{"params": [named]} for named in zip(names, parameters, strict=True)]
-    for group, limit in zip(groups, limits, strict=False):
-        group["max_norm"] = limit
-    optimizer = torch.optim.SGD(groups, lr=0.0)
+    optimizer = torch.optim.SGD([*zip(names, parameters, strict=True)], lr=0.0)
     with GradientClipper(optimizer, **{"max_norm": 1.0, "log": log, **options}):
         for norms in steps:
             for parameter, norm in zip(parameters, norms, strict=True):

@@ -18,13 +18,13 @@ class Children:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["tests.faults.warm"])
-        self._begun: list[BaseProcess] = []
+        self.begun: list[BaseProcess] = []
 
     def begin(self, function: Callable[..., None], *arguments: Any) -> BaseProcess:
         """Begin to call a function of a module."""
         process = self.context.Process(target=function, args=arguments)
         process.start()
-        self._begun.append(process)
+        self.begun.append(process)
         return process
 
     def run(self, function: Callable[..., None], *arguments: Any, exitcode: int = 0) -> None:
@@ -33,20 +33,12 @@ class Children:
         process.join(TIMEOUT)
         assert process.exitcode == exitcode, "it hangs" if process.is_alive() else "it failed"
 
-    def kill(self) -> None:
-        """Kill those that are still there."""
-        for process in self._begun:
-            process.kill()
-            process.join(TIMEOUT)
-        self._begun.clear()
-
-
-@pytest.fixture(scope="session")
-def _children() -> Children:
-    return Children()
-
 
 @pytest.fixture
-def children(_children: Children) -> Iterator[Children]:
-    yield _children
-    _children.kill()
+def children() -> Iterator[Children]:
+    """Return children that are killed at the end if they are still there."""
+    children = Children()
+    yield children
+    for process in children.begun:
+        process.kill()
+        process.join(TIMEOUT)

@@ -1,6 +1,7 @@
 """What every sink of the package does: values, cadence, batches, parameter norms, refusals."""
 
 import math
+from collections import defaultdict
 
 import pytest
 
@@ -18,101 +19,75 @@ STEPS = [(1.0, 2.0, 3.0), (5.0, 4.0, 3.0), (0.0, 1.0, 0.5), (7.0, 8.0, 9.0)]
 SPIKE = [*[(1.0, 1.0 + step % 3 / 10, 0.0) for step in range(33)], (1.0, 50.0, 2.0)]
 
 
-class TensorBoard:
-    def __init__(self, path, options):
-        self.sink, self._path = TensorBoardSink(path / "run", **options), path / "run"
-
-    def numbers(self):
-        steps = {}
-        for tag, points in curves_in(self._path).items() if self._path.exists() else ():
-            for point in points:
-                steps.setdefault(point.step, {})[tag] = point.value
-        return steps
-
-    def incidents(self):
-        return texts_in(self._path, "grad_norm/incidents")
-
-
-class Lines:
-    def __init__(self, path, options):
-        self.sink, self._path = JsonlSink(path / "run.jsonl", **options), path / "run.jsonl"
-
-    def rows(self):
-        lines = lines_in(self._path) if self._path.exists() else []
-        assert all(line.get("parameter_norms") != {} for line in lines)
-        return lines
-
-    def numbers(self):
-        return {row["step"]: as_tags(row) for row in self.rows()}
-
-    def incidents(self):
-        return {row["step"]: row["incident"] for row in self.rows() if row.get("incident")}
-
-
-class Memory(Lines):
-    def __init__(self, path, options):
-        self.sink = MemorySink(**options)
-
-    def rows(self):
-        return [step._asdict() for step in self.sink.steps]
-
-
-class Logger:
-    def __init__(self, path, options):
-        self._numbers = {}
-        self.sink = CallableSink(self._log, **options)
-
-    def _log(self, numbers, step):
-        self._numbers[step] = numbers
-
-    def numbers(self):
-        return self._numbers
-
-    def incidents(self):
-        return None  # there are numbers alone
-
-
 TAGS = {"pre": "norm", "post": "clipped_norm", "clip_rate": "clip_rate"}
+OF_PARAMETER = "parameter_norm/"
 
 
 def as_tags(row):
     norms = row.get("parameter_norms") or {}
     numbers = {f"grad_norm/{tag}": row[field] for tag, field in TAGS.items()}
-    return numbers | {f"parameter_norm/{name}": norm for name, norm in norms.items()}
+    return numbers | {f"{OF_PARAMETER}{name}": norm for name, norm in norms.items()}
 
 
-@pytest.fixture(params=[TensorBoard, Lines, Memory, Logger])
+class Log:
+    """A sink, and the numbers and incidents by step that it has written."""
+
+    def __init__(self, kind, path, options):
+        self.kind, self._path, self._logged = kind, path, defaultdict(dict)
+        where = {CallableSink: [self._log], MemorySink: []}.get(kind, [path])
+        self.sink = kind(*where, **options)
+
+    def _log(self, numbers, step):
+        self._logged[step].update(numbers)
+
+    def rows(self):
+        if self.kind is MemorySink:
+            return [step._asdict() for step in self.sink.steps]
+        lines = lines_in(self._path) if self._path.exists() else []
+        assert all(line.get("parameter_norms") != {} for line in lines)
+        return lines
+
+    def numbers(self):
+        if self.kind in (JsonlSink, MemorySink):
+            return {row["step"]: as_tags(row) for row in self.rows()}
+        for tag, points in curves_in(self._path).items() if self._path.exists() else ():
+            for point in points:
+                self._log({tag: point.value}, point.step)
+        return self._logged
+
+    def values(self, tag):
+        return {step: numbers[f"grad_norm/{tag}"] for step, numbers in self.numbers().items()}
+
+    def parameter_norms(self):
+        """Return the parameter norms of each step that was written."""
+        return [
+            {tag.removeprefix(OF_PARAMETER): n for tag, n in numbers.items() if OF_PARAMETER in tag}
+            for numbers in self.numbers().values()
+        ]
+
+    def incidents(self):
+        if self.kind is TensorBoardSink:
+            return texts_in(self._path, "grad_norm/incidents")
+        return {row["step"]: row["incident"] for row in self.rows() if row.get("incident")}
+
+
+@pytest.fixture(params=[TensorBoardSink, JsonlSink, MemorySink, CallableSink])
 def make_log(request, tmp_path):
     """Make a log with some options of its sink."""
-    return lambda **options: request.param(tmp_path, options)
-
-
-def values_by_step(log, tag):
-    """Return the values under a tag by step."""
-    return {step: numbers[f"grad_norm/{tag}"] for step, numbers in log.numbers().items()}
-
-
-def parameter_norms(log):
-    """Return the parameter norms of each step that has some."""
-    prefix, found = "parameter_norm/", {}
-    for step, numbers in log.numbers().items():
-        for name, norm in numbers.items():
-            if name.startswith(prefix):
-                found.setdefault(step, {})[name.removeprefix(prefix)] = norm
-    return found
+    return lambda **options: Log(request.param, tmp_path / "run", options)
 
 
 def test_norms_before_and_after(make_log):
     """JSON has no number for norms that are not finite: there they are null."""
     made = make_log()
     log_run(made.sink, 4.0, math.nan, math.inf, 1.0, first=100)
-    before = values_by_step(made, "pre")
+    before = made.values("pre")
     assert [*before] == [100, 101, 102, 103]
-    if type(made) is Lines:
+    if made.kind is JsonlSink:
         assert [*before.values()] == [4.0, None, None, 1.0]
     else:
         assert [*before.values()] == pytest.approx([4.0, math.nan, math.inf, 1.0], nan_ok=True)
-    assert [*values_by_step(made, "post").values()] == [2.0, 0.0, 0.0, 1.0]
+    assert [*made.values("post").values()] == [2.0, 0.0, 0.0, 1.0]
 
 
 def test_every_and_flush_every(make_log, training):
@@ -126,54 +101,44 @@ def test_every_and_flush_every(make_log, training):
         run.take(*[1.0] * 4)
         assert [*made.numbers()] == [9, 12]
         clipper.flush()
-        assert values_by_step(made, "clip_rate") == pytest.approx({9: 2 / 3, 12: 1 / 2, 15: 1 / 3})
+        assert made.values("clip_rate") == pytest.approx({9: 2 / 3, 12: 1 / 2, 15: 1 / 3})
 
 
 @pytest.mark.parametrize(
     ("options", "needed"),
     [
-        ({}, {}),
-        (
-            {"per_parameter": "all"},
-            {step: dict(zip("abc", norms, strict=True)) for step, norms in enumerate(STEPS)},
-        ),
+        ({}, [{}] * 4),
+        ({"per_parameter": "all"}, [dict(zip("abc", norms, strict=True)) for norms in STEPS]),
         (
             {"per_parameter": 2},
-            [
-                {"c": 3.0, "b": 2.0},
-                {"a": 5.0, "b": 4.0},
-                {"b": 1.0, "c": 0.5},
-                {"c": 9.0, "b": 8.0},
-            ],
+            [{"c": 3, "b": 2}, {"a": 5, "b": 4}, {"b": 1, "c": 0.5}, {"c": 9, "b": 8}],
         ),
-        ({"per_parameter": 1, "per_parameter_every": 3}, {0: {"c": 3.0}, 3: {"c": 9.0}}),
+        ({"per_parameter": 1, "per_parameter_every": 3}, [{"c": 3}, {}, {}, {"c": 9}]),
     ],
     ids=["none", "all", "the largest", "a cadence of their own"],
 )
 def test_parameter_norms_before_clipping(make_log, options, needed):
     made = make_log(**options)
     log_named(made.sink, "abc", *STEPS)
-    assert parameter_norms(made) == (
-        dict(enumerate(needed)) if isinstance(needed, list) else needed
-    )
+    assert made.parameter_norms() == needed
 
 
 def test_incidents_at_any_cadence(make_log):
-    """A text in TensorBoard; a step of its own in files and memory."""
+    """A text in TensorBoard, a step of its own in files and memory; functions get numbers alone."""
     made = make_log(every=100)
     log_named(made.sink, "abc", *SPIKE)
-    if (incidents := made.incidents()) is not None:
-        assert [*incidents] == [33]
-        assert "most of it in b (50)" in incidents[33]
-    assert [*made.numbers()] == ([0, 33] if isinstance(made, Lines) else [0])
+    if made.kind is not CallableSink:
+        assert [*made.incidents()] == [33]
+        assert "most of it in b (50)" in made.incidents()[33]
+    assert [*made.numbers()] == ([0, 33] if made.kind in (JsonlSink, MemorySink) else [0])
 
 
 def test_parameter_norms_of_incidents_at_any_cadence(make_log):
     made = make_log(per_parameter=1, per_parameter_every=100)
     log_named(made.sink, "abc", *SPIKE, (1.0, 3.0, math.inf))
-    found = parameter_norms(made)
-    assert found.pop(34) in ({"c": math.inf}, {"c": None})
-    assert found == {0: {"a": 1.0}, 33: {"b": 50.0}}
+    *norms, last = made.parameter_norms()
+    assert last in ({"c": math.inf}, {"c": None})
+    assert norms == [{"a": 1.0}, *[{}] * 32, {"b": 50.0}]
 
 
 COUNTS = {"every": 1, "flush_every": 1, "per_parameter_every": 1, "per_parameter": 0}

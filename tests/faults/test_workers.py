@@ -47,15 +47,8 @@ def begun(folder):
     """Return a training that has taken steps which wait to be written."""
     torch.set_num_threads(1)
     life = LoggedTraining(*sinks(folder))
-    for _ in range(BEFORE):
-        life.step()
+    life.step_up_to(BEFORE)
     return life
-
-
-def end(life):
-    while life.clipper.steps < STEPS:
-        life.step()
-    life.clipper.close()
 
 
 def train_with_workers(folder, persistent):
@@ -78,7 +71,8 @@ def train_with_a_worker_that_fails(folder):
         life.step()
     with pytest.raises(KeyError, match="no such item"):
         next(items)
-    end(life)
+    life.step_up_to(STEPS)
+    life.clipper.close()
 
 
 def leave_a_clipper_to_a_worker(folder):
@@ -96,7 +90,8 @@ def fork_without_a_loader(folder):
         atexit._run_exitfuncs()
         os._exit(0)
     os.waitpid(child, 0)
-    end(life)
+    life.step_up_to(STEPS)
+    life.clipper.close()
 
 
 def close_in_a_child(folder):

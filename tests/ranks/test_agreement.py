@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, Ranks, Scope
 from gradclip.thresholds import Threshold
 from tests.support.clippers import stepped
-from tests.support.dtensors import mesh_of, spread
+from tests.support.dtensors import mesh_of, placements_of, spread
 from tests.support.processes import on_ranks
 from tests.support.reference import parameter_with
 
@@ -197,7 +197,7 @@ def test_a_parameter_added_later(scope, name, replicated):
 
 def attach_dtensors(case: str) -> None:
     """Attach to DTensors on all ranks, and something beside."""
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DeviceMesh, distribute_tensor
 
     rank, zeros = distributed.get_rank(), torch.zeros(4)
     tensors = {"whole": spread(zeros, "one", "0")}
@@ -207,7 +207,7 @@ def attach_dtensors(case: str) -> None:
         expert = spread(zeros, "b", "0")
         tensors = {f"expert{rank}" if rank < 2 else "expert": expert, **tensors}
     elif case.startswith("elsewhere"):
-        tensors["stage"] = spread(zeros, DeviceMesh("cpu", [0]), "0")
+        tensors["stage"] = distribute_tensor(zeros, DeviceMesh("cpu", [0]), placements_of("0"))
         if case == "elsewhere alone":
             del tensors["whole"]
     named = [(name, nn.Parameter(tensor)) for name, tensor in tensors.items()]

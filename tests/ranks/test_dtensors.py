@@ -189,7 +189,7 @@ def test_weights_without_gradients(scope):
     optimizer = dtensors.Still([("weight", weight)])
     clipper = GradientClipper(optimizer, RelativeToWeights(0.5), scope=scope)
     if dtensors.mesh_of("one").get_local_rank() == 0:
-        weight.grad = dtensors.spread_alone(torch.ones(4, 3), "0")
+        weight.grad = dtensors.spread(torch.ones(4, 3), "one", "0")
     clipper.step()
     rows = whole if scope == "unit" else [whole]
     assert clipper.last.thresholds.tolist() == pytest.approx([norm_of([r]) / 2 for r in rows])

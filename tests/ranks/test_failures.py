@@ -14,34 +14,26 @@ import torch
 from torch import distributed, nn
 
 from gradclip import GradientClipper
+from tests.support.dtensors import spread
 from tests.support.processes import Pool
 
 TIMEOUT = 6.0
 TRAINING: list[Any] = []
-"""The model, optimizer and clipper of this process."""
-
-
-def steps_kept() -> list[torch.Tensor]:
-    """Return what a step would change here: parameters, gradients and momentum."""
-    net, optimizer, _ = TRAINING
-    tensors = [[p.data, p.grad, optimizer.state[p]["momentum_buffer"]] for p in net.parameters()]
-    return [tensor.to_local().clone() for three in tensors for tensor in three]
+"""The weight, optimizer and clipper of this process."""
 
 
 def take_two_steps() -> int:
-    """Take two steps, and compute the gradients of the third."""
+    """Take two steps, and compute the gradient of the third."""
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
 
     group = distributed.new_group(timeout=timedelta(seconds=TIMEOUT))
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    fully_shard(net, mesh=DeviceMesh.from_group(group, "cpu"))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    weight = nn.Parameter(spread(torch.zeros(4), DeviceMesh.from_group(group, "cpu"), "0"))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     clipper = GradientClipper(optimizer, 0.01, scope="parameter")
-    TRAINING[:] = net, optimizer, clipper
+    TRAINING[:] = weight, optimizer, clipper
     for step in range(3):
         optimizer.zero_grad()
-        net(torch.randn(4, 4)).square().mean().backward()
+        weight.to_local().sum().backward()
         if step < 2:
             optimizer.step()
     return clipper.steps
@@ -49,12 +41,15 @@ def take_two_steps() -> int:
 
 def take_the_third() -> Any:
     """Return how long the error took, whether nothing has changed, and the steps counted."""
-    _, optimizer, clipper = TRAINING
-    before, begun = steps_kept(), time.monotonic()
+    weight, optimizer, clipper = TRAINING
+    kept = [weight.data, weight.grad, optimizer.state[weight]["momentum_buffer"]]
+    before, begun = [tensor.to_local().clone() for tensor in kept], time.monotonic()
     with pytest.raises(RuntimeError):
         optimizer.step()
     took = time.monotonic() - begun
-    return took, all(map(torch.equal, steps_kept(), before)), clipper.steps
+    kept = [weight.data, weight.grad, optimizer.state[weight]["momentum_buffer"]]
+    same = all(torch.equal(now.to_local(), then) for now, then in zip(kept, before, strict=True))
+    return took, same, clipper.steps
 
 
 @pytest.fixture

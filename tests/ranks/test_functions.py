@@ -27,7 +27,7 @@ def test_norms(words, limit):
     parameters = [spread_parameter(gradient, "one", words) for gradient in full]
     gradients, needed = [p.grad for p in parameters], norm_of(full)
     before = gradclip.get_total_norm(gradients).item()
-    with dtensors.Recorded() as calls:
+    with dtensors.recorded() as calls:
         norm = gradclip.clip_grad_norm_(parameters, limit)
     assert calls == ["allreduce"]
     assert (type(norm), norm.dtype, norm.shape) == (Tensor, torch.float64, torch.Size([]))
@@ -41,8 +41,8 @@ def test_a_rank_without_gradients():
     """It enters the collective: of two ranks one has none, that with the second half."""
     weight = nn.Parameter(spread(torch.zeros(4), "one", "0"))
     if distributed.get_rank() == 0:
-        weight.grad = dtensors.spread_alone(torch.arange(3.0, 7.0), "0")
-    with dtensors.Recorded() as calls:
+        weight.grad = dtensors.spread(torch.arange(3.0, 7.0), "one", "0")
+    with dtensors.recorded() as calls:
         norm = gradclip.clip_grad_norm_([weight], 0.5)
     assert (calls, norm.item()) == (["allreduce"], 5.0)
 

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
 from gradclip import GradientClipper, Ranks
-from tests.support.dtensors import Recorded, norms_by_label, quick
+from tests.support.dtensors import norms_by_label, quick, recorded
 
 LETTERS, WIDTH, BLOCKS, BATCH, MICROBATCHES, STEPS = 11, 6, 8, 8, 4, 6
 TIED, HEAD = "embed.weight", "head.weight"
@@ -104,7 +104,7 @@ def trained_stages(kind: str, scope: str, last: str = TIED) -> Any:
         letters, targets = torch.randint(LETTERS, (2, BATCH), generator=generator)
         optimizer.zero_grad()
         backward(letters, targets)
-        with Recorded() as calls:
+        with recorded() as calls:
             optimizer.step()
         weights = {TIED if name == HEAD else name: p.detach().clone() for name, p in named.items()}
         steps.append((norms_by_label(clipper), weights, calls))

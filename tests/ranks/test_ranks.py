@@ -15,12 +15,12 @@ from tests.support.clippers import OPTIONS
 from tests.support.dtensors import (
     SCOPES,
     SHAPES,
-    Recorded,
     check_clipped,
     clip_named,
     full_gradients,
     orders_and_dtypes,
     quick,
+    recorded,
 )
 from tests.support.processes import on_ranks
 from tests.support.reference import parameter_with
@@ -145,7 +145,7 @@ def steps_of_parts(layout: str, rule: str, options: dict[str, Any], alone: bool 
         for name, parameter in named.items():
             part = gradients.get(name)
             parameter.grad = None if part is None else part.clone()
-        with Recorded() as calls:
+        with recorded() as calls:
             optimizer.step()
         most = max(most, len(calls))
         last = clipper.last

@@ -15,11 +15,11 @@ from gradclip.thresholds import Percentile, RelativeToWeights
 from tests.support.dtensors import (
     INF,
     SCOPES,
-    Recorded,
     check_clipped,
     mesh_of,
     norms_by_label,
     quick,
+    recorded,
     spread,
     whole,
 )
@@ -177,7 +177,7 @@ def trained_kind(kind: str, options: dict[str, Any], alone: bool = False) -> Any
         if "experts" in kind:
             net.add_up()
         before = wholes(named, kind)
-        with Recorded() as calls:
+        with recorded() as calls:
             optimizer.step()
         thresholds = clipper.last.thresholds.tolist()
         steps.append((norms_by_label(clipper), thresholds, before, wholes(named, kind)))

@@ -18,7 +18,7 @@ from tests.support.dtensors import (
     clip_named,
     full_gradients,
     mesh_of,
-    spread_alone,
+    spread,
     spread_parameter,
 )
 from tests.support.processes import on_ranks
@@ -60,7 +60,7 @@ def test_refusals(case):
 @on_ranks("four_ranks")
 def test_a_group_of_some_ranks_of_a_mesh():
     """It is refused, as its DTensors could not count once."""
-    weight = nn.Parameter(spread_alone(torch.zeros(4), "0"))
+    weight = nn.Parameter(spread(torch.zeros(4), "one", "0"))
     group = distributed.new_group([0, 1, 2])
     if distributed.get_rank() < 3:
         needed = r"on the ranks \[0, 1, 2, 3\], of which the group in ranks= has \[0, 1, 2\]"

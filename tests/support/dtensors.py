@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -68,41 +69,22 @@ def full_gradients(dtype: str = "float32", seed: int = 0) -> dict[str, Tensor]:
 
 
 def spread(full: Tensor, mesh: Any, words: str) -> Tensor:
-    """Spread a tensor over a mesh or one of a name; of a pending sum each rank has another part."""
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+    """Spread a tensor that all ranks have over a mesh or one of a name, without a collective."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    mesh, placements = mesh_of(mesh), placements_of(words)
-    fits = [
-        Replicate()
-        if placement.is_partial() or (placement.is_shard(1) and full.dim() < 2)
-        else placement
-        for placement in placements
-    ]
-    tensor = distribute_tensor(full, mesh, fits)
-    if "P" not in words:
-        return tensor
-    local, given = tensor.to_local(), []
-    for dimension, (placement, fit) in enumerate(zip(placements, fits, strict=True)):
-        given.append(placement if placement.is_partial() else fit)
-        if placement.is_partial():
-            # Parts that differ by rank and add up to the whole, exactly.
-            count, place = mesh.size(dimension), mesh.get_local_rank(dimension)
+    mesh, local, placements = mesh_of(mesh), full, placements_of(words)
+    for dimension, placement in enumerate(placements):
+        count, place = mesh.size(dimension), mesh.get_local_rank(dimension)
+        if placement.is_partial():  # parts that differ by rank and add up to the whole, exactly
             local = local * (2 if place == 0 else 0 if place < count - 1 else -1)
+        elif placement.is_shard() and placement.dim >= max(full.dim(), 1):
+            placements[dimension] = Replicate()
+        elif placement.is_shard():
+            parts = local.chunk(count, placement.dim)
+            local = parts[place] if place < len(parts) else local.narrow(placement.dim, 0, 0)
     shape = {"shape": full.shape, "stride": full.stride()}
-    return DTensor.from_local(local, mesh, given, run_check=False, **shape)
-
-
-def spread_alone(full: Tensor, words: str) -> Tensor:
-    """Spread a tensor that every rank has over all ranks, without telling the others."""
-    from torch.distributed.tensor import DTensor
-
-    mesh, [placement] = mesh_of("one"), placements_of(words)
-    local = full
-    if placement.is_shard():
-        parts, place = full.chunk(mesh.size(), placement.dim), mesh.get_local_rank()
-        local = parts[place] if place < len(parts) else full.narrow(placement.dim, 0, 0)
-    shape = {"shape": full.shape, "stride": full.stride()}
-    return DTensor.from_local(local, mesh, [placement], run_check=False, **shape)
+    local = local.clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(local, mesh, placements, run_check=False, **shape)
 
 
 def spread_parameter(gradient: Tensor, mesh: Any, words: str) -> nn.Parameter:
@@ -132,7 +114,7 @@ def norms_by_label(clipper: GradientClipper) -> dict[str, float]:
 def clip_named(named: dict[str, nn.Parameter], max_norm: Any = LIMIT, **options: Any) -> Any:
     """Clip the gradients of parameters; return norms by label, whole gradients, collectives."""
     with GradientClipper(Still([*named.items()]), max_norm, **options) as clipper:
-        with Recorded() as calls:
+        with recorded() as calls:
             clipper.step()
         gradients = {name: whole(p.grad) for name, p in named.items() if p.grad is not None}
         return norms_by_label(clipper), gradients, calls
@@ -149,14 +131,9 @@ def check_clipped(
     slack: float = 0.0,
     part: Callable[..., dict[str, Tensor]] = lambda clipped, rank: clipped,
 ) -> None:
-    """Compare what `clip_named` returned on all ranks with the oracle.
+    """Compare what `clip_named` returned on all ranks with the whole gradients, clipped by hand.
 
     Args:
-        results: The norms, gradients and collectives by rank.
-        full: The whole gradients, which the oracle clips.
-        scope: As for a clipper.
-        order: The ``norm_type``.
-        limit: The ``max_norm``.
         collectives: The all-reduces of a step; None for any.
         slack: Roundings of the largest element that an element may be wrong by.
         part: Returns the gradients of a rank, of all.
@@ -176,43 +153,32 @@ def check_clipped(
             torch.testing.assert_close(gradient.double(), expected[name], **near)
 
 
-def rows_of(scope: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return the rows of a gradient that have a norm each, by label, in float64."""
-    if scope == "unit" and tensor.dim() > 1:
-        return {f"{name}[{index}]": row.double() for index, row in enumerate(tensor)}
-    return {"global" if scope == "global" else name: tensor.double()}
-
-
 def oracle(
     full: dict[str, Tensor], scope: str, order: float, limit: float
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the norms by label and the clipped gradients, in float64 and by hand."""
+    clipped = {name: wide(gradient).reshape(gradient.shape) for name, gradient in full.items()}
     rows: dict[str, list[Tensor]] = {}
-    for name, gradient in full.items():
-        for label, row in rows_of(scope, name, gradient).items():
-            rows.setdefault(label, []).append(row.flatten())
-    norms = {label: norm_of([torch.cat(parts)], order) for label, parts in rows.items()}
-    clipped = {}
-    for name, gradient in full.items():
-        scaled = [
-            row.flatten() * coefficient_of(norms[label], limit)
-            for label, row in rows_of(scope, name, gradient).items()
-        ]
-        clipped[name] = torch.cat([*scaled, wide(gradient)[:0]]).reshape(gradient.shape)
+    for name, gradient in clipped.items():
+        own = {"global" if scope == "global" else name: gradient}
+        if scope == "unit" and gradient.dim() > 1:
+            own = {f"{name}[{index}]": row for index, row in enumerate(gradient)}
+        for label, row in own.items():
+            rows.setdefault(label, []).append(row)
+    norms = {label: norm_of(parts, order) for label, parts in rows.items()}
+    for label, parts in rows.items():
+        for row in parts:
+            row *= coefficient_of(norms[label], limit)
     return norms, clipped
 
 
-class Recorded:
-    """Names the collectives that are entered, when they are over."""
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Name the collectives that are entered, when they are over."""
+    from torch.distributed.tensor.debug import CommDebugMode
 
-    def __enter__(self) -> list[str]:
-        from torch.distributed.tensor.debug import CommDebugMode
-
-        self._mode, self._calls = CommDebugMode(), []
-        self._mode.__enter__()
-        return self._calls
-
-    def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)
-        for kind, count in self._mode.get_comm_counts().items():
-            self._calls += [str(kind).rpartition(".")[2].strip("_")] * count
+    calls: list[str] = []
+    with CommDebugMode() as mode:
+        yield calls
+    for kind, count in mode.get_comm_counts().items():
+        calls += [str(kind).rpartition(".")[2].strip("_")] * count

@@ -21,13 +21,6 @@ PAUSE = 0.003
 ENDLESS = 10**9
 LOGS = {"events": 1e-6, "steps.jsonl": 0.0}
 """The logs, and how much their numbers may differ: event files hold float32."""
-FIELDS = {
-    "norms": "norm",
-    "clipped_norms": "clipped_norm",
-    "thresholds": "threshold",
-    "skipped": "skipped",
-}
-"""Numbers of a run, each with the field of a logged step."""
 
 
 def checked_length(path, expected):
@@ -39,9 +32,10 @@ def checked_length(path, expected):
         [run] = runs_in(path)
     wanted, accuracy = expected[: len(run)], {"rel": LOGS[path.name], "abs": 0, "nan_ok": True}
     assert run.steps.tolist() == [step.step for step in wanted]
-    for numbers, field in FIELDS.items():
+    assert run.skipped.tolist() == [step.skipped for step in wanted]
+    for field in ("norm", "clipped_norm", "threshold"):
         needed = [getattr(step, field) for step in wanted]
-        assert getattr(run, numbers).tolist() == pytest.approx(needed, **accuracy)
+        assert getattr(run, f"{field}s").tolist() == pytest.approx(needed, **accuracy)
     return len(run)
 
 

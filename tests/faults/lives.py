@@ -1,8 +1,6 @@
 """A training that goes on from its newest state, whenever it was killed."""
 
-import mmap
 import os
-from contextlib import contextmanager
 
 import torch
 
@@ -62,32 +60,16 @@ def sinks(folder, flush_every=FLUSH_EVERY):
     ]
 
 
-@contextmanager
-def shared_number(folder):
-    """Share a number with other processes: the steps that were taken, -1 before a life begins."""
-    path = folder / "steps taken"
-    if not path.exists():
-        path.write_bytes(bytes(8))
-    with (
-        path.open("r+b") as file,
-        mmap.mmap(file.fileno(), 8) as shared,
-        memoryview(shared) as octets,
-        octets.cast("q") as number,
-    ):
-        yield number
-
-
-def live(folder, last):
-    """Train up to a step, from the newest state if there is one."""
+def live(folder, last, taken):
+    """Train up to a step, from the newest state if there is one; share how many were taken."""
     torch.set_num_threads(1)
-    with shared_number(folder) as number:
-        number[0] = 0
-        life, state = LoggedTraining(*sinks(folder)), folder / "state.pt"
-        if state.exists():
-            life.load(state)
-        while (steps := life.clipper.steps) < last:
-            number[0] = steps
-            if steps % SAVE_EVERY == 0:
-                life.save(state)
-            life.step()
-        life.clipper.close()
+    taken.value = 0
+    life, state = LoggedTraining(*sinks(folder)), folder / "state.pt"
+    if state.exists():
+        life.load(state)
+    while (steps := life.clipper.steps) < last:
+        taken.value = steps
+        if steps % SAVE_EVERY == 0:
+            life.save(state)
+        life.step()
+    life.clipper.close()

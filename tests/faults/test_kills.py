@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gradclip import MemorySink
-from tests.faults.lives import FLUSH_EVERY, LoggedTraining, live, shared_number
+from tests.faults.lives import FLUSH_EVERY, LoggedTraining, live
 from tests.support.curves import curves_in, runs_in, steps_in
 
 KILLS = 20
@@ -44,17 +44,16 @@ def kill(children, folder, until, pause):
 
     A step that lies before the state from which it goes on lets it hardly begin.
     """
-    with shared_number(folder) as number:
-        number[0] = -1
-        process = children.begin(live, folder, ENDLESS)
-        ends = time.monotonic() + 60
-        while number[0] < max(until, 0) and process.is_alive() and time.monotonic() < ends:
-            time.sleep(0.0005)
-        time.sleep(pause)
-        process.kill()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        return number[0]
+    taken = children.context.Value("q", -1, lock=False)
+    process = children.begin(live, folder, ENDLESS, taken)
+    ends = time.monotonic() + 60
+    while taken.value < max(until, 0) and process.is_alive() and time.monotonic() < ends:
+        time.sleep(0.0005)
+    time.sleep(pause)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    return taken.value
 
 
 def test_killed_training_loses_a_batch_at_most_and_goes_on(tmp_path, children):
@@ -80,7 +79,7 @@ def test_killed_training_loses_a_batch_at_most_and_goes_on(tmp_path, children):
     assert len({*resumed}) > KILLS / 2, "most lives save a state"
 
     last = max(lengths.values()) + 100
-    children.run(live, tmp_path, last)
+    children.run(live, tmp_path, last, children.context.Value("q", lock=False))
     alone.step_up_to(last)
     assert [checked_length(tmp_path / name, expected) for name in LOGS] == [last, last]
     curves = curves_in(tmp_path / "events")

@@ -17,7 +17,7 @@ from gradclip import GradientClipper, MemorySink
 from gradclip.thresholds import Percentile
 from tests.support.clippers import OPTIONS
 from tests.support.engines import REGISTRY, load_triton
-from tests.support.reference import parameter_with
+from tests.support.reference import bits_in, parameter_with
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process tests the Triton kernels, on the CPU, and nothing else."""
@@ -82,12 +82,11 @@ class SteppedRun:
 
     def seen(self):
         """Return all that there is of it, gradients and all states included, to the bit."""
-        momenta = [self.optimizer.state[weight]["momentum_buffer"] for weight in self.weights]
-        state = self.clipper.state_dict()
-        rule = state.pop("threshold")
-        tensors = [*self.weights, *(w.grad for w in self.weights), *momenta, rule["window"]]
-        values = [tensor.tolist() for tensor in (*tensors, rule["counts"])]
-        return repr((values, state, len(self.sink.steps), self.clipper.last.step))
+        states = self.clipper.state_dict(), self.optimizer.state_dict()
+        gradients = [weight.grad for weight in self.weights]
+        return bits_in(
+            (*states, self.weights, gradients, len(self.sink.steps), self.clipper.last.step)
+        )
 
 
 def check_each_fault(engine, fault, *, renews=False, **options):
@@ -250,8 +249,7 @@ class Closing:
         self.optimizer.step(closure)
 
     def seen(self):
-        state = self.optimizer.state[self.weight]
-        return repr((self.weight.tolist(), self.weight.grad, [*state.items()]))
+        return bits_in((self.weight, self.weight.grad, self.optimizer.state_dict()))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def parameter_with(gradient: Tensor | None, *, value: Tensor | float = 0.0) -> n
 def bits_of(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor's elements, so that NaN equals itself and 0 is not -0."""
     copy = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)
-    return copy.view(torch.uint8).numpy().tobytes()
+    return copy.view(torch.uint8).cpu().numpy().tobytes()
 
 
 def bits_in(value: Any) -> Any:
@@ -66,4 +66,4 @@ def bits_in(value: Any) -> Any:
         return type(value), repr(value)
     if value.is_sparse:
         return bits_in([value._indices(), value._values(), value.is_coalesced()])
-    return value.dtype, value.shape, bits_of(value)
+    return value.dtype, value.shape, None if value.is_meta else bits_of(value)

@@ -165,6 +165,28 @@ class Engine(ABC):
             self.host_scale_(tensors, threshold / norm.item())
         return norm
 
+    def host_row_norms(self, tensors: TensorList, order: float) -> Tensor | None:
+        """Return the norm of each row, or of a whole tensor that has less than two dimensions.
+
+        Args:
+            tensors: Gradients or parameters. Not written.
+            order: p of the p-norm, positive or infinity.
+
+        Returns:
+            Shape (number of all rows,), float64; None unless they are plain tensors of one dtype on
+            the CPU, each with elements of its own, and the engine looks at them at once.
+        """
+        return None
+
+    def host_scale_rows_(self, tensors: TensorList, coefficients: Tensor) -> None:
+        """Multiply each row by its coefficient, in place; see `scale_`.
+
+        Args:
+            tensors: Gradients for which `host_row_norms` has returned norms.
+            coefficients: One for each row, in [0, 1], float64 and contiguous.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_order, checked_positive
+from ..engines import engine_for
+from ..engines.base import TensorList, host_may_read
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
 from ..gradients.norms import norms_of
@@ -15,6 +17,8 @@ from ..scopes.norm_indices import NormIndices, present_norms
 from ..thresholds import RelativeToWeights, StepContext
 from .operators import norm_like, operator
 from .torch_names import TensorOrTensors, listed_gradients, listed_parameters
+
+_CPU = torch.device("cpu")
 
 
 def clip_grad_units_(
@@ -73,6 +77,9 @@ def clip_grad_units_(
 def _clip_units_(
     gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
 ) -> Tensor:
+    total = _clip_plain_units_(gradients, weights, factor, eps, order)
+    if total is not None:
+        return total
     rule = RelativeToWeights(factor, eps)
     # Each gradient once, with the last weight that has it.
     pairs = {id(g): (g, w.data) for g, w in zip(gradients, weights, strict=True)}
@@ -86,8 +93,24 @@ def _clip_units_(
     coefficients = clip_coefficients(norms, rule.thresholds(norms, context), erase=False)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
-    total: Tensor = torch.linalg.vector_norm(norms, order)
-    return total
+    return torch.linalg.vector_norm(norms, order)  # type: ignore[no-any-return]
+
+
+def _clip_plain_units_(
+    gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
+) -> Tensor | None:
+    """Clip plain gradients on the CPU in three engine calls; None if some are not plain."""
+    engine = engine_for("auto", _CPU)
+    units, tensors = TensorList(gradients), TensorList(weights)
+    norms = engine.host_row_norms(units, order)
+    weight_norms = None if norms is None else engine.host_row_norms(tensors, order)
+    if norms is None or weight_norms is None or not host_may_read(norms):
+        return None
+    rule = RelativeToWeights(factor, eps)
+    context = StepContext(0, torch.ones_like(norms, dtype=torch.bool), order, weight_norms)
+    thresholds = rule.thresholds(norms, context)
+    engine.host_scale_rows_(units, clip_coefficients(norms, thresholds, erase=False))
+    return torch.linalg.vector_norm(norms, order)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=16)

@@ -24,7 +24,7 @@ struct interpreter {
     void (*release)(void *object);
     void (*clear_error)(void);
     int (*describe)(void *tensor, struct description *);
-    void *tensor_type;
+    void *tensor_type, *parameter_type;
 };
 static struct interpreter python;
 
@@ -37,7 +37,7 @@ static int is_plain_tensor(void *object)
 {
     void *type = python.type_of(object);
     python.release(type); /* the type of a living object lives on */
-    return type == python.tensor_type;
+    return type == python.tensor_type || type == python.parameter_type;
 }
 
 static int dtype_of(const struct description *tensor)
@@ -49,18 +49,19 @@ static int dtype_of(const struct description *tensor)
     return tensor->bits == 32 ? FLOAT32 : tensor->bits == 64 ? FLOAT64 : FLOAT16;
 }
 
-/* The number of elements; -1 unless they lie in memory, in some order, without gaps or overlaps. */
-static int64_t dense_length(const struct description *tensor)
+/* The number of elements of a tensor, or of one row from dimension 1 on; -1 unless they lie in
+ * memory, in some order, without gaps or overlaps. */
+static int64_t dense_length(const struct description *tensor, int32_t first)
 {
     enum { MOST = 16 };
     int64_t sizes[MOST], strides[MOST], length = 1, expected = 1;
     int32_t kept = 0;
-    for (int32_t place = 0; place < tensor->dimensions; place++)
+    for (int32_t place = first; place < tensor->dimensions; place++)
         length *= tensor->shape[place];
     if (!tensor->strides || !length)
         return length;
     /* From the last dimension on, sorted by strides: the usual order needs no exchange. */
-    for (int32_t place = tensor->dimensions - 1; place >= 0; place--) {
+    for (int32_t place = tensor->dimensions - 1; place >= first; place--) {
         if (tensor->shape[place] == 1)
             continue;
         if (kept == MOST)
@@ -105,15 +106,17 @@ static int are_distinct(const int64_t *addresses, const int64_t *lengths, int64_
     return distinct;
 }
 
-/* Write a request for the tensors of a list. NO_ADDRESS unless they are plain tensors of one dtype
- * on the CPU, without gaps, each with memory of its own. `request` has room for `count` of them. */
+/* Write a request for the tensors of a list, or for their rows: tensors of less than two dimensions
+ * have one. NO_ADDRESS unless they are plain tensors of one dtype on the CPU, each with memory of
+ * its own and without gaps in it, or in its rows. `request` has room for `count` of them. */
 EXPORTED int gradclip_walk(
-    void *list, struct request *request, int64_t count, int64_t threads, double order)
+    void *list, struct request *request, int64_t count, int64_t threads, double order, int by_rows)
 {
     struct description tensor;
     int64_t *addresses = request->table, *lengths = request->table + count;
+    int64_t *rows = request->table + 2 * count, *distances = request->table + 3 * count;
     request->threads = threads;
-    request->by_rows = 0;
+    request->by_rows = by_rows;
     request->order = order;
     request->count = count;
     if (!count || !python.describe || python.list_size(list) != count)
@@ -128,7 +131,14 @@ EXPORTED int gradclip_walk(
         }
         int dtype = tensor.device_type == ON_CPU ? dtype_of(&tensor) : -1;
         int64_t address = (int64_t)(uintptr_t)tensor.data + (int64_t)tensor.offset;
-        int64_t length = dense_length(&tensor);
+        int has_rows = by_rows && tensor.dimensions > 1;
+        int64_t length = dense_length(&tensor, has_rows);
+        if (by_rows) {
+            rows[place] = has_rows ? tensor.shape[0] : 1;
+            distances[place] = !has_rows ? 0 : tensor.strides ? tensor.strides[0] : length;
+            if (rows[place] > 1 && distances[place] < length)
+                return NO_ADDRESS; /* rows overlap or interleave */
+        }
         if (place == 0)
             request->dtype = dtype;
         if (dtype < 0 || dtype != request->dtype || length < 0)

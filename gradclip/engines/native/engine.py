@@ -8,6 +8,7 @@ tensors with gaps between their elements, go to torch operators.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Sequence
 from itertools import compress
@@ -15,11 +16,11 @@ from pathlib import Path
 from struct import pack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ...errors import EngineUnavailableError
-from ..base import INTEGERS, Engine, TensorList, rounded_bounds
+from ..base import INTEGERS, Engine, TensorList, root, rounded_bounds
 from ..layout import addresses_of, flat, flat_view, table, table_view
 from ..operators.engine import OPERATORS
 
@@ -100,7 +101,7 @@ class NativeEngine(Engine):
             return tensors.note is not None
         count = len(tensors)
         tensors.note = request = (ctypes.c_int64 * (HEADER + 2 * count))()
-        status = self._walk(tensors, request, count, torch.get_num_threads(), order)
+        status = self._walk(tensors, request, count, torch.get_num_threads(), order, 0)
         return status == OK or _done(status)
 
     def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
@@ -132,6 +133,27 @@ class NativeEngine(Engine):
         if any(flags.raw):
             increment_version([*compress(tensors, flags.raw)])
         return norm
+
+    def host_row_norms(self, tensors: TensorList, order: float) -> Tensor | None:
+        """See `Engine.host_row_norms`."""
+        if self._walk is None:
+            return None
+        count = len(tensors)
+        tensors.note = request = (ctypes.c_int64 * (HEADER + 4 * count))()
+        if not _done(self._walk(tensors, request, count, torch.get_num_threads(), order, 1)):
+            return None
+        norms = _FLOAT64.new_empty(sum(request[HEADER + 2 * count : HEADER + 3 * count]))
+        if not _done(self._library.gradclip_power_sums(request, _address(norms))):
+            return None
+        return norms if order == math.inf else root(norms, order)
+
+    def host_scale_rows_(self, tensors: TensorList, coefficients: Tensor) -> None:
+        """See `Engine.host_scale_rows_`."""
+        flags = (ctypes.c_char * len(tensors))()
+        numbers = coefficients.data_ptr(), len(coefficients)
+        _done(self._library.gradclip_scale(tensors.note, *numbers, flags))
+        if any(flags.raw):
+            increment_version([*compress(tensors, flags.raw)])
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
@@ -301,7 +323,7 @@ class _Interpreter(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("list_size", "list_item", "type_of", "release", "clear_error"),
-            *("describe", "tensor_type"),
+            *("describe", "tensor_type", "parameter_type"),
         )
     ]
 
@@ -321,11 +343,12 @@ def _walker(library: ctypes.CDLL) -> Callable[..., int] | None:
     functions = api.PyList_Size, api.PyList_GetItem, api.PyObject_Type, api.Py_DecRef
     addresses = [ctypes.cast(function, ctypes.c_void_p) for function in functions]
     clear = ctypes.cast(api.PyErr_Clear, ctypes.c_void_p)
-    interpreter = _Interpreter(*addresses, clear, exchange.describe, id(Tensor))
+    types = id(Tensor), id(nn.Parameter)
+    interpreter = _Interpreter(*addresses, clear, exchange.describe, *types)
     library.gradclip_use_interpreter(ctypes.byref(interpreter))
     # PyDLL keeps the interpreter's lock during the call, which takes about a microsecond.
     walk = ctypes.PyDLL(str(LIBRARY)).gradclip_walk
-    numbers = ctypes.c_int64, ctypes.c_int64, ctypes.c_double
+    numbers = ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     walk.argtypes = (ctypes.py_object, ctypes.c_void_p, *numbers)
     return walk
 

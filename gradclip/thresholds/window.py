@@ -109,10 +109,9 @@ class Row:
 
     def mean_and_deviation(self) -> tuple[float, float]:
         """Return the mean and the sample deviation (n - 1)."""
-        count = len(self.norms)
-        mean = sum(self.norms.tolist()) / count
-        distance = self.norms - mean
-        return mean, math.sqrt(distance.dot(distance).item() / (count - 1))
+        norms, count = self.norms.tolist(), len(self.norms)
+        mean = sum(norms) / count
+        return mean, math.dist(norms, [mean] * count) / math.sqrt(count - 1)
 
     def median_and_distance(self) -> tuple[float, float]:
         """Return the median and the median distance from it."""

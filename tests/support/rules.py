@@ -20,6 +20,7 @@ from gradclip.thresholds import (
     StepContext,
     Threshold,
     ZScore,
+    is_foreign,
 )
 
 RULES: dict[str, Callable[..., Threshold]] = {
@@ -44,11 +45,18 @@ Oracle = Callable[[Sequence[Step]], list[list[float | None]]]
 
 
 class Driver:
-    """Asks a rule, clips, and lets it observe, as a clipper does."""
+    """Asks a rule, clips, and lets it observe, as a clipper does: one norm is a number."""
 
     def __init__(
-        self, rule: Threshold, count: int = 1, dtype: torch.dtype = torch.float64, order: float = 2
+        self,
+        rule: Threshold,
+        count: int = 1,
+        dtype: torch.dtype = torch.float64,
+        order: float = 2,
+        *,
+        numbers: bool = True,
     ) -> None:
+        self.numbers = numbers and count == 1 and dtype is torch.float64 and not is_foreign(rule)
         self.rule, self.step_index, self.order, self.dtype = rule, 0, order, dtype
         self.labels = [f"label {index}" for index in range(count)]
         self.weights = list(range(1, count + 1))
@@ -60,13 +68,21 @@ class Driver:
         return StepContext(self.step_index, present, self.order, weights)
 
     def ask(self, step: Step) -> torch.Tensor:
-        return self.rule.thresholds(self.tensor(step), self.context(step))
+        norms, context = self.tensor(step), self.context(step)
+        if self.numbers:
+            limit = self.rule.thresholds(norms.item(), context)
+            assert type(limit) is float
+            return norms.new_tensor([limit])
+        return self.rule.thresholds(norms, context)
 
     def step(self, step: Step) -> torch.Tensor:
         """Take a step with these norms; return the thresholds."""
         norms, limits = self.tensor(step), self.ask(step)
         clipped_norms = torch.where(norms.isfinite(), torch.minimum(norms, limits), 0.0)
-        self.rule.observe(norms, clipped_norms, self.context(step))
+        observed = (norms, clipped_norms)
+        if self.numbers:
+            observed = (norms.item(), clipped_norms.item())
+        self.rule.observe(*observed, self.context(step))
         self.step_index += 1
         return limits
 

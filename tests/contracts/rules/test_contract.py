@@ -117,6 +117,16 @@ def test_later_steps_do_not_change_what_was_returned(make, count):
         assert not taken & {limits.untyped_storage().data_ptr() for limits in returned}
 
 
+@every
+def test_a_number_and_a_tensor_of_one_norm_are_the_same(make):
+    """Up to the order of a sum: a deviation adds numbers in another order than a tensor."""
+    runs = [Driver(make(), numbers=numbers) for numbers in (True, False)]
+    limits = [run.run(steps_of(1)) for run in runs]
+    assert limits[0] == [[pytest.approx(limit, rel=1e-14)] for [limit] in limits[1]]
+    for tensors in zip(*(tensors_of(run.rule).values() for run in runs), strict=True):
+        torch.testing.assert_close(*tensors, rtol=1e-14, atol=0)
+
+
 @adaptive
 @labels
 @pytest.mark.parametrize("unusable", [math.nan, math.inf, None, "clipped NaN", "clipped inf"])

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
@@ -19,6 +18,7 @@ from gradclip import ArgumentError, AttachError, MemorySink, SkipLimitError
 from gradclip.integrations.transformers import GradClipCallback
 from gradclip.thresholds import Percentile
 from tests.support import trainings
+from tests.support.curves import curves_in, steps_in
 from tests.support.trainings import BATCHES, THRESHOLD, assert_free, by_hand, values
 from tests.support.transformers import (
     InOrder,
@@ -84,11 +84,11 @@ def test_the_history(tmp_path, monkeypatch):
         assert entry["grad_norm"] == pytest.approx(norm, rel=1e-5)
     for entry in trainer.state.log_history:
         assert NUMBERS.isdisjoint(entry) == ("loss" not in entry)
-    events = EventAccumulator(str(tmp_path / "runs")).Reload()
-    points = {point.step: point.value for point in events.Scalars("train/grad_norm/pre")}
+    curves = curves_in(tmp_path / "runs")
+    points = {point.step: point.value for point in curves["train/grad_norm/pre"]}
     needed = {entry["step"]: entry["grad_norm/pre"] for entry in logged}
     assert points == pytest.approx(needed, rel=1e-6)
-    assert {f"train/{name}" for name in NUMBERS} <= {*events.Tags()["scalars"]}
+    assert {f"train/{name}" for name in NUMBERS} <= {*curves}
 
 
 def test_a_trainer_without_a_history(tmp_path):
@@ -113,8 +113,7 @@ def test_a_trainer_without_a_history(tmp_path):
 def test_log(tmp_path):
     """With the option all steps go there, and none to the history."""
     trainer = trained_trainer(tmp_path, GradClipCallback(THRESHOLD, log=str(tmp_path / "runs")))
-    events = EventAccumulator(str(tmp_path / "runs")).Reload()
-    assert [point.step for point in events.Scalars("grad_norm/pre")] == [*range(BATCHES)]
+    assert steps_in(tmp_path / "runs")["grad_norm/pre"] == [*range(BATCHES)]
     assert all(NUMBERS.isdisjoint(entry) for entry in trainer.state.log_history)
 
 

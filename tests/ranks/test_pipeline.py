@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -52,23 +51,16 @@ class Part(nn.Module):
         return inputs @ self.tied.T if self.last else inputs
 
 
-@cache
-def ends_of(count: int) -> Any:
-    return distributed.new_group([0, count - 1])
-
-
 def backward_of(kind: str, parts: list[Part]) -> Callable[[Tensor, Tensor], None]:
     from torch.distributed import pipelining
 
     if kind == "whole":
         return lambda letters, targets: cross_entropy(parts[0](letters), targets).backward()
-    stages = [
-        pipelining.PipelineStage(part, part.stage, part.stages, torch.device("cpu"))
-        for part in parts
-    ]
+    device, make = torch.device("cpu"), pipelining.PipelineStage
+    stages = [make(part, part.stage, part.stages, device) for part in parts]
     given = stages if len(stages) > 1 else stages[0]
     schedule = getattr(pipelining, kind)(given, MICROBATCHES, loss_fn=cross_entropy)
-    ends = ends_of(distributed.get_world_size())
+    ends = distributed.new_group([0, distributed.get_world_size() - 1])
 
     def backward(letters: Tensor, targets: Tensor) -> None:
         inputs = (letters,) if parts[0].first else ()

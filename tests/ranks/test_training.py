@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, distributed, nn
 
 from gradclip import GradientClipper, Ranks
 from gradclip.thresholds import Percentile, RelativeToWeights
+from tests.support.curves import steps_in
 from tests.support.dtensors import (
     INF,
     SCOPES,
@@ -216,10 +217,10 @@ def check_kind(pool: Any, kind: str, options: dict[str, Any]) -> Any:
 
 PLACEMENTS = {
     "tensor": "Partial",
+    "experts": "Shard",
     "mixed": "Shard",
     "offload": "Shard",
     "bfloat16": "Shard",
-    "experts": "Shard",
     "idle experts": "None",
     # On meshes of two dimensions
     "tensor and fsdp2": "_StridedShard",
@@ -227,24 +228,17 @@ PLACEMENTS = {
     "experts with copies": "Shard",
 }
 KINDS = [*PLACEMENTS]
+CASES = [*product(["two_ranks"], KINDS[:6]), *product(["four_ranks"], KINDS)]
 
 
 @pytest.mark.parametrize("order", quick([2.0, INF], 2.0))
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", quick(KINDS[:6], "tensor", "experts", "mixed"))
-def test_modules(ranks, kind, scope, order):
+@pytest.mark.parametrize(("pool", "kind"), quick(CASES, *product(["two_ranks"], KINDS[:3])))
+def test_modules(request, pool, kind, scope, order):
     """Modules are clipped by the norms of their whole gradients."""
+    ranks = request.getfixturevalue(pool)
     results = check_kind(ranks, kind, {"scope": scope, "norm_type": order})
     assert any(PLACEMENTS[kind] in placements for *_, placements in results)
-
-
-@pytest.mark.parametrize("order", [2.0, INF])
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", KINDS[6:])
-@pytest.mark.slow
-def test_meshes_of_two_dimensions(four_ranks, kind, scope, order):
-    """So are modules on meshes of two dimensions."""
-    test_modules(four_ranks, kind, scope, order)
 
 
 @pytest.mark.parametrize("scope", ["parameter", "unit"])
@@ -272,5 +266,4 @@ def test_logs(two_ranks, tmp_path):
     """Of a directory that all ranks were given, rank 0 alone writes into it."""
     two_ranks.run(trained_kind, "fsdp2", {"log": str(tmp_path / "logs")})
     [file] = (tmp_path / "logs").iterdir()
-    reader = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-    assert [point.step for point in reader.Scalars("grad_norm/pre")] == [*range(4)]
+    assert steps_in(file)["grad_norm/pre"] == [*range(4)]

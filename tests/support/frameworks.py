@@ -90,7 +90,8 @@ def by_transformers(folder: Any, clipping: Any, way: Way) -> Any:
     return trainer.model.net, callback.clipper
 
 
-def by_accelerate(folder: Any, clipping: Any, way: Way, unscales: bool = False) -> Any:
+def by_accelerate(folder: Any, clipping: Any, way: Way, kind: str = "") -> Any:
+    """Train in Accelerate, where the clipper has the wrapper, or the optimizer inside."""
     from accelerate import Accelerator
 
     precision = "bf16" if way.bf16 else "no"
@@ -99,12 +100,14 @@ def by_accelerate(folder: Any, clipping: Any, way: Way, unscales: bool = False) 
     )
     accelerator.scaler = way.scaler
     net, batches = trainings.net_of(), trainings.loader(trainings.SIZE // way.processes)
-    net, optimizer, batches = accelerator.prepare(net, trainings.momentum(net), batches)
-    clipper = GradientClipper(optimizer, **clipping)
+    inner = trainings.momentum(net)
+    early = kind == "before prepare" and GradientClipper(inner, **clipping)
+    net, optimizer, batches = accelerator.prepare(net, inner, batches)
+    clipper = early or GradientClipper(inner if kind == "inner" else optimizer, **clipping)
     for batch in [*batches] * way.epochs:
         with accelerator.accumulate(net), accelerator.autocast():
             accelerator.backward(trainings.loss_of(net, batch))
-            if unscales:
+            if kind == "unscaling":
                 way.scaler.unscale_(optimizer.optimizer)
             optimizer.step()
             optimizer.zero_grad()
@@ -112,12 +115,13 @@ def by_accelerate(folder: Any, clipping: Any, way: Way, unscales: bool = False) 
     return net, clipper
 
 
+KINDS = ("unscaling", "inner", "before prepare")
 TRAININGS = {
     "lightning": by_lightning,
     "pytorch_lightning": partial(by_lightning, package="pytorch_lightning"),
     "transformers": by_transformers,
     "accelerate": by_accelerate,
-    "accelerate unscaling": partial(by_accelerate, unscales=True),
+    **{f"accelerate {kind}": partial(by_accelerate, kind=kind) for kind in KINDS},
     "lightning fsdp2": by_fsdp2,
 }
 """By the package that they need, and how it is used. Each returns the network and the clipper."""

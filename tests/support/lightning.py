@@ -11,11 +11,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradclip import MemorySink
+from tests.support.curves import curves_in
 from tests.support.reference import gradient_norm
 from tests.support.trainings import BATCHES, assert_free, loader, loss_of, momentum, net_of
 
@@ -158,12 +158,10 @@ def in_turn(self: Any, batch: Any, index: int) -> Tensor:
 
 
 def scalars_in(folder: Any) -> dict[str, list[tuple[int, float]]]:
-    if not Path(folder).exists():
-        return {}
-    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in reader.Tags()["scalars"] if tag.startswith("grad_norm")]
+    curves = curves_in(folder).items() if Path(folder).exists() else ()
     # Of several files the order is that of their names, whose last number has no leading zeros.
-    return {tag: sorted((p.step, p.value) for p in reader.Scalars(tag)) for tag in tags}
+    points = {tag: sorted((p.step, p.value) for p in points) for tag, points in curves}
+    return {tag: curve for tag, curve in points.items() if tag.startswith("grad_norm")}
 
 
 def rows_in(folder: Any) -> list[dict[str, str]]:

@@ -222,35 +222,31 @@ def test_bound_functions():
 # Tuners
 
 
+TUNINGS = {
+    "callback": lambda tuner, module: None,
+    "rates": lambda tuner, module: tuner.lr_find(module, num_training=6, update_attr=False),
+    "sizes": lambda tuner, module: tuner.scale_batch_size(module, max_trials=1, steps_per_trial=2),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*litlogger")
-@pytest.mark.parametrize("as_callback", [False, True])
-def test_the_finder_of_learning_rates(as_callback, tmp_path):
-    """It leaves no trace."""
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_tuners(tuning, tmp_path):
+    """Those of learning rates and of batch sizes leave no trace."""
 
     def configure(self: Any) -> Optimizer:
         return SGD(self.net.parameters(), lr=self.lr, momentum=0.9)
 
-    module = lightning.regression(configure_optimizers=configure, lr=0.05)
+    tuned = {"lr": 0.05, "batch_size": 2, "train_dataloader": lambda _: loader()}
+    module = lightning.regression(configure_optimizers=configure, **tuned)
     callback = GradClipCallback(trainings.rule_of(), log=(sink := MemorySink()))
     finder = pl.callbacks.LearningRateFinder(num_training_steps=6, update_attr=False)
-    trainer = lightning.trainer_of(callback, *[finder] * as_callback, default_root_dir=tmp_path)
-    if not as_callback:
-        Tuner(trainer).lr_find(module, loader(), num_training=6, update_attr=False)
-        assert callback.state_dict() == {}
-    trainer.fit(module, loader())
+    finders = [finder] * (tuning == "callback")
+    trainer = lightning.trainer_of(callback, *finders, default_root_dir=tmp_path)
+    TUNINGS[tuning](Tuner(trainer), module)
+    assert callback.state_dict() == {}
+    trainer.fit(module)
     untuned = GradClipCallback(trainings.rule_of(), log=(expected := MemorySink()))
     fit(straight := lightning.regression(), untuned)
     trainings.assert_close(module.net, straight.net)
     assert lightning.numbers_of(sink) == lightning.numbers_of(expected)
-
-
-def test_the_finder_of_batch_sizes(tmp_path):
-    """It leaves no trace."""
-    module, callback = lightning.regression(batch_size=2), GradClipCallback(THRESHOLD)
-    module.train_dataloader = loader
-    trainer = lightning.trainer_of(callback, default_root_dir=tmp_path)
-    Tuner(trainer).scale_batch_size(module, max_trials=1, steps_per_trial=2)
-    assert callback.state_dict() == {}
-    trainer.fit(module)
-    assert callback.clippers[0].steps == BATCHES
-    trainings.assert_close(module.net, by_hand()[0])

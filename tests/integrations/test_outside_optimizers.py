@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradclip import AttachError, GradientClipper, clip_grad_norm_
+from tests.support.reference import bits_in
 from tests.support.twins import layers, layers_loss
 
 pytestmark = [
@@ -115,15 +115,11 @@ class OutsideRun:
     def values(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.parameters])
 
-    def snapshot(self) -> str:
-        """Return parameters, gradients, groups and state of the optimizer as text, exactly."""
+    def snapshot(self) -> Any:
+        """Return parameters, gradients, groups and state of the optimizer, bit for bit."""
         groups = [{**group, "params": None} for group in self.optimizer.param_groups]
         state = [self.optimizer.state.get(p) for p in self.parameters]
-        tensors = [(p.detach(), p.grad) for p in self.parameters]
-        torch.set_printoptions(threshold=sys.maxsize, precision=17)
-        text = repr((tensors, groups, state))
-        torch.set_printoptions(profile="default")
-        return re.sub(" at 0x[0-9a-f]+", "", text)  # addresses of objects
+        return bits_in([(p.detach(), p.grad) for p in self.parameters] + [groups, state])
 
 
 def clip_inner(run: OutsideRun) -> Any:

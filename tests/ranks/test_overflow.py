@@ -69,8 +69,10 @@ def test_one_optimizer(kind, when):
     weight = nn.Parameter(torch.zeros(2 + rank))
     optimizer, scaler = KINDS[kind]([(f"weight{rank}", weight)]), rank_scaler()
     clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=scaler)
-    rows = []
-    for step in range(4):
+    total, rest = sum(range(2, 2 + count)), sum(range(2, 1 + count))
+    squares = (total, rest, rest, total)
+    rows = zip((1, 2, 2, 3), squares, (1, 1, 2, 2), (True, not last, False, True), strict=True)
+    for step, (steps, square, divisor, moves) in enumerate(rows):
         optimizer.zero_grad()
         scaler.scale((weight * (math.inf if step == 2 and last else 1.0)).sum()).backward()
         if step == 1 and last:
@@ -80,16 +82,11 @@ def test_one_optimizer(kind, when):
         before = weight.detach().clone()
         scaler.step(optimizer)
         scaler.update()
-        moved = not torch.equal(weight.detach(), before)
-        rows.append((clipper.steps, square_of(clipper), scaler.get_scale(), moved))
+        assert (clipper.steps, scaler.get_scale()) == (steps, SCALE / divisor)
+        assert square_of(clipper) == square
+        assert torch.equal(weight.detach(), before) != moves
     clipper.detach()
     assert is_itself(scaler)
-    steps, squares, scales, moved = zip(*rows, strict=True)
-    total = sum(2 + other for other in range(count))
-    assert steps == (1, 2, 2, 3)
-    assert (*squares[:2], squares[3]) == (total, total - (2 + count - 1), total)
-    assert scales == (SCALE, SCALE, SCALE / 2, SCALE / 2)
-    assert moved == (True, not last, False, True)
 
 
 def joint_rows(used: int, bad: dict[int, dict[int, float]]) -> Any:

@@ -33,8 +33,8 @@ RULES = {
     "largest element": {"norm_type": INF},
     "skipped": {"nonfinite": "skip"},
     "erased": {"nonfinite": "zero"},
-    "percentile": {"max_norm": "percentile", "scope": "unit"},
-    "weights": {"max_norm": "weights", "scope": "unit"},
+    "percentile": {"max_norm": Percentile(50, window=5), "scope": "unit"},
+    "weights": {"max_norm": RelativeToWeights(0.01), "scope": "unit"},
 }
 
 
@@ -154,16 +154,15 @@ def trained_kind(kind: str, options: dict[str, Any], alone: bool = False) -> Any
     net: Any = Experts() if "experts" in kind else Net()
     module = net if alone else spread_module(net, kind)
     model = net if kind in ("ddp", "zero") else module  # whose names have no prefix
-    named, options = dict(model.named_parameters()), dict(options)
+    named = dict(model.named_parameters())
+    options = {"max_norm": LIMITS[options.get("scope", "global")], **options}
     dtype = next(iter(named.values())).dtype
-    made = {"percentile": Percentile(50, window=5), "weights": RelativeToWeights(0.01)}
-    given = options.pop("max_norm", LIMITS[options.get("scope", "global")])
     if kind.startswith("fsdp") and kind != "fsdp2" and not alone:
         options["ranks"] = Ranks(module.process_group)
     optimizer: Any = torch.optim.SGD(module.parameters(), lr=0.5)
     if kind == "zero":
         optimizer = ZeroRedundancyOptimizer(module.parameters(), torch.optim.SGD, lr=0.5)
-    clipper = GradientClipper(optimizer, made.get(given, given), model=model, **options)
+    clipper = GradientClipper(optimizer, model=model, **options)
     rank, size = distributed.get_rank(), 8 // distributed.get_world_size()
     own = slice(None) if alone else slice(size * rank, size * (rank + 1))
     served = {"idle experts": [2], "resting experts": [4, 2]}.get(kind, [3])
@@ -244,7 +243,7 @@ def test_modules(request, pool, kind, scope, order):
 @pytest.mark.parametrize("scope", ["parameter", "unit"])
 def test_a_rank_without_a_gradient_now_and_then(ranks, scope):
     """Rules learn the same on all ranks, and as in one process."""
-    check_kind(ranks, "resting experts", {"scope": scope, "max_norm": "percentile"})
+    check_kind(ranks, "resting experts", RULES["percentile"] | {"scope": scope})
 
 
 @pytest.mark.parametrize("name", quick(RULES, "fixed", "each unit", "skipped", "weights"))

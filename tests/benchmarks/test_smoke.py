@@ -30,9 +30,19 @@ def torch_as_before():
     assert torch.get_num_threads() == threads
 
 
-def test_clip(capsys):
-    clip.main(["--sets", "small", "--seconds", "0.1"])
-    printed = capsys.readouterr().out
+@pytest.fixture
+def run(capsys):
+    """Run a benchmark; return what it printed."""
+
+    def run(benchmark, options):
+        benchmark.main(options.split())
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_clip(run):
+    printed = run(clip, "--sets small --seconds 0.1")
     assert "| small | bfloat16 | clipping |" in printed
     assert "clipping small by its inf-norm takes" in printed
     assert "logging adds" in printed
@@ -62,28 +72,24 @@ def test_every_timed_call_is_prepared_for():
     assert calls[:8] == ["prepare", "a", "prepare", "b", "prepare", "b", "prepare", "a"]
 
 
-def test_thresholds(capsys):
-    options = "--seconds 0.01 --steps 3 30 --counts 1 7 --sets small"
-    thresholds.main(options.split())
-    printed = capsys.readouterr().out
+def test_thresholds(run):
+    printed = run(thresholds, "--seconds 0.01 --steps 3 30 --counts 1 7 --sets small")
     assert all(f"| {rule} | {count} |" in printed for rule in thresholds.RULES for count in (1, 7))
     assert all(f"| {scope} | bfloat16 |" in printed for scope in ("global", "parameter", "unit"))
     assert all(f"| {peer} |" in printed for peer in PEERS)
 
 
 @pytest.mark.slow
-def test_logging(capsys):
-    logging.main(["--seconds", "0.01"])
-    printed = capsys.readouterr().out
+def test_logging(run):
+    printed = run(logging, "--seconds 0.01")
     assert all(name in printed for name in ("no log", "5 largest", "all, JSON", "by hand, all"))
 
 
 @pytest.mark.slow
-def test_distributed(capsys, tmp_path):
+def test_distributed(run, tmp_path):
     """Of gradclip, one collective a step."""
     saved = tmp_path / "results" / "distributed.md"
-    distributed.main(f"--ranks 2 --parameters 8 --rounds 2 --save {saved}".split())
-    printed = capsys.readouterr().out
+    printed = run(distributed, f"--ranks 2 --parameters 8 --rounds 2 --save {saved}")
     assert printed == saved.read_text()
     rows = [line.split("|") for line in printed.splitlines() if re.match(r"\| *\d", line)]
     assert [row[3].strip() for row in rows] == ["under", "clipping"]
@@ -103,35 +109,31 @@ def test_peers(capsys, tmp_path):
         assert sum(f" {way.name} |" in head for head in heads) == 3 - (way.name == "torch")
 
 
-def test_cuda_without_a_device(capsys, tmp_path, monkeypatch):
+def test_cuda_without_a_device(run, tmp_path, monkeypatch):
     """Toys on the CPU, whose report says that its numbers mean nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     output = tmp_path / "results" / "toy.md"
-    options = ["--seconds", "0.01", "--no-compile"]
-    cuda.main([*options, "--sets", "tiny", "--output", str(output)])
-    printed = capsys.readouterr().out
+    printed = run(cuda, f"--seconds 0.01 --no-compile --sets tiny --output {output}")
     assert printed == output.read_text()
     assert "These numbers mean nothing" in printed.splitlines()[0]
     assert all(f"| tiny | {regime} |" in printed for regime in cuda.NORMS)
     assert "| clip and log, added to a training step | <= 0.01 |" in printed
-    cuda.main([*options, "--sets", "llama3-8b", "--no-training", "--json"])
-    result = json.loads(capsys.readouterr().out)
+    options = "--seconds 0.01 --no-compile --sets llama3-8b --no-training --json"
+    result = json.loads(run(cuda, options))
     assert result["machine"]["meaningless"] is True
     assert [row["regime"] for row in result["rows"]] == [*cuda.NORMS]
     assert all(row["error"]["gradclip"] < 1e-7 for row in result["rows"])
 
 
-def test_spikes(capsys, tmp_path, monkeypatch):
+def test_spikes(run, tmp_path, monkeypatch):
     spike_training.text.cache_clear()
     for name, value in {"BATCH": 2, "LENGTH": 4, "EVALUATED": 3}.items():
         monkeypatch.setattr(spike_training, name, value)
     monkeypatch.setattr(spikes, "LONGEST", 12 - spikes.first_corrupted(12))
     saved = tmp_path / "results" / "spikes.md"
-    options = f"--seeds 2 --steps 12 --models rnn --processes 1 --save {saved}"
-    spikes.main(options.split())
+    printed = run(spikes, f"--seeds 2 --steps 12 --models rnn --processes 1 --save {saved}")
     spike_training.text.cache_clear()
-    printed = capsys.readouterr().out
     assert printed == saved.read_text()
     pairs = itertools.product(spike_training.CORRUPTIONS, spike_training.ARMS)
     rows = [f"\n| {corruption} | {arm} | " for corruption, arm in pairs]

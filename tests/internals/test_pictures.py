@@ -145,13 +145,12 @@ def overlap(texts):
 )
 def test_every_text_can_be_read_and_every_file_opened(tmp_path, name):
     """No two texts overlap, none is small or cut off, and no legend covers a panel."""
-    runs = PICTURES[name]()
-    figure = draw(runs, tmp_path / "a.PNG")
-    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    draw(runs, tmp_path / "a.svg")
-    root = ElementTree.fromstring((tmp_path / "a.svg").read_bytes())
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.PNG", "a.svg"]
+    runs, png, svg = PICTURES[name](), tmp_path / "a.PNG", tmp_path / "a.svg"
+    figure = draw(runs, png)
+    draw(runs, svg)
+    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert ElementTree.fromstring(svg.read_bytes()).tag == "{http://www.w3.org/2000/svg}svg"
+    assert {*tmp_path.iterdir()} == {png, svg}
     whole, around_panels = figure.bbox.padded(1), []
     for axes in (axes for axes in figure.axes if axes.get_visible()):
         on_x, on_y = map(visible_labels, (axes.xaxis, axes.yaxis))
@@ -279,9 +278,8 @@ def test_the_clip_rate_is_that_of_the_last_steps():
         for step in (0, 3, 6, 99, 130, 260, 2999):
             last = slice(max(step + 1 - window, 0), step + 1)
             clipped = run.clipped[last][run.finite[last]]
-            assert rates[step] == pytest.approx(
-                clipped.mean() if len(clipped) else NAN, nan_ok=True
-            )
+            share = clipped.mean() if len(clipped) else NAN
+            assert rates[step] == pytest.approx(share, nan_ok=True)
     rates = figure_of([run]).axes[1]
     assert "clipped: share of the last 50 steps" in rates.get_xlabel()
     assert curve(rates, "clip rate").get_ydata()[-1] == pytest.approx(0.3)
@@ -292,8 +290,8 @@ def test_the_clip_rate_is_that_of_the_last_steps():
 def test_runs_beside_each_other_have_the_same_scales_and_their_names():
     runs = [run_of(noisy_norms(), name="runs/quiet"), run_of(spiky_norms() * 10, name="runs/spiky")]
     axes = figure_of(runs).axes
-    for left, right in zip(axes[::2], axes[1::2], strict=True):
-        assert left.get_ylim() == right.get_ylim()
+    limits = [panel.get_ylim() for panel in axes]
+    assert limits[::2] == limits[1::2]
     assert axes[4].get_xlim() == axes[5].get_xlim()
     assert [legend_title(panel) for panel in axes[:2]] == ["runs/quiet", "runs/spiky"]
 
@@ -449,12 +447,6 @@ def test_the_same_runs_make_the_same_bytes(tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_path_of_another_type_is_refused():
-    for path in (3, b"a.png", None):
-        with pytest.raises(ArgumentError, match=f"path is a {type(path).__name__}: give a path"):
-            draw([run_of([1.0])], path)
-
-
 def test_a_link_stays_one_and_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     (tmp_path / "link.png").symlink_to("a.png")
@@ -466,12 +458,14 @@ def test_a_link_stays_one_and_a_failure_leaves_the_old_picture(tmp_path, monkeyp
         draw([run_of([1.0])], path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "link.png"]
     assert path.read_bytes() == old
+    for other in (3, b"a.png", None):
+        with pytest.raises(ArgumentError, match=f"path is a {type(other).__name__}: give a path"):
+            draw([run_of([1.0])], other)
 
 
 def test_matplotlibs_global_state_is_neither_changed_nor_used(tmp_path):
     with matplotlib.rc_context({"lines.linewidth": 9, "figure.dpi": 33, "text.usetex": True}):
-        before = dict(matplotlib.rcParams)
-        loaded = "matplotlib.pyplot" in sys.modules
+        before, loaded = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
         figure = draw([run_of(noisy_norms())], tmp_path / "a.png")
         assert dict(matplotlib.rcParams) == before
         assert ("matplotlib.pyplot" in sys.modules) == loaded

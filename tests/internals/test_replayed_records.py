@@ -1,5 +1,6 @@
 """The memory of replayed records: its size, its clock, and how long it lives."""
 
+import math
 import time
 
 import pytest
@@ -55,6 +56,17 @@ def test_norm_indices_are_kept_for_a_graph(scope, tape, captured, kept):
     tables = [thing.dtype for thing in kept.values() if isinstance(thing, torch.Tensor)]
     assert torch.bool in tables  # which norms have a gradient behind them
     assert (torch.int64 in tables) == (scope != "parameter")  # which sums belong to which norm
+
+
+def test_an_incident_of_a_graph_names_no_parameter(tape, captured):
+    given = replay_batches(5)
+    for batch in given[2::2]:
+        batch.fill_(math.nan)
+    training = GraphTraining(1.0).replayed(given, tape, captured)
+    eager, replayed = filter(None, training.field("incident"))
+    assert "parameter 0" in eager
+    assert "nan at step 4" in replayed
+    assert "parameter" not in replayed
 
 
 def test_step_outside_the_graph_reads_only_the_number_of_replays(tape, captured):

@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
@@ -165,3 +166,19 @@ def test_file_sorts_before_that_of_a_later_writer(tmp_path, training):
     with SummaryWriter(str(tmp_path)), clipper:
         run.take(1.0)
     assert sorted(os.listdir(tmp_path))[0].endswith("-gradclip")
+
+
+@pytest.mark.parametrize("through_the_writer", [False, True])
+def test_a_reader_without_the_data_server_follows_one_file(tmp_path, training, through_the_writer):
+    run, writer = training(), SummaryWriter(str(tmp_path))
+    log = writer if through_the_writer else tmp_path
+    reader = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    with writer, GradientClipper(run.optimizer, 1.0, log=log) as clipper:
+        for _ in range(2):
+            run.take(1.0)
+            writer.add_scalar("loss", 1.0)
+            clipper.flush()
+            writer.flush()
+            reader.Reload()
+    assert len(reader.Scalars("loss")) == 2
+    assert len(reader.Scalars(PRE)) == (2 if through_the_writer else 1)

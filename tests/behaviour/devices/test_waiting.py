@@ -8,6 +8,7 @@ from torch import nn
 
 import gradclip
 from gradclip import GradientClipper
+from tests.support.reference import parameter_with
 
 
 @pytest.fixture(params=["like a device", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -117,3 +118,13 @@ def test_functions_do_not_wait(target, unread):
         gradclip.clip_grads_with_norm_(weights, 1.0, norm)
         gradclip.clip_grad_units_(weights)
         gradclip.clip_backward(weights[0] * 1, 1.0, 0.5).sum().backward()
+
+
+@pytest.mark.usefixtures("like_a_device")
+def test_torch_operators_on_a_device_multiply_also_by_1():
+    """They need not wait for the coefficient then."""
+    weight = parameter_with(torch.tensor([0.6, 0.8 + 2**-20]))
+    bits, version = weight.grad.clone(), weight.grad._version
+    GradientClipper(torch.optim.SGD([weight], lr=0.0), 5.0).step()
+    assert weight.grad._version > version
+    assert torch.equal(weight.grad, bits)

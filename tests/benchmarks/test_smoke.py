@@ -31,18 +31,18 @@ def torch_as_before():
 
 
 @pytest.fixture
-def run(capsys):
+def printed_by(capsys):
     """Run a benchmark; return what it printed."""
 
-    def run(benchmark, options):
+    def printed_by(benchmark, options):
         benchmark.main(options.split())
         return capsys.readouterr().out
 
-    return run
+    return printed_by
 
 
-def test_clip(run):
-    printed = run(clip, "--sets small --seconds 0.1")
+def test_clip(printed_by):
+    printed = printed_by(clip, "--sets small --seconds 0.1")
     assert "| small | bfloat16 | clipping |" in printed
     assert "clipping small by its inf-norm takes" in printed
     assert "logging adds" in printed
@@ -72,24 +72,24 @@ def test_every_timed_call_is_prepared_for():
     assert calls[:8] == ["prepare", "a", "prepare", "b", "prepare", "b", "prepare", "a"]
 
 
-def test_thresholds(run):
-    printed = run(thresholds, "--seconds 0.01 --steps 3 30 --counts 1 7 --sets small")
+def test_thresholds(printed_by):
+    printed = printed_by(thresholds, "--seconds 0.01 --steps 3 30 --counts 1 7 --sets small")
     assert all(f"| {rule} | {count} |" in printed for rule in thresholds.RULES for count in (1, 7))
     assert all(f"| {scope} | bfloat16 |" in printed for scope in ("global", "parameter", "unit"))
     assert all(f"| {peer} |" in printed for peer in PEERS)
 
 
 @pytest.mark.slow
-def test_logging(run):
-    printed = run(logging, "--seconds 0.01")
+def test_logging(printed_by):
+    printed = printed_by(logging, "--seconds 0.01")
     assert all(name in printed for name in ("no log", "5 largest", "all, JSON", "by hand, all"))
 
 
 @pytest.mark.slow
-def test_distributed(run, tmp_path):
+def test_distributed(printed_by, tmp_path):
     """Of gradclip, one collective a step."""
     saved = tmp_path / "results" / "distributed.md"
-    printed = run(distributed, f"--ranks 2 --parameters 8 --rounds 2 --save {saved}")
+    printed = printed_by(distributed, f"--ranks 2 --parameters 8 --rounds 2 --save {saved}")
     assert printed == saved.read_text()
     rows = [line.split("|") for line in printed.splitlines() if re.match(r"\| *\d", line)]
     assert [row[3].strip() for row in rows] == ["under", "clipping"]
@@ -109,30 +109,30 @@ def test_peers(capsys, tmp_path):
         assert sum(f" {way.name} |" in head for head in heads) == 3 - (way.name == "torch")
 
 
-def test_cuda_without_a_device(run, tmp_path, monkeypatch):
+def test_cuda_without_a_device(printed_by, tmp_path, monkeypatch):
     """Toys on the CPU, whose report says that its numbers mean nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     output = tmp_path / "results" / "toy.md"
-    printed = run(cuda, f"--seconds 0.01 --no-compile --sets tiny --output {output}")
+    printed = printed_by(cuda, f"--seconds 0.01 --no-compile --sets tiny --output {output}")
     assert printed == output.read_text()
     assert "These numbers mean nothing" in printed.splitlines()[0]
     assert all(f"| tiny | {regime} |" in printed for regime in cuda.NORMS)
     assert "| clip and log, added to a training step | <= 0.01 |" in printed
     options = "--seconds 0.01 --no-compile --sets llama3-8b --no-training --json"
-    result = json.loads(run(cuda, options))
+    result = json.loads(printed_by(cuda, options))
     assert result["machine"]["meaningless"] is True
     assert [row["regime"] for row in result["rows"]] == [*cuda.NORMS]
     assert all(row["error"]["gradclip"] < 1e-7 for row in result["rows"])
 
 
-def test_spikes(run, tmp_path, monkeypatch):
+def test_spikes(printed_by, tmp_path, monkeypatch):
     spike_training.text.cache_clear()
     for name, value in {"BATCH": 2, "LENGTH": 4, "EVALUATED": 3}.items():
         monkeypatch.setattr(spike_training, name, value)
     monkeypatch.setattr(spikes, "LONGEST", 12 - spikes.first_corrupted(12))
     saved = tmp_path / "results" / "spikes.md"
-    printed = run(spikes, f"--seeds 2 --steps 12 --models rnn --processes 1 --save {saved}")
+    printed = printed_by(spikes, f"--seeds 2 --steps 12 --models rnn --processes 1 --save {saved}")
     spike_training.text.cache_clear()
     assert printed == saved.read_text()
     pairs = itertools.product(spike_training.CORRUPTIONS, spike_training.ARMS)

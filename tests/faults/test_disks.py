@@ -13,7 +13,7 @@ import torch
 
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
 from tests.faults.lives import LoggedTraining, sinks
-from tests.support.curves import runs_in, steps_in
+from tests.support.curves import log_run, runs_in, steps_in
 
 PRE = "grad_norm/pre"
 
@@ -35,39 +35,41 @@ class Disk:
     """A disk with so many bytes free; a write that meets its end is cut off there."""
 
     def __init__(self):
-        self.free, self.interrupts = 1 << 40, False
+        self.free, self.error = 1 << 40, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def open(self, path, mode):
+    def open(self, path, mode, buffering=-1):
         disk = self
 
         class File(io.FileIO):
             def write(self, content):
-                if disk.interrupts:
-                    disk.interrupts = False
-                    super().write(memoryview(content)[:100])
-                    raise KeyboardInterrupt
                 if not disk.free:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+                    raise disk.error
                 written = super().write(memoryview(content)[: disk.free])
                 disk.free -= written
                 return written
 
-        return io.BufferedWriter(File(path, mode))
+        return io.BufferedWriter(File(path, mode)) if buffering else File(path, mode)
 
 
 @pytest.fixture
 def disk(monkeypatch):
     disk = Disk()
-    name = "gradclip.records.sinks.event_files.open"
-    monkeypatch.setattr(name, disk.open, raising=False)
+    for module in ("event_files", "jsonl"):
+        monkeypatch.setattr(f"gradclip.records.sinks.{module}.open", disk.open, raising=False)
     return disk
+
+
+def test_line_that_is_cut_short(tmp_path, disk):
+    disk.free = 20
+    with warnings_of(JsonlSink=["not all of the lines were written; is the disk full?"]):
+        log_run(JsonlSink(tmp_path / "steps.jsonl"), 1.0)
 
 
 def test_full_disk(tmp_path, training, disk):
     """Readers see what came before the end, and what was written when there was room again."""
     run = training()
     clipper = GradientClipper(run.optimizer, 1.0, log=TensorBoardSink(tmp_path, flush_every=10))
-    with warnings_of(TensorBoardSink=[f"No space left on device: '{tmp_path}"]):
+    with warnings_of(TensorBoardSink=["No space left on device"]):
         disk.free = 20
         run.take(*[1.0] * 10)
         assert os.listdir(tmp_path) == [], "a full disk does not fill with empty files"
@@ -90,9 +92,10 @@ def test_interrupt_within_a_write(tmp_path, training, disk):
     run = training()
     with GradientClipper(run.optimizer, 1.0, log=tmp_path) as clipper:
         run.take(*[1.0] * 199)
-        disk.interrupts = True
+        disk.free, disk.error = 100, KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
             run.take(1.0)
+        disk.free = 1 << 40
         clipper.steps = 200
         run.take(*[1.0] * 100)
     assert steps_in(tmp_path)[PRE][-100:] == [*range(200, 300)]

@@ -12,19 +12,11 @@ import torch
 from torch import nn
 
 from gradclip import GradientClipper, MemorySink, Scope
+from tests.support.clippers import stepped
 from tests.support.curves import Kept, log_named
 from tests.support.reference import norm_of, parameter_with
 
 NAN, INF = math.nan, math.inf
-
-
-def logged_norms(parameters, **options):
-    """Step with the gradients that the parameters have; return their norms in the log."""
-    sink = Kept(per_parameter=1)
-    with GradientClipper(torch.optim.SGD(parameters, lr=0.0), 0.5, log=sink, **options) as clipper:
-        clipper.step()
-    [step] = sink.steps
-    return step.parameter_norms
 
 
 def parameter_norms_in(sink):
@@ -107,7 +99,9 @@ def test_each_parameter_has_its_norm_before_clipping(scope, order, engine):
     if scope == "excluding":
         del needed["matrix"], needed["c"]
     options = {"scope": SCOPES[scope], "engine": engine, "model": model, "norm_type": order}
-    assert logged_norms(model.parameters(), **options) == pytest.approx(needed, rel=1e-6)
+    optimizer, sink = torch.optim.SGD(model.parameters(), lr=0.0), Kept(per_parameter=1)
+    stepped(optimizer, 0.5, log=sink, **options).close()
+    assert parameter_norms_in(sink) == [pytest.approx(needed, rel=1e-6)]
 
 
 def test_parameters_of_several_optimizers():
@@ -170,8 +164,7 @@ def test_logging_changes_no_bit_of_a_step(scope, engine, sizes):
         generator = torch.Generator().manual_seed(1)
         parameters = [parameter_with(torch.randn(size, generator=generator)) for size in sizes]
         optimizer = torch.optim.SGD(parameters, lr=1.0)
-        with GradientClipper(optimizer, 0.3, scope=scope, engine=engine, log=log) as clipper:
-            optimizer.step()
+        clipper = stepped(optimizer, 0.3, scope=scope, engine=engine, log=log)
         assert (clipper.last.parameter_sums is None) == (log is None)
         results.append([*parameters, clipper.last.norm])
     assert all(map(torch.equal, *results))

@@ -128,14 +128,6 @@ def test_write_that_the_system_refuses(tmp_path, children):
     assert {*run.steps.tolist()} >= whole
 
 
-def remove_file(directory):
-    next(directory.iterdir()).unlink()
-
-
-def move(directory):
-    directory.rename(directory.with_name("moved"))
-
-
 def put_a_file_in_the_way(directory):
     shutil.rmtree(directory)
     directory.write_text("in the way")
@@ -148,8 +140,8 @@ REMOVED = "event file was removed, a new file goes on"
     ("disturb", "warned", "place", "needed"),
     [
         (shutil.rmtree, REMOVED, "run", [2, 3]),
-        (remove_file, REMOVED, "run", [2, 3]),
-        (move, None, "moved", [0, 1, 2, 3]),
+        (lambda place: next(place.iterdir()).unlink(), REMOVED, "run", [2, 3]),
+        (lambda place: place.rename(place.with_name("moved")), None, "moved", [0, 1, 2, 3]),
         (put_a_file_in_the_way, "FileExistsError", "run", [3]),
     ],
 )

@@ -69,7 +69,7 @@ def test_full_disk(tmp_path, training, disk):
     """Readers see what came before the end, and what was written when there was room again."""
     run = training()
     clipper = GradientClipper(run.optimizer, 1.0, log=TensorBoardSink(tmp_path, flush_every=10))
-    with warnings_of(TensorBoardSink=["No space left on device"]):
+    with warnings_of(TensorBoardSink=[f"No space left on device: '{tmp_path}"]):
         disk.free = 20
         run.take(*[1.0] * 10)
         assert os.listdir(tmp_path) == [], "a full disk does not fill with empty files"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from functools import cache
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import settings
 import gradclip
 
 pytest_plugins = [
-    f"tests.support.{name}" for name in ("clippers", "device", "engines", "forks")
+    f"tests.support.{name}" for name in ("clippers", "device", "engines", "forks", "report")
 ]  # fixtures
 
 for _name in gradclip.__all__:  # tests replace functions in every module that has imported them
@@ -26,10 +25,8 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 settings.register_profile("gradclip", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("gradclip")
 
-_skips: Counter[str] = Counter()
+_skips: dict[str, list[str]] = defaultdict(list)
 """Skipped tests by the reason they give."""
-_unexplained: list[str] = []
-"""Skipped tests whose reason is not allowed."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,27 +45,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
-        reason = report.longrepr[2].removeprefix("Skipped: ")
-        _skips[reason] += 1
-        if not any(re.fullmatch(pattern, reason) for pattern in _allowed_reasons()):
-            _unexplained.append(f"{report.nodeid}: {reason}")
+        _skips[report.longrepr[2].removeprefix("Skipped: ")].append(report.nodeid)
 
 
-@cache
-def _allowed_reasons() -> list[str]:
+def _unexplained() -> list[str]:
+    """Return the reasons that are not allowed, each with the tests that were skipped for it."""
     lines = ALLOWED_SKIPS.read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    allowed = "|".join(f"(?:{line})" for line in lines if line and not line.startswith("#"))
+    return [f"{why}: {', '.join(t)}" for why, t in _skips.items() if not re.fullmatch(allowed, why)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show one line for each reason to skip: a machine without a GPU skips thousands of tests."""
-    for reason, count in _skips.items():
-        terminalreporter.write_line(f"{count} skipped: {reason}")
-    for skip in _unexplained:
-        terminalreporter.write_line(f"skipped for a reason not in {ALLOWED_SKIPS.name}: {skip}")
+    for reason, tests in _skips.items():
+        terminalreporter.write_line(f"{len(tests)} skipped: {reason}")
+    for skips in _unexplained():
+        terminalreporter.write_line(f"skipped for a reason not in {ALLOWED_SKIPS.name}: {skips}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI a test that is skipped for a reason nobody has written down is a failure."""
-    if os.environ.get("CI") and _unexplained and exitstatus == pytest.ExitCode.OK:
+    if os.environ.get("CI") and _unexplained() and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

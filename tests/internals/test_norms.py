@@ -257,15 +257,6 @@ def test_ranks_measure_together(order, parameters, weights, present):
     assert [result is not None for result in results] == [parameters, weights, present]
 
 
-@pytest.mark.parametrize("scalar", [True, False])
-@every_order
-def test_all_gradients_of_several_ranks_have_one_norm(order, scalar):
-    gradients = gradients_of_ranks()
-    norm = norms_of(buckets_of_ranks(gradients, order), order, scalar=scalar)
-    assert (norm.shape, norm.dtype) == (() if scalar else (1,), F64)
-    assert norm.item() == pytest.approx(norm_of_ranks(gradients, order), rel=1e-7)
-
-
 @every_order
 @pytest.mark.parametrize("around", [None, PAIR, OTHER_PAIR])
 def test_a_group_within_the_ranks_around_it_needs_no_collective(order, around):
@@ -291,10 +282,16 @@ def test_a_rank_without_gradients_enters_the_collective(order):
     assert norms.tolist() == approx([16.0 if order == math.inf else 16.0 ** (1 / order)] * 2)
 
 
-def test_each_group_of_ranks_has_its_collective():
-    buckets = buckets_of_ranks([torch.tensor([1.0]), torch.tensor([2.0], dtype=F64)], 1.0)
+@every_order
+def test_each_group_of_ranks_has_its_collective(order):
+    gradients = gradients_of_ranks()
+    buckets = buckets_of_ranks(gradients, order)
+    assert norms_of(buckets, order).tolist() == approx([norm_of_ranks(gradients, order)])
     buckets[1].group = OTHER_PAIR
-    assert norms_of(buckets, 1.0).item() == 2 * 1 + 2 * 2
+    norm, sums = norms_of(buckets, order, scalar=True), [sum_of_ranks(gradients, order)]
+    sums.append(power_sum_of(gradients[1::3], order))  # once more, from the other rank
+    total = max(sums) if order == math.inf else sum(sums) ** (1 / order)
+    assert (norm.shape, norm.item()) == ((), pytest.approx(total, rel=1e-7))
 
 
 @pytest.mark.parametrize("ranks", [((PAIR,),), ((), PAIR)])

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -34,3 +34,10 @@ def reported(*paths: Path) -> list[dict[str, Any]]:
     with redirect_stdout(printed):
         assert main(["report", "--json", *map(str, paths)]) == 0
     return json.loads(printed.getvalue(), parse_constant=pytest.fail)
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return what ``gradclip report`` says of a run with some norms."""
+    path = tmp_path / "run.jsonl"
+    return lambda norms, threshold=None: reported(log_norms(path, norms, threshold))[0]

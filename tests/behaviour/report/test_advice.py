@@ -34,14 +34,9 @@ KINDS = {"quiet": QUIET, "spiky": SPIKY, "drifting": DRIFTING, "exploding": EXPL
 
 
 @pytest.fixture
-def advice(tmp_path):
+def advice(summary):
     """Return the advice for a run with some norms."""
-
-    def advice(norms, threshold=None):
-        [run] = reported(log_norms(tmp_path / "run.jsonl", norms, threshold))
-        return run["advice"]
-
-    return advice
+    return lambda norms, threshold=None: summary(norms, threshold)["advice"]
 
 
 def clipper_by(line, optimizer, log):

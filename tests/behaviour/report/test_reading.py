@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from gradclip import GradientClipper, JsonlSink
 from gradclip.cli import main
 from tests.support.curves import framed, log_run
-from tests.support.report import log_line, log_norms, reported
+from tests.support.report import log_line, reported
 
 NORMS = (4.0, 1.0, math.nan, 8.0, 2.0)
 
@@ -113,17 +113,6 @@ def test_a_file_without_a_run_is_refused(capsys, tmp_path, content, name):
 
 
 # Facts
-
-
-@pytest.fixture
-def summary(tmp_path):
-    """Return the facts of a run with some norms."""
-
-    def summary(norms):
-        [run] = reported(log_norms(tmp_path / "run.jsonl", norms))
-        return run
-
-    return summary
 
 
 def quiet(count):

@@ -73,9 +73,6 @@ def test_the_options_are_those_of_the_clipper():
     assert shown <= set(inspect.signature(gradclip.GradientClipper).parameters)
 
 
-# Tests and commands in comments behind claims
-
-
 @cache
 def names_of_tests(path: Path) -> list[str]:
     """Return the names of the tests in a file or a folder, as pytest collects them."""
@@ -148,9 +145,6 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 150
-
-
-# How it is installed and run
 
 
 def test_the_library_knows_neither_torch_nor_python():

@@ -13,6 +13,13 @@ from gradclip.records.record import ClipRecord
 from tests.support.graphs import WARM_UP, GraphTraining, replay_batches
 
 
+@pytest.mark.parametrize("count", [1, 10, 11, 300, 9_999, 50_000])
+def test_as_many_records_are_kept_as_the_readme_says(count):
+    ring = replays.ReplayedRecords(torch.zeros(count))
+    assert ring.capacity >= min(10_000, 100_000 // count)
+    assert ring._rows.numel() <= replays.MOST_NUMBERS
+
+
 def test_time_since_the_last_flush_is_shared_by_the_steps(monkeypatch):
     monkeypatch.setattr(time, "time", iter([100.0, 200.0, 240.0]).__next__)
     norms = torch.ones(1, dtype=torch.float64)

@@ -134,8 +134,6 @@ def test_a_picture_without_matplotlib_names_the_extra(refused, logged_run, tmp_p
     assert main(["report", logged_run]) == 0
 
 
-# Whole processes
-
 WITHOUT_THE_EXTRA = 'sys.modules["matplotlib"] = sys.modules["rich"] = None'
 # A shell that starts the tests in the background may have them ignore SIGINT.
 INTERRUPTIBLE = "signal.signal(signal.SIGINT, signal.default_int_handler)"

@@ -36,9 +36,6 @@ def assert_alike(one: GraphTraining, other: GraphTraining, rel: float) -> None:
         assert (again.step, again.skipped) == (step.step, step.skipped)
 
 
-# The same as on the CPU
-
-
 @on_many
 def test_a_device_clips_as_the_cpu_does(device, rule, options):
     given = replay_batches(10)
@@ -91,9 +88,6 @@ def test_autocast_and_other_defaults_change_nothing(device):
     with torch.autocast(device, dtype=torch.bfloat16), torch.device("cpu"):
         assert torch.equal(gradclip.get_total_norm(given), needed)
     assert needed.item() == pytest.approx(2.0**8 * math.sqrt(15_000), rel=1e-6)
-
-
-# More than the CPU can
 
 
 @on_cuda

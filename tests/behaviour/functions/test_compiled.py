@@ -111,9 +111,6 @@ def test_other_shapes_and_thresholds():
         assert_equal_parameters(ours, theirs)
 
 
-# Gradients that the graph itself computes
-
-
 def mean_square(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     hidden = torch.tanh(x @ weights["inner"].t() + weights["bias"])
     return (hidden @ weights["outer"].t()).square().mean() * 100
@@ -153,9 +150,6 @@ def test_a_gradient_given_twice_counts_and_is_scaled_once(backend):
     norm, gradient = in_one_graph(clip, backend)(torch.tensor([1.5, 2.0]))
     assert norm.item() == 5.0
     assert gradient.tolist() == pytest.approx([0.6, 0.8])
-
-
-# No copies
 
 
 @pytest.mark.parametrize("backend", ["eager", INDUCTOR])
@@ -199,9 +193,6 @@ def test_compiled_code_makes_room_for_each_gradient_once():
     assert buffers_of_gradients(step_that_needs_copies) == [2, 2]  # copies do not go unseen
 
 
-# Errors
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_norm_that_is_not_finite_is_an_error_at_run_time(backend):
     def measure(parameters: list[nn.Parameter]) -> None:
@@ -228,9 +219,6 @@ def test_invalid_arguments_are_refused_in_the_same_words():
     }.items():
         with pytest.raises(ArgumentError, match=message):
             torch.compile(call, backend="eager")(learned())
-
-
-# The operators
 
 
 def mixed_gradients() -> list[Tensor]:

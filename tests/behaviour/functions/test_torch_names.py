@@ -73,8 +73,6 @@ def test_gradients_with_a_graph_are_scaled_outside_of_it():
     weight.grad = None  # a cycle through the graph
 
 
-# What is refused
-
 COMPLEX = parameter_with(torch.tensor([9j]))
 
 

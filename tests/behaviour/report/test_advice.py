@@ -183,9 +183,6 @@ def test_the_printed_report_ends_with_the_line(capsys, tmp_path, norms):
         assert f"{share:.2%}" in printed
 
 
-# Trainings of a model
-
-
 def trained_with(line, path, bad, factor):
     """Train where the targets of some batches are wrong; return the clipped steps and the loss."""
     torch.manual_seed(0)

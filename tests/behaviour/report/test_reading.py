@@ -112,9 +112,6 @@ def test_a_file_without_a_run_is_refused(capsys, tmp_path, content, name):
         assert message in capsys.readouterr().err
 
 
-# Facts
-
-
 def quiet(count):
     return 1 + 0.05 * np.random.default_rng(0).standard_normal(count)
 

@@ -114,3 +114,9 @@ def test_blocks_are_the_table_in_order_and_stay_small(monkeypatch):
         parts = [*blocks(whole)]
         assert max(part.numel() for part in parts) == parts[0].numel() <= 8
         assert torch.equal(torch.cat([part.flatten() for part in parts]), whole.flatten())
+
+
+@pytest.mark.parametrize(("rows", "elements", "narrow"), [(65, 63, 1), (64, 63, 0), (65, 64, 0)])
+def test_more_than_64_rows_shorter_than_64_are_narrow(rows, elements, narrow):
+    """As the README says of rows that are left to torch operators."""
+    assert layout.is_narrow(torch.zeros(rows, elements)) == bool(narrow)

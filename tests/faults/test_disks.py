@@ -13,7 +13,7 @@ import torch
 
 from gradclip import GradientClipper, JsonlSink, TensorBoardSink
 from tests.faults.lives import LoggedTraining, sinks
-from tests.support.curves import log_run, runs_in, steps_in
+from tests.support.curves import log_run, runs_in, steps_in, texts_in
 
 PRE = "grad_norm/pre"
 
@@ -85,6 +85,7 @@ def test_full_disk(tmp_path, training, disk):
     assert steps[:10] == [*range(10, 20)]
     assert [step for step in steps if step >= 30] == [*range(50, 60), *range(70, 75)]
     assert steps == sorted(set(steps))
+    assert [*texts_in(tmp_path, "grad_norm/settings")] == [10, 50, 70], "each file has them"
 
 
 def test_interrupt_within_a_write(tmp_path, training, disk):

@@ -21,10 +21,9 @@ class Idle(torch.optim.Optimizer):
     """Calls its hooks and nothing else, so that a million steps are soon taken."""
 
     def step(self):
-        for hook in [*self._optimizer_step_pre_hooks.values()]:
-            hook(self, (self,), {})
-        for hook in [*self._optimizer_step_post_hooks.values()]:
-            hook(self, (self,), {})
+        for hooks in (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks):
+            for hook in [*hooks.values()]:
+                hook(self, (self,), {})
 
     step.hooked = True  # or torch calls them as well, within its profiler
 

@@ -39,7 +39,6 @@ class Second(torch.optim.SGD):
         (torch.optim.SGD, (), {"closure": closure}, True),
         (Second, (0.5, closure), {}, True),
         (Second, (0.5,), {"closure": closure}, True),
-        (Second, (), {"closure": closure, "scale": 2.0}, True),
         (Renamed, (0.5, closure), {}, True),
         (Renamed, (), {"scale": 2.0, "loss_closure": closure}, True),
         (Renamed, (), {"loss_closure": functools.partial(closure)}, True),

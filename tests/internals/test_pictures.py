@@ -214,9 +214,8 @@ def test_colours_differ_for_the_colour_blind_too():
 
 
 def test_labels_move_apart_and_no_further():
-    apart, close = np.array([100.0, 300.0, 500.0]), np.array([300.0, 300.0])
-    assert separated(apart, np.full(3, 50.0), 600).tolist() == [100, 300, 500]
-    assert separated(close, np.full(2, 50.0), 600).tolist() == [275, 325]
+    for centers, moved in ([100.0, 300.0, 500.0], [100, 300, 500]), ([300.0] * 2, [275, 325]):
+        assert separated(np.array(centers), np.full(len(moved), 50.0), 600).tolist() == moved
     random = np.random.default_rng(0)
     widths = random.uniform(5, 12, 40)
     centers = separated(np.sort(random.uniform(0, 600, 40)), widths, 600)

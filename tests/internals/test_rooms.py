@@ -38,16 +38,12 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
 def relative_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
     """Yield what runs; statements for type checkers alone tie nothing together."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             yield node
-        elif not is_for_types(node):
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
             yield from relative_imports(node)
 
 

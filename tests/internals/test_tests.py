@@ -18,13 +18,9 @@ def private_imports(tree: ast.AST) -> Iterator[str]:
     """Yield the private modules of the package that a file imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module or ""]
-            if node.module == "gradclip":
-                names = [f"gradclip.{a.name}" for a in node.names if a.name.islower()]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
-            continue
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
             first, _, rest = name.partition(".")
             if first == "gradclip" and is_private(rest):
@@ -33,7 +29,7 @@ def private_imports(tree: ast.AST) -> Iterator[str]:
 
 def is_private(name: str) -> bool:
     room = name.partition(".")[0]
-    folder = Path(TESTS.parent / "gradclip" / room)
+    folder = TESTS.parent / "gradclip" / room
     is_module = folder.is_dir() or folder.with_suffix(".py").exists()
     return bool(room) and is_module and room not in PUBLIC
 

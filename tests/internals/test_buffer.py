@@ -145,7 +145,7 @@ def test_step_on_the_host_runs_no_operator():
 
 def test_records_of_another_number_of_norms_begin_a_batch():
     """A batch has copies of the tensors: a threshold may reuse its tensor later."""
-    buffer = filled([host_record(1.0), host_record(2.0), last := host_record(3.0, 4.0)], 10)
-    batches = [*buffer.take(wait=True)]
-    last.norms.fill_(5.0)
+    records = [host_record(1.0), host_record(2.0), host_record(3.0, 4.0)]
+    batches = [*filled(records, 10).take(wait=True)]
+    records[-1].norms.fill_(5.0)
     assert [*map(norms_in, batches)] == [[[1.0], [2.0]], [[3.0, 4.0]]]

@@ -16,21 +16,18 @@ from gradclip.gradients.coefficients import (
     ones_if_skipped,
     reduction_of,
 )
+from tests.support.engines import vector
 
 INF, NAN = math.inf, math.nan
 sizes = st.floats(min_value=0, allow_infinity=False)
-
-
-def norm_vector(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @given(norms=st.lists(sizes, min_size=1, max_size=4), threshold=sizes)
 @example(norms=[0.0, 5e-324], threshold=0.0)
 def test_a_coefficient_is_threshold_over_norm_and_at_most_one(norms, threshold):
     """One number serves all norms; norm and threshold of 0 give 1."""
-    for thresholds in (torch.full_like(norm_vector(*norms), threshold), threshold):
-        found = clip_coefficients(norm_vector(*norms), thresholds, erase=True).tolist()
+    for thresholds in (torch.full_like(vector(*norms), threshold), threshold):
+        found = clip_coefficients(vector(*norms), thresholds, erase=True).tolist()
         assert found == [1.0 if norm <= threshold else threshold / norm for norm in norms]
 
 
@@ -39,13 +36,13 @@ def test_a_coefficient_is_threshold_over_norm_and_at_most_one(norms, threshold):
 @pytest.mark.parametrize(("erase", "needed"), [(True, 0.0), (False, 1.0)])
 @pytest.mark.parametrize("others", [[], [5.0]])
 def test_a_norm_that_is_not_finite_erases_or_leaves(bad, threshold, erase, needed, others):
-    norms = norm_vector(bad, *others)
+    norms = vector(bad, *others)
     found = clip_coefficients(norms, torch.full_like(norms, threshold), erase=erase)
     assert found.tolist() == [needed, *(min(1.0, threshold / 5) for _ in others)]
     assert not are_finite(norms)
-    assert not are_finite(norm_vector(*others, bad))
-    assert are_finite(norm_vector(0, 5))
-    assert are_finite(norm_vector(1e308))
+    assert not are_finite(vector(*others, bad))
+    assert are_finite(vector(0, 5))
+    assert are_finite(vector(1e308))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -87,7 +84,7 @@ def test_a_skipped_step_has_the_coefficient_one(kind):
 
 
 def test_bound_and_coefficient_reduce_a_norm_together():
-    norms, bounded = norm_vector(4.0, 0.0, INF, 4.0, 0.5), norm_vector(2.0, 0.0, INF, 4.0, 0.25)
-    coefficients = norm_vector(0.5, 1.0, 0.0, 0.5, 1.0)
+    norms, bounded = vector(4.0, 0.0, INF, 4.0, 0.5), vector(2.0, 0.0, INF, 4.0, 0.25)
+    coefficients = vector(0.5, 1.0, 0.0, 0.5, 1.0)
     assert reduction_of(coefficients, bounded, norms).tolist() == [0.25, 1.0, 0.0, 0.5, 0.5]
     assert reduction_of(coefficients, norms, norms) is coefficients

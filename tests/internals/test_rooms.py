@@ -94,16 +94,12 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_names_the_modules_that_others_import(room):
+def test_a_room_says_what_it_offers_who_calls_it_and_what_it_imports(room):
     offered = {*getattr(__import__(f"gradclip.{room}", fromlist=["__all__"]), "__all__", ())}
     modules = {each.imported for each in ACROSS if room_of(each.imported) == room} - {room}
     asked = {module.split(".")[1] for module in modules}
     assert asked <= offered
     assert not any(name.startswith("_") for name in asked)
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_who_calls_it_and_what_it_imports(room):
     words = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
     [said_callers] = re.findall(r"^Called by: ((?:.|\n)*?)\.$", words, re.M)
     [said_imports] = re.findall(r"^Imports: ((?:.|\n)*?)\.$", words, re.M)

@@ -15,18 +15,15 @@ FREE = torch.finfo(torch.float64).max
 NORMS = st.one_of(st.sampled_from([0.0, 1.0, 2.0, FREE]), st.floats(0, 1e308))
 
 
-def test_free_slots_hold_the_largest_number_whatever_was_loaded():
-    """A state that was saved in float32 has another number there."""
+def test_states_of_float32():
+    """Free slots hold the largest number of float64, whatever was loaded."""
     ring = NormWindow(3)
     state = ring.fresh(1, torch.device("cpu"), torch.float64)
     state["window"].copy_(vector(1.0, 2.0, 0.25))
     state["counts"].fill_(2)
     ring.follow(state)
     assert state["window"].tolist() == [[1.0, 2.0, FREE]]
-
-
-def test_a_ring_of_float32_returns_the_norm_that_it_holds():
-    """The sorted norms would lose it otherwise."""
+    # A ring of float32 returns the norm that it holds: the sorted norms would lose it otherwise.
     ring = NormWindow(2)
     ring.follow(ring.fresh(1, torch.device("cpu"), torch.float32))
     _, entering = ring.add(0.1, None)

@@ -78,9 +78,6 @@ def demo(tmp_path, capsys, monkeypatch):
     return demo
 
 
-# Its runs
-
-
 def test_it_logs_every_step_and_says_where(demo):
     done = demo(steps=5, picture=True)
     assert done.code == 0
@@ -143,9 +140,6 @@ def test_the_seed_decides_every_number(demo):
     assert torch.equal(torch.get_rng_state(), state)
     assert one.curves == again.curves
     assert demo("--seed", "5", folder="other").curves[1]["loss"] != one.curves[1]["loss"][:3]
-
-
-# What surrounds it
 
 
 def test_it_prints_how_to_call_tensorboard(demo, monkeypatch, tmp_path):
@@ -226,9 +220,6 @@ def test_the_default_demo_shows_an_explosion_and_the_use_of_clipping(tmp_path):
     assert is_picture(tmp_path / "demo/demo.png")
 
 
-# Its table, progress and picture
-
-
 def curves_of(losses, norms, *, clips=False):
     run = "clipped" if clips else "unclipped"
     return Curves(run, clips=clips, losses=losses, norms=norms, clip_rate=0.5, seconds=2.0)
@@ -290,8 +281,7 @@ def test_progress_in_a_terminal_is_a_bar_or_a_line_that_is_rewritten(hide, monke
     assert printed.count("\n") == 2
     assert 20 < printed.count("\r") < 60
     assert "one: 100/100 steps, loss 2" in printed
-    stream = Terminal()
-    with progress(stream) as shown:  # ends early, within a line
+    with progress(stream := Terminal()) as shown:  # ends early, within a line
         shown.begin("one", 100)
         for _ in range(10):
             shown.advance(2.0)

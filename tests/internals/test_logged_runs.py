@@ -1,8 +1,9 @@
-"""Runs as arrays: each step's numbers and norms of parameters, as both formats log them."""
+"""Logs of both formats: frames of records, and runs as arrays with their norms of parameters."""
 
 from __future__ import annotations
 
 import math
+import random
 import tracemalloc
 
 import numpy as np
@@ -10,14 +11,26 @@ import pytest
 from tensorboard.compat.proto.event_pb2 import Event
 
 from gradclip import ArgumentError, GradientClipper, JsonlSink, MemorySink, TensorBoardSink
+from gradclip.records.sinks import tfrecord
 from gradclip.report import Run, read_runs
 from gradclip.report.run import run_of
 from gradclip.report.summary import summarized
-from tests.support.curves import framed
+from tests.support.curves import framed, header_of
 from tests.support.report import log_line
 from tests.support.trainings import BATCHES, loader, loss_of, momentum, net_of
 
 NAN = math.nan
+LENGTHS = [0, 1, 2, 7, 8, 63, 200, 1000, 1023, 1024, 1025, 1028, 2048, 3000]
+SOURCE = random.Random(0)
+MANY = [[], *([length] for length in LENGTHS), SOURCE.choices(LENGTHS, k=60)]
+
+
+@pytest.mark.parametrize("lengths", MANY, ids=lambda lengths: f"{len(lengths)} of {lengths[:1]}")
+def test_records_are_framed_as_by_tensorboards_writer(lengths):
+    """Including the checksums."""
+    contents = [SOURCE.randbytes(length) for length in lengths]
+    assert tfrecord.framed(contents) == framed(contents)
+    assert [*map(tfrecord.header_of, lengths)] == [*map(header_of, lengths)]
 
 
 def entries_of_run(run):

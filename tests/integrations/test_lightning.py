@@ -340,7 +340,8 @@ def test_a_configuration(tmp_path, package, monkeypatch):
     cli = importlib.import_module(f"{package.__name__}.cli").LightningCLI
     (tmp_path / "config.yaml").write_text(CONFIGURATION)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
-    ran = cli(type(lightning.regression(package)), run=False, save_config_callback=None)
+    options = {"seed_everything_default": 0, "run": False, "save_config_callback": None}
+    ran = cli(type(lightning.regression(package)), **options)
     [callback] = [each for each in ran.trainer.callbacks if isinstance(each, GradClipCallback)]
     ran.trainer.fit(ran.model, loader())
     [clipper] = callback.clippers

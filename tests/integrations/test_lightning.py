@@ -57,20 +57,6 @@ def test_lbfgs():
 # Several optimizers under manual optimization
 
 
-def adversaries_by_hand(*rules: Any) -> tuple[lightning.Adversaries, list[GradientClipper]]:
-    nets = lightning.Adversaries()
-    optimizers = nets.optimizers_of()
-    clippers = [GradientClipper(*pair) for pair in zip(optimizers, rules, strict=True)]
-    for batch in loader():
-        for optimizer, loss in zip(optimizers, nets.losses(batch), strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    for clipper in clippers:
-        clipper.close()
-    return nets, clippers
-
-
 class Largest(Threshold):
     """A rule of one's own, with a state that it has from its beginning."""
 
@@ -91,7 +77,13 @@ def test_several_optimizers(make, step_with_closure):
     rule, module = make(), lightning.adversarial(step_with_closure)
     before = repr(vars(rule))
     trainer = fit(module, callback := GradClipCallback(rule))
-    nets, clippers = adversaries_by_hand(make(), make())
+    nets = lightning.Adversaries()
+    clippers = [GradientClipper(optimizer, make()) for optimizer in nets.optimizers_of()]
+    for batch in loader():
+        for clipper, loss in zip(clippers, nets.losses(batch), strict=True):
+            clipper.zero_grad()
+            loss.backward()
+            clipper.step()
     trainings.assert_close(module.nets, nets)
     first, second = (clipper.state_dict() for clipper in callback.clippers)
     assert repr([first, second]) == repr([clipper.state_dict() for clipper in clippers])
@@ -204,51 +196,31 @@ class Engine(SingleDeviceStrategy):
     handles_gradient_accumulation = True
 
 
-def set_clipping(trainer: Any, module: Any) -> None:
-    trainer.gradient_clip_val = 0.5
-
-
-def of_other_clippers(folder: Any) -> dict[str, Any]:
-    path = str(folder / "a.ckpt")
-    fit(lightning.adversarial(), GradClipCallback(THRESHOLD)).save_checkpoint(path)
-    return {"module": lightning.adversarial(), "resume": path, "max_epochs": 2}
-
-
-def one_sink(_: Any) -> dict[str, Any]:
-    return {"module": lightning.adversarial(), "given": {"log": [MemorySink()], "joint": False}}
-
-
-def scaled_halves(_: Any) -> dict[str, Any]:
-    return {"module": lightning.halves(), "plugins": [MixedPrecision("16-mixed", "cpu")]}
-
-
-def replaced_within_a_batch(_: Any) -> dict[str, Any]:
-    replaces = lightning.replacing("on_before_backward", 3)
-    return {"module": lightning.stepping(), "others": [replaces]}
-
-
+LATER = pl.callbacks.LambdaCallback(
+    on_fit_start=lambda trainer, module: setattr(trainer, "gradient_clip_val", 0.5)
+)
+WITHIN = lightning.replacing("on_before_backward", 3)
+SCALED = MixedPrecision("16-mixed", "cpu")
+APART = {"log": [MemorySink()], "joint": False}
 CLIPS = "gradient_clip_val=0.5 and a GradClipCallback"
-BY_VALUE = "gradient_clip_algorithm='value' and a GradClipCallback"
-LATER = [pl.callbacks.LambdaCallback(on_fit_start=set_clipping)]
 ENGINE = "Engine takes the steps in an engine of its own"
-SCALED = "Lightning updates after the step of each optimizer"
+UPDATES = "Lightning updates after the step of each optimizer"
 REFUSED = [
-    (lambda _: {"gradient_clip_val": 0.5}, ArgumentError, CLIPS),
-    (lambda _: {"gradient_clip_algorithm": "value"}, ArgumentError, BY_VALUE),
-    (lambda _: {"others": LATER}, ArgumentError, CLIPS),
-    (lambda _: {"strategy": Engine("cpu")}, AttachError, ENGINE),
-    (scaled_halves, AttachError, SCALED),
-    (one_sink, ArgumentError, "2 optimizers with a clipper each"),
-    (of_other_clippers, StateError, "of 2 clippers, and there are 1"),
-    (replaced_within_a_batch, AttachError, "SGD was added within a batch"),
+    ({"gradient_clip_val": 0.5}, ArgumentError, CLIPS),
+    ({"gradient_clip_algorithm": "value"}, ArgumentError, "algorithm='value' and a GradClip"),
+    ({"others": [LATER]}, ArgumentError, CLIPS),
+    ({"strategy": Engine("cpu")}, AttachError, ENGINE),
+    ({"made": lightning.halves, "plugins": [SCALED]}, AttachError, UPDATES),
+    ({"made": lightning.adversarial, "given": APART}, ArgumentError, "2 optimizers with a clipper"),
+    ({"made": lightning.stepping, "others": [WITHIN]}, AttachError, "added within a batch"),
 ]
 
 
-@pytest.mark.parametrize(("options_in", "error", "message"), REFUSED)
-def test_refusals(options_in, error, message, tmp_path):
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED)
+def test_refusals(options, error, message):
     """A fit ends with an error, before anything is clipped twice or wrongly."""
-    options = options_in(tmp_path)
-    module = options.pop("module", None) or lightning.regression()
+    options = dict(options)
+    module = options.pop("made", lightning.regression)()
     callback = GradClipCallback(THRESHOLD, **{"joint": True, **options.pop("given", {})})
     with pytest.raises(error, match=message):
         fit(module, *options.pop("others", ()), callback, **options)
@@ -278,8 +250,13 @@ def test_an_optimizer_that_is_refused():
 
 
 def test_invalid_states():
+    """Those of other clippers are refused when a fit starts, and others at once."""
+    fit(lightning.adversarial(), callback := GradClipCallback(THRESHOLD))
+    callback.load_state_dict(callback.state_dict())
+    with pytest.raises(StateError, match="of 2 clippers, and there are 1"):
+        fit(lightning.regression(), callback)
     with pytest.raises(StateError, match="needed is the key 'clippers'"):
-        GradClipCallback(THRESHOLD).load_state_dict({"steps": 3})
+        callback.load_state_dict({"steps": 3})
 
 
 # Modules that clip by themselves

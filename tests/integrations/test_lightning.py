@@ -22,7 +22,7 @@ from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import StepContext, Threshold
 from tests.support import lightning, trainings
 from tests.support.lightning import fit
-from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
+from tests.support.trainings import BATCHES, NUMBERS, THRESHOLD, by_hand, loader
 
 pytestmark = lightning.IGNORED
 
@@ -107,11 +107,6 @@ def test_joint_optimizers():
 
 # Logs
 
-NAMES = {
-    f"grad_norm/{name}"
-    for name in ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
-}
-
 
 def fit_with_loggers(folder: Any, *arguments: Any, **options: Any) -> Any:
     """Fit; return the curves of TensorBoard, and the rows of a table."""
@@ -130,7 +125,7 @@ def test_loggers(tmp_path):
     curves, rows = fit_with_loggers(tmp_path, module, callback, **options)
     assert counts == [0, BATCHES]
     assert len(sink.steps) == 2 * BATCHES
-    assert {*curves} == NAMES <= {*rows[0]}
+    assert {*curves} == NUMBERS <= {*rows[0]}
     expected = sink.steps[::2]
     pre = [(step.step, pytest.approx(step.norm, rel=1e-6)) for step in expected]
     post = [(step.step, pytest.approx(step.clipped_norm, rel=1e-6)) for step in expected]
@@ -166,8 +161,8 @@ def test_logs_of_several_clippers(tmp_path):
     """They have curves of their own."""
     callback = GradClipCallback(THRESHOLD, every=1)
     curves, rows = fit_with_loggers(tmp_path, lightning.adversarial(), callback)
-    second = {name.replace("grad_norm", "grad_norm_2") for name in NAMES}
-    assert {*curves} == NAMES | second <= {*rows[0]}
+    second = {name.replace("grad_norm", "grad_norm_2") for name in NUMBERS}
+    assert {*curves} == NUMBERS | second <= {*rows[0]}
     assert curves["grad_norm/pre"] != curves["grad_norm_2/pre"]
     for prefix, clipper in zip(("grad_norm", "grad_norm_2"), callback.clippers, strict=True):
         assert curves[f"{prefix}/pre"][-1] == pytest.approx((7, clipper.last.norm.item()))

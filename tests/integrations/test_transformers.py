@@ -19,7 +19,7 @@ from gradclip.integrations.transformers import GradClipCallback
 from gradclip.thresholds import Percentile
 from tests.support import trainings
 from tests.support.curves import curves_in, steps_in
-from tests.support.trainings import BATCHES, THRESHOLD, assert_free, by_hand, values
+from tests.support.trainings import BATCHES, NUMBERS, THRESHOLD, assert_free, by_hand, values
 from tests.support.transformers import (
     InOrder,
     NetOutputs,
@@ -32,12 +32,6 @@ pytestmark = [
     # The Trainer's data loader asks for pinned memory, also where there is no accelerator.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
 ]
-
-NUMBERS = {
-    f"grad_norm/{name}"
-    for name in ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
-}
-
 
 # Refusals
 

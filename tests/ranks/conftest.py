@@ -1,27 +1,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
 import pytest
 
 from tests.support.processes import Pool
 
 
-@pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
+def pool_of(count: int) -> Any:
+    @pytest.fixture(scope="session")
+    def pool() -> Iterator[Pool]:
+        with closing(Pool(count)) as ranks:
+            yield ranks
+
+    return pool
 
 
-@pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Pool]:
-    pool = Pool(4)
-    yield pool
-    pool.close()
+two_ranks, four_ranks = pool_of(2), pool_of(4)
 
 
-@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(params=["two_ranks", pytest.param("four_ranks", marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest) -> Pool:
     """Pools of two and of four ranks."""
-    return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[request.param])
+    return request.getfixturevalue(request.param)

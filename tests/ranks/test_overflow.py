@@ -61,10 +61,7 @@ def square_of(clipper: GradientClipper) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @on_ranks("ranks")
 def test_one_optimizer(kind, when):
-    """An overflow on one rank skips the step on all, and the scaler is itself again afterwards.
-
-    The last rank overflows at the third of four steps, and has no gradient at the second.
-    """
+    """An overflow on the last rank skips a step on all, and the scaler is itself afterwards."""
     rank, count, last = distributed.get_rank(), distributed.get_world_size(), is_last()
     weight = nn.Parameter(torch.zeros(2 + rank))
     optimizer, scaler = KINDS[kind]([(f"weight{rank}", weight)]), rank_scaler()
@@ -90,12 +87,7 @@ def test_one_optimizer(kind, when):
 
 
 def joint_rows(used: int, bad: dict[int, dict[int, float]]) -> Any:
-    """Take 5 steps with two optimizers.
-
-    Args:
-        used: The optimizer that has gradients on rank 0; on rank 1 both have.
-        bad: By step, the factors of losses on rank 1, by optimizer.
-    """
+    """Take steps with two optimizers, of which rank 0 uses one and rank 1 both, with bad losses."""
     weights, optimizers = optimizers_of(2, 3)
     scaler, rows = rank_scaler(), []
     clipper = GradientClipper(optimizers, 0.5, ranks=Ranks(), grad_scaler=scaler)
@@ -174,8 +166,8 @@ def test_other_scalers(case):
 
     [weight], [optimizer] = optimizers_of(2)
     scaler = rank_scaler(ShardedGradScaler if case == "sharded" else torch.amp.GradScaler)
-    given = None if case == "sharded" else scaler
-    clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), grad_scaler=given)
+    given = {} if case == "sharded" else {"grad_scaler": scaler}
+    clipper = GradientClipper(optimizer, 0.5, ranks=Ranks(), **given)
     if case == "sharded" or is_last():
         scaler.scale(weight.sum()).backward()
     else:

@@ -32,14 +32,7 @@ STEPS = 9
 
 
 def own_parts(layout: str, full: dict[str, Any], rank: int = 0, count: int = 1) -> dict[str, Any]:
-    """Return the parts of a rank: of a stage's parameter all or nothing, else a shard.
-
-    Args:
-        layout: "stages" or "shards" along a dimension, and "copy" if all ranks have `COPY`.
-        full: The whole tensors, or None.
-        rank: The rank.
-        count: The number of ranks.
-    """
+    """Return the parts of a rank: of a stage's parameter all or nothing, else a shard."""
     parts = {}
     for index, (name, tensor) in enumerate(full.items()):
         if count == 1 or tensor is None or (name == COPY and "copy" in layout):
@@ -128,8 +121,8 @@ def steps_of_parts(layout: str, rule: str, options: dict[str, Any], alone: bool 
     """Take the steps with the parts of this rank, or with all.
 
     Returns:
-        For each step the norms and thresholds by label, and whether it was skipped; the weights;
-        the clipper's state; the most collectives of a step.
+        Norms and thresholds by label and whether it was skipped, for each step; the weights; the
+        clipper's state; the most collectives of a step.
     """
     place = (0, 1) if alone else here()
     generator = torch.Generator().manual_seed(99)

@@ -21,11 +21,7 @@ CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsd
 
 
 class Pool:
-    """Ranks of one gloo group, each a process with one thread.
-
-    Args:
-        count: How many.
-    """
+    """Ranks of one gloo group, each a process with one thread."""
 
     def __init__(self, count: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -40,11 +36,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a function of a module on all ranks at once; return what each returned.
-
-        Raises:
-            AssertionError: It raised on one of them, or took too long.
-        """
+        """Call a function of a module on all ranks at once; return what each returned."""
         return self.run_on([*range(len(self._ends))], function, *arguments)
 
     def run_on(self, ranks: list[int], function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -15,6 +15,11 @@ from tests.support.twins import clip_by_hand
 
 THRESHOLD = 1.0
 BATCHES, SIZE = 8, 4
+NUMBERS = {
+    f"grad_norm/{name}"
+    for name in ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")
+}
+"""Names that a framework logs."""
 SCALES = (0.1, 3.0, 0.3, 30.0)
 """Factors of the losses of batches, in turn: some gradients are too long and some are not."""
 

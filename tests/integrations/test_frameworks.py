@@ -20,12 +20,7 @@ from tests.support.reference import gradient_norm
 from tests.support.torchrun import torchrun
 from tests.support.trainings import BATCHES, THRESHOLD, by_hand
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    # The Trainer's data loader asks for pinned memory, also where there is no accelerator.
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-]
+pytestmark = trainings.IGNORED
 
 
 def trained_by(name: str, folder: Any, clipping: Any, **way: Any) -> Any:

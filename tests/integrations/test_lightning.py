@@ -24,7 +24,7 @@ from tests.support import lightning, trainings
 from tests.support.lightning import fit
 from tests.support.trainings import BATCHES, NUMBERS, THRESHOLD, by_hand, loader
 
-pytestmark = lightning.IGNORED
+pytestmark = trainings.IGNORED
 
 # Automatic optimization
 

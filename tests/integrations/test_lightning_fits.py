@@ -22,7 +22,7 @@ from tests.support import lightning, trainings
 from tests.support.lightning import fit
 from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
 
-pytestmark = lightning.IGNORED
+pytestmark = trainings.IGNORED
 
 # Checkpoints, and fits one after the other
 

@@ -28,10 +28,7 @@ from tests.support.transformers import (
     trained_trainer,
 )
 
-pytestmark = [
-    # The Trainer's data loader asks for pinned memory, also where there is no accelerator.
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-]
+pytestmark = trainings.IGNORED
 
 # Refusals
 

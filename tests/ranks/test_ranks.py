@@ -147,12 +147,21 @@ def steps_of_parts(layout: str, rule: str, options: dict[str, Any], alone: bool 
     return records, {name: p.detach() for name, p in named.items()}, clipper.state_dict(), most
 
 
-def check_steps(pool: Any, layout: str, rule: str, options: dict[str, Any]) -> None:
-    needed, weights, _, _ = steps_of_parts(layout, rule, options, True)
-    results = pool.run(steps_of_parts, layout, rule, options)
+COPIED = ("stages copy", "shards 0 copy")
+POLICIES = [*product(COPIED, ["Fixed"], OPTIONS)]
+POLICIES.remove((COPIED[1], "Fixed", "unit"))
+LEARNING = [*product(COPIED, RULES, ["parameter", "as it comes"])]
+QUICK = [*POLICIES, *product(COPIED[:1], RULES, ["parameter"])]
+
+
+@pytest.mark.parametrize(("layout", "rule", "options"), quick(POLICIES + LEARNING, *QUICK))
+def test_many_steps(ranks, layout, rule, options):
+    """Every rule decides and every policy acts as in one process."""
+    needed, weights, _, _ = steps_of_parts(layout, rule, OPTIONS[options], True)
+    results = ranks.run(steps_of_parts, layout, rule, OPTIONS[options])
     for rank, (records, own, state, most) in enumerate(results):
         assert repr(state) == repr(results[0][2])  # equal on all ranks
-        assert most == (2 if options.get("max_value") else 1)
+        assert most == (2 if "bounded" in options else 1)
         for (rows, skipped), (needed_rows, needed_skip) in zip(records, needed, strict=True):
             assert skipped == needed_skip
             assert rows.keys() == needed_rows.keys()
@@ -162,25 +171,7 @@ def check_steps(pool: Any, layout: str, rule: str, options: dict[str, Any]) -> N
         torch.testing.assert_close(own, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("scope", quick(["global", "parameter"], "parameter"))
-@pytest.mark.parametrize("layout", quick(["stages copy", "shards 0 copy"], "stages copy"))
-@pytest.mark.parametrize("rule", RULES)
-def test_rules(two_ranks, layout, rule, scope):
-    """Every rule decides as in one process."""
-    check_steps(two_ranks, layout, rule, {"scope": scope})
-
-
-LAID_OUT = [("stages copy", name) for name in OPTIONS]
-LAID_OUT += [("shards 0 copy", name) for name in OPTIONS if name != "unit"]
-
-
-@pytest.mark.parametrize(("layout", "options"), LAID_OUT)
-def test_policies(ranks, layout, options):
-    """Every policy acts as in one process."""
-    check_steps(ranks, layout, "Fixed", OPTIONS[options])
-
-
-of_copies = pytest.mark.parametrize("layout", ["stages copy", "shards 0 copy"])
+of_copies = pytest.mark.parametrize("layout", COPIED)
 
 
 @of_copies

@@ -239,19 +239,17 @@ def test_a_rank_without_a_gradient_now_and_then(ranks, scope):
     check_kind(ranks, "resting experts", RULES["percentile"] | {"scope": scope})
 
 
-@pytest.mark.parametrize("name", quick(RULES, "fixed", "each unit", "skipped", "weights"))
-@pytest.mark.parametrize("kind", quick(["fsdp2", "ddp"], "fsdp2"))
+WRAPPED = [*product(["zero", "fsdp", "fsdp flat"], ["skipped"])]
+QUICK = [*WRAPPED, *product(["fsdp2"], ["fixed", "each unit", "skipped", "weights"])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), quick([*WRAPPED, *product(["fsdp2", "ddp"], RULES)], *QUICK)
+)
 def test_rules(ranks, kind, name):
-    """Every rule decides as in one process, under FSDP2 in one collective, under DDP in none."""
+    """Every rule decides as in one process, under FSDP in one collective, under DDP in none."""
     for _, _, calls, *_ in check_kind(ranks, kind, RULES[name]):
-        assert calls == ["allreduce"] * (kind == "fsdp2")
-
-
-@pytest.mark.parametrize("kind", ["zero", "fsdp", "fsdp flat"])
-def test_other_wrappers(ranks, kind):
-    """ZeroRedundancyOptimizer needs nothing; FullyShardedDataParallel needs ``ranks=``."""
-    for _, _, calls, *_ in check_kind(ranks, kind, RULES["skipped"]):
-        assert calls == ["allreduce"] or kind == "zero"  # which broadcasts in its step
+        assert kind == "zero" or calls == ["allreduce"] * ("fsdp" in kind)
 
 
 def test_logs(two_ranks, tmp_path):

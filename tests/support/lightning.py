@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -18,14 +17,6 @@ from gradclip import MemorySink
 from tests.support.curves import curves_in
 from tests.support.reference import gradient_norm
 from tests.support.trainings import BATCHES, assert_free, loader, loss_of, momentum, net_of
-
-IGNORED = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the log"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
 
 
 def regression(package: Any = pl, **overrides: Any) -> Any:

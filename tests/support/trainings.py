@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -15,6 +16,15 @@ from tests.support.twins import clip_by_hand
 
 THRESHOLD = 1.0
 BATCHES, SIZE = 8, 4
+WARNINGS = (
+    ".*does not have many workers",
+    "The number of training batches .* is smaller than the log",
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+    "(Experiment logs|Checkpoint) directory .* exists and is not empty",
+    # The Trainer's data loader asks for pinned memory, also where there is no accelerator.
+    "'pin_memory' argument is set as true",
+)
+IGNORED = [pytest.mark.filterwarnings(f"ignore:{text}") for text in WARNINGS]
 NUMBERS = {
     f"grad_norm/{name}"
     for name in ("pre", "post", "threshold", "clip_rate", "nonfinite_steps", "skipped_steps")

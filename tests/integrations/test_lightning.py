@@ -191,6 +191,15 @@ class Engine(SingleDeviceStrategy):
     handles_gradient_accumulation = True
 
 
+def half_differentiable() -> Any:
+    """Return a module with two optimizers, the second of which is refused."""
+    module = lightning.adversarial()
+    optimizers = module.nets.optimizers_of()
+    optimizers[1].param_groups[0]["differentiable"] = True
+    module.configure_optimizers = lambda: optimizers
+    return module
+
+
 LATER = pl.callbacks.LambdaCallback(
     on_fit_start=lambda trainer, module: setattr(trainer, "gradient_clip_val", 0.5)
 )
@@ -208,40 +217,21 @@ REFUSED = [
     ({"made": lightning.halves, "plugins": [SCALED]}, AttachError, UPDATES),
     ({"made": lightning.adversarial, "given": APART}, ArgumentError, "2 optimizers with a clipper"),
     ({"made": lightning.stepping, "others": [WITHIN]}, AttachError, "added within a batch"),
+    ({"made": half_differentiable, "given": {"joint": False}}, AttachError, "differentiable"),
 ]
 
 
 @pytest.mark.parametrize(("options", "error", "message"), REFUSED)
 def test_refusals(options, error, message):
-    """A fit ends with an error, before anything is clipped twice or wrongly."""
+    """A fit ends with an error before anything is clipped wrongly, and leaves optimizers free."""
     options = dict(options)
     module = options.pop("made", lightning.regression)()
     callback = GradClipCallback(THRESHOLD, **{"joint": True, **options.pop("given", {})})
     with pytest.raises(error, match=message):
         fit(module, *options.pop("others", ()), callback, **options)
     assert all(clipper.steps <= 3 for clipper in callback.clippers)
-
-
-def test_a_trainer_that_clips_can_evaluate(package):
-    """Only a fit is refused, in either package."""
-    options = {"package": package, "gradient_clip_val": 0.5}
-    trainer = lightning.trainer_of(GradClipCallback(THRESHOLD), **options)
-    with pytest.raises(ArgumentError, match="gradient_clip_val"):
-        trainer.fit(lightning.regression(package), loader())
-    trainer.validate(lightning.evaluated(package), loader(), verbose=False)
-
-
-def test_an_optimizer_that_is_refused():
-    """It leaves the others free."""
-    module = lightning.adversarial()
-    optimizers = module.nets.optimizers_of()
-    optimizers[1].param_groups[0]["differentiable"] = True
-    module.configure_optimizers = lambda: optimizers
-    callback = GradClipCallback(THRESHOLD)
-    with pytest.raises(AttachError, match="differentiable"):
-        fit(module, callback)
-    assert callback.clippers == []
-    GradientClipper(optimizers[0], 1.0).close()
+    for optimizer in module.trainer.optimizers[:1]:
+        trainings.assert_free(optimizer)
 
 
 def test_invalid_states():

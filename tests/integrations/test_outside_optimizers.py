@@ -43,12 +43,9 @@ def made(module: str, name: str, given: Make = lambda parameters: parameters, **
     return lambda parameters: getattr(module_of(module), name)(given(parameters), **options)
 
 
-def grouped(parameters: list[nn.Parameter]) -> Any:
+def grouped(weights: list[nn.Parameter]) -> Any:
     """Return the groups that Muon takes."""
-    return [
-        {"params": parameters[:2], "use_muon": True},
-        {"params": parameters[2:], "use_muon": False},
-    ]
+    return [{"params": weights[:2], "use_muon": True}, {"params": weights[2:], "use_muon": False}]
 
 
 SGD = {"lr": 0.05, "momentum": 0.9}

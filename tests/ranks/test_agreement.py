@@ -195,39 +195,36 @@ def test_a_parameter_added_later(scope, name, replicated):
 # DTensors without ranks=
 
 
-def attach_dtensors(case: str) -> None:
-    """Attach to DTensors on all ranks, and something beside."""
+def attach_dtensors(*, max_norm: float = 1.0, whole: bool = True, **others: Tensor) -> None:
+    """Attach to other tensors and to a DTensor on all ranks."""
+    tensors = others | ({"whole": spread(torch.zeros(4), "one", "0")} if whole else {})
+    named = [(name, nn.Parameter(tensor)) for name, tensor in tensors.items()]
+    GradientClipper(torch.optim.SGD(named, lr=0.1), max_norm)
+
+
+def elsewhere() -> Tensor:
+    """Return a DTensor that rank 1 has no shard of."""
     from torch.distributed.tensor import DeviceMesh, distribute_tensor
 
-    rank, zeros = distributed.get_rank(), torch.zeros(4)
-    tensors = {"whole": spread(zeros, "one", "0")}
-    if case == "other names":
-        tensors[f"rank{rank}"] = torch.zeros(2)
-    elif case == "experts":  # the first of two pairs of ranks has experts of different names
-        expert = spread(zeros, "b", "0")
-        tensors = {f"expert{rank}" if rank < 2 else "expert": expert, **tensors}
-    elif case.startswith("elsewhere"):
-        tensors["stage"] = distribute_tensor(zeros, DeviceMesh("cpu", [0]), placements_of("0"))
-        if case == "elsewhere alone":
-            del tensors["whole"]
-    named = [(name, nn.Parameter(tensor)) for name, tensor in tensors.items()]
-    GradientClipper(torch.optim.SGD(named, lr=0.1), 1.0 + rank * (case == "other max_norm"))
+    return distribute_tensor(torch.zeros(4), DeviceMesh("cpu", [0]), placements_of("0"))
 
 
 ELSEWHERE = "[stage] of rank 1 are DTensors whose mesh does not include that rank"
+OTHER_NAMES = "DTensors lie on both. Parameters that only some ranks have need ranks=gradclip"
 DTENSORS = {
-    "other names": "DTensors lie on both. Parameters that only some ranks have need ranks=gradclip",
-    "other max_norm": "max_norm is Fixed(1.0) on rank 0 and Fixed(2.0) on rank 1",
-    "elsewhere": ELSEWHERE,
+    OTHER_NAMES: lambda rank: {f"rank{rank}": torch.zeros(2)},
+    "max_norm is Fixed(1.0) on rank 0 and Fixed(2.0)": lambda rank: {"max_norm": 1.0 + rank},
+    ELSEWHERE: lambda rank: {"stage": elsewhere()},
 }
 
 
-@pytest.mark.parametrize("case", DTENSORS)
+@pytest.mark.parametrize("needed", DTENSORS)
 @on_ranks("two_ranks")
-def test_refusals_of_dtensors(case):
+def test_refusals_of_dtensors(needed):
     """The ranks of a DTensor have the same parameters and options, and all of them raise."""
-    with pytest.raises(AttachError, match=re.escape(DTENSORS[case])):
-        attach_dtensors(case)
+    options = DTENSORS[needed](distributed.get_rank())
+    with pytest.raises(AttachError, match=re.escape(needed)):
+        attach_dtensors(**options)
 
 
 @on_ranks("two_ranks")
@@ -235,15 +232,16 @@ def test_dtensors_on_other_ranks_alone():
     """If nothing else brings the ranks together, those with a shard do not hear of the refusal."""
     refused = pytest.raises(AttachError, match=re.escape(ELSEWHERE))
     with refused if distributed.get_rank() else nullcontext():
-        attach_dtensors("elsewhere alone")
+        attach_dtensors(stage=elsewhere(), whole=False)
 
 
 @pytest.mark.slow
 @on_ranks("four_ranks")
 def test_refusals_of_other_groups():
     """Ranks that share another group with those that do not fit together raise, too."""
+    rank, expert = distributed.get_rank(), spread(torch.zeros(4), "b", "0")
     with pytest.raises(AttachError, match=r"need ranks=gradclip\.Ranks\(group\)"):
-        attach_dtensors("experts")
+        attach_dtensors(**{f"expert{rank}" if rank < 2 else "expert": expert})
 
 
 # The group

@@ -146,17 +146,9 @@ def models(*meshes: str) -> st.SearchStrategy[SpreadModel]:
 
 
 # The ranks find their groups in another order, and add up in another.
-IN_ANOTHER_ORDER = SpreadModel(
-    [
-        Given((6,), "plain", "", "float64", scale=1e-3),
-        Given((6,), "b", "P"),
-        Given((), "one", "R", "float64", scale=1e-3),
-    ],
-    scope="global",
-    order=1.0,
-    limit=0.01,
-    seed=2,
-)
+SMALL = {"dtype": "float64", "scale": 1e-3}
+ORDERED = [Given((6,), "plain", "", **SMALL), Given((6,), "b", "P"), Given((), "one", "R", **SMALL)]
+IN_ANOTHER_ORDER = SpreadModel(ORDERED, "global", 1.0, limit=0.01, seed=2)
 # Once a rank has failed the others wait for it in vain, so that nothing is shrunk.
 FOUND_AS_IT_IS = (Phase.explicit, Phase.generate)
 

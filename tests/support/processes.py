@@ -88,13 +88,8 @@ def _serve(end: Any, rank: int, count: int, store: str) -> None:
     from torch import distributed
 
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(seconds=TIMEOUT / 2),
-    )
+    options = {"rank": rank, "world_size": count, "timeout": timedelta(seconds=TIMEOUT / 2)}
+    distributed.init_process_group("gloo", init_method=f"file://{store}", **options)
     while True:
         try:
             function, arguments = end.recv()

@@ -202,7 +202,7 @@ def attach_dtensors(*, max_norm: float = 1.0, whole: bool = True, **others: Tens
     GradientClipper(torch.optim.SGD(named, lr=0.1), max_norm)
 
 
-def elsewhere() -> Tensor:
+def shard_of_rank_0() -> Tensor:
     """Return a DTensor that rank 1 has no shard of."""
     from torch.distributed.tensor import DeviceMesh, distribute_tensor
 
@@ -214,7 +214,7 @@ OTHER_NAMES = "DTensors lie on both. Parameters that only some ranks have need r
 DTENSORS = {
     OTHER_NAMES: lambda rank: {f"rank{rank}": torch.zeros(2)},
     "max_norm is Fixed(1.0) on rank 0 and Fixed(2.0)": lambda rank: {"max_norm": 1.0 + rank},
-    ELSEWHERE: lambda rank: {"stage": elsewhere()},
+    ELSEWHERE: lambda rank: {"stage": shard_of_rank_0()},
 }
 
 
@@ -232,7 +232,7 @@ def test_dtensors_on_other_ranks_alone():
     """If nothing else brings the ranks together, those with a shard do not hear of the refusal."""
     refused = pytest.raises(AttachError, match=re.escape(ELSEWHERE))
     with refused if distributed.get_rank() else nullcontext():
-        attach_dtensors(stage=elsewhere(), whole=False)
+        attach_dtensors(stage=shard_of_rank_0(), whole=False)
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Settings that every test shares, and the rule that no test is skipped unnoticed."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Checks of numbers, and the tree of errors."""
 
-from __future__ import annotations
-
 import builtins
 import inspect
 import math

@@ -1,7 +1,5 @@
 """The formula, and norms that are NaN or infinite."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

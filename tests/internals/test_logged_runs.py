@@ -1,7 +1,5 @@
 """Logs of both formats: frames of records, and runs as arrays with their norms of parameters."""
 
-from __future__ import annotations
-
 import math
 import random
 import tracemalloc

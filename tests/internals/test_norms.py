@@ -1,7 +1,5 @@
 """Norms of all gradients and of each norm index, on one rank and across ranks."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -149,9 +147,6 @@ def test_without_float64_sums_meet_in_float32(monkeypatch):
     assert (norms.item(), norms.dtype) == (5.0, F32)
     assert norms_of([], 2.0).dtype == F32
     assert norms_of([], 2.0, groups=[PAIR]).dtype == F32
-
-
-# From rows to norms and back
 
 
 @given(

@@ -1,7 +1,5 @@
 """Parts of a hook whose cases are easier to make than to provoke through a clipper."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -123,9 +123,6 @@ def legend_title(axes):
     return axes.get_legend().get_title().get_text()
 
 
-# Reading them
-
-
 def shown(texts):
     return [text for text in texts if text.get_visible() and text.get_text()]
 
@@ -399,9 +396,6 @@ def test_a_run_without_parameters_leaves_the_place_of_its_map_empty():
     assert len(figure_of([run_of(noisy_norms())]).axes) == 3
 
 
-# Runs of any length
-
-
 @pytest.mark.parametrize("count", [2 * COLUMNS, 2 * COLUMNS + 1, 50_000])
 def test_a_long_curve_keeps_every_spike_and_gap(count):
     values, spikes = noisy_norms(count), [0, count // 3, count - 1]
@@ -432,9 +426,6 @@ def test_a_million_steps_are_drawn_in_seconds():
     assert curve(norms, "threshold").get_ydata().min() == 3
     [lowest] = [line for line in norms.get_lines() if line.get_label() == "_"]
     assert lowest.get_ydata().max() == 2
-
-
-# Files
 
 
 @pytest.mark.slow

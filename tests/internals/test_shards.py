@@ -1,7 +1,5 @@
 """The shard of a DTensor on each rank, and the process group that its rank group has."""
 
-from __future__ import annotations
-
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any

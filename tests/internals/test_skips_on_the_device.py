@@ -59,6 +59,5 @@ def test_what_a_rule_observes(asks, flags, partial, observed):
     gradients = StepGradients([torch.ones(1)], None, Settings(), 1, CPU, partial=partial)
     thresholds = NormThresholds(rule, labels, CPU, 2.0)
     found = thresholds.at_step(gradients, norms, 0)
-    record = ClipRecord(0, 0.0, norms, found, torch.full_like(norms, 0.5), **flags)
-    thresholds.observe(record)
+    thresholds.observe(ClipRecord(0, 0.0, norms, found, torch.full_like(norms, 0.5), **flags))
     assert rule.observed == observed

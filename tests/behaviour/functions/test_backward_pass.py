@@ -1,7 +1,5 @@
 """Gradients of states during the backward pass: clipped one by one, and measured through time."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Compiled code: one graph, the same bits as elsewhere, and no gradient copied."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -3,8 +3,6 @@
 Random gradients are held against torch and against exact norms in tests/models.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 

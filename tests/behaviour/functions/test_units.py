@@ -1,7 +1,5 @@
 """Adaptive gradient clipping without a hook, against the published formula unit by unit."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -9,7 +9,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import GradientClipper, TensorBoardSink
-from tests.support.curves import NAMES, curves_in, log_run, steps_in
+from tests.support.curves import NAMES, curves_in, log_run, steps_in, values_in
 
 PRE = "grad_norm/pre"
 LOADED_AT = "gradclip.records.sinks.tensorboard._LOADED_AT"
@@ -90,17 +90,17 @@ def test_two_clippers_resume_at_their_own_steps(tmp_path, training):
 
 
 def test_steps_that_are_set(tmp_path, training):
-    """Set back within a batch they replace what follows; set forward they leave a gap."""
+    """Set back, be it by one, they replace what follows; set forward they leave a gap."""
     log_run(tmp_path, *[7.0] * 30)  # a run that begins again replaces all of these
     run = training()
     with GradientClipper(run.optimizer, 2.0, log=tmp_path) as clipper:
         run.take(1.0, 1.0, 1.0, 1.0)
-        clipper.steps = 2
+        clipper.steps = 3
         run.take(3.0)
         clipper.steps = 10
         run.take(5.0)
-    points = curves_in(tmp_path)[PRE]
-    assert [(p.step, p.value) for p in points] == [(0, 1.0), (1, 1.0), (2, 3.0), (10, 5.0)]
+    assert steps_in(tmp_path)[PRE] == [0, 1, 2, 3, 10]
+    assert values_in(tmp_path)[PRE] == [1.0, 1.0, 1.0, 3.0, 5.0]
 
 
 def test_first_run_writes_no_marks_of_a_restart(tmp_path, training, caplog):

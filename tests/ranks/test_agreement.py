@@ -57,7 +57,12 @@ def tied(name: str, parameter: Any) -> str | None:
 
 
 A, B = {"a": (2,)}, {"b": (3,)}
+FIVE = [dict.fromkeys(names, (2,)) for names in (["b.10", "a.2", "b.9"], ["a.10", "a.1"])]
+IN_ORDER = (("a.1", "a.2", "a.10", "b.9", "b.10"), [2] * 5)
+"""So that a state fits a run with parameters on other ranks."""
 AGREED = {
+    "order of names": (with_shapes(*FIVE, scope="parameter"), *IN_ORDER),
+    "order of names on other ranks": (with_shapes(*FIVE[::-1], scope="parameter"), *IN_ORDER),
     "parameters": (with_shapes(A, B, scope="parameter"), ("a", "b"), [2, 3]),
     "groups": (with_shapes(A, B, scope="group"), ("group 0",), [5]),
     "a group with a max_norm": (
@@ -86,15 +91,6 @@ def test_labels(case):
     """All ranks have the norms of all."""
     options, labels, norms = AGREED[case]
     assert labels_and_norms(options) == (labels, norms)
-
-
-@on_ranks("two_ranks")
-def test_order_of_labels():
-    """It is that of their names, so that a state fits a run with parameters on other ranks."""
-    shapes = [dict.fromkeys(names, (2,)) for names in (["b.10", "a.2", "b.9"], ["a.10", "a.1"])]
-    for ordered in (shapes, shapes[::-1]):
-        labels, _ = labels_and_norms(with_shapes(*ordered, scope="parameter"))
-        assert labels == ("a.1", "a.2", "a.10", "b.9", "b.10")
 
 
 class Own(Threshold):

@@ -144,10 +144,7 @@ def test_two_clippers_on_one_scaler(first):
 
 @on_ranks("two_ranks")
 def test_an_optimizer_that_steps_now_and_then():
-    """The second of two steps every other time, and is all that rank 1 has.
-
-    The gradients of rank 1 add up to 1, 1 + 2, then 3, 3 + 4, and are in the norms of all.
-    """
+    """The second of two, which is all that rank 1 has, steps every other time and adds up."""
     weights, optimizers = optimizers_of(2, 3)
     clipper = GradientClipper(optimizers, None, ranks=Ranks())
     for step, (first, second) in enumerate(((1, 1), (2, 3), (3, 3), (4, 7))):

@@ -20,10 +20,7 @@ SCHEDULES = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B"]
 
 
 class Part(nn.Module):
-    """A stage of a model, with the names of the whole; the only one is the whole.
-
-    The last stage has the embedding of the first again, under the same name or as a head.
-    """
+    """A stage with the names of the whole; the last has the embedding again, or as a head."""
 
     def __init__(self, stage: int, stages: int, last: str) -> None:
         super().__init__()
@@ -107,10 +104,7 @@ def trained_stages(kind: str, scope: str, last: str = TIED) -> Any:
 @pytest.mark.parametrize("scope", LIMITS)
 @pytest.mark.parametrize("kind", quick([*SCHEDULES, "a head"], "ScheduleGPipe", "a head"))
 def test_tied_weights(ranks, kind, scope):
-    """Norms and weights are those of one process with the whole model, some of them clipped.
-
-    A copy counts once by its one name, or by one that a function for ``replicated=`` gives both.
-    """
+    """Norms and weights are those of one process with the whole model: a copy counts once."""
     whole, counters = ranks.run(trained_stages, "whole", scope)[0]
     names_of_last = ("Schedule1F1B", scope, HEAD) if kind == "a head" else (kind, scope, TIED)
     results = ranks.run(trained_stages, *names_of_last)

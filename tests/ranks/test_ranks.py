@@ -84,10 +84,7 @@ def test_one_step(ranks, layout, scope, order, dtype):
 @pytest.mark.slow
 @on_ranks("four_ranks")
 def test_copied_shards():
-    """Two stages of two shards, as Megatron-LM has, with copies of one embedding in both.
-
-    Of each shard of the embedding one copy counts, and of other parameters both shards.
-    """
+    """Of an embedding that two stages of Megatron-LM have, one copy of each shard counts."""
     stage, shard = divmod(distributed.get_rank(), 2)
     own, copy = parameter_with(torch.tensor([3.0])), parameter_with(torch.full((2,), 1.0 + shard))
     tied = ("embed.weight", "head.weight")

@@ -148,8 +148,8 @@ def check_clipped(
         for name, gradient in gradients.items():
             facts = torch.finfo(gradient.dtype)
             most = max(expected[name].abs().flatten().tolist(), default=0.0)
-            near = {"rtol": 2 * facts.eps, "atol": 1e-30 + slack * facts.eps * most}
-            near["atol"] += slack * facts.smallest_normal
+            absolute = 1e-30 + slack * (facts.eps * most + facts.smallest_normal)
+            near = {"rtol": 2 * facts.eps, "atol": absolute}
             torch.testing.assert_close(gradient.double(), expected[name], **near)
 
 

@@ -30,10 +30,7 @@ def torchrun(script: Path, *arguments: str, processes: int, cwd: Path) -> list[s
 
 
 def run_and_leave(script: str) -> None:
-    """Run a script, and leave without what ends an interpreter.
-
-    A thread of gloo that is just letting go of a tensor of the last collective would abort it.
-    """
+    """Run a script, and leave at once: gloo may still hold a tensor, and would abort the end."""
     runpy.run_path(script, run_name="__main__")
     sys.stdout.flush()
     os._exit(0)

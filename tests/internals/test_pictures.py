@@ -221,9 +221,6 @@ def test_labels_move_apart_and_no_further():
     assert -1e-9 <= left[0] < right[-1] <= 600 + 1e-9
 
 
-# Norms and clip rates
-
-
 def test_norms_before_and_after_clipping_and_the_threshold():
     norms = first_panel([1.0, 4.0, 8.0, 2.0, 3.0], threshold=3.0)
     before, after, threshold = (curve(norms, name) for name in ("before", "after", "threshold 3"))
@@ -292,9 +289,6 @@ def test_runs_beside_each_other_have_the_same_scales_and_their_names():
     assert [legend_title(panel) for panel in axes[:2]] == ["runs/quiet", "runs/spiky"]
 
 
-# Distributions
-
-
 def threshold_labels(axes):
     return [text for text in axes.texts if isinstance(text, Annotation) and "%" in text.get_text()]
 
@@ -323,9 +317,6 @@ def test_thresholds_have_lines_and_the_share_that_they_would_clip():
     assert {label.get_rotation() for label in labels} == {0}
     narrow = figure_of([cramped(), cramped()]).axes[4]
     assert {label.get_rotation() for label in threshold_labels(narrow)} == {90}
-
-
-# Maps of parameters
 
 
 def test_the_map_shows_the_largest_norm_of_each_interval(monkeypatch):

@@ -47,8 +47,7 @@ def trained_between(rule: str, scope: str, way: str, folder: str, steps: tuple[i
     clipper = GradientClipper(optimizer, RULES[rule](), scope=scope, model=net)
     if steps[0] > 0:
         exchange(way, True, folder, net, optimizer, clipper)
-    size = 8 // distributed.get_world_size()
-    own = slice(size * distributed.get_rank(), size * (distributed.get_rank() + 1))
+    own = torch.arange(8).chunk(distributed.get_world_size())[distributed.get_rank()]
     records = []
     for step in range(*steps):
         batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))

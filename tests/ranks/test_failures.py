@@ -69,7 +69,7 @@ def test_a_step_without_a_rank(own_ranks, sent):
     os.kill(own_ranks.processes[1].pid, signal.Signals[sent])
     if sent == "SIGKILL":
         own_ranks.processes[1].join()
-    [(took, same, steps)] = own_ranks.run_on([0], take_the_third)
+    [(took, same, steps)] = own_ranks.run(take_the_third, ranks=[0])
     assert took < TIMEOUT + 2
     assert same
     assert steps == 2

@@ -28,15 +28,13 @@ def attach(case: str) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     if case.startswith("flat"):
-        net, rows = spread_module(Net(), "fsdp"), case == "flat rows"
-        options = {"scope": "unit", "model": net, "ranks": Ranks()} if rows else {}
-        GradientClipper(torch.optim.SGD(net.parameters(), lr=1.0), 1.0, **options)
+        net = spread_module(Net(), "fsdp")
+        rows = {"scope": "unit", "model": net, "ranks": Ranks()} if case == "flat rows" else {}
+        GradientClipper(torch.optim.SGD(net.parameters(), lr=1.0), 1.0, **rows)
     else:
-        overlaps = case == "overlapping optimizer"
-        zero = ZeroRedundancyOptimizer(
-            Net().parameters(), torch.optim.SGD, overlap_with_ddp=overlaps, lr=1.0
-        )
-        GradientClipper(zero if overlaps else zero.optim, 1.0)
+        options = {"overlap_with_ddp": case == "overlapping optimizer", "lr": 1.0}
+        zero = ZeroRedundancyOptimizer(Net().parameters(), torch.optim.SGD, **options)
+        GradientClipper(zero.optim if case == "inner optimizer" else zero, 1.0)
 
 
 REFUSED = {

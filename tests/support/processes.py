@@ -35,12 +35,9 @@ class Pool:
             self._ends.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a function of a module on all ranks at once; return what each returned."""
-        return self.run_on([*range(len(self._ends))], function, *arguments)
-
-    def run_on(self, ranks: list[int], function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a function on some ranks alone; see `run`."""
+    def run(self, function: Callable[..., Any], *arguments: Any, ranks: Any = None) -> list[Any]:
+        """Call a function of a module on all ranks at once or on some; return what each returned."""
+        ranks = range(len(self._ends)) if ranks is None else ranks
         for rank in ranks:
             self._ends[rank].send((function, arguments))
         answers = {}

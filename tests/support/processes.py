@@ -36,7 +36,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any, ranks: Any = None) -> list[Any]:
-        """Call a function of a module on all ranks at once or on some; return what each returned."""
+        """Call a function of a module on all ranks or on some; return what each returned."""
         ranks = range(len(self._ends)) if ranks is None else ranks
         for rank in ranks:
             self._ends[rank].send((function, arguments))

@@ -84,5 +84,7 @@ def test_sums_out_of_range():
 def test_error_shows_the_norms_before(log):
     with pytest.raises(NonFiniteGradientError) as caught:
         incident(spoil, nonfinite="raise", log=log)
-    assert "at step 49, from these parameters: 0.weight (3 of 16 elements)" in str(caught.value)
+    assert "is nan at step 49, from these parameters: 0.weight (3 of 16 elements)" in str(
+        caught.value
+    )
     assert BEFORE in str(caught.value)

@@ -1,10 +1,12 @@
 """Cost of clipping beside torch's clip_grad_norm_, and the error of the norm.
 
     python -m benchmarks.cost.clip [--sets small lstm] [--seconds 5] [--instructions] [--json]
+        [--save benchmarks/results/cost.md]
 
 Times are printed as ratios to torch's default in the same run: on a shared machine only ratios have
-a meaning. Gradients are rewritten from a pool before every timed call. "function" and "hook" are
-gradclip with the engine that serves the CPU; "operators" is the function with torch operators.
+a meaning. Gradients are rewritten from a pool before every timed call. "hook" is a whole step of an
+optimizer that does nothing, record included; "function" is gradclip's function, both with the
+engine that serves the CPU; "operators" is the function with torch operators.
 """
 
 from __future__ import annotations
@@ -13,8 +15,14 @@ import argparse
 import itertools
 import json
 import math
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import date
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import gradclip
 from benchmarks.common.gradients import Gradients, Still, machine
+from benchmarks.common.markdown import save, table
 from benchmarks.common.shapes import SETS
 from benchmarks.common.timing import interleaved_medians
 from benchmarks.cost import instructions
@@ -32,7 +41,16 @@ from gradclip.engines import engine_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REGIMES = {"under": 1e9, "clipping": 1.0}
-RIVALS = ("foreach", "function", "operators", "hook")
+RIVALS = ("hook", "function", "operators", "foreach")
+RULES = {
+    "ZScore": gradclip.thresholds.ZScore,
+    "MovingAverage": gradclip.thresholds.MovingAverage,
+    "MeanDeviation(6)": gradclip.thresholds.MeanDeviation,
+    "MedianDeviation(10)": gradclip.thresholds.MedianDeviation,
+    "Percentile(10)": gradclip.thresholds.Percentile,
+}
+BUSY = {"60 of 4,096": [(4096,)] * 60, "16 of 65,536": [(65536,)] * 16}
+"""Shapes that are measured beside a busy program, by name."""
 
 
 def measure_set(name: str, dtype: str, seconds: float, bandwidth: float) -> list[dict[str, Any]]:
@@ -159,6 +177,64 @@ def measure_logging(seconds: float) -> dict[str, float]:
     return {name: taken * 1e6 for name, taken in medians.items()}
 
 
+def measure_hooks(name: str, seconds: float) -> dict[str, float]:
+    """Return the cost of hooked steps with a log and with rules, as ratios to torch's function."""
+    gradients = Gradients(SETS[name](), torch.float32)
+    parameters = gradients.parameters
+    rivals: dict[str, Callable[[], object]] = {
+        "torch": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e9),
+        "empty step": Still(parameters).step,
+    }
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as clippers:
+
+        def add(key: str, max_norm: Any, **options: Any) -> None:
+            optimizer = Still(parameters)
+            clippers.enter_context(gradclip.GradientClipper(optimizer, max_norm, **options))
+            rivals[key] = optimizer.step
+
+        for regime, max_norm in REGIMES.items():
+            add(f"hook, {regime}", max_norm)
+            add(f"hook and log, {regime}", max_norm, log=f"{folder}/{regime}")
+        for key, rule in RULES.items():
+            add(key, rule())
+        medians = interleaved_medians(rivals, gradients.rewrite, seconds)
+    return {key: medians[key] / medians["torch"] for key in rivals if key != "torch"}
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """Keep every core busy with another program."""
+    programs = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(torch.get_num_threads())
+    ]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def measure_busy(seconds: float) -> dict[str, tuple[float, float]]:
+    """Return the function's cost as ratios to torch, on a quiet machine and on a busy one."""
+    ratios = {}
+    for name, shapes in BUSY.items():
+        gradients = Gradients(shapes, torch.float32)
+        rivals = {
+            module.__name__: partial(module.clip_grad_norm_, gradients.parameters, 1e9)
+            for module in (torch.nn.utils, gradclip)
+        }
+        quiet = interleaved_medians(rivals, gradients.rewrite, seconds)
+        with busy_cores():
+            busy = interleaved_medians(rivals, gradients.rewrite, seconds)
+        ratios[name] = (
+            quiet["gradclip"] / quiet["torch.nn.utils"],
+            busy["gradclip"] / busy["torch.nn.utils"],
+        )
+    return ratios
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -167,8 +243,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="per row")
     parser.add_argument("--instructions", action="store_true", help="count them, with valgrind")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--save", type=Path, help="a Markdown file for the tables")
     options = parser.parse_args(argv)
     bandwidth, reader = read_bandwidth(min(options.seconds, 2.0))
+    hooks = {name: measure_hooks(name, options.seconds) for name in options.sets[:2]}
     rows = [
         row
         for name in options.sets
@@ -178,46 +256,88 @@ def main(argv: list[str] | None = None) -> None:
     orders = measure_orders(options.sets[-1], options.seconds)
     training = measure_training(options.seconds)
     logging = measure_logging(options.seconds)
+    busy = measure_busy(options.seconds)
     counted = instructions.count() if options.instructions and instructions.available() else {}
     if options.json:
-        measured = {"rows": rows, "orders": orders, "training_ms": training, "logging_us": logging}
-        print(json.dumps({"machine": machine(), **measured, "instructions": counted}))
+        measured = {
+            "machine": machine(),
+            "hooks": hooks,
+            "rows": rows,
+            "orders": orders,
+            "training_ms": training,
+            "logging_us": logging,
+            "busy": busy,
+        }
+        print(json.dumps({**measured, "instructions": counted}))
         return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print(
-        f"read bandwidth {bandwidth / 1e9:.1f} GB/s, by {reader}; ratios to torch's default, lower "
-        "is faster\n"
-    )
-    print_tables(rows, logging)
-    for order, ratio in orders.items():
-        print(f"clipping {options.sets[-1]} by its {order}-norm takes {ratio:.2f} of torch's time")
-    print("\n| training step of an LSTM | ms | of that without clipping |")
-    print("|---|---|---|")
-    for name, taken in training.items():
-        print(f"| {name} | {taken:.2f} | {taken / training['no clipping']:.3f} |")
+    versions = ", ".join(f"{key} {value}" for key, value in machine().items())
+    lines = [
+        "# Cost of clipping",
+        "",
+        f"Written by `make bench` on {date.today()}: {versions}.",
+        f"Read bandwidth {bandwidth / 1e9:.1f} GB/s, by {reader}.",
+        "Ratios to torch's default in the same run; lower is faster.",
+        "",
+        *tables_of_hooks(hooks),
+        "",
+        *tables_of_sets(rows, logging),
+        "",
+        *(
+            f"Clipping {options.sets[-1]} by its {order}-norm takes {ratio:.2f} of torch's time.\n"
+            for order, ratio in orders.items()
+        ),
+        *table(
+            ["training step of an LSTM", "ms", "of that without clipping"],
+            [
+                [name, f"{taken:.2f}", f"{taken / training['no clipping']:.3f}"]
+                for name, taken in training.items()
+            ],
+        ),
+        "",
+        *table(
+            ["function, under the threshold", "quiet machine", "both cores busy"],
+            [[name, *(f"{ratio:.2f}" for ratio in pair)] for name, pair in busy.items()],
+        ),
+    ]
     if counted:
-        instructions.print_table(counted)
+        lines += ["", *instructions.table_lines(counted)]
     elif options.instructions:
-        print(f"\ninstructions were not counted: {instructions.MISSING}")
+        lines += ["", f"Instructions were not counted: {instructions.MISSING}"]
+    print("\n".join(lines))
+    save(lines, options.save)
 
 
-def print_tables(rows: list[dict[str, Any]], logging: dict[str, float]) -> None:
-    """Print Markdown tables."""
+def tables_of_hooks(hooks: dict[str, dict[str, float]]) -> list[str]:
+    """Return a Markdown table of hooked steps, a column for each set."""
+    names = list(next(iter(hooks.values())))
+    rows = [[name, *(f"{ratios[name]:.2f}" for ratios in hooks.values())] for name in names]
+    return table(["a whole step", *hooks], rows)
+
+
+def tables_of_sets(rows: list[dict[str, Any]], logging: dict[str, float]) -> list[str]:
+    """Return Markdown tables of every set and of the cost of logging."""
     names = ["set", "dtype", "regime", "torch, us", *RIVALS, "of bandwidth", "error"]
-    print(f"| {' | '.join(names)} |")
-    print("|---" * len(names) + "|")
-    for row in rows:
-        print(
-            f"| {row['set']} | {row['dtype']} | {row['regime']} | {row['torch_us']:.0f} "
-            f"| {' | '.join(f'{row[name]:.2f}' for name in RIVALS)} "
-            f"| {row['read_share']:.0%} | {row['error']:.0e} |"
-        )
-    print("\n| small set, clipping and an empty step, under the threshold | us | ratio |")
-    print("|---|---|---|")
-    for name, taken in logging.items():
-        print(f"| {name} | {taken:.0f} | {taken / logging['torch']:.2f} |")
-    print(f"\nthe hook adds {logging['hook'] - logging['function']:.0f} us to the function,")
-    print(f"logging adds {logging['hook and log'] - logging['hook']:.0f} us to the hook")
+    return [
+        *table(
+            names,
+            [
+                [
+                    *(row["set"], row["dtype"], row["regime"], f"{row['torch_us']:.0f}"),
+                    *(f"{row[name]:.2f}" for name in RIVALS),
+                    *(f"{row['read_share']:.0%}", f"{row['error']:.0e}"),
+                ]
+                for row in rows
+            ],
+        ),
+        "",
+        *table(
+            ["small set, clipping and an empty step, under the threshold", "us", "ratio"],
+            [
+                [name, f"{taken:.0f}", f"{taken / logging['torch']:.2f}"]
+                for name, taken in logging.items()
+            ],
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 
 import gradclip
 from benchmarks.common.gradients import Gradients, Still
+from benchmarks.common.markdown import table
 from benchmarks.common.shapes import SETS
 from gradclip import engines
 
@@ -106,15 +107,18 @@ def main() -> None:
         return
     if not available():
         sys.exit(MISSING)
-    print_table(count(options.calls))
+    print("\n".join(table_lines(count(options.calls))))
 
 
-def print_table(counted: Mapping[str, float]) -> None:
-    """Print a Markdown table."""
-    print("\n| small set, under the threshold | instructions of a call | ratio |")
-    print("|---|---|---|")
-    for name, number in counted.items():
-        print(f"| {name} | {number:,.0f} | {number / counted['torch']:.2f} |")
+def table_lines(counted: Mapping[str, float]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return table(
+        ["small set, under the threshold", "instructions of a call", "ratio"],
+        [
+            [name, f"{number:,.0f}", f"{number / counted['torch']:.2f}"]
+            for name, number in counted.items()
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from benchmarks.common.gradients import Gradients, Still, machine
 from benchmarks.common.shapes import SETS
 from benchmarks.common.timing import interleaved_medians
 from benchmarks.peers.packages import Halving, print_peers
-from gradclip.gradients.coefficients import clip_coefficients
+from gradclip.gradients.coefficients import clip_coefficient, clip_coefficients
 from gradclip.thresholds import (
     Fixed,
     GrowthLimit,
@@ -69,26 +69,25 @@ class History:
         self.rule = rule
         rule.start([f"norm {index}" for index in range(count)], CPU, torch.float64)
         generator = torch.Generator().manual_seed(0)
-        self._norms = itertools.cycle(
-            [1 + torch.rand(count, dtype=torch.float64, generator=generator) for _ in range(512)]
-        )
+        norms = [
+            1 + torch.rand(count, dtype=torch.float64, generator=generator) for _ in range(512)
+        ]
+        # One norm is a number, as from a clipper.
+        self._norms = itertools.cycle([n.item() for n in norms] if count == 1 else norms)
         self._weights = torch.ones(count, dtype=torch.float64)
         self._present = torch.ones(count, dtype=torch.bool)
-        self._coefficients = torch.ones(count, dtype=torch.float64)
         self.steps = 0
 
     def step(self) -> None:
         """Take one step: thresholds, coefficients, observation."""
         norms, context = self._next()
         thresholds = self.rule.thresholds(norms, context)
-        coefficients = clip_coefficients(norms, thresholds, erase=True)
-        self.rule.observe(norms, norms * coefficients, context)
+        self.rule.observe(norms, norms * self._coefficients_of(norms, thresholds), context)
 
     def bare_step(self) -> None:
         """Take one step without a rule."""
         norms, _ = self._next()
-        coefficients = clip_coefficients(norms, self._weights, erase=True)
-        _ = norms * coefficients
+        _ = norms * self._coefficients_of(norms, 1.0 if isinstance(norms, float) else self._weights)
 
     def grown_to(self, steps: int) -> History:
         """Take steps until there were this many; return the history itself."""
@@ -104,9 +103,14 @@ class History:
         wide.steps = self.steps
         return wide
 
-    def _next(self) -> tuple[Tensor, StepContext]:
+    def _next(self) -> tuple[Any, StepContext]:
         self.steps += 1
         return next(self._norms), StepContext(self.steps, self._present, 2.0, self._weights)
+
+    def _coefficients_of(self, norms: Any, thresholds: Any) -> Any:
+        if isinstance(norms, float):
+            return clip_coefficient(norms, thresholds, erase=True)
+        return clip_coefficients(norms, thresholds, erase=True)
 
 
 def _repeated(value: Any, count: int) -> Any:

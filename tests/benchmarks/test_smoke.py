@@ -41,11 +41,15 @@ def printed_by(capsys):
     return printed_by
 
 
-def test_clip(printed_by):
-    printed = printed_by(clip, "--sets small --seconds 0.1")
-    assert "| small | bfloat16 | clipping |" in printed
-    assert "clipping small by its inf-norm takes" in printed
-    assert "logging adds" in printed
+def test_clip(printed_by, tmp_path):
+    """What is printed is saved, with the command that wrote it."""
+    path = tmp_path / "results" / "cost.md"
+    printed = printed_by(clip, f"--sets small --seconds 0.1 --save {path}")
+    assert path.read_text() == printed
+    for part in ("`make bench`", "| Percentile(10) |", "| small | bfloat16 | clipping |"):
+        assert part in printed
+    assert "Clipping small by its inf-norm takes" in printed
+    assert "| 60 of 4,096 |" in printed
 
 
 @pytest.mark.slow

@@ -85,11 +85,18 @@ static int64_t dense_length(const struct description *tensor, int32_t first)
 /* Whether all addresses of tensors with elements differ; -1 without memory to find out. */
 static int are_distinct(const int64_t *addresses, const int64_t *lengths, int64_t count)
 {
-    enum { FEW = 512 };
-    uint64_t few[FEW], size = FEW;
+    enum { FEW = 32 };
+    uint64_t size = 2 * FEW;
+    if (count <= FEW) {
+        for (int64_t one = 1; one < count; one++)
+            for (int64_t other = 0; other < one; other++)
+                if (lengths[one] && lengths[other] && addresses[one] == addresses[other])
+                    return 0;
+        return 1;
+    }
     while (size < 4 * (uint64_t)count)
         size *= 2;
-    uint64_t *seen = size > FEW ? calloc(size, sizeof *seen) : memset(few, 0, sizeof few);
+    uint64_t *seen = calloc(size, sizeof *seen); /* a hash table, a quarter full at most */
     int distinct = seen ? 1 : -1;
     for (int64_t tensor = 0; distinct == 1 && tensor < count; tensor++) {
         uint64_t address = (uint64_t)addresses[tensor];
@@ -101,14 +108,13 @@ static int are_distinct(const int64_t *addresses, const int64_t *lengths, int64_
         distinct = !seen[place];
         seen[place] = address;
     }
-    if (seen != few)
-        free(seen);
+    free(seen);
     return distinct;
 }
 
 /* Write a request for the tensors of a list, or for their rows: tensors of less than two dimensions
- * have one. NO_ADDRESS unless they are plain tensors of one dtype on the CPU, each with memory of
- * its own and without gaps in it, or in its rows. `request` has room for `count` of them. */
+ * have one. NO_ADDRESS, or LOW_ADDRESS, unless they are plain tensors of one dtype on the CPU, each
+ * with memory of its own and without gaps in it, or in its rows. `request` has room for `count` of them. */
 EXPORTED int gradclip_walk(
     void *list, struct request *request, int64_t count, int64_t threads, double order, int by_rows)
 {
@@ -144,7 +150,7 @@ EXPORTED int gradclip_walk(
         if (dtype < 0 || dtype != request->dtype || length < 0)
             return NO_ADDRESS;
         if (length && address < LOWEST_ADDRESS)
-            return NO_ADDRESS;
+            return LOW_ADDRESS; /* to be compared with the offset, which is not described */
         addresses[place] = address;
         lengths[place] = length;
     }

@@ -28,7 +28,7 @@ ABI = 3
 """The version of the library's functions that this module calls."""
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-OK, NO_MEMORY = 0, -1
+OK, NO_MEMORY, LOW_ADDRESS = 0, -1, -3
 BEST = 2
 """The highest level of instruction sets."""
 HEADER = 5
@@ -94,15 +94,17 @@ class NativeEngine(Engine):
 
     def prepare(self, tensors: TensorList, order: float) -> bool:
         """See `Engine.prepare`."""
-        if self._walk is None:
-            if not super().prepare(tensors, order):
-                return False
-            tensors.note, _stored = _request(tensors, False, flat_view, order)
-            return tensors.note is not None
-        count = len(tensors)
-        tensors.note = request = (ctypes.c_int64 * (HEADER + 2 * count))()
-        status = self._walk(tensors, request, count, torch.get_num_threads(), order, 0)
-        return status == OK or _done(status)
+        status = LOW_ADDRESS
+        if self._walk is not None:
+            count = len(tensors)
+            tensors.note = request = (ctypes.c_int64 * (HEADER + 2 * count))()
+            status = self._walk(tensors, request, count, torch.get_num_threads(), order, 0)
+        if status != LOW_ADDRESS:
+            return status == OK or _done(status)
+        if not super().prepare(tensors, order):
+            return False
+        tensors.note, _stored = _request(tensors, False, flat_view, order)
+        return tensors.note is not None
 
     def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
         """See `Engine.host_norm`."""

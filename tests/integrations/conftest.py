@@ -1,7 +1,5 @@
 """What holds in every test of a framework."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec

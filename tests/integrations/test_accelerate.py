@@ -1,7 +1,5 @@
 """A clipper on the optimizers that Accelerate returns, against training by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

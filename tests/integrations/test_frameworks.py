@@ -1,7 +1,5 @@
 """A clipper in each framework, against the same training by hand, on one process and on two."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """The callback in Trainers of both packages, against the same training by hand, and its logs."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys

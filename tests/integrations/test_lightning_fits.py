@@ -1,7 +1,5 @@
 """The callback from one fit to the next: checkpoints, replaced optimizers, copies, tuners."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

@@ -1,7 +1,5 @@
 """Optimizers of other packages, against the same steps clipped by hand, bit for bit."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys

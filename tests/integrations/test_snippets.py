@@ -1,7 +1,5 @@
 """What the documentation shows of other frameworks is run in them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

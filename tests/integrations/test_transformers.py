@@ -1,7 +1,5 @@
 """The callback in real Trainers of Transformers, against training by hand."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """What may happen in a clipper's life: strategies for options, groups and gradients."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

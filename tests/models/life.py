@@ -3,8 +3,6 @@
 The scopes say besides what a clipper is given to have them.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

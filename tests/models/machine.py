@@ -4,8 +4,6 @@ The model adopts each norm and threshold that a step has measured once that is n
 that a decision at the threshold is compared exactly.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import math

@@ -1,7 +1,5 @@
 """What each rule allows and learns, in plain Python, and what a clipper is given to have it."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence

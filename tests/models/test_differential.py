@@ -5,8 +5,6 @@ goes. `EXCLUDED` lists where torch is no measure, each with a proof that it stil
 fails, torch has changed and the entry can go.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import cache

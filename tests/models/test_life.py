@@ -1,7 +1,5 @@
 """A clipper's whole life in any order of events, beside a model of it in plain Python."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 Run from the repository's root, once mutmut has run there.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The agreement of ranks when clippers attach, and the errors that all of them raise."""
 
-from __future__ import annotations
-
 import re
 from contextlib import nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints of torch.distributed: a resumed run continues exactly."""
 
-from __future__ import annotations
-
 from itertools import product
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gradients that are DTensors, spread in any way, against the whole gradients of one process."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import pytest

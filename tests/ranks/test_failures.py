@@ -1,7 +1,5 @@
 """A rank that is lost while it trains: the others hear of it, and take no step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """The functions across ranks, and errors that all ranks raise."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """GradScaler on ranks that have different parameters: an overflow on one is one on all."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import math

@@ -1,7 +1,5 @@
 """Pipelines of torch.distributed.pipelining, against one process that has the whole model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parameters on several ranks that are not DTensors (`Ranks`), against one process with all."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from typing import Any

@@ -1,7 +1,5 @@
 """Training of modules spread over ranks, against their whole gradients and one process."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from typing import Any

@@ -1,7 +1,5 @@
 """FullyShardedDataParallel, ZeroRedundancyOptimizer, and DTensors within pipeline stages."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """The table of options, every rule as a fixture, and a training whose norms are given."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Short runs that are logged, and their logs, read back as their readers do."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """A device in place of CUDA: the CPU, whose values the host may not read, and captured graphs."""
 
-from __future__ import annotations
-
 import gc
 import sys
 from collections.abc import Callable, Iterator

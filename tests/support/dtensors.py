@@ -1,7 +1,5 @@
 """Gradients spread over ranks, the right norms and clipped gradients, and collectives counted."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Every engine as a fixture, and the helpers of its tests: tensors, and their bits."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

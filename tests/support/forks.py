@@ -1,7 +1,5 @@
 """Processes that are forked from one which has imported everything, so that they start at once."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess

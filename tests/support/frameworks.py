@@ -1,7 +1,5 @@
 """The same training in each framework, as it is configured there."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Modules and trainers of Lightning."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from pathlib import Path

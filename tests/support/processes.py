@@ -1,7 +1,5 @@
 """Processes that train together: a pool for each number of ranks, which many tests use."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import traceback

@@ -1,7 +1,5 @@
 """What is right: norms, coefficients and clipped gradients in float64, by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

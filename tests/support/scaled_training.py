@@ -1,7 +1,5 @@
 """A training of one optimizer under a GradScaler, with a clipper, and one clipped by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A TensorBoard server, started on a directory and asked over HTTP."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ within ``threshold (1e-6 + 2 u) + n**(1/p) e / 2`` of its threshold. A measured 
 of the norm in float64, relatively.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

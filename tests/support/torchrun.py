@@ -1,7 +1,5 @@
 """Scripts run on several processes, as their users run them."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import subprocess

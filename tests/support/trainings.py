@@ -1,7 +1,5 @@
 """A small network that is trained by frameworks, and the same training by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Trainers of Transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

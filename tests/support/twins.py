@@ -1,7 +1,5 @@
 """The same optimizers twice: ours with a clipper, theirs clipped by hand in float64."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

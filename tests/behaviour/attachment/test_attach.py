@@ -1,7 +1,5 @@
 """Which optimizers a clipper attaches to, which it refuses, and how it lets go."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

@@ -1,7 +1,5 @@
 """One step from its first hook to its last: closures, other hooks, steps in steps, and errors."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

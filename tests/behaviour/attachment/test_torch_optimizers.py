@@ -1,7 +1,5 @@
 """Every optimizer of torch.optim in all its forms, against the same steps clipped by hand."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

@@ -1,7 +1,5 @@
 """The life of a clipper: its state, its copies and its end."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """Options of a clipper: what is refused, and what a refused clipper leaves."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A threshold of the user's own: what it is given, and what it may return."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """What happens if a norm exceeds its threshold, or is NaN or infinite."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

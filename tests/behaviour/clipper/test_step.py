@@ -1,7 +1,5 @@
 """A step: gradients are scaled to the threshold, recorded, and otherwise left alone."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The usual step: one optimizer, plain gradients on the CPU, one norm."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

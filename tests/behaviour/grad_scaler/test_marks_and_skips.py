@@ -1,7 +1,5 @@
 """What a step under a GradScaler leaves on an optimizer: its marks, skips, limits and states."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

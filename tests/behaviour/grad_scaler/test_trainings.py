@@ -1,7 +1,5 @@
 """Whole trainings under a GradScaler, on both routes, are as those clipped by hand."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

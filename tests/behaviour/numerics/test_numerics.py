@@ -1,7 +1,5 @@
 """Norms and clipped gradients keep the promised accuracy, measured again in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

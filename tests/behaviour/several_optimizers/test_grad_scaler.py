@@ -1,7 +1,5 @@
 """Several optimizers under one GradScaler: one scale, one norm, and overflows of some of them."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Several optimizers of one clipper: which gradients share a norm, and when they are clipped."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable

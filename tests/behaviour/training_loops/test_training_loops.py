@@ -1,7 +1,5 @@
 """Training loops with what torch puts around an optimizer, against clipping by hand."""
 
-from __future__ import annotations
-
 import math
 import sys
 import threading

@@ -1,7 +1,5 @@
 """The contract of every engine: sums, coefficients and bounds of tensors and of their rows."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import subprocess

@@ -1,7 +1,5 @@
 """The contract of the usual step: plain gradients on the CPU, looked at once, with one norm."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

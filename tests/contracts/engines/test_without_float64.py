@@ -1,7 +1,5 @@
 """Devices that have no float64, such as MPS, with the CPU in their place."""
 
-from __future__ import annotations
-
 import math
 import sys
 

@@ -1,7 +1,5 @@
 """The choice of an engine for a device, and the errors for one that is missing."""
 
-from __future__ import annotations
-
 import sys
 import types
 

@@ -1,7 +1,5 @@
 """The operators engine off the CPU, where reading a value would raise."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

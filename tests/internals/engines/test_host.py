@@ -1,7 +1,5 @@
 """The operators engine on the CPU: what it computes again in float64, and how often it writes."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

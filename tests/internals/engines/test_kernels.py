@@ -1,7 +1,5 @@
 """What the kernels are compiled to, which needs no device."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

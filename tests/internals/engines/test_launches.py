@@ -1,7 +1,5 @@
 """Kernels as they are launched, compiled for a GPU that is not there, and not run."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import types

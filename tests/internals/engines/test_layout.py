@@ -1,7 +1,5 @@
 """Memory layout: shared elements and rows are found, and views are views."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The C engine beyond the contract: its bits, its boundaries, its threads."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

@@ -1,7 +1,5 @@
 """The plan of a launch: every element in one piece, and about the same work for each program."""
 
-from __future__ import annotations
-
 import itertools
 from math import prod
 

@@ -1,7 +1,5 @@
 """What the Triton engine uploads, keeps and refuses: tables, streams, captured graphs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The Triton engine beyond the contract: pieces, alignment, rows, gaps, and what it keeps."""
 
-from __future__ import annotations
-
 import gc
 import math
 import weakref

@@ -2,40 +2,30 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradclip.thresholds import (
-    Fixed,
-    GrowthLimit,
-    MeanDeviation,
-    MedianDeviation,
-    MovingAverage,
-    Percentile,
-    RelativeToWeights,
-    Schedule,
-    StepContext,
-    Threshold,
-    ZScore,
-    is_foreign,
-)
+from gradclip import thresholds
+from gradclip.thresholds import AdaptiveThreshold, StepContext, Threshold, is_foreign
 
 RULES: dict[str, Callable[..., Threshold]] = {
-    "Fixed": lambda **bounds: Fixed(0.5, **bounds),
-    "None": lambda **bounds: Fixed(None, **bounds),
-    "Schedule": lambda **bounds: Schedule(lambda step: 1.0 / (1 + step), **bounds),
-    "RelativeToWeights": lambda **bounds: RelativeToWeights(0.1, **bounds),
-    "Percentile": lambda **bounds: Percentile(50, window=5, **bounds),
-    "ZScore": lambda **bounds: ZScore(0.5, warmup=2, **bounds),
-    "MovingAverage": lambda **bounds: MovingAverage(0.9, warmup=2, **bounds),
-    "MeanDeviation": lambda **bounds: MeanDeviation(0.5, window=5, warmup=2, **bounds),
-    "MedianDeviation": lambda **bounds: MedianDeviation(1.0, window=5, warmup=2, **bounds),
-    "GrowthLimit": lambda **bounds: GrowthLimit(0.9, **bounds),
+    "Fixed": partial(thresholds.Fixed, 0.5),
+    "None": partial(thresholds.Fixed, None),
+    "Schedule": partial(thresholds.Schedule, lambda step: 1.0 / (1 + step)),
+    "RelativeToWeights": partial(thresholds.RelativeToWeights, 0.1),
+    "Percentile": partial(thresholds.Percentile, 50, window=5),
+    "ZScore": partial(thresholds.ZScore, 0.5, warmup=2),
+    "MovingAverage": partial(thresholds.MovingAverage, 0.9, warmup=2),
+    "MeanDeviation": partial(thresholds.MeanDeviation, 0.5, window=5, warmup=2),
+    "MedianDeviation": partial(thresholds.MedianDeviation, 1.0, window=5, warmup=2),
+    "GrowthLimit": partial(thresholds.GrowthLimit, 0.9),
 }
 """Every rule, so that it clips within a few steps. Called with cap= and floor= where wanted."""
+ADAPTIVE = [name for name, make in RULES.items() if isinstance(make(), AdaptiveThreshold)]
 
 Norm = float | None
 """None where there is no gradient at a step."""

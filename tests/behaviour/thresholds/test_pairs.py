@@ -9,22 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import ArgumentError, GradientClipper, MemorySink, Scope, StateError, Threshold
-from gradclip.thresholds import (
-    Fixed,
-    GrowthLimit,
-    MeanDeviation,
-    MedianDeviation,
-    MovingAverage,
-    Percentile,
-    RelativeToWeights,
-    Schedule,
-    ZScore,
-)
+from gradclip import ArgumentError, GradientClipper, MemorySink, Scope, StateError, thresholds
+from gradclip.thresholds import GrowthLimit, MeanDeviation, MedianDeviation, Percentile, ZScore
 from tests.support.clippers import sgd, stepped
 from tests.support.curves import log_run
 from tests.support.reference import parameter_with
-from tests.support.rules import RULES
+from tests.support.rules import ADAPTIVE, RULES
 
 SCOPES = {
     **{kind: kind for kind in ("global", "group", "parameter", "unit")},
@@ -32,13 +22,12 @@ SCOPES = {
     "seeds": lambda name, parameter: range(len(parameter)),
     "modules": lambda name, parameter: name.split(".")[0],
 }
-ADAPTIVE = [name for name, make in RULES.items() if type(make()).observe is not Threshold.observe]
 
 
 class HostileRun:
     """A model that is trained on the same batches every time, some of which are hostile."""
 
-    def __init__(self, scope, rule: Threshold, **options) -> None:
+    def __init__(self, scope, rule, **options) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4))
         self.idle = nn.Parameter(torch.ones(4))  # has a gradient in some steps only
@@ -71,12 +60,12 @@ def test_every_pair_runs_and_clips_to_its_thresholds(scope, rule, engine):
     """Whatever a step brings; what is not finite becomes 0."""
     run = HostileRun(SCOPES[scope], RULES[rule](), engine=engine)
     clipped = 0
-    for thresholds, coefficients, parameters in run.steps(0, 30):
+    for limits, coefficients, parameters in run.steps(0, 30):
         norms = run.clipper.last.norms
         finite = norms.isfinite()
-        assert thresholds.shape == norms.shape == (len(run.clipper.labels),)
-        assert not thresholds.isnan().any()
-        needed = torch.where(norms > thresholds, thresholds / norms, 1.0)
+        assert limits.shape == norms.shape == (len(run.clipper.labels),)
+        assert not limits.isnan().any()
+        needed = torch.where(norms > limits, limits / norms, 1.0)
         torch.testing.assert_close(coefficients[finite], needed[finite], rtol=1e-12, atol=0)
         assert bool((coefficients[~finite] == 0).all())
         assert parameters.isfinite().all()
@@ -155,21 +144,21 @@ def test_a_rule_without_any_norm_is_saved_and_loaded(rule):
 
 KNOWN = {
     "Pascanu": {"max_norm": 1.0},
-    "clipnorm": {"max_norm": Fixed(1.0), "scope": "parameter"},
-    "warm-up": {"max_norm": Schedule(lambda step: 1.0 + 1.0 / (step + 1))},
+    "clipnorm": {"max_norm": thresholds.Fixed(1.0), "scope": "parameter"},
+    "warm-up": {"max_norm": thresholds.Schedule(lambda step: 1.0 + 1.0 / (step + 1))},
     "AutoClip": {"max_norm": Percentile(10)},
     "bitsandbytes": {"max_norm": Percentile(5, window=100), "scope": "parameter"},
     "ZClip": {"max_norm": ZScore(2.5)},
-    "AdaGC": {"max_norm": MovingAverage(1.05), "scope": "parameter"},
+    "AdaGC": {"max_norm": thresholds.MovingAverage(1.05), "scope": "parameter"},
     "median": {"max_norm": MedianDeviation(10)},
     "OLMo": {"max_norm": MeanDeviation(6, window=128), "exceed": "skip"},
-    "AGC": {"max_norm": RelativeToWeights(0.01), "scope": "unit"},
+    "AGC": {"max_norm": thresholds.RelativeToWeights(0.01), "scope": "unit"},
     "Fira": {"max_norm": GrowthLimit(1.01), "scope": "parameter"},
 }
 """Algorithms as their authors have them, one line each."""
 
 
-def feed(rule: Threshold, norms: list[float], **options) -> tuple[GradientClipper, list[float]]:
+def feed(rule, norms: list[float], **options) -> tuple[GradientClipper, list[float]]:
     """Take a step with each norm; return the clipper and the norms after clipping."""
     sink = MemorySink()
     clipper = log_run(sink, *norms, max_norm=rule, **options)
@@ -227,7 +216,7 @@ def test_one_spike_blinds_the_mean_and_not_the_median(rule, later, skipped, exce
     assert clipper.skipped == (skipped if exceed == "skip" else 0)
 
 
-@pytest.mark.parametrize("rule", [ZScore, MovingAverage, GrowthLimit])
+@pytest.mark.parametrize("rule", [ZScore, thresholds.MovingAverage, GrowthLimit])
 def test_a_skipped_step_is_learned_from_as_if_it_had_been_scaled(rule):
     """So that skipping does not end the learning."""
     norms = [*(norm / 2 for norm in ORDINARY), 100.0, 0.4, 60.0, *ORDINARY]
@@ -240,7 +229,7 @@ def test_a_skipped_step_is_learned_from_as_if_it_had_been_scaled(rule):
 def test_an_own_rule_observes_skipped_steps_only_if_it_asks(observes_skipped):
     """With the clipped norm that scaling would have made."""
 
-    class Own(Threshold):
+    class Own(thresholds.Threshold):
         observed = ()
 
         def thresholds(self, norms, context):
@@ -259,8 +248,7 @@ RISING = [*ORDINARY, *(3 * norm for norm in ORDINARY * 2)]
 
 
 @pytest.mark.parametrize(
-    "make",
-    [lambda: Percentile(90, window=50), MeanDeviation, MedianDeviation, GrowthLimit],
+    "make", [lambda: Percentile(90, window=50), MeanDeviation, MedianDeviation, GrowthLimit]
 )
 def test_norms_that_rise_for_good_are_followed_while_skipping(make):
     """Most of the last fifty steps are taken."""
@@ -270,7 +258,7 @@ def test_norms_that_rise_for_good_are_followed_while_skipping(make):
     assert after.skipped - before.skipped < 40
 
 
-@pytest.mark.parametrize("rule", [ZScore, MovingAverage])
+@pytest.mark.parametrize("rule", [ZScore, thresholds.MovingAverage])
 def test_norms_that_rise_at_once_and_for_good_are_skipped_by_averages(rule):
     begun, risen = (
         feed(rule(), norms, exceed="skip")[0] for norms in (ORDINARY, ORDINARY + TENFOLD)

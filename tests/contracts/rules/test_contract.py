@@ -10,20 +10,10 @@ import torch
 
 from gradclip import thresholds
 from gradclip.errors import ArgumentError, StateError
-from gradclip.thresholds import (
-    AdaptiveThreshold,
-    Fixed,
-    MeanDeviation,
-    MovingAverage,
-    Percentile,
-    Threshold,
-    ZScore,
-    is_foreign,
-)
-from tests.support.rules import RULES, Driver
+from gradclip.thresholds import AdaptiveThreshold, Percentile, Threshold, ZScore, is_foreign
+from tests.support.rules import ADAPTIVE, RULES, Driver
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-ADAPTIVE = [name for name, make in RULES.items() if isinstance(make(), AdaptiveThreshold)]
 MEMORY = {  # elements for each label, as the table of gradclip/thresholds/base.py has it
     "Percentile": 2 * 5 + 1 + 1,
     "ZScore": 2 + 1,
@@ -71,7 +61,7 @@ def equal_tensors(one, other):
 
 def without_shared_limit(rule):
     """Return a rule whose labels do not depend on each other, as those of AdaGC's warm-up do."""
-    if isinstance(rule, MovingAverage):
+    if isinstance(rule, thresholds.MovingAverage):
         rule.warmup_norm = 1e9
     return rule
 
@@ -83,7 +73,7 @@ def test_the_table_has_every_rule_and_none_is_foreign():
     rules = {kind for kind in kinds if not inspect.isabstract(kind)}
     assert {type(make()) for make in RULES.values()} == rules
     assert not any(is_foreign(make()) for make in RULES.values())
-    assert is_foreign(type("Own", (Fixed,), {})(1.0))
+    assert is_foreign(type("Own", (thresholds.Fixed,), {})(1.0))
 
 
 @every
@@ -155,7 +145,7 @@ def test_labels_together_are_bit_for_bit_as_each_alone(make):
         alone.weights = [label + 1]
         limits = [limit for [limit] in alone.run([[step[label]] for step in STEPS])]
         expected = [step[label] for step in together]
-        if isinstance(alone.rule, MeanDeviation):  # a sum of numbers rounds otherwise
+        if isinstance(alone.rule, thresholds.MeanDeviation):  # a sum of numbers rounds otherwise
             expected = pytest.approx(expected, rel=1e-12)
         assert limits == expected
 

@@ -9,16 +9,7 @@ import torch
 
 from gradclip import thresholds
 from gradclip.errors import ArgumentError
-from gradclip.thresholds import (
-    GrowthLimit,
-    MeanDeviation,
-    MedianDeviation,
-    MovingAverage,
-    Percentile,
-    RelativeToWeights,
-    StepContext,
-    ZScore,
-)
+from gradclip.thresholds import MeanDeviation, MedianDeviation, MovingAverage, StepContext, ZScore
 from tests.support.rules import Driver, agree, is_usable, per_label
 
 DEFAULTS = {
@@ -62,7 +53,7 @@ def autoclip(percentile, window):
 )
 def test_percentile_is_autoclip(percentile, window):
     """With linear interpolation, as numpy has it."""
-    agree(lambda: Percentile(percentile, window), autoclip(percentile, window))
+    agree(lambda: thresholds.Percentile(percentile, window), autoclip(percentile, window))
 
 
 # ZClip: a list of the warm-up's norms, then moving averages
@@ -151,10 +142,7 @@ def adagc(factor=1.05, decay=0.98, warmup=100, warmup_norm=1.0, order=2.0):
     return limits
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [(), (1.05, 0.98, 5, 2.0), (1.5, 0.5, 1, 1e9), (0.9, 0.0, 3)],
-)
+@pytest.mark.parametrize("arguments", [(), (1.05, 0.98, 5, 2.0), (1.5, 0.5, 1, 1e9), (0.9, 0.0, 3)])
 def test_moving_average_is_adagc(arguments):
     """A norm of 0 never enters an average: it would erase its label forever."""
     agree(lambda: MovingAverage(*arguments), adagc(*arguments))
@@ -262,7 +250,7 @@ def fira(factor):
 @pytest.mark.parametrize("factor", [1.01, 2.0, 0.9])
 def test_growth_limit_is_fira(factor):
     """A multiple of the last clipped norm that was not 0."""
-    agree(lambda: GrowthLimit(factor), fira(factor))
+    agree(lambda: thresholds.GrowthLimit(factor), fira(factor))
 
 
 @pytest.mark.parametrize(("factor", "eps"), [(0.01, 1e-3), (0.5, 2.0)])
@@ -270,15 +258,15 @@ def test_relative_to_weights_is_agc(factor, eps):
     """A share of the weights' norm, which is at least eps."""
     weights = torch.tensor([0.0, 1e-5, 1.0, 2.0, 300.0], dtype=torch.float64)
     context = StepContext(0, torch.ones(5, dtype=torch.bool), 2.0, weights)
-    limits = RelativeToWeights(factor, eps).thresholds(torch.ones_like(weights), context)
+    limits = thresholds.RelativeToWeights(factor, eps).thresholds(torch.ones_like(weights), context)
     assert limits.tolist() == [factor * max(weight, eps) for weight in weights.tolist()]
 
 
 def test_relative_to_weights_asks_for_weight_norms_and_misses_them():
     """The error is for those who call a rule by themselves."""
-    assert RelativeToWeights.needs_weights
+    assert thresholds.RelativeToWeights.needs_weights
     context = StepContext(0, torch.ones(1, dtype=torch.bool))
     said = "RelativeToWeights got a step without weight norms: the caller has to measure them for "
     said += r"a rule with needs_weights, as GradientClipper does\."
     with pytest.raises(ArgumentError, match=f"^{said}$"):
-        RelativeToWeights().thresholds(torch.ones(1), context)
+        thresholds.RelativeToWeights().thresholds(torch.ones(1), context)

@@ -8,14 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradclip.engines import layout
-from gradclip.engines.layout import (
-    blocks,
-    flat,
-    is_plain,
-    overlaps,
-    rows_overlap,
-    table,
-)
+from gradclip.engines.layout import blocks, flat, is_plain, overlaps, rows_overlap, table
 
 
 def count(size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import copy
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -197,10 +197,10 @@ class Machine(RuleBasedStateMachine):
         life, last = self.life, self.clipper.last
         norms, limits = last.norms.tolist(), last.thresholds.tolist()
         narrow = any(weight.parameter.dtype is F32 for weight in self.weights)
-        assert all_near(norms, found.norms, 1e-6 if narrow else 1e-12), (norms, found)
+        assert norms == near(found.norms, 1e-6 if narrow else 1e-12)
         needed = life.thresholds_of(norms)
         for index in found.present - {None}:
-            assert not norms[index] < INF or near(limits[index], needed[index])
+            assert not norms[index] < INF or limits[index] == near(needed[index])
         decision = life.decide(found._replace(norms=norms, thresholds=limits))
         assert type(raised) is (decision.error or type(None)), (raised, decision)
         assert last.skipped is decision.skip
@@ -226,7 +226,7 @@ class Machine(RuleBasedStateMachine):
             assert grad is noted
             if id(weight.gradient) in written:
                 accuracy = 4 * ROUNDOFF[grad.dtype], SMALLEST[grad.dtype]
-                assert all_near(values, weight.gradient, *accuracy), (values, weight.gradient)
+                assert values == near(weight.gradient, *accuracy)
                 weight.gradient[:] = values
             else:
                 assert same(values, weight.gradient)
@@ -241,7 +241,7 @@ class Machine(RuleBasedStateMachine):
                 for found, needed in ((values, weight.values), (momentum, weight.momentum)):
                     each = zip(found or (), needed or (), sizes if needed else (), strict=True)
                     for value, other, size in each:
-                        assert near(value, other, 0.0, 4 * roundoff * size + smallest)
+                        assert value == near(other, 0.0, 4 * roundoff * size + smallest)
             else:
                 assert same((values, momentum), (weight.values, weight.momentum))
             weight.values, weight.momentum = values, momentum
@@ -288,13 +288,14 @@ class Machine(RuleBasedStateMachine):
     def copy_optimizer(self, way, gradients):
         """Go on with a copy, which is not clipped before it has a clipper of its own."""
         state, model, options = self.clipper.state_dict(), self.life.saved(), self.life.options
-        self.end("close")
+        clipper, self.life.attached = self.clipper, False
         self.module, self.optimizer = events.COPIERS[way]((self.module, self.optimizer))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for weight, parameter in zip(self.weights, parameters, strict=True):
             weight.parameter, weight.gradient, parameter.grad = parameter, None, None
         self.step(gradients, "optimizer")
         self._attach(options, RULES[options.rule]())
+        clipper.close()
         self._load(state, model)
 
     # The clipper's state
@@ -396,7 +397,7 @@ class Machine(RuleBasedStateMachine):
             found = getattr(clipper.last, name)
             assert found.shape == (() if count == 1 else (count,))
             assert found.dtype == (torch.bool if name == "nonfinite" else F64)
-            assert all_near(listed(found), life.last[name]), (name, found, life.last)
+            assert listed(found) == near(life.last[name]), name
 
     @invariant()
     def the_sink_has_the_steps_but_for_the_last_batch(self):
@@ -413,11 +414,9 @@ class Machine(RuleBasedStateMachine):
         for name in ("step", "nonfinite", "skipped", "nonfinite_steps", "skipped_steps"):
             assert getattr(step, name) == row[name], name
         for name in ("norm", "clipped_norm", "threshold", "coefficient", "clip_rate"):
-            assert near(getattr(step, name), row[name]), (name, step, row)
+            assert getattr(step, name) == near(row[name]), name
         norms = row["parameter_norms"] if self.life.options.per_parameter else None
-        found = step.parameter_norms
-        assert found == norms or found.keys() == norms.keys()
-        assert all(near(found[name], norms[name], 1e-6) for name in norms or ())
+        assert step.parameter_norms == near(norms, 1e-6)
 
     def teardown(self):
         if hasattr(self, "clipper"):
@@ -428,19 +427,11 @@ def listed(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().flatten().tolist()
 
 
-def near(
-    found: float | None, needed: float | None, relative: float = 1e-9, absolute: float = 1e-100
-) -> bool:
-    """Tell whether numbers are near to each other; NaN and None to themselves."""
-    if found is None or needed is None or found == needed:
-        return found is needed or found == needed
-    if not (math.isfinite(found) and math.isfinite(needed)):
-        return math.isnan(found) and math.isnan(needed)
-    return abs(found - needed) <= relative * abs(needed) + absolute
-
-
-def all_near(found: Sequence[float], needed: Sequence[float], *accuracy: float) -> bool:
-    return all(near(one, other, *accuracy) for one, other in zip(found, needed, strict=True))
+def near(needed: Any, relative: float = 1e-9, absolute: float = 1e-100) -> Any:
+    """Return what equals numbers that are near to these; NaN and None equal themselves."""
+    return (
+        None if needed is None else pytest.approx(needed, rel=relative, abs=absolute, nan_ok=True)
+    )
 
 
 def same(found: Any, needed: Any) -> bool:

@@ -9,7 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from torch import nn
 
 from gradclip import GradientClipper, GradientError, NonFiniteGradientError, thresholds
-from tests.models.events import F32, F64, SPOILED, Searching
+from tests.models.events import COPIERS, F32, F64, SPOILED, Searching
 from tests.models.life import ABSENT, LR, Options
 from tests.models.machine import Machine
 from tests.models.rules import NAN, RULES
@@ -56,6 +56,7 @@ def test_one_life_with_every_rule_and_policy(rule, exceed):
         *[lambda spoil=spoil: machine.load_what_does_not_fit(spoil) for spoil in SPOILED],
         machine.save_optimizer,
         *[lambda drop=drop: machine.load_optimizer(drop=drop) for drop in (True, True, False)],
+        *[lambda way=way: machine.copy_optimizer(way, SPIKE) for way in COPIERS],
         *(step(SPIKE), lambda: machine.end("detach"), step(SPIKE)),
         *(lambda: machine.attach(options, reuse=True), again, step(SPIKE), machine.flush),
     ):

@@ -27,21 +27,6 @@ def test_a_closure_given_as_none_counts_as_absent():
     assert clipper.steps == 2
 
 
-def test_an_error_in_a_closure_leaves_the_optimizer_unstepped():
-    optimizer = optimizer_of()
-    clipper = GradientClipper(optimizer, 1.0)
-
-    def closure() -> float:
-        raise OSError("no data")
-
-    with pytest.raises(OSError, match="no data"):
-        optimizer.step(closure)
-    assert weight_of(optimizer).tolist() == [1.0, 1.0]
-    assert clipper.steps == 0
-    optimizer.step()
-    assert clipper.steps == 1
-
-
 class Passing(torch.optim.SGD):
     """Calls its closure with arguments."""
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import ArgumentError, GradientClipper
-from tests.support.clippers import sgd, weights_of
-from tests.support.reference import gradient_norm, parameter_with
+from gradclip import ArgumentError, GradientClipper, SkipLimitError
+from tests.support.clippers import sgd, stepped, weights_of
+from tests.support.reference import bits_of, gradient_norm, parameter_with
 
 
 def test_gradients_are_scaled_to_the_threshold():
@@ -61,24 +61,12 @@ def test_nothing_is_written(gradient, max_norm, options):
     assert clipper.clip_rate() == (options.get("exceed") == "observe" and norm < math.inf)
 
 
-def test_a_function_of_the_step():
-    """It is called with the index of the step, which can be set."""
-    optimizer, indices = sgd([3.0, 4.0]), []
-    thresholds = {0: None, 1: 2.0, 41: 1.0}
-    clipper = GradientClipper(optimizer, lambda step: indices.append(step) or thresholds[step])
-    for index, threshold in thresholds.items():
-        weights_of(optimizer)[0].grad = torch.tensor([3.0, 4.0])
-        clipper.steps = index
-        optimizer.step()
-        assert clipper.last.threshold.item() == (threshold or math.inf)
-        expected = min(5.0, threshold or math.inf)
-        assert gradient_norm(weights_of(optimizer)) == pytest.approx(expected, rel=1e-6)
-    assert indices == [*thresholds]
-    assert (clipper.last.step, clipper.steps) == (41, 42)
-    for steps in (-1, True, 1.5, None):
-        with pytest.raises(ArgumentError, match="steps is .*: give a whole number >= 0"):
-            clipper.steps = steps
-    assert clipper.steps == 42
+@pytest.mark.parametrize("steps", [-1, True, 1.5, None])
+def test_an_invalid_number_of_steps_is_refused(steps):
+    clipper = stepped(sgd([3.0, 4.0]))
+    with pytest.raises(ArgumentError, match="steps is .*: give a whole number >= 0"):
+        clipper.steps = steps
+    assert clipper.steps == 1
 
 
 def test_a_threshold_of_zero_erases():
@@ -104,18 +92,6 @@ def test_a_tied_parameter_counts_and_is_scaled_once():
 # Elements
 
 
-@pytest.mark.parametrize("exceed", ["scale", "observe"])
-def test_elements_are_bounded_before_the_norm(exceed):
-    clipper = GradientClipper(optimizer := sgd([30.0, 4.0]), 1.0, max_value=3.0, exceed=exceed)
-    optimizer.step()
-    last = clipper.last
-    assert last.norm.item() == pytest.approx(math.hypot(30, 4), rel=1e-12)
-    assert last.clipped_norm.item() == pytest.approx(1.0, rel=1e-12)
-    assert (last.norm * last.coefficient).item() == pytest.approx(1.0, rel=1e-12)
-    expected = [math.sqrt(0.5)] * 2 if exceed == "scale" else [30.0, 4.0]
-    assert weights_of(optimizer)[0].grad.tolist() == pytest.approx(expected, rel=1e-6)
-
-
 def test_a_bound_does_not_hide_an_infinite_element():
     clipper = GradientClipper(optimizer := sgd([1.0, math.inf]), 10.0, max_value=1.0)
     optimizer.step()
@@ -134,27 +110,47 @@ def test_a_bound_holds_for_the_sums_of_sparse_entries(max_norm, expected):
     assert weight.flatten().tolist() == pytest.approx([*expected, 0.0], rel=1e-6)
 
 
-# Closures
+# Skipped steps
+
+LARGE, NAN = [3.0, 4.0], [math.nan, 1.0]
 
 
-@pytest.mark.parametrize("by", ["position", "keyword", "clipper"])
-def test_the_gradients_of_a_closure_are_clipped(by):
-    weight = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    clipper, calls = GradientClipper(optimizer, 1.0), []
+@pytest.mark.parametrize(
+    ("max_norm", "options", "gradient", "left"),
+    [
+        (5.0, {}, LARGE, LARGE),  # at its threshold
+        (1.0, {"nonfinite": "zero"}, NAN, [0.0, 0.0]),  # no matter of exceed
+        (2.0, {"max_value": 0.5}, LARGE, [0.5, 0.5]),  # within after the bound
+    ],
+)
+def test_what_does_not_exceed_is_not_skipped(max_norm, options, gradient, left):
+    clipper = stepped(optimizer := sgd(gradient), max_norm, exceed="skip", **options)
+    assert clipper.skipped == 0
+    assert weights_of(optimizer)[0].grad.tolist() == left
+    norm, clipped = clipper.last.norm.item(), clipper.last.clipped_norm.item()
+    assert norm == pytest.approx(math.hypot(*gradient), nan_ok=True)
+    assert clipped == pytest.approx(math.hypot(*left))
 
-    def closure() -> torch.Tensor:
-        calls.append(1)
-        optimizer.zero_grad()
-        loss = (weight * torch.tensor([3.0, 4.0])).sum()
-        loss.backward()
-        return loss
 
-    ways = {
-        "position": lambda: optimizer.step(closure),
-        "keyword": lambda: optimizer.step(closure=closure),
-        "clipper": lambda: clipper.step(closure),
-    }
-    assert ways[by]().item() == 0.0
-    assert (len(calls), clipper.steps) == (1, 1)
-    assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-6)
+@pytest.mark.parametrize("bad", [LARGE, NAN])
+def test_too_many_skipped_steps_in_a_row_raise(bad):
+    [weight] = weights_of(optimizer := sgd(bad, momentum=0.9))
+    clipper = GradientClipper(optimizer, 1.0, exceed="skip", nonfinite="skip", skip_limit=3)
+
+    def step(gradient) -> None:
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+
+    for gradient in (bad, bad, [0.3, 0.4], bad, bad):
+        step(gradient)
+    before = weight.tolist()
+    with pytest.raises(SkipLimitError, match="3 steps in a row were skipped, up to step 5: param"):
+        step(bad)
+    assert weight.tolist() == before
+    assert bits_of(weight.grad) == bits_of(torch.tensor(bad))
+    assert (clipper.steps, clipper.skipped) == (6, 5)
+    with pytest.raises(SkipLimitError, match="up to step 6"):
+        step(bad)
+    step([0.3, 0.4])
+    step(bad)
+    assert (clipper.steps, clipper.skipped) == (9, 7)

@@ -186,25 +186,16 @@ def rewritten(engine, monkeypatch):
     On a device the version says nothing, since the device alone knows; of the interpreter each
     store is seen.
     """
-    return _Stores(monkeypatch) if INTERPRETED else _Versions(isinstance(engine, DeviceEngine))
+    return _Rewritten(monkeypatch, known=not isinstance(engine, DeviceEngine))
 
 
-class _Versions:
-    def __init__(self, unknown: bool) -> None:
-        self._unknown = unknown
-
-    def forget(self) -> None:
-        pass
-
-    def __call__(self, tensor: torch.Tensor, version: int) -> bool:
-        return tensor.is_cpu and not self._unknown and tensor._version != version
-
-
-class _Stores:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+class _Rewritten:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, known: bool) -> None:
+        self._known, self._addresses = known, []
+        if not INTERPRETED:
+            return
         from triton.runtime.interpreter import InterpreterBuilder
 
-        self._addresses: list[np.ndarray] = []
         store = InterpreterBuilder.create_masked_store
 
         def noting(builder, to, value, mask, *others):
@@ -217,6 +208,8 @@ class _Stores:
         self._addresses.clear()
 
     def __call__(self, tensor: torch.Tensor, version: int) -> bool:
+        if not INTERPRETED:
+            return tensor.is_cpu and self._known and tensor._version != version
         memory = tensor.untyped_storage()
         begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
         return any(((begin <= at) & (at < end)).any() for at in self._addresses)
@@ -224,16 +217,10 @@ class _Stores:
 
 # The interpreter is slow.
 _RARE = pytest.mark.slow if INTERPRETED else ()
+_DTYPES = [torch.float32, torch.bfloat16]
+_DTYPES += [pytest.param(rare, marks=_RARE) for rare in (torch.float64, torch.float16)]
 
 
-@pytest.fixture(
-    params=[
-        torch.float32,
-        torch.bfloat16,
-        pytest.param(torch.float64, marks=_RARE),
-        pytest.param(torch.float16, marks=_RARE),
-    ],
-    ids=str,
-)
+@pytest.fixture(params=_DTYPES, ids=str)
 def dtype(request):
     return request.param

@@ -36,8 +36,6 @@ def test_no_two_parameters_have_the_same_name(make, model, names):
 
 LARGE = torch.tensor([1e200], dtype=torch.float64)
 TWICE = torch.sparse_coo_tensor([[0, 2, 2]], [1.0, 3e38, 3e38], (3,))
-
-
 MANY = ", ".join(f"p{index} (1 of 1 elements)" for index in range(10)) + " and 2 more"
 RANGE = "exceeds the range of float64"
 

@@ -15,6 +15,10 @@ from triton.runtime import driver
 from gradclip.engines.triton import kernels, launching, requests
 from gradclip.engines.triton.engine import TritonEngine
 
+SLOW = [
+    pytest.param(dtype, marks=pytest.mark.slow)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64)
+]
 KERNELS = ("power_sums", "strip_sums", "change", "write_addresses")
 
 
@@ -68,17 +72,7 @@ def names(launches) -> list[str]:
     return [name for name, _, _ in launches]
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        *(
-            pytest.param(dtype, marks=pytest.mark.slow)
-            for dtype in (torch.bfloat16, torch.float16, torch.float64)
-        ),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float32, *SLOW], ids=str)
 @pytest.mark.parametrize("order", [2.0, math.inf, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_every_launch_compiles_as_it_is_launched(dtype, order, launches):
     served = TritonEngine()

@@ -281,27 +281,14 @@ def test_a_library_that_cannot_be_used_says_why(monkeypatch, tmp_path, native_en
 # Threads
 
 LARGE = """
-import os, re, sys, torch
+import ctypes, os, re, torch
 from gradclip.engines import _ENGINES
 torch.set_num_threads(1)
 c_engine, large = _ENGINES["native"], torch.ones(4_000_000)
 def threads(): return len(os.listdir("/proc/self/task"))
 """
-
-
-def run_program(program: str) -> str:
-    command = [sys.executable, "-c", LARGE + program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not listed")
-
-
-@linux
-def test_the_threads_are_those_of_torch_and_as_many(native_engine):
-    found = run_program("""
+PROGRAMS = {
+    "they are those of torch and as many": """
 before = threads()
 c_engine.norm([large], 2.0); one = threads()
 c_engine.norm([torch.ones(1000)] * 20, 2.0)
@@ -310,21 +297,34 @@ c_engine.norm([large], 2.0); three = threads()
 torch.ones(4_000_000).add_(1).sum(); with_torch = threads()
 maps = open("/proc/self/maps").read()
 runtimes = set(re.findall(r"\\S+/lib(?:g|i|)omp\\S*", maps))
-print(one - before, small - before, three - before, with_torch - before, len(runtimes))
-""")
-    assert found.split() == ["0", "0", "2", "2", "1"]
-
-
-@linux
-def test_without_a_runtime_one_thread_does_it_all(native_engine):
-    found = run_program("""
-import ctypes
+found = one - before, small - before, three - before, with_torch - before, len(runtimes)
+assert found == (0, 0, 2, 2, 1), found
+""",
+    "without a runtime one does it all": """
 torch.set_num_threads(3)
 needed = c_engine.norm([large], 2.0)
 c_engine._library.gradclip_use_threads_of(ctypes.c_void_p(None))
-print(torch.equal(c_engine.norm([large], 2.0), needed))
-""")
-    assert found.split() == ["True"]
+assert torch.equal(c_engine.norm([large], 2.0), needed)
+""",
+    "a forked child does not wait for those that it lacks": """
+torch.set_num_threads(3)
+c_engine.norm([large], 2.0)
+child = os.fork()
+if child == 0:
+    c_engine.scale_([large], torch.tensor([0.5], dtype=torch.float64))
+    os._exit(int(c_engine.norm([large], 2.0).item()) != 1000)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert c_engine.norm([large], 2.0).item() == 2000
+""",
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not listed")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_threads_of_a_program(native_engine, name):
+    command = [sys.executable, "-c", LARGE + PROGRAMS[name]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(0.05, range(2, 6)), (0.0, range(12, 21))])
@@ -354,20 +354,6 @@ def test_threads_that_have_to_wait_are_seldom_asked(c_engine, seconds, calls):
 def test_no_runtime_is_no_error(monkeypatch):
     monkeypatch.setattr(native.ctypes, "CDLL", lambda *given: object())
     assert native._entry_of_threads().value is None
-
-
-@linux
-def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(native_engine):
-    found = run_program("""
-torch.set_num_threads(3)
-c_engine.norm([large], 2.0)
-child = os.fork()
-if child == 0:
-    c_engine.scale_([large], torch.tensor([0.5], dtype=torch.float64))
-    os._exit(int(c_engine.norm([large], 2.0).item()) != 1000)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), c_engine.norm([large], 2.0).item())
-""")
-    assert found.split() == ["0", "2000.0"]
 
 
 # The C code alone

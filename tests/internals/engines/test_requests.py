@@ -1,5 +1,7 @@
 """What the Triton engine uploads, keeps and refuses: tables, streams, captured graphs."""
 
+from unittest.mock import Mock, call
+
 import pytest
 import torch
 
@@ -28,47 +30,28 @@ def test_the_value_used_longest_ago_is_dropped_first():
     assert "d" not in recent
 
 
-class Stream:
-    device = GPU
-
-    def __init__(self, log):
-        self._log = log
-
-    def record_event(self):
-        self._log.append("record")
-        return "event"
-
-    def wait_event(self, event):
-        self._log.append(("wait", event))
-
-
-class Table:
-    def __init__(self, log):
-        self._log = log
-
-    def record_stream(self, stream):
-        self._log.append(("used on", stream))
-
-
 def test_another_stream_waits_for_the_copy_and_keeps_its_memory(monkeypatch, captured):
     """The stream that copied does not wait, and neither does a graph, replayed after the copy."""
-    log = []
-    first, second, given = Stream(log), Stream(log), [Table(log), Table(log)]
-    current = [first]
-    monkeypatch.setattr(requests, "_copied", lambda table, device: log.append("copy") or table)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    log = Mock()
+    first, second, given = log.first, log.second, [log.one, log.other]
+    first.device = second.device = GPU
+    log.copy.side_effect = lambda table, device: table
+    monkeypatch.setattr(requests, "_copied", log.copy)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
     uploaded = Uploaded(given, GPU)
     assert uploaded.ready() == given
-    assert log == ["copy", "copy", "record"]
-    current.append(second)
+    copies = [call.copy(table, GPU) for table in given]
+    assert log.mock_calls == [*copies, call.first.record_event()]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: second)
+    uses = [call.one.record_stream(second), call.other.record_stream(second)]
     for _ in range(2):
-        log.clear()
+        log.reset_mock()
         assert uploaded.ready() == given
-        assert log == [("wait", "event"), ("used on", second), ("used on", second)]
-    log.clear()
+        assert log.mock_calls == [call.second.wait_event(first.record_event.return_value), *uses]
+    log.reset_mock()
     with captured():
         uploaded.ready()
-    assert log == []
+    assert log.mock_calls == []
 
 
 @pytest.mark.cuda

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import gradclip
-from gradclip import EngineUnavailableError, GradientClipper, engines
+from gradclip import EngineUnavailableError, engines
 from gradclip.engines.base import TensorList
 from gradclip.engines.layout import addresses_of
 from gradclip.engines.reference import ReferenceEngine
 from gradclip.engines.triton.plan import plan
+from tests.support.clippers import stepped
 from tests.support.engines import INTERPRETED, random, vector
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.cuda]
@@ -230,10 +231,7 @@ def clipped_with(engine, monkeypatch, clip):
 
 
 def step(model, **options):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    clipper = GradientClipper(optimizer, 0.7, **options)
-    optimizer.step()
-    return clipper.last.norms
+    return stepped(torch.optim.SGD(model.parameters(), lr=0.0), 0.7, **options).last.norms
 
 
 def spoilt(model):

@@ -72,9 +72,6 @@ def test_any_of_many_lives_goes_as_the_model_has_it():
     run_state_machine_as_test(Machine, settings=settings(max_examples=200, stateful_step_count=40))
 
 
-# What a state is for
-
-
 def sgd_of_groups(*groups: dict[str, Any]) -> torch.optim.Optimizer:
     """Make an optimizer with one parameter a group, with a gradient of norm 5."""
     for group in groups:

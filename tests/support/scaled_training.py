@@ -185,20 +185,18 @@ def trained_as_by_hand(
     kind: str,
     *,
     scale: bool | None = True,
-    unscale: bool = False,
     overflows: Collection[int] | None = None,
     poisoned: Collection[int] = (),
     broken: Collection[int] = (),
-    raising: str = "",
-    catch: type[Exception] = PlannedError,
     **options: Any,
 ) -> Run:
     """Train with a clipper and by hand, and compare."""
     if overflows is None:
         overflows = OVERFLOWS if scale else ()
     steps = {"overflows": overflows, "poisoned": poisoned, "broken": broken}
-    ways = {"scale": scale, "unscale": unscale, "raising": raising, "catch": catch}
-    run = trained(kind, **steps, **ways, **options)
+    run = trained(kind, scale=scale, **steps, **options)
+    for name in ("unscale", "raising", "catch"):
+        options.pop(name, None)
     left_out = frozenset({*overflows, *broken})
     optimizer, rows = scaled_by_hand(kind, left_out=left_out, poisoned=poisoned, **options)
     clipper = run.clipper

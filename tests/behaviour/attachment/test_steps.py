@@ -16,9 +16,6 @@ def weight_of(optimizer: torch.optim.Optimizer) -> nn.Parameter:
     return optimizer.param_groups[0]["params"][0]
 
 
-# Closures
-
-
 def test_a_closure_given_as_none_counts_as_absent():
     optimizer = optimizer_of()
     clipper = GradientClipper(optimizer, 1.0)
@@ -202,9 +199,6 @@ def test_an_outer_step_is_counted_if_its_inner_step_raised():
     assert clipper.steps == 2
 
 
-# Skipped steps
-
-
 class Counting(torch.optim.SGD):
     """Counts in its groups, whether there are gradients or not, in every way that some do."""
 
@@ -289,9 +283,6 @@ def test_detaching_in_a_skipped_step_restores_the_gradients():
     optimizer.step()
     assert gradient(optimizer) == [3.0, 4.0]
     assert weight_of(optimizer).tolist() == [-2.0, -3.0]  # it was not skipped any more
-
-
-# Compiled steps, and steps that are none of the training's
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own

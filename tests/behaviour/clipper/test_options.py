@@ -80,19 +80,12 @@ def test_an_engine_that_cannot_serve_is_refused():
     GradientClipper(optimizer, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("max_norm", "options", "gradient", "error", "message"),
-    [
-        (lambda step: 1 / 0, {}, [3.0], ZeroDivisionError, "division"),
-        (1.0, {"max_value": 1.0}, [5 + 5j], GradientError, "complex elements cannot be bounded"),
-    ],
-    ids=["function", "complex"],
-)
-def test_a_step_that_raises_changes_nothing(max_norm, options, gradient, error, message):
-    optimizer = sgd([3.0, 4.0], gradient)
-    clipper = GradientClipper(optimizer, max_norm, **options)
-    with pytest.raises(error, match=message):
+def test_complex_elements_are_not_bounded():
+    """Nothing is written, and the step does not count."""
+    optimizer = sgd([3.0, 4.0], [5 + 5j])
+    clipper = GradientClipper(optimizer, 1.0, max_value=1.0)
+    with pytest.raises(GradientError, match="complex elements cannot be bounded"):
         optimizer.step()
-    assert weights_of(optimizer)[0].grad.tolist() == [3.0, 4.0]
-    assert weights_of(optimizer)[0].tolist() == [1.0, 1.0]
+    weight = weights_of(optimizer)[0]
+    assert (weight.grad.tolist(), weight.tolist()) == ([3.0, 4.0], [1.0, 1.0])
     assert clipper.steps == 0

@@ -89,9 +89,6 @@ def test_a_tied_parameter_counts_and_is_scaled_once():
     assert gradient_norm([weight]) == pytest.approx(1.0, rel=1e-6)
 
 
-# Elements
-
-
 def test_a_bound_does_not_hide_an_infinite_element():
     clipper = GradientClipper(optimizer := sgd([1.0, math.inf]), 10.0, max_value=1.0)
     optimizer.step()
@@ -109,8 +106,6 @@ def test_a_bound_holds_for_the_sums_of_sparse_entries(max_norm, expected):
     assert clipper.last.norm.item() == pytest.approx(5.0)
     assert weight.flatten().tolist() == pytest.approx([*expected, 0.0], rel=1e-6)
 
-
-# Skipped steps
 
 LARGE, NAN = [3.0, 4.0], [math.nan, 1.0]
 

@@ -10,6 +10,7 @@ from torch import nn
 import gradclip
 from gradclip import GradientClipper, MemorySink
 from gradclip.thresholds import ZScore
+from tests.support.clippers import sgd, stepped
 
 PACKAGE = str(Path(gradclip.__file__).parent)
 
@@ -39,10 +40,7 @@ def python_calls(step) -> list[str]:
 def test_a_step_makes_few_python_calls(threshold, most, monkeypatch):
     # Once it is imported, two more calls look for a checkpoint that is being made.
     monkeypatch.delitem(sys.modules, "torch.distributed.checkpoint.state_dict", raising=False)
-    parameters = [nn.Parameter(torch.ones(3)) for _ in range(6)]
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    for parameter in parameters:
-        parameter.grad = torch.ones(3)
+    optimizer = sgd(*[[1.0, 1.0, 1.0]] * 6, lr=0.0)
     with GradientClipper(optimizer, threshold) as clipper:
         if clipper.engine != "native":
             pytest.skip("the native engine was not built")
@@ -54,14 +52,11 @@ def test_a_step_makes_few_python_calls(threshold, most, monkeypatch):
 
 def test_what_is_read_of_a_record_is_made_for_the_reader():
     """Nobody can change a record by changing the tensors that it returns."""
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
-    with GradientClipper(torch.optim.SGD([parameter], lr=0.1), 1.0) as clipper:
-        clipper.step()
-        clipper.last.norm.zero_()
-        clipper.last.norms.zero_()
-        assert [clipper.last.norm.item(), clipper.last.norms.tolist()] == [5.0, [5.0]]
-        assert clipper.last.coefficient.item() == 0.2
+    last = stepped(sgd([3.0, 4.0])).last
+    last.norm.zero_()
+    last.norms.zero_()
+    assert (last.norm.item(), last.norms.tolist()) == (5.0, [5.0])
+    assert last.coefficient.item() == 0.2
 
 
 @pytest.mark.parametrize("unusual", ["sparse", "absent", "strided", "half"])

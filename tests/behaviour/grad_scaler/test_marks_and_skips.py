@@ -26,6 +26,7 @@ from tests.support.scaled_training import (
 )
 from tests.support.twins import (
     PlannedError,
+    Twins,
     assert_tensors_close,
     gradients_of,
     has_marks,
@@ -44,27 +45,24 @@ def raise_planned(*_: object) -> None:
 @unscaled_or_not
 @fused_kinds
 def test_after_a_hook_that_raised_a_step_without_the_scaler_is_right(kind, unscale, route):
-    optimizer, twin = scaled_optimizer(kind), scaled_optimizer(kind)
-    clipper, scaler = GradientClipper(optimizer, 1.0), joint_scaler()
-    failing = optimizer.register_step_pre_hook(raise_planned)
-    scaler.scale(scaled_loss(0, optimizer)).backward()
+    twins, scaler = Twins(lambda: [scaled_optimizer(kind)]), joint_scaler()
+    [ours], [theirs] = twins.ours, twins.theirs
+    failing = ours.register_step_pre_hook(raise_planned)
+    scaler.scale(scaled_loss(0, ours)).backward()
     if unscale:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(ours)
     with pytest.raises(PlannedError):
-        scaler.step(optimizer)
+        scaler.step(ours)
     failing.remove()
-    optimizer.zero_grad()
-    scaled_loss(0, optimizer).backward()
-    norm = joint_norm(optimizer)
-    optimizer.step()
-    assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
-    assert joint_norm(optimizer) == pytest.approx(1.0, rel=1e-6)
-    assert clipper.steps == 1
-    assert not has_marks(optimizer)
-    for parameter, gradient in zip(parameters_of(twin), gradients_of(optimizer), strict=True):
-        parameter.grad = gradient
-    twin.step()
-    assert_tensors_close(values_of(optimizer), values_of(twin), 1e-6)
+    ours.zero_grad()
+    for optimizer in (ours, theirs):
+        scaled_loss(0, optimizer).backward()
+    ours.step()
+    twins.take_by_hand()
+    assert twins.clipper.steps == 1
+    assert joint_norm(ours) == pytest.approx(1.0, rel=1e-6)
+    assert not has_marks(ours)
+    assert_tensors_close(values_of(ours), values_of(theirs))
 
 
 @all_kinds
@@ -84,9 +82,6 @@ def test_a_hook_that_raised_without_a_scaler_leaves_nothing_of_ours(kind, exceed
     assert not has_marks(optimizer)
     assert [id(p.grad) for p in parameters_of(optimizer)] == [*map(id, gradients)]
     assert exceed == "scale" or bits_in(gradients) == bits_in(values)
-
-
-# Skips
 
 
 @unscaled_or_not
@@ -153,9 +148,6 @@ def test_a_skip_limit_that_only_the_device_knows(
     assert [row.skipped for row in sink.steps] == [which == 0 for which in losses]
 
 
-# Marks that a user has set
-
-
 @pytest.mark.parametrize("policy", [{"exceed": "skip"}, {"nonfinite": "skip"}], ids=str)
 @fused_kinds
 def test_marks_of_a_user_are_the_same_objects_after_a_skip(kind, policy, route):
@@ -206,9 +198,6 @@ def test_a_grad_scale_of_a_user_counts_into_the_norm(kind, scaled, route):
     assert joint_norm(optimizer) == pytest.approx(1.0, rel=1e-6)
 
 
-# States
-
-
 @unscaled_or_not
 @some_kinds
 def test_the_state_right_after_overflows(kind, unscale, route):
@@ -240,9 +229,6 @@ def test_steps_can_be_set_after_overflows_that_only_the_device_knows(kind, route
     run = trained(kind, each=set_steps)
     assert [row[0] for row in run.rows] == [0, 1, 2, 3, *range(100, 117)]
     assert run.clipper.steps == 117
-
-
-# Optimizers that are handed the scaler
 
 
 class OldContract(torch.optim.SGD):

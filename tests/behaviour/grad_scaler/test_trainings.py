@@ -34,8 +34,6 @@ from tests.support.twins import (
     values_of,
 )
 
-# Whole trainings
-
 BOUNDED_SKIP = {"exceed": "skip", "max_value": 0.1, "max_norm": 0.5}
 
 
@@ -168,9 +166,6 @@ def test_a_rule_learns_only_from_steps_that_were_taken(kind, unscale, options, r
     first = 1 if route == "device" else 0  # the device alone knows which steps were skipped
     for learned, row in zip(rule.learned, taken, strict=True):
         assert learned[first:] == pytest.approx(row[first:], rel=1e-5)
-
-
-# Steps that raise
 
 
 BROKEN = [

@@ -34,8 +34,6 @@ from tests.support.twins import (
     watch,
 )
 
-# One backward, several optimizers
-
 
 def three() -> list[torch.optim.Optimizer]:
     return [*pair(), torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)]
@@ -155,8 +153,6 @@ def test_a_group_with_its_own_max_norm(order):
     assert clipper.steps == 1
 
 
-# Steps at different times
-
 SCHEDULES: dict[str, Callable[[int], tuple[int, ...]]] = {
     "every third": lambda step: (0, 1) if step % 3 == 2 else (),
     "one half as often": lambda step: (0, 1) if step % 2 else (0,),
@@ -265,9 +261,6 @@ def test_gradients_computed_assigned_or_written_by_hand_are_new():
     assert_within(steps)
 
 
-# Skips
-
-
 POLICIES = [{"exceed": "skip"}, {"nonfinite": "skip"}, {"nonfinite": "raise"}]
 
 
@@ -349,9 +342,6 @@ def test_one_record_where_no_optimizer_has_a_gradient():
     clipper = GradientClipper(pair(), 1.0)
     clipper.step()
     assert (clipper.steps, clipper.last.norm.item()) == (1, 0.0)
-
-
-# Memory
 
 
 @pytest.mark.parametrize("policy", [{}, {"exceed": "skip"}, {"exceed": "observe"}], ids=str)

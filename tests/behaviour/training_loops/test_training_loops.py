@@ -133,9 +133,6 @@ def test_a_compiled_model():
     twins.check()
 
 
-# Hooks of others
-
-
 @pytest.fixture
 def watched() -> Iterator[tuple[nn.Module, Optimizer, dict[str, float]]]:
     """Return a model, its optimizer, and the norms that hooks all around a clipper's see."""
@@ -239,8 +236,6 @@ def test_a_closure_that_a_later_hook_adds_is_refused():
         optimizer.step()
     assert clipper.steps == 0
 
-
-# Threads
 
 THREADS = (
     (momentum, {"nonfinite": "zero"}),

@@ -48,18 +48,13 @@ def compiled(kernel: str, capability: int = 90, **constants: object) -> list[str
     return [line for line in lines if line and not line.startswith((".loc", "$L__tmp"))]
 
 
-def power_sums(
-    dtype: str, order: float, total: bool, capability: int = 90, *, each: bool | None = None
-) -> list[str]:
+def power_sums(dtype: str, order: float, total=True, capability=90, *, each=False) -> list[str]:
     import triton.language as tl
 
-    each = not total if each is None else each
+    each = each or not total
     constants = {"ORDER": order, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK}
-    constants.update(EACH=each, TOTAL=total)
-    if not total:
-        constants.update(totals=None, arrived=None, norm=None)
-    if not each:
-        constants.update(sums=None)
+    constants |= {"EACH": each, "TOTAL": total} | ({} if each else {"sums": None})
+    constants |= {} if total else dict.fromkeys(("totals", "arrived", "norm"))
     return compiled("power_sums", capability, **constants)
 
 
@@ -102,6 +97,14 @@ def check_everywhere(lines: list[str]) -> None:
     assert all(re.search(r"\.add\.[us]32$", atomic) for atomic in atomics)
 
 
+def checked_loop(lines: list[str], dtype: str) -> list[str]:
+    """Check a kernel; return its loop that reads, 16 bytes at a time."""
+    check_everywhere(lines)
+    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
+    assert moves(loop, "ld") == [True] * (BLOCK * DTYPES[dtype] // THREADS // 16)
+    return loop
+
+
 def mark(*values: object, quick: bool) -> object:
     return pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
@@ -120,10 +123,7 @@ CHANGES = [
 @pytest.mark.parametrize(("dtype", "order", "total"), SUMS)
 def test_what_is_measured_is_read_16_bytes_at_a_time(dtype, order, total):
     lines = power_sums(dtype, order, total)
-    check_everywhere(lines)
-    many = BLOCK * DTYPES[dtype] // THREADS // 16
-    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
-    assert moves(loop, "ld") == [True] * many
+    loop = checked_loop(lines, dtype)
     if dtype != "fp64" and order in (1.0, 2.0):  # in float32 while it reads
         assert any(".f32" in line for line in loop)
         assert not any(".f64" in line for line in loop)
@@ -135,21 +135,17 @@ def test_what_is_measured_is_read_16_bytes_at_a_time(dtype, order, total):
 
 @pytest.mark.parametrize("dtype", [mark(dtype, quick=dtype == "fp32") for dtype in DTYPES])
 def test_sums_of_the_pieces_beside_the_norm_cost_one_store_each(dtype):
-    lines = power_sums(dtype, 2.0, True, each=True)
-    check_everywhere(lines)
-    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
-    assert moves(loop, "ld") == [True] * (BLOCK * DTYPES[dtype] // THREADS // 16)
-    assert len(moves(lines, "st")) == len(moves(power_sums(dtype, 2.0, True), "st")) + 1
+    lines = power_sums(dtype, 2.0, each=True)
+    checked_loop(lines, dtype)
+    assert len(moves(lines, "st")) == len(moves(power_sums(dtype, 2.0), "st")) + 1
 
 
 @pytest.mark.parametrize(("dtype", "limit", "shared"), CHANGES)
 def test_what_is_changed_is_read_and_written_16_bytes_at_a_time(dtype, limit, shared):
     lines = change(dtype, limit, shared)
-    check_everywhere(lines)
+    loop = checked_loop(lines, dtype)
     assert not any("atom" in line for line in lines)
-    many = BLOCK * DTYPES[dtype] // THREADS // 16
-    [loop] = [loop for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
-    assert moves(loop, "ld") == moves(loop, "st") == [True] * many
+    assert moves(loop, "st") == moves(loop, "ld")
 
 
 CAPABILITIES = (70, 80)
@@ -160,7 +156,7 @@ CAPABILITIES = (70, 80)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_older_devices_are_compiled_for(dtype, capability):
     for order in (2.0, math.inf, 3.0):
-        check_everywhere(power_sums(dtype, order, True, capability))
+        check_everywhere(power_sums(dtype, order, capability=capability))
     for limit in (False, True):
         check_everywhere(change(dtype, limit, False, capability))
 

@@ -22,17 +22,12 @@ SLOW = [
 KERNELS = ("power_sums", "strip_sums", "change", "write_addresses")
 
 
-class NoDevice:
-    """A driver with a device that only compiles."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
+NO_DEVICE = types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device=0: 0,
+)
+"""A driver with a device that only compiles."""
 
 
 class Compiled:
@@ -63,7 +58,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(launching, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     # Triton 3.2 has the one name, later versions the other.
-    monkeypatch.setattr(driver, "active" if "active" in vars(driver) else "_active", NoDevice())
+    monkeypatch.setattr(driver, "active" if "active" in vars(driver) else "_active", NO_DEVICE)
     launching._failure.cache_clear()
     return found
 

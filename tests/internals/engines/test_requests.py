@@ -72,15 +72,8 @@ def test_tables_arrive_on_every_stream():
 @pytest.fixture
 def uploads(triton_engine, monkeypatch):
     """What was uploaded to the device."""
-    made = []
-
-    class Counted(Uploaded):
-        def __init__(self, *arguments):
-            made.append(self)
-            super().__init__(*arguments)
-
-    monkeypatch.setattr(requests, "Uploaded", Counted)
-    return made
+    monkeypatch.setattr(requests, "Uploaded", made := Mock(wraps=Uploaded))
+    return made.call_args_list
 
 
 @pytest.mark.cuda

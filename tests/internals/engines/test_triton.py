@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -157,16 +158,13 @@ def test_every_program_that_arrived_is_forgotten(tiny):
 
 
 def test_a_list_is_looked_at_once(tiny, monkeypatch):
-    looked = []
-    monkeypatch.setattr(
-        "gradclip.engines.triton.requests.addresses_of",
-        lambda *given: looked.append(given) or addresses_of(*given),
-    )
+    looked = Mock(wraps=addresses_of)
+    monkeypatch.setattr("gradclip.engines.triton.requests.addresses_of", looked)
     tensors = TensorList([random(20), random(3)])
     expected = 0.5 * tensors[0]
     assert measured_alike(tiny, tensors, 2.0)
     tiny.scale_(tensors, vector(0.5))
-    assert len(looked) == 1
+    looked.assert_called_once()
     assert torch.equal(tensors[0], expected)
 
 
@@ -250,13 +248,9 @@ CLIPS = {
 
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
 def test_clipping_is_that_of_the_reference(triton_engine, triton, monkeypatch, clip):
-    launched = []
-    launch = triton.launch
-    monkeypatch.setattr(
-        triton, "launch", lambda *given, **more: launched.append(given) or launch(*given, **more)
-    )
+    monkeypatch.setattr(triton, "launch", launched := Mock(wraps=triton.launch))
     expected = clipped_with(REFERENCE, monkeypatch, clip)
-    assert not launched
+    launched.assert_not_called()
     found = clipped_with(triton_engine, monkeypatch, clip)
-    assert launched
+    launched.assert_called()
     assert all_close(found, expected, 1e-6)

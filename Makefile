@@ -11,7 +11,7 @@ ENGINES := tests/contracts/engines tests/internals/engines
 # Triton looks at this when a kernel is defined: interpreted and compiled kernels need a process each.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory lint types bench bench-cuda bench-thresholds \
+.PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types bench bench-cuda bench-thresholds \
     bench-logging bench-distributed bench-peers bench-spikes bench-temporal-order pictures mutants wheel clean
 
 demo: $(READY)
@@ -45,6 +45,10 @@ test-cuda:
 test-cuda-memory:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
 	    $(PYTHON_CUDA) -m pytest -q -m "cuda and not slow" $(ENGINES)
+
+# Both within six minutes, for a machine that is lent for a short time.
+device-check:
+	$(PYTHON_CUDA) -m benchmarks.cuda.check
 
 bench-cuda:
 	$(PYTHON_CUDA) -m benchmarks.cuda.run

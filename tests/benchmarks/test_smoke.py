@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.common.timing import interleaved_medians
 from benchmarks.cost import bandwidth, clip, distributed, instructions, logging, thresholds
+from benchmarks.cuda import check
 from benchmarks.cuda import run as cuda
 from benchmarks.experiments.spikes import run as spikes
 from benchmarks.experiments.spikes import training as spike_training
@@ -128,6 +129,19 @@ def test_cuda_without_a_device(printed_by, tmp_path, monkeypatch):
     assert result["machine"]["meaningless"] is True
     assert [row["regime"] for row in result["rows"]] == [*cuda.NORMS]
     assert all(row["error"]["gradclip"] < 1e-7 for row in result["rows"])
+
+
+def test_the_device_check_without_a_device(tmp_path, monkeypatch):
+    """Tests that need a device are skipped, and toys are measured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "cuda.md"
+    options = "--tests tests/behaviour/devices/test_cuda.py --sets tiny --seconds 0.01"
+    options += " --no-training --no-compile"
+    assert check.main([*options.split(), "--output", str(output)]) == 0
+    written = output.read_text()
+    for part in ("`make device-check`", "no GPU", "skipped", "| tiny | clipping |"):
+        assert part in written
+    assert check.run(["timeit", "-n1", "-r1", "while True: pass"], 1.0)[0] == 124
 
 
 def test_spikes(printed_by, tmp_path, monkeypatch):

@@ -35,8 +35,8 @@ class NormWindow:
         self.length = length
         self.norms = torch.empty(0, length, device="cpu")
         """Shape (k, length)."""
-        self.counts = torch.empty(0, dtype=torch.int64, device="cpu")
-        """How many norms of each label were ever added; shape (k,)."""
+        self.counts: Tensor
+        """How many norms of each label were ever added; shape (k,). `follow` sets it."""
         self._slots = torch.arange(length, device="cpu")
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

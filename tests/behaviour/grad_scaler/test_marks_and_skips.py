@@ -8,22 +8,8 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from gradclip import AttachError, GradientClipper, MemorySink, SkipLimitError
+from tests.support import scaled_training as amp
 from tests.support.reference import bits_in
-from tests.support.scaled_training import (
-    OVERFLOWS,
-    SKIP,
-    SPIKE,
-    STEPS,
-    Run,
-    all_kinds,
-    fused_kinds,
-    scaled_by_hand,
-    scaled_loss,
-    scaled_optimizer,
-    some_kinds,
-    trained,
-    unscaled_or_not,
-)
 from tests.support.twins import (
     PlannedError,
     Twins,
@@ -42,13 +28,13 @@ def raise_planned(*_: object) -> None:
     raise PlannedError
 
 
-@unscaled_or_not
-@fused_kinds
+@amp.unscaled_or_not
+@amp.fused_kinds
 def test_after_a_hook_that_raised_a_step_without_the_scaler_is_right(kind, unscale, route):
-    twins, scaler = Twins(lambda: [scaled_optimizer(kind)]), joint_scaler()
+    twins, scaler = Twins(lambda: [amp.scaled_optimizer(kind)]), joint_scaler()
     [ours], [theirs] = twins.ours, twins.theirs
     failing = ours.register_step_pre_hook(raise_planned)
-    scaler.scale(scaled_loss(0, ours)).backward()
+    scaler.scale(amp.scaled_loss(0, ours)).backward()
     if unscale:
         scaler.unscale_(ours)
     with pytest.raises(PlannedError):
@@ -56,7 +42,7 @@ def test_after_a_hook_that_raised_a_step_without_the_scaler_is_right(kind, unsca
     failing.remove()
     ours.zero_grad()
     for optimizer in (ours, theirs):
-        scaled_loss(0, optimizer).backward()
+        amp.scaled_loss(0, optimizer).backward()
     ours.step()
     twins.take_by_hand()
     assert twins.clipper.steps == 1
@@ -65,15 +51,15 @@ def test_after_a_hook_that_raised_a_step_without_the_scaler_is_right(kind, unsca
     assert_tensors_close(values_of(ours), values_of(theirs))
 
 
-@all_kinds
+@amp.all_kinds
 @pytest.mark.parametrize("exceed", ["scale", "skip"])
 def test_a_hook_that_raised_without_a_scaler_leaves_nothing_of_ours(kind, exceed, route):
-    optimizer = scaled_optimizer(kind)
-    GradientClipper(optimizer, SPIKE, exceed=exceed)
-    scaled_loss(2, optimizer).backward()
+    optimizer = amp.scaled_optimizer(kind)
+    GradientClipper(optimizer, amp.SPIKE, exceed=exceed)
+    amp.scaled_loss(2, optimizer).backward()
     optimizer.step()
     failing = optimizer.register_step_pre_hook(raise_planned)
-    scaled_loss(0, optimizer).backward()
+    amp.scaled_loss(0, optimizer).backward()
     gradients, values = [p.grad for p in parameters_of(optimizer)], gradients_of(optimizer)
     try:
         optimizer.step()
@@ -84,15 +70,15 @@ def test_a_hook_that_raised_without_a_scaler_leaves_nothing_of_ours(kind, exceed
     assert exceed == "scale" or bits_in(gradients) == bits_in(values)
 
 
-@unscaled_or_not
-@all_kinds
+@amp.unscaled_or_not
+@amp.all_kinds
 def test_an_overflow_does_not_interrupt_skips_in_a_row(kind, unscale, route):
-    optimizer = scaled_optimizer(kind)
-    clipper = GradientClipper(optimizer, SPIKE, exceed="skip", skip_limit=2)
+    optimizer = amp.scaled_optimizer(kind)
+    clipper = GradientClipper(optimizer, amp.SPIKE, exceed="skip", skip_limit=2)
     scaler, reached = joint_scaler(), []
     for step, factor in enumerate((1e-3, 1, math.inf, 1)):
         optimizer.zero_grad()
-        scaler.scale(scaled_loss(0, optimizer) * factor).backward()
+        scaler.scale(amp.scaled_loss(0, optimizer) * factor).backward()
         if unscale:
             scaler.unscale_(optimizer)
         try:
@@ -117,17 +103,17 @@ LIMITS = [
 
 @pytest.mark.parametrize("asks", [True, False], ids=["skipped is asked first", ""])
 @pytest.mark.parametrize(("limit", "losses", "flushes", "raises"), LIMITS)
-@fused_kinds
+@amp.fused_kinds
 def test_a_skip_limit_that_only_the_device_knows(
     kind, limit, losses, flushes, raises, asks, device_route
 ):
     """It raises once, where a batch of records or a flush shows that it was reached."""
-    optimizer, sink = scaled_optimizer(kind), MemorySink(flush_every=4 if raises == 3 else 100)
-    clipper = GradientClipper(optimizer, SPIKE, exceed="skip", skip_limit=limit, log=sink)
+    optimizer, sink = amp.scaled_optimizer(kind), MemorySink(flush_every=4 if raises == 3 else 100)
+    clipper = GradientClipper(optimizer, amp.SPIKE, exceed="skip", skip_limit=limit, log=sink)
     reached: list[Any] = []
     for step, which in enumerate(losses):
         optimizer.zero_grad()
-        scaled_loss(which, optimizer).backward()
+        amp.scaled_loss(which, optimizer).backward()
         try:
             optimizer.step()
         except SkipLimitError:
@@ -149,14 +135,14 @@ def test_a_skip_limit_that_only_the_device_knows(
 
 
 @pytest.mark.parametrize("policy", [{"exceed": "skip"}, {"nonfinite": "skip"}], ids=str)
-@fused_kinds
+@amp.fused_kinds
 def test_marks_of_a_user_are_the_same_objects_after_a_skip(kind, policy, route):
-    optimizer = scaled_optimizer(kind)
-    clipper = GradientClipper(optimizer, SPIKE, **policy)
+    optimizer = amp.scaled_optimizer(kind)
+    clipper = GradientClipper(optimizer, amp.SPIKE, **policy)
     optimizer.found_inf, optimizer.grad_scale = marks = torch.tensor(0.0), torch.tensor(4.0)
     for step in (1, 0, 2):
         optimizer.zero_grad()
-        (scaled_loss(step, optimizer) * 4).backward()
+        (amp.scaled_loss(step, optimizer) * 4).backward()
         if step == 0 and "nonfinite" in policy:
             parameters_of(optimizer)[1].grad[0] = math.inf
         before = bits_in(values_of(optimizer))
@@ -168,11 +154,11 @@ def test_marks_of_a_user_are_the_same_objects_after_a_skip(kind, policy, route):
     assert (clipper.steps, clipper.skipped) == (3, 1)
 
 
-@fused_kinds
+@amp.fused_kinds
 def test_a_found_inf_of_a_user_skips_the_step(kind, route):
-    optimizer = scaled_optimizer(kind)
+    optimizer = amp.scaled_optimizer(kind)
     clipper = GradientClipper(optimizer, 1.0, nonfinite="raise")
-    scaled_loss(1, optimizer).backward()
+    amp.scaled_loss(1, optimizer).backward()
     optimizer.step()
     before = bits_in(values_of(optimizer))
     parameters_of(optimizer)[0].grad.fill_(math.inf)
@@ -184,49 +170,52 @@ def test_a_found_inf_of_a_user_skips_the_step(kind, route):
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-@fused_kinds
+@amp.fused_kinds
 def test_a_grad_scale_of_a_user_counts_into_the_norm(kind, scaled, route):
-    optimizer = scaled_optimizer(kind)
+    optimizer = amp.scaled_optimizer(kind)
     clipper, scaler = GradientClipper(optimizer, 1.0), joint_scaler(enabled=scaled)
-    scaled_loss(0, optimizer).backward()
+    amp.scaled_loss(0, optimizer).backward()
     norm = joint_norm(optimizer)
     optimizer.zero_grad()
     optimizer.grad_scale = torch.tensor(4.0)
-    scaler.scale(scaled_loss(0, optimizer) * 4).backward()
+    scaler.scale(amp.scaled_loss(0, optimizer) * 4).backward()
     scaler.step(optimizer)
     assert clipper.last.norm.item() == pytest.approx(norm, rel=1e-6)
     assert joint_norm(optimizer) == pytest.approx(1.0, rel=1e-6)
 
 
-@unscaled_or_not
-@some_kinds
+@amp.unscaled_or_not
+@amp.some_kinds
 def test_the_state_right_after_overflows(kind, unscale, route):
-    (_, rows), states = scaled_by_hand(kind, **SKIP), []
+    (_, rows), states = amp.scaled_by_hand(kind, **amp.SKIP), []
 
-    def compare(step: int, run: Run) -> None:
-        count = step + 1 - sum(overflow <= step for overflow in OVERFLOWS)
+    def compare(step: int, run: amp.Run) -> None:
+        count = step + 1 - sum(overflow <= step for overflow in amp.OVERFLOWS)
         states.append(state := run.clipper.state_dict())
         counters = state["counters"]
         assert state["steps"] == counters["finite"] == count
         assert counters["skipped_steps"] == sum(row[4] for row in rows[:count])
         assert counters["nonfinite_steps"] == 0
 
-    run = trained(kind, each=compare, unscale=unscale, **SKIP)
-    assert len(states) == STEPS
-    for clipper in (GradientClipper(scaled_optimizer(kind), SPIKE, exceed="skip"), run.clipper):
+    run = amp.trained(kind, each=compare, unscale=unscale, **amp.SKIP)
+    assert len(states) == amp.STEPS
+    for clipper in (
+        GradientClipper(amp.scaled_optimizer(kind), amp.SPIKE, exceed="skip"),
+        run.clipper,
+    ):
         clipper.load_state_dict(states[14])  # right after an overflow
         assert clipper.steps == 12
         assert clipper.state_dict() == states[14]
 
 
-@fused_kinds
+@amp.fused_kinds
 def test_steps_can_be_set_after_overflows_that_only_the_device_knows(kind, route):
-    def set_steps(step: int, run: Run) -> None:
+    def set_steps(step: int, run: amp.Run) -> None:
         if step == 5:
             run.clipper.steps = 100
             assert run.clipper.steps == 100
 
-    run = trained(kind, each=set_steps)
+    run = amp.trained(kind, each=set_steps)
     assert [row[0] for row in run.rows] == [0, 1, 2, 3, *range(100, 117)]
     assert run.clipper.steps == 117
 
@@ -252,7 +241,7 @@ def test_an_optimizer_that_unscales_in_its_step():
     """It is refused with scaled gradients, and an overflow is the scaler's own."""
     optimizer, scaler = OldContract(layers(3), lr=0.1), joint_scaler()
     clipper = GradientClipper(optimizer, 1.0, nonfinite="raise")
-    scaler.scale(scaled_loss(0, optimizer)).backward()
+    scaler.scale(amp.scaled_loss(0, optimizer)).backward()
     before, gradients = values_of(optimizer), gradients_of(optimizer)
     with pytest.raises(AttachError, match="OldContract .*call grad_scaler.unscale_"):
         scaler.step(optimizer)
@@ -268,14 +257,14 @@ def test_an_optimizer_that_unscales_in_its_step():
     ):
         torch.testing.assert_close(now, earlier - 0.1 * step)
     before = bits_in(values_of(optimizer))
-    scaler.scale(scaled_loss(0, optimizer) * math.inf).backward()
+    scaler.scale(amp.scaled_loss(0, optimizer) * math.inf).backward()
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     assert bits_in(values_of(optimizer)) == before
     assert clipper.steps == 1
     for disabled in (False, True):  # it serves without a scaler, too
         optimizer.zero_grad()
-        scaled_loss(0, optimizer).backward()
+        amp.scaled_loss(0, optimizer).backward()
         joint_scaler(enabled=False).step(optimizer) if disabled else optimizer.step()
         assert joint_norm(optimizer) == pytest.approx(1.0, rel=1e-6)
     assert clipper.steps == 3

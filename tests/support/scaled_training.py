@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradclip import GradientClipper, MemorySink
+from gradclip import GradientClipper, MemorySink, Threshold
 from tests.support.reference import INF
 from tests.support.twins import (
     PlannedError,
@@ -67,6 +67,24 @@ unscaled_or_not = pytest.mark.parametrize("unscale", [True, False], ids=["unscal
 def scaled_loss(step: int, optimizer: Optimizer) -> Tensor:
     factor = 70.0 if step in SPIKES else (0.1, 0.4, 5.0)[step % 3]
     return layers_loss(step, parameters_of(optimizer), factor)
+
+
+class Learning(Threshold):
+    """A fixed threshold that keeps all that it may learn from; it fails once where it is to."""
+
+    def __init__(self, limit: float = 1.0, fails_at: int = -1) -> None:
+        self.limit = limit
+        self.fails_at = fails_at
+        self.learned: list[tuple[int, float, float]] = []
+
+    def thresholds(self, norms, context):
+        return torch.full_like(norms, self.limit)
+
+    def observe(self, norms, clipped_norms, context):
+        if context.present:
+            self.learned.append((context.step, norms.item(), clipped_norms.item()))
+            if len(self.learned) == self.fails_at:
+                raise PlannedError
 
 
 @dataclass

@@ -24,12 +24,8 @@ class Wrapper:
         self.optimizer.zero_grad()
 
 
-class Hookless(torch.optim.Optimizer):
+class Hookless(Wrapper, torch.optim.Optimizer):
     """A wrapper that passes isinstance without having gone through Optimizer.__init__."""
-
-    __init__ = Wrapper.__init__
-    step = Wrapper.step
-    zero_grad = Wrapper.zero_grad
 
 
 class Lookahead(torch.optim.Optimizer):

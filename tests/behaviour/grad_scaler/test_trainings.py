@@ -4,13 +4,11 @@ import math
 from itertools import pairwise
 
 import pytest
-import torch
 
-from gradclip import GradientClipper, NonFiniteGradientError, SkipLimitError, Threshold
+from gradclip import GradientClipper, NonFiniteGradientError, SkipLimitError
 from tests.support import scaled_training as amp
 from tests.support.reference import gradient_norm
 from tests.support.twins import (
-    PlannedError,
     Twins,
     assert_tensors_close,
     joint_scaler,
@@ -123,29 +121,11 @@ def test_accumulated_gradients_are_clipped_once(kind, unscale):
     assert_tensors_close(values_of(ours), values_of(theirs))
 
 
-class Learning(Threshold):
-    """A fixed threshold that keeps all that it may learn from; it fails once where it is to."""
-
-    def __init__(self, limit: float = 1.0, fails_at: int = -1) -> None:
-        self.limit = limit
-        self.fails_at = fails_at
-        self.learned: list[tuple[int, float, float]] = []
-
-    def thresholds(self, norms, context):
-        return torch.full_like(norms, self.limit)
-
-    def observe(self, norms, clipped_norms, context):
-        if context.present:
-            self.learned.append((context.step, norms.item(), clipped_norms.item()))
-            if len(self.learned) == self.fails_at:
-                raise PlannedError
-
-
 @pytest.mark.parametrize("options", [{}, amp.SKIP, {"max_value": 0.3}], ids=str)
 @amp.unscaled_or_not
 @amp.fused_or_not
 def test_a_rule_learns_only_from_steps_that_were_taken(kind, unscale, options, route):
-    rule = Learning(options.get("max_norm", 1.0))
+    rule = amp.Learning(options.get("max_norm", 1.0))
     amp.trained(kind, **{**options, "max_norm": rule}, unscale=unscale)
     taken = [row[:3] for row in amp.scaled_by_hand(kind, **options)[1] if not row[4]]
     assert len(taken) == amp.STEPS - len(amp.OVERFLOWS) - (
@@ -199,7 +179,7 @@ def test_too_many_skips_raise_and_leave_no_trace(kind, unscale, route):
 @amp.unscaled_or_not
 @amp.fused_or_not
 def test_an_error_after_the_step_leaves_no_trace(kind, unscale, route):
-    run = amp.trained(kind, Learning(fails_at=3), unscale=unscale, overflows=())
+    run = amp.trained(kind, amp.Learning(fails_at=3), unscale=unscale, overflows=())
     assert run.caught == [2]
     optimizer, rows = amp.scaled_by_hand(kind, left_out=())  # the step itself was taken
     assert_tensors_close(values_of(run.optimizer), values_of(optimizer))

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from gradclip import AttachError, GradientClipper, Threshold
+from gradclip import AttachError, GradientClipper
 from tests.support.reference import bits_in
+from tests.support.scaled_training import Learning
 from tests.support.twins import (
     LIMIT,
     PlannedError,
@@ -77,25 +78,13 @@ def test_the_true_joint_norm(fused, order, unscale, given, raising):
     twins.check()
 
 
-class NormKeeper(Threshold):
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-
-    def thresholds(self, norms, context):
-        return torch.full_like(norms, 1.0)
-
-    def observe(self, norms, clipped_norms, context):
-        if context.present:
-            self.norms.append(norms.item())
-
-
 @scaling
 @pytest.mark.parametrize("overflow", [0, 1])
 @either_order
 @fused_or_not
 def test_an_overflow_in_one(fused, order, overflow, unscale, given, route):
     """It skips that one alone; the other is clipped by its own norm, which teaches no rule."""
-    scaler, rule, norms = joint_scaler(), NormKeeper(), []
+    scaler, rule, norms = joint_scaler(), Learning(), []
     options = {"grad_scaler": scaler if given else None}
     if route == "host":
         options["nonfinite"] = "raise"
@@ -110,7 +99,7 @@ def test_an_overflow_in_one(fused, order, overflow, unscale, given, route):
         scaled_round(twins.ours, scaler, order, step=step, unscale=unscale, overflow=infinite)
         scaler.update()
         norms.append(twins.take_by_hand(stepping))
-    assert rule.norms == pytest.approx([norms[0], norms[3]], rel=1e-5)
+    assert [norm for _, norm, _ in rule.learned] == pytest.approx([norms[0], norms[3]], rel=1e-5)
     assert (twins.clipper.steps, twins.clipper.skipped) == (4, 0)
     assert twins.clipper.state_dict()["counters"]["nonfinite_steps"] == 0
     twins.check()

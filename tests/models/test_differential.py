@@ -246,7 +246,9 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values.conj().imag
     if layout == "sparse" and values.dim():
         return values.to_sparse(1)
-    if layout == "uncoalesced" and values.dim():
+    # The sum of a complex infinity may be inf + nan j, whose magnitude is a matter of opinion.
+    summable = not values.is_complex() or bool(values.isfinite().all())
+    if layout == "uncoalesced" and values.dim() and summable:
         indices = torch.arange(len(values)) // 2
         return torch.sparse_coo_tensor(indices[None], values, values.shape)
     return values

@@ -1,6 +1,6 @@
 """Builds the library of the native engine where there is a C compiler; pyproject.toml has the rest.
 
-The library knows neither Python nor torch, so that one wheel serves every version of both.
+The library is linked neither to Python nor to torch: one wheel serves every version of both.
 """
 
 import os

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import EngineUnavailableError
 
+CPU = torch.device("cpu")
 INFINITY = math.inf
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of tensors that engines take."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import checked_bound, checked_order
 from ..engines import engine_for
-from ..engines.base import TensorList, host_may_read, norm_dtype
+from ..engines.base import CPU, TensorList, host_may_read, norm_dtype
 from ..errors import ArgumentError, GradientError, NonFiniteGradientError
 from ..gradients.buckets import Bucket, buckets_of
 from ..gradients.coefficients import clip_coefficients
@@ -31,7 +31,6 @@ from ..ranks.shards import groups_of
 from .operators import norm_like, nothing, operator
 
 TensorOrTensors = Tensor | Iterable[Tensor]
-_CPU = torch.device("cpu")
 
 
 def clip_grad_norm_(
@@ -201,7 +200,7 @@ def _clip_norm_(
     groups: Sequence[RankGroup] = (),
 ) -> Tensor:
     """Clip and return the norm; see `clip_grad_norm_`. ``finite`` asks for the error."""
-    engine, usual = engine_for("auto", _CPU), TensorList(gradients)
+    engine, usual = engine_for("auto", CPU), TensorList(gradients)
     usable = not groups and not finite and engine.prepare(usual, order)
     if usable and host_may_read(usual[0]):
         return engine.host_clip_(usual, limit, order)

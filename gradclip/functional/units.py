@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import checked_order, checked_positive
 from ..engines import engine_for
-from ..engines.base import TensorList, host_may_read
+from ..engines.base import CPU, TensorList, host_may_read
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
 from ..gradients.norms import norms_of
@@ -17,8 +17,6 @@ from ..scopes.norm_indices import NormIndices, present_norms
 from ..thresholds import RelativeToWeights, StepContext
 from .operators import norm_like, operator
 from .torch_names import TensorOrTensors, listed_gradients, listed_parameters
-
-_CPU = torch.device("cpu")
 
 
 def clip_grad_units_(
@@ -100,7 +98,7 @@ def _clip_plain_units_(
     gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
 ) -> Tensor | None:
     """Clip plain gradients on the CPU in three engine calls; None if some are not plain."""
-    engine = engine_for("auto", _CPU)
+    engine = engine_for("auto", CPU)
     units, tensors = TensorList(gradients), TensorList(weights)
     norms = engine.host_row_norms(units, order)
     weight_norms = None if norms is None else engine.host_row_norms(tensors, order)

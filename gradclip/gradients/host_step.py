@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines.base import Engine, TensorList
+from ..engines.base import CPU, Engine, TensorList
 from ..records.parameter_norms import ParameterSums
 from ..scopes.naming import describe_nonfinite
 from .coefficients import clip_coefficient
 from .policies import Settings
 from .step import Decision, presence_flag
-
-CPU = torch.device("cpu")
 
 
 class HostGradients:
@@ -70,10 +68,6 @@ class HostGradients:
     def present(self) -> Tensor:
         """Return that there is a gradient; shape (1,), bool."""
         return presence_flag(True, CPU)
-
-    def weight_norms(self) -> Tensor:
-        """Refuse: the weights of a rule that reads them are measured by `StepGradients`."""
-        raise NotImplementedError
 
     def decide_(self, norm: float, threshold: float) -> Decision:
         """Decide what happens to the gradients; see `StepGradients.decide_`."""

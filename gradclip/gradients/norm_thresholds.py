@@ -18,7 +18,7 @@ from ..engines import norm_dtype
 from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import ArgumentError
-from ..records.record import ClipRecord, clipped_norms
+from ..records.record import ClipRecord, as_vector, clipped_norms
 from ..scopes.labels import NormLabels
 from ..thresholds import StepContext, Threshold, is_foreign, learns
 from .host_step import HostGradients
@@ -102,7 +102,9 @@ class NormThresholds:
                 self._rule_indices,
                 {**getattr(self._threshold, "__dict__", {})},
             )
-        weight_norms = gradients.weight_norms() if self._threshold.needs_weights else None
+        weight_norms = None
+        if self._threshold.needs_weights and isinstance(gradients, StepGradients):
+            weight_norms = gradients.weight_norms()
         context = StepContext(step, gradients.present(), self._order, weight_norms)
         if self._rule_indices is not None and isinstance(norms, Tensor):
             norms, context = norms[self._rule_indices], _selected(context, self._rule_indices)
@@ -123,7 +125,7 @@ class NormThresholds:
         norms, clipped_norms = record.values[0], _observed_clipped_norms(record)
         if record.is_number:
             if self._foreign:
-                norms, clipped_norms = _vector(norms), _vector(clipped_norms)
+                norms, clipped_norms = as_vector(norms), as_vector(clipped_norms)
                 context = _copied(context)
             rule.observe(norms, clipped_norms, context)
             return
@@ -147,7 +149,7 @@ class NormThresholds:
         rule: Any = self._threshold
         if self._foreign:
             # A user's own rule may write to its arguments, which the record keeps: it gets copies.
-            vector = _vector(norms) if isinstance(norms, float) else norms
+            vector = as_vector(norms)
             found = _checked(rule, rule.thresholds(vector.clone(), _copied(context)), vector)
             return found.item() if isinstance(norms, float) else found
         # The rules of this package take one norm as a number, which is ten times as fast.
@@ -189,20 +191,15 @@ def _is_number(norms: Tensor) -> bool:
     return norms.numel() == 1 and host_may_read(norms)
 
 
-def _vector(number: float) -> Tensor:
-    return torch.full((1,), number, dtype=torch.float64, device="cpu")
-
-
 def _observed_clipped_norms(record: ClipRecord) -> Any:
     """Return the norms after scaling; for a skipped step, those that scaling would have given."""
     norms, thresholds, coefficients = record.values
     # The coefficients of a skipped step are 1, so that its thresholds say what scaling would give.
-    if record.is_number:
-        scaled = norms * coefficients if coefficients else 0.0
-        return min(norms, thresholds) if record.skipped else scaled
     scaled = clipped_norms(norms, coefficients)
     if record.skipped is False:
         return scaled
+    if record.is_number:
+        return min(norms, thresholds)
     allowed = torch.minimum(norms, thresholds)
     return allowed if record.skipped is True else torch.where(record.skipped, allowed, scaled)
 

@@ -29,8 +29,6 @@ class ClosureFinder:
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """Return the closure; None counts as absent. ``args`` begins with the optimizer."""
-        if len(args) == 1 and not kwargs:
-            return None
         key = self._key(args, kwargs)
         closure: Callable[..., Any] | None = None
         if isinstance(key, int):

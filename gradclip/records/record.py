@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..engines import norm_dtype
+from ..engines.base import CPU
 from .parameter_norms import ParameterSums
 
-_CPU = torch.device("cpu")
 _set = object.__setattr__
 
 
@@ -78,22 +78,22 @@ class ClipRecord:
     @property
     def device(self) -> torch.device:
         """The device of the norms."""
-        return _CPU if self.is_number else self.values[0].device
+        return CPU if self.is_number else self.values[0].device
 
     @property
     def norms(self) -> Tensor:
         """Norms as measured; shape (k,)."""
-        return _as_vector(self.values[0])
+        return as_vector(self.values[0])
 
     @property
     def thresholds(self) -> Tensor:
         """Largest norms allowed; shape (k,)."""
-        return _as_vector(self.values[1])
+        return as_vector(self.values[1])
 
     @property
     def coefficients(self) -> Tensor:
         """Factors by which the norms were reduced; shape (k,)."""
-        return _as_vector(self.values[2])
+        return as_vector(self.values[2])
 
     @property
     def norm(self) -> Tensor:
@@ -133,8 +133,15 @@ class ClipRecord:
         self.__init__(*state)  # type: ignore[misc]
 
 
-def clipped_norms(norms: Tensor, coefficients: Tensor) -> Tensor:
-    """Return the norms after scaling: 0 where a coefficient is 0, even if the norm is infinite."""
+def clipped_norms(norms: Any, coefficients: Any) -> Any:
+    """Return the norms after scaling: 0 where a coefficient is 0, even if the norm is infinite.
+
+    Args:
+        norms: Shape (k,), or one norm as a number.
+        coefficients: As the norms.
+    """
+    if isinstance(norms, float):
+        return norms * coefficients if coefficients else 0.0
     # By where and not by the product alone: infinity times 0 is NaN.
     return torch.where(coefficients == 0, 0.0, norms * coefficients)
 
@@ -144,10 +151,11 @@ def flag_per_norm(flag: bool | Tensor | None, norms: Tensor) -> Tensor:
     return torch.zeros_like(norms) + (False if flag is None else flag)
 
 
-def _as_vector(values: Tensor | float) -> Tensor:
+def as_vector(values: Tensor | float) -> Tensor:
+    """Return a tensor as it is, and a number as a new tensor of shape (1,) on the CPU."""
     if isinstance(values, Tensor):
         return values
-    return torch.full((1,), values, dtype=norm_dtype(_CPU), device=_CPU)
+    return torch.full((1,), values, dtype=norm_dtype(CPU), device=CPU)
 
 
 def _as_scalar(values: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Arithmetic for one norm as a number and for a tensor of norms, so that a rule is written once.
 
-Both give the same bits, since each operation rounds alike. A number divided by a tensor does not:
-torch multiplies by the reciprocal.
+Both give the same bits, since each operation rounds alike, except that torch's square root may be
+off by a unit in the last place. A number divided by a tensor would not: torch multiplies by the
+reciprocal.
 """
 
 from __future__ import annotations

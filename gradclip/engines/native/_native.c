@@ -1,7 +1,8 @@
 /* The native engine: power sums, scaling and clamping on the CPU, over addresses and lengths.
  *
- * Plain C, loaded by engine.py through ctypes: nothing here knows torch or Python. The loops over
- * elements are in _native_kernels.h, and the division of a call among threads in _native_work.h.
+ * Plain C, loaded by engine.py through ctypes and linked neither to Python nor to torch. The loops
+ * over elements are in _native_kernels.h, the division of a call among threads in _native_work.h,
+ * and the reading of a list of tensors in _native_walk.h.
  * Functions return OK, or an error before they have written anything.
  */
 

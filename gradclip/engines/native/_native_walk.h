@@ -46,7 +46,12 @@ static int dtype_of(const struct description *tensor)
         return BFLOAT16;
     if (tensor->lanes != 1 || tensor->code != IS_FLOAT)
         return -1;
-    return tensor->bits == 32 ? FLOAT32 : tensor->bits == 64 ? FLOAT64 : FLOAT16;
+    switch (tensor->bits) {
+    case 16: return FLOAT16;
+    case 32: return FLOAT32;
+    case 64: return FLOAT64;
+    default: return -1;
+    }
 }
 
 /* The number of elements of a tensor, or of one row from dimension 1 on; -1 unless they lie in
@@ -86,7 +91,6 @@ static int64_t dense_length(const struct description *tensor, int32_t first)
 static int are_distinct(const int64_t *addresses, const int64_t *lengths, int64_t count)
 {
     enum { FEW = 32 };
-    uint64_t size = 2 * FEW;
     if (count <= FEW) {
         for (int64_t one = 1; one < count; one++)
             for (int64_t other = 0; other < one; other++)
@@ -94,6 +98,7 @@ static int are_distinct(const int64_t *addresses, const int64_t *lengths, int64_
                     return 0;
         return 1;
     }
+    uint64_t size = 2 * FEW;
     while (size < 4 * (uint64_t)count)
         size *= 2;
     uint64_t *seen = calloc(size, sizeof *seen); /* a hash table, a quarter full at most */
@@ -114,7 +119,7 @@ static int are_distinct(const int64_t *addresses, const int64_t *lengths, int64_
 
 /* Write a request for the tensors of a list, or for their rows: tensors of less than two dimensions
  * have one. NO_ADDRESS, or LOW_ADDRESS, unless they are plain tensors of one dtype on the CPU, each
- * with memory of its own and without gaps in it, or in its rows. `request` has room for `count` of them. */
+ * with memory of its own and without gaps in it, or in its rows. `request` has room for `count`. */
 EXPORTED int gradclip_walk(
     void *list, struct request *request, int64_t count, int64_t threads, double order, int by_rows)
 {

@@ -1,8 +1,9 @@
 """The engine in C for the CPU: one read at memory speed, and little overhead for small tensors.
 
-The library beside this file knows addresses and lengths only; this module finds them. It is built
-from ``_native.c`` at install if there is a C compiler. Tensors without an address, and writes to
-tensors with gaps between their elements, go to torch operators.
+The library beside this file works on addresses and lengths. It finds those of plain gradients with
+functions of the interpreter and of torch that this module hands over; this module finds all others.
+It is built from ``_native.c`` at install if there is a C compiler. Tensors without an address, and
+writes to tensors with gaps between their elements, go to torch operators.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
 from struct import pack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +96,7 @@ class NativeEngine(Engine):
 
     def prepare(self, tensors: TensorList, order: float) -> bool:
         """See `Engine.prepare`."""
-        status = LOW_ADDRESS
-        if self._walk is not None:
-            count = len(tensors)
-            tensors.note = request = (ctypes.c_int64 * (HEADER + 2 * count))()
-            status = self._walk(tensors, request, count, torch.get_num_threads(), order, 0)
+        status = LOW_ADDRESS if self._walk is None else self._walked(self._walk, tensors, order)
         if status != LOW_ADDRESS:
             return status == OK or _done(status)
         if not super().prepare(tensors, order):
@@ -119,11 +117,12 @@ class NativeEngine(Engine):
 
     def host_scale_(self, tensors: TensorList, coefficient: float) -> None:
         """See `Engine.host_scale_`."""
-        request = tensors.note
         flags = (ctypes.c_char * len(tensors))()
         factor = ctypes.byref(ctypes.c_double(coefficient))
-        _done(self._library.gradclip_scale(request, factor, 1, flags))
-        increment_version([*compress(tensors, flags.raw)])
+        status = self._library.gradclip_scale(tensors.note, factor, 1, flags)
+        if status != OK:
+            _done(status)  # raises: no memory is left
+        _mark_written(tensors, flags.raw)
 
     def host_clip_(self, tensors: TensorList, threshold: float, order: float) -> Tensor:
         """See `Engine.host_clip_`."""
@@ -132,18 +131,15 @@ class NativeEngine(Engine):
         if not address:
             return super().host_clip_(tensors, threshold, order)
         _done(self._library.gradclip_clip(tensors.note, threshold, address, flags))
-        if any(flags.raw):
-            increment_version([*compress(tensors, flags.raw)])
+        _mark_written(tensors, flags.raw)
         return norm
 
     def host_row_norms(self, tensors: TensorList, order: float) -> Tensor | None:
         """See `Engine.host_row_norms`."""
-        if self._walk is None:
+        if self._walk is None or not _done(self._walked(self._walk, tensors, order, by_rows=True)):
             return None
+        request: Any = tensors.note
         count = len(tensors)
-        tensors.note = request = (ctypes.c_int64 * (HEADER + 4 * count))()
-        if not _done(self._walk(tensors, request, count, torch.get_num_threads(), order, 1)):
-            return None
         norms = _FLOAT64.new_empty(sum(request[HEADER + 2 * count : HEADER + 3 * count]))
         if not _done(self._library.gradclip_power_sums(request, _address(norms))):
             return None
@@ -154,8 +150,16 @@ class NativeEngine(Engine):
         flags = (ctypes.c_char * len(tensors))()
         numbers = coefficients.data_ptr(), len(coefficients)
         _done(self._library.gradclip_scale(tensors.note, *numbers, flags))
-        if any(flags.raw):
-            increment_version([*compress(tensors, flags.raw)])
+        _mark_written(tensors, flags.raw)
+
+    def _walked(
+        self, walk: Callable[..., int], tensors: TensorList, order: float, by_rows: bool = False
+    ) -> int:
+        """Note the library's request for tensors, or for their rows; return the status."""
+        count = len(tensors)
+        request = (ctypes.c_int64 * (HEADER + (4 if by_rows else 2) * count))()
+        tensors.note = request
+        return walk(tensors, request, count, torch.get_num_threads(), order, by_rows)
 
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
@@ -184,9 +188,14 @@ class NativeEngine(Engine):
         flags = ctypes.create_string_buffer(len(tensors))
         if not _done(verb(request, _address(numbers), numbers.numel(), flags)):
             return False
-        # Autograd cannot see writes by address.
-        increment_version([*compress(tensors, flags.raw)])
+        _mark_written(tensors, flags.raw)
         return True
+
+
+def _mark_written(tensors: Sequence[Tensor], flags: bytes) -> None:
+    """Tell autograd, which cannot see writes by address, of the tensors with a flag of 1."""
+    if any(flags):
+        increment_version([*compress(tensors, flags)])
 
 
 def _new_number(scalar: bool) -> Tensor:

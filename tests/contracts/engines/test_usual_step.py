@@ -1,5 +1,6 @@
 """The contract of the usual step: plain gradients on the CPU, looked at once, with one norm."""
 
+import ctypes
 import math
 
 import pytest
@@ -11,7 +12,6 @@ from tests.support.engines import (
     ORDERS,
     REGISTRY,
     assert_scaled,
-    bits,
     channels_last,
     denormals_flushed,
     power_sum,
@@ -133,7 +133,10 @@ def test_clipping_in_one_call(host, threshold, flushed):
     if threshold >= 5:
         assert (first.item(), first._version) == (3.0, 0)
     else:
-        assert first.item() == pytest.approx(threshold * 0.6, rel=1e-6)
+        # Operators cannot multiply by a denormal number where these are flushed.
+        lost = flushed and threshold == 1e-310 and host.name != "native"
+        needed = 0.0 if lost else threshold * 0.6
+        assert first.item() == pytest.approx(needed, rel=1e-6, abs=0)
         assert first._version > 0
     spoilt = looked_at(host, [torch.tensor([math.nan, 2.0])])
     assert math.isnan(host.host_clip_(spoilt, threshold, 2.0).item())
@@ -206,4 +209,4 @@ def test_an_error_of_the_walk_does_not_stay(native_engine):
     """torch sets an error for a sparse tensor; the next call must not see it."""
     assert looked_at(native_engine, [random(2, 2).to_sparse()]) is None
     assert looked_at(native_engine, [random(2)]) is not None
-    assert bits(random(1)).numel() == 1
+    assert not ctypes.pythonapi.PyErr_Occurred()

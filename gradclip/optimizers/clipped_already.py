@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from weakref import ref
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,30 +14,39 @@ from ..records.record import ClipRecord
 
 
 class TensorVersion:
-    """A weak reference to a tensor with its version counter.
+    """A tensor's identity with its version counter. It does not keep the tensor alive.
+
+    The weak reference is to the tensor's storage, as torch.utils.swap_tensors refuses a tensor
+    that has one, which a module's ``to()`` may ask of its gradients.
 
     Args:
         tensor: The tensor, as it is now.
     """
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("_id", "_memory", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = ref(tensor)
+        self._id = id(tensor)
+        self._memory = ref(_memory_of(tensor))
         self._version = version_of(tensor)
 
     @property
     def alive(self) -> bool:
-        """True while the tensor exists; another tensor may have its id afterwards."""
-        return self._tensor() is not None
+        """True while the memory exists; another tensor may have the id afterwards."""
+        return self._memory() is not None
 
     def is_of(self, tensor: Tensor) -> bool:
         """Return whether it is the same tensor, written or not."""
-        return self._tensor() is tensor
+        return self._id == id(tensor) and self._memory() is _memory_of(tensor)
 
     def unchanged(self, tensor: Tensor) -> bool:
         """Return whether it is the same tensor and its version counter has not moved."""
         return self.is_of(tensor) and self._version == version_of(tensor)
+
+
+def _memory_of(tensor: Tensor) -> object:
+    """Return the storage of a tensor; the tensor itself if it is sparse and has none."""
+    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
 
 
 def version_of(tensor: Tensor) -> int | None:

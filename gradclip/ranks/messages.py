@@ -109,9 +109,9 @@ def message_of(
 
 
 def _parameter_message(labelled: LabelledParameter, scope: str) -> ParameterMessage | None:
-    """Return the message about a parameter; None if it is in no norm or gone."""
-    parameter, norm_indices = labelled.parameter(), labelled.norm_indices
-    if norm_indices is None or parameter is None:
+    """Return the message about a parameter; None if it is in no norm."""
+    parameter, norm_indices = labelled.parameter, labelled.norm_indices
+    if norm_indices is None:
         return None
     # FullyShardedDataParallel makes views of one dimension into its flat parameter: what had rows
     # has none any more, and must not pass for a vector that scope "unit" gives one norm.

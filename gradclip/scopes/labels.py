@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, itemgetter
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,9 @@ GroupThresholds = dict[NormKey, float | None]
 class LabelledParameter:
     """A parameter with the norms of its gradient."""
 
-    parameter: ref[Tensor]
+    parameter: Tensor
+    """No weak reference: torch.utils.swap_tensors refuses a tensor that has one, as a module's
+    ``to()`` may ask of it."""
     name: str
     """Its name when it was labelled."""
     norm_indices: NormIndices | None
@@ -80,7 +81,8 @@ class NormLabels:
         self._copy_name = copy_name
         self._agreed = False
         self._keys = GroupKeys(optimizers)
-        # By id, since a tensor compares element by element; `of` guards against an id used again.
+        # By id, since a tensor compares element by element. Entries keep their parameters alive, so
+        # that no other one gets their ids.
         self._labelled: dict[int, LabelledParameter] = {}
         self._indices: dict[NormKey, int] = {}
         self.count = -1
@@ -143,10 +145,7 @@ class NormLabels:
             thresholds: The norms in order, with the thresholds of their parameter groups.
             labelled: The parameters, with their indices among these norms.
         """
-        for entry in labelled:
-            parameter = entry.parameter()
-            if parameter is not None:
-                self._labelled[id(parameter)] = entry
+        self._labelled |= {id(entry.parameter): entry for entry in labelled}
         self._agreed = True
         self._settle({key: index for index, key in enumerate(thresholds)}, [*thresholds.values()])
 
@@ -174,7 +173,7 @@ class NormLabels:
             AttachError: It has the name of another parameter.
         """
         entry = self._labelled.get(id(parameter))
-        if entry is None or entry.parameter() is not parameter:
+        if entry is None:
             self._label_added()
             entry = self._labelled[id(parameter)]
         return entry
@@ -187,9 +186,7 @@ class NormLabels:
         labelled: dict[int, LabelledParameter] = {}
         for named in self.parameters:
             entry = self._labelled.get(id(named.parameter))
-            if entry is None or entry.parameter() is not named.parameter:
-                entry = self._label(named, table)
-            labelled[id(named.parameter)] = entry
+            labelled[id(named.parameter)] = entry or self._label(named, table)
         self._check_distinct(labelled.values())
         if not table.indices:
             table.index_of(SHARED)  # every parameter is excluded: one norm, of no gradients
@@ -231,7 +228,7 @@ class NormLabels:
                 f"{name} was added after the ranks had agreed on the norms and the copies of "
                 "parameters, which it changes: detach() on all ranks, and attach new clippers."
             )
-        return LabelledParameter(ref(parameter), name, norm_indices, named.has_given_name, copy_of)
+        return LabelledParameter(parameter, name, norm_indices, named.has_given_name, copy_of)
 
     def _norm_indices(self, named: NamedParameter, table: _NormTable) -> NormIndices | None:
         group = group_name(self._optimizers, named.optimizer, named.group)

@@ -183,7 +183,8 @@ class GradientClipper:
         skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
         shrinkage, now = decision.reduction, time.time()
         record = ClipRecord(step, now, norms, thresholds, shrinkage, skip, overflow, sums)
-        self._joint.mark_clipped(gradients.tensors, record)
+        if self._joint.several is not None:
+            self._joint.several.mark_clipped(gradients.tensors, record)
         # Only a step that is taken counts, and a closure may be evaluated again before.
         self._pending = record
         if skip is True:
@@ -195,13 +196,15 @@ class GradientClipper:
         if self._settings.raises and not are_finite(record.values[0]):
             # The error tells the norms before this step: build it before this step is recorded.
             error = nonfinite_error(record, self._recorder.history())
-            self._joint.mark_stepped(optimizer)
+            if self._joint.several is not None:
+                self._joint.several.mark_stepped(optimizer)
             self._count(record)
             raise error
 
     def _finish(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Count and record a step that was taken or skipped, once for all optimizers."""
-        self._joint.mark_stepped(optimizer)
+        if self._joint.several is not None:
+            self._joint.several.mark_stepped(optimizer)
         if record is not self._pending:
             return
         # Reading the counters waits for the device: only for a skip that the host knows of, which

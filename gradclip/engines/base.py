@@ -140,6 +140,18 @@ class Engine(ABC):
         sums.copy_(measured)
         return norm.item()
 
+    def host_power_sums(self, tensors: TensorList, order: float) -> Tensor:
+        """Return the power sum of each tensor, for a norm that spans other ranks as well.
+
+        Args:
+            tensors: As for `host_norm`.
+            order: p of the p-norm, as for `prepare`.
+
+        Returns:
+            Shape (n,), float64, on the CPU.
+        """
+        return self.power_sums(tensors, order)
+
     def host_scale_(self, tensors: TensorList, coefficient: float) -> None:
         """Multiply tensors by one coefficient, in place; see `scale_`.
 
@@ -221,6 +233,16 @@ class Engine(ABC):
 def root(power_sums: Tensor, order: float) -> Tensor:
     """Turn power sums into p-norms, in place."""
     return power_sums.sqrt_() if order == 2 else power_sums.pow_(1 / order)
+
+
+def host_root(power_sum: float, order: float) -> float:
+    """Return the p-norm of one power sum, with the bits of `root`."""
+    if order == INFINITY:
+        return power_sum
+    if order == 2:
+        return math.sqrt(power_sum)  # rounded as IEEE 754 says, as torch's is
+    number: float = root(torch.tensor([power_sum], dtype=torch.float64, device="cpu"), order).item()
+    return number
 
 
 def host_may_read(tensor: Tensor) -> bool:

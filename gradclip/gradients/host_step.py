@@ -1,7 +1,8 @@
 """The usual step: plain gradients on the CPU that share one norm, decided in Python numbers.
 
-A number takes a tenth of the time of a tensor of one element. Everything else about a step is as
-in ``step.py``, which serves all other gradients.
+The norm may span ranks: what one collective brings is on the host as well. A number takes a tenth
+of the time of a tensor of one element. Everything else about a step is as in ``step.py``, which
+serves all other gradients.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines.base import CPU, Engine, TensorList
+from ..engines.base import CPU, INFINITY, Engine, TensorList, host_root
+from ..ranks.shards import Parts
 from ..records.parameter_norms import ParameterSums
 from ..scopes.naming import describe_nonfinite
+from ..scopes.norm_indices import NormIndices, sums_by_norm
 from .coefficients import clip_coefficient
 from .policies import Settings
 from .step import Decision, presence_flag
 
 
 class HostGradients:
-    """The gradients of a step of one optimizer whose norm the host knows at once.
+    """The gradients of a step whose norm the host knows at once.
 
     Its methods are those of `StepGradients`, with a number for each vector of one entry.
 
@@ -30,12 +33,12 @@ class HostGradients:
         engine: The engine that serves the CPU.
         tensors: n >= 1 gradients that `Engine.prepare` has accepted.
         settings: The options of the clipper, without ``max_value``.
-        names: The names of the parameters, if their norms are recorded.
+        names: The names of the parameters, if their norms are recorded; else empty.
+        partial: As for `StepGradients`.
     """
 
     overflow = None
     """GradScaler skips no step of such gradients without the host's knowledge."""
-    partial = False
     parameter_sums: ParameterSums | None = None
     """The power sums of the parameters, after `norms` has measured them."""
 
@@ -44,20 +47,24 @@ class HostGradients:
         engine: Engine,
         tensors: TensorList,
         settings: Settings,
-        names: Sequence[str] | None,
+        names: Sequence[str],
+        partial: bool,
     ) -> None:
         self._engine = engine
-        self.tensors = tensors
+        self.tensors: Sequence[Tensor] = tensors
+        self._local = tensors
         self._settings = settings
         self._names = names
+        self.partial = partial
+        """True if gradients of an optimizer are missing, because GradScaler skips its step."""
 
     def norms(self) -> Any:
         """Measure the norm. Nothing is written."""
         order, names = self._settings.norm_type, self._names
-        if names is None:
-            return self._engine.host_norm(self.tensors, order)
-        sums = torch.empty(len(self.tensors), dtype=torch.float64, device="cpu")
-        norm = self._engine.host_norm(self.tensors, order, sums)
+        if not names:
+            return self._engine.host_norm(self._local, order)
+        sums = torch.empty(len(self._local), dtype=torch.float64, device="cpu")
+        norm = self._engine.host_norm(self._local, order, sums)
         nonfinite = None
         if not norm < math.inf:
             # Now, while the gradients still hold the elements that are not finite.
@@ -84,7 +91,65 @@ class HostGradients:
     def scale_(self, decision: Decision) -> None:
         """Multiply the gradients by the coefficient; write nothing where it is 1."""
         if decision.coefficients != 1 and self._settings.writes:
-            self._engine.host_scale_(self.tensors, decision.coefficients)
+            self._engine.host_scale_(self._local, decision.coefficients)
+
+
+class SharedHostGradients(HostGradients):
+    """The same for gradients whose norm spans ranks, which one collective adds up.
+
+    Args:
+        engine: The engine that serves the CPU.
+        tensors: n >= 1 gradients.
+        parts: Their parts on this rank, which `Engine.prepare` has accepted.
+        settings: The options of the clipper, without ``max_value``.
+        names: The names of the parameters of all ranks, if their norms are recorded; else empty.
+        parameter_indices: The index of each gradient among these names.
+        needs_present: True if the threshold reads whether any rank has a gradient.
+        partial: As for `StepGradients`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tensors: Sequence[Tensor],
+        parts: Parts,
+        settings: Settings,
+        names: Sequence[str],
+        parameter_indices: tuple[NormIndices, ...],
+        needs_present: bool,
+        partial: bool,
+    ) -> None:
+        super().__init__(engine, parts.tensors, settings, names, partial)
+        self.tensors = tensors
+        self._parts = parts
+        self._parameter_indices = parameter_indices
+        self._needs_present = needs_present
+
+    def norms(self) -> Any:
+        """Measure the norm together with the other ranks. Collective. Nothing is written."""
+        (tensors, group, counts), order = self._parts, self._settings.norm_type
+        if counts:
+            sums = self._engine.host_power_sums(tensors, order)
+        else:
+            sums = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
+        vector = sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
+        names = self._names
+        if names or self._needs_present:
+            # Laid out as by `measure_across_ranks`, which serves the ranks without gradients.
+            here = [vector]
+            if names:
+                here.append(sums_by_norm(sums, order, self._parameter_indices, len(names)))
+            if self._needs_present:
+                here.append(torch.ones(1, dtype=torch.float64, device="cpu"))
+            vector = torch.cat(here)
+        vector = group.reduced_(vector, order)
+        norm = host_root(vector[0].item(), order)
+        if names:
+            sums, nonfinite = vector[1 : 1 + len(names)], None
+            if not norm < math.inf:
+                nonfinite = describe_nonfinite(names, None, sums.tolist())
+            self.parameter_sums = ParameterSums(names, [sums], nonfinite)
+        return norm
 
 
 UNCHANGED = Decision(False, 1.0, 1.0)

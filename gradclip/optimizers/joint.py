@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 
@@ -20,11 +20,12 @@ from ..gradients.held import (
     parameters_held,
     parameters_of,
 )
-from ..gradients.host_step import HostGradients
+from ..gradients.host_step import HostGradients, SharedHostGradients
 from ..gradients.policies import Settings
 from ..gradients.step import StepGradients
 from ..ranks.agreement import SCOPES_BY_NAME
 from ..ranks.layout import RankLayout
+from ..ranks.shards import parts_in
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
 from ..thresholds import Threshold, is_foreign, learns
@@ -33,6 +34,10 @@ from .several import Selection, SeveralOptimizers
 from .shared_overflow import SharedOverflow, refuse_unshared_overflow
 from .step_changes import StepChanges
 from .supported import check_groups, refuse_within_backward
+
+HostRoute = Callable[..., HostGradients | None]
+"""Takes gradients, the names of their parameters or none, and whether some are missing. Returns
+None for gradients that are not the plain ones of a usual step."""
 
 
 class JointGradients:
@@ -70,9 +75,7 @@ class JointGradients:
         self._rank_layout = rank_layout
         self._needs_weights = threshold.needs_weights
         self._may_be_usual = (
-            len(optimizers) == 1
-            and rank_layout.across is None
-            and settings.max_value is None
+            settings.max_value is None
             and not threshold.needs_weights
             and host_may_read(torch.empty(0, device=self.device))
         )
@@ -81,17 +84,18 @@ class JointGradients:
         """The parameters whose names were asked for last, and these names."""
         self._grad_scaler = checked_scaler(grad_scaler)
         self._overflow: SharedOverflow | None = None
-        self._several: SeveralOptimizers | None = None
+        self.several: SeveralOptimizers | None = None
+        """What several optimizers share; None for one, which has nothing to remember."""
         if len(optimizers) > 1:
             across_ranks = rank_layout.across is not None
-            self._several = SeveralOptimizers(
+            self.several = SeveralOptimizers(
                 optimizers, self._grad_scaler, self._held_by, across_ranks=across_ranks
             )
         for device in self.devices:
             engine_for(settings.engine, device)
         if self._may_be_usual:
             self._host_engine = engine_for(settings.engine, self.device)
-        rank_layout.refresh(parameters_held(optimizers))
+        self._plan()
 
     def attach(self) -> None:
         """Let the ranks share the overflows of the GradScaler until `detach`."""
@@ -138,56 +142,91 @@ class JointGradients:
         for optimizer in self.optimizers:
             check_groups(optimizer)
         self._labels.refresh()
-        if self._rank_layout.count != self._labels.count:
-            self._rank_layout.refresh(parameters_held(self.optimizers))
+        if self._labels.names is not self._planned_for:  # made anew whenever parameters are added
+            self._plan()
         scale = overflow = None
         if heeds_marks(stepping):
             scale, overflow = mark_of(stepping, "grad_scale"), mark_of(stepping, "found_inf")
-        elif self._may_be_usual:
-            usual = self._usual(stepping)
-            if usual is not None:
-                return usual
         if self._rank_layout.across is not None:
             refuse_unshared_overflow(self._overflow)
         if overflow is not None:
             overflow = overflow > 0
             # Several optimizers under a GradScaler wait for the device in any case.
-            if host_may_read(overflow) or self._several is not None:
+            if host_may_read(overflow) or self.several is not None:
                 if overflow:
                     return None
                 overflow = None
-        if self._several is None:
-            held = self._held_by([stepping])
-            return self._step_gradients(held, scale=scale, overflow=overflow)
-        choice = self._several.at_step(stepping, step_changes)
-        if isinstance(choice, Selection):
-            return self._step_gradients(choice.held, partial=choice.partial)
-        return choice
+        if self.several is not None:
+            choice = self.several.at_step(stepping, step_changes)
+            return self._selected(choice) if isinstance(choice, Selection) else choice
+        if scale is None and overflow is None and self._host_route is not None:
+            usual = self._usual(self._host_route, stepping)
+            if usual is not None:
+                return usual
+        return self._step_gradients(self._held_by([stepping]), scale=scale, overflow=overflow)
 
-    def mark_clipped(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
-        """Remember gradients as they are now, clipped, with the record of the clipping."""
-        if self._several is not None:
-            self._several.mark_clipped(gradients, record)
+    def _plan(self) -> None:
+        """Choose what serves a step, until parameters are added."""
+        labels, rank_layout = self._labels, self._rank_layout
+        if rank_layout.count != labels.count:
+            rank_layout.refresh(parameters_held(self.optimizers))
+        self._planned_for = labels.names
+        self._one_norm_for_all = labels.is_global and not self._needs_weights
+        self._host_route = None
+        if self._may_be_usual and labels.is_global:
+            if rank_layout.is_alone:
+                self._host_route = self._here
+            elif rank_layout.norm_ranks.only_group is not None:
+                self._host_route = self._across_ranks
 
-    def mark_stepped(self, optimizer: Optimizer) -> None:
-        """Remember the gradients of an optimizer as its step has left them."""
-        if self._several is not None:
-            self._several.mark_stepped(optimizer)
+    def _selected(self, choice: Selection) -> HostGradients | StepGradients:
+        """Return the gradients that several optimizers share a norm of."""
+        held, partial = choice
+        if self._host_route is not None and held.gradients:
+            usual = self._host_route(TensorList(held.gradients), held.names, partial)
+            if usual is not None:
+                return usual
+        return self._step_gradients(held, partial=partial)
 
-    def _usual(self, optimizer: Optimizer) -> HostGradients | None:
+    def _usual(self, route: HostRoute, optimizer: Optimizer) -> HostGradients | None:
         """Return the gradients of the usual step; None if some are no plain ones on the CPU."""
-        if not (self._labels.is_global and self._rank_layout.is_alone):
-            return None
-        engine, order = self._host_engine, self._settings.norm_type
         parameters = [*parameters_of(optimizer.param_groups)]
+        named = self._rank_layout.wants_parameter_norms
         gradients = TensorList(map(GRADIENT, parameters))
-        if not engine.prepare(gradients, order):
+        usual = route(gradients, self._names(parameters, gradients) if named else ())
+        if usual is None:
+            # Some parameters have no gradient, or share one.
             gradients = TensorList(gradients_of(parameters))
-            if not engine.prepare(gradients, order):
-                return None
-        asked = self._rank_layout.wants_parameter_norms
-        names = self._names(parameters, gradients) if asked else None
-        return HostGradients(engine, gradients, self._settings, names)
+            usual = route(gradients, self._names(parameters, gradients) if named else ())
+        return usual
+
+    def _here(
+        self, gradients: TensorList, names: Sequence[str], partial: bool = False
+    ) -> HostGradients | None:
+        """Return gradients that are on no other rank as those of a usual step, if they can be."""
+        engine, settings = self._host_engine, self._settings
+        if not engine.prepare(gradients, settings.norm_type):
+            return None
+        return HostGradients(engine, gradients, settings, names, partial)
+
+    def _across_ranks(
+        self, gradients: TensorList, names: Sequence[str], partial: bool = False
+    ) -> HostGradients | None:
+        """Do the same for gradients whose norm spans the ranks of one collective."""
+        engine, settings, rank_layout = self._host_engine, self._settings, self._rank_layout
+        parts = parts_in(rank_layout.norm_ranks, gradients)
+        if parts is None or not engine.prepare(parts.tensors, settings.norm_type):
+            return None
+        return SharedHostGradients(
+            engine,
+            gradients,
+            parts,
+            settings,
+            rank_layout.parameter_names(()) or (),
+            tuple(rank_layout.parameter_indices(names)),
+            self._needs_present,
+            partial,
+        )
 
     def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
         labels, rank_layout = self._labels, self._rank_layout
@@ -251,7 +290,3 @@ class JointGradients:
             names = [self._labels.of(parameter).name for parameter in parameters]
             self._named = parameters, names
         return names
-
-    @property
-    def _one_norm_for_all(self) -> bool:
-        return self._labels.is_global and not self._needs_weights

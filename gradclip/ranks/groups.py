@@ -98,6 +98,12 @@ class NormRanks:
     def __bool__(self) -> bool:
         return bool(self.groups) or self.across is not None
 
+    @property
+    def only_group(self) -> RankGroup | None:
+        """The group of the one collective of a step; None if there is none, or several."""
+        groups = self.groups if self.across is None else (*self.groups, self.across)
+        return groups[0] if len(groups) == 1 else None
+
     def combined(
         self, vector_of: Callable[[RankGroup | None], Tensor], order: float, *, alone: bool
     ) -> Tensor:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .groups import RankGroup, in_order
+from ..engines.base import TensorList
+from .groups import NormRanks, RankGroup, in_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -103,6 +104,36 @@ def common_shard_of(tensors: Sequence[DTensor]) -> Shard | None:
             del _COMMON_SHARDS[next(iter(_COMMON_SHARDS))]
         remembered = _COMMON_SHARDS[key] = _common_shard(tensors), specs
     return remembered[0]
+
+
+class Parts(NamedTuple):
+    """The memory on this rank of gradients whose sums one collective adds up."""
+
+    tensors: TensorList
+    group: RankGroup
+    """The ranks of the collective."""
+    counts: bool
+    """True if this rank counts the gradients, False if another rank counts their copies."""
+
+
+def parts_in(norm_ranks: NormRanks, gradients: TensorList) -> Parts | None:
+    """Return the parts of gradients on this rank.
+
+    None if the gradients are of several kinds, or no single collective serves them.
+
+    Args:
+        norm_ranks: The ranks that their norm spans.
+        gradients: What parameters hold, None for no gradient. Not written.
+    """
+    group = norm_ranks.only_group
+    if group is None or len({*map(type, gradients)}) != 1:
+        return None
+    if not is_dtensor(gradients[0]):
+        return None if norm_ranks.across is None else Parts(gradients, group, counts=True)
+    shard = common_shard_of(gradients)  # type: ignore[arg-type]
+    if shard is None or not (norm_ranks.across is not None or shard.group is group):
+        return None
+    return Parts(TensorList(map(LOCAL, gradients)), group, shard.counts)
 
 
 def _common_shard(tensors: Sequence[DTensor]) -> Shard | None:

@@ -115,6 +115,13 @@ class NativeEngine(Engine):
             _done(status)  # raises: no memory is left
         return norm.value
 
+    def host_power_sums(self, tensors: TensorList, order: float) -> Tensor:
+        """See `Engine.host_power_sums`."""
+        sums = _FLOAT64.new_empty(len(tensors))
+        if not _done(self._library.gradclip_power_sums(tensors.note, _address(sums))):
+            return super().host_power_sums(tensors, order)
+        return sums
+
     def host_scale_(self, tensors: TensorList, coefficient: float) -> None:
         """See `Engine.host_scale_`."""
         flags = (ctypes.c_char * len(tensors))()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checks import checked_count
@@ -27,6 +27,7 @@ from .ranks.layout import RankLayout, announces_failure
 from .ranks.messages import comparable_options
 from .ranks.ranks import Ranks
 from .records.incidents import nonfinite_error, skip_limit_error
+from .records.losses import checked_loss, loss_of_closure
 from .records.record import ClipRecord
 from .records.recorder import Recorder
 from .records.sinks.base import Sink
@@ -153,6 +154,8 @@ class GradientClipper:
             self._threshold, self._labels, self._joint.device, order
         )
         self._recorder.close_after(self)
+        self._loss: float | Tensor | None = None
+        self._loss_is_captured = False
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
         # All that can refuse comes before: a refused clipper leaves no hook behind.
@@ -167,22 +170,34 @@ class GradientClipper:
     # The pipeline
 
     @no_grad
-    def _clip(self, optimizer: Optimizer, changes: StepChanges) -> ClipRecord | None:
-        """Clip the gradients that an optimizer is about to step with."""
+    def _clip(
+        self, optimizer: Optimizer, changes: StepChanges, returned: object
+    ) -> ClipRecord | None:
+        """Clip the gradients that an optimizer is about to step with.
+
+        Args:
+            optimizer: The optimizer.
+            changes: The changes that last until its step ends.
+            returned: What the closure of the step returned, after it computed the gradients.
+        """
+        loss = self._loss
         captured = capturing()
         if captured:
-            check_capture(self._settings, self._threshold)
+            is_stale = loss is not None and not self._loss_is_captured
+            check_capture(self._settings, self._threshold, stale_loss=is_stale)
+        if loss is None and returned is not None:
+            loss = loss_of_closure(returned)
         gradients = self._joint.at_step(optimizer, changes)
         if gradients is None or isinstance(gradients, ClipRecord):
             return gradients  # an earlier step of this backward pass has clipped these, or nothing
         norms = gradients.norms()
         step = self._recorder.next_step(norms, captured=captured)
-        thresholds = self._norm_thresholds.at_step(gradients, norms, step)
+        thresholds = self._norm_thresholds.at_step(gradients, norms, step, loss)
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
         skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
         shrinkage, now = decision.reduction, time.time()
-        record = ClipRecord(step, now, norms, thresholds, shrinkage, skip, overflow, sums)
+        record = ClipRecord(step, now, norms, thresholds, shrinkage, skip, overflow, sums, loss)
         if self._joint.several is not None:
             self._joint.several.mark_clipped(gradients.tensors, record)
         # Only a step that is taken counts, and a closure may be evaluated again before.
@@ -216,7 +231,7 @@ class GradientClipper:
             raise skip_limit_error(limit, record.step)
 
     def _count(self, record: ClipRecord) -> None:
-        self._last, self._pending = record, None
+        self._last, self._pending, self._loss = record, None, None
         self._recorder.add(record)
         self._norm_thresholds.observe(record)
         self._recorder.check_skips()
@@ -256,6 +271,29 @@ class GradientClipper:
                 optimizer.zero_grad()  # the method of some wrappers takes no argument
             else:
                 optimizer.zero_grad(set_to_none=False)
+
+    @property
+    def loss(self) -> float | Tensor | None:
+        """The loss of the step to come; None if none was given, and again after the step.
+
+        Assign it before ``optimizer.step()``, a number or a tensor of one element on any device:
+        the record of the step has it as `ClipRecord.loss`, the logs as ``grad_norm/loss``, and a
+        rule as `StepContext.loss`. It is detached and copied; no host sync on CUDA. If batches are
+        accumulated, the last value assigned before the step counts, and so does that of the last
+        evaluation of a closure. What a closure returns counts by itself, unless a loss is assigned.
+
+        In a captured CUDA graph, assign the loss within the capture.
+
+        Raises:
+            ArgumentError: It is neither a number nor a tensor of one real element.
+            AttachError: A number on the host was assigned within the capture of a CUDA graph.
+        """
+        return self._loss
+
+    @loss.setter
+    def loss(self, loss: float | Tensor | None) -> None:
+        self._loss = None if loss is None else checked_loss(loss)
+        self._loss_is_captured = isinstance(self._loss, Tensor) and capturing()
 
     @property
     def labels(self) -> tuple[str, ...]:

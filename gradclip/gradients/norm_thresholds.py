@@ -55,6 +55,7 @@ class NormThresholds:
         self._device = device
         self._order = order
         self._learns, self._foreign = learns(threshold), is_foreign(threshold)
+        self._needs_loss = threshold.needs_loss
         self._context: StepContext | None = None
         self._started: tuple[str, ...] = ()
         self._rule_indices: Tensor | None = None
@@ -78,21 +79,28 @@ class NormThresholds:
             del _LEARNING[id(self._threshold)]
 
     def at_step(
-        self, gradients: StepGradients | HostGradients, norms: Tensor | float, step: int
+        self,
+        gradients: StepGradients | HostGradients,
+        norms: Tensor | float,
+        step: int,
+        loss: Tensor | float | None = None,
     ) -> Any:
-        """Return the thresholds of all norms. No host sync.
+        """Return the thresholds of all norms.
+
+        No host sync, unless a rule reads a loss that is on a device, and its norms are on the CPU.
 
         Args:
             gradients: The gradients of the step.
             norms: Their norms, shape (k,), or the one norm as a number.
             step: Index of the step.
+            loss: Its loss, if one was given.
 
         Returns:
             Shape (k,), on the device of the norms; or a number.
 
         Raises:
-            ArgumentError: The rule returned no float tensor, another shape or device, or, on the
-                CPU, a number that is no threshold.
+            ArgumentError: The rule needs a loss, and there is none; or it returned no float tensor,
+                another shape or device, or, on the CPU, a number that is no threshold.
         """
         if self._labels.names is not self._started:
             self.follow_labels()
@@ -105,7 +113,14 @@ class NormThresholds:
         weight_norms = None
         if self._threshold.needs_weights and isinstance(gradients, StepGradients):
             weight_norms = gradients.weight_norms()
-        context = StepContext(step, gradients.present(), self._order, weight_norms)
+        if loss is not None and (self._foreign or self._needs_loss):
+            loss = _loss_beside(norms, loss)
+        elif self._needs_loss:
+            raise ArgumentError(
+                f"{self._threshold!r} decides by the loss of the step, and there is none: assign "
+                "clipper.loss = loss before optimizer.step(), or return the loss from the closure."
+            )
+        context = StepContext(step, gradients.present(), self._order, weight_norms, loss)
         if self._rule_indices is not None and isinstance(norms, Tensor):
             norms, context = norms[self._rule_indices], _selected(context, self._rule_indices)
         # The norm of some of the gradients says nothing about the norm of all.
@@ -184,7 +199,18 @@ def _selected(context: StepContext, ruled: Tensor) -> StepContext:
 
 
 def _copied(context: StepContext) -> StepContext:
-    return replace(context, present=context.present.clone())
+    """Return a context of tensors that a user's own rule may write to."""
+    loss = context.loss
+    if loss is not None:
+        loss = as_vector(loss).squeeze(0) if isinstance(loss, float) else loss.clone()
+    return replace(context, present=context.present.clone(), loss=loss)
+
+
+def _loss_beside(norms: Tensor | float, loss: Tensor | float) -> Tensor | float:
+    """Return a loss as a number if the host has the norms, else 0-d on their device."""
+    if isinstance(norms, float) or host_may_read(norms):
+        return loss if isinstance(loss, float) else loss.item()
+    return norms.new_full((), loss) if isinstance(loss, float) else loss.to(norms)
 
 
 def _is_number(norms: Tensor) -> bool:

@@ -115,10 +115,15 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ArgumentError(f"{name} is {value!r}: give one of {', '.join(map(repr, choices))}.")
 
 
-def check_capture(settings: Settings, threshold: Threshold) -> None:
+def check_capture(settings: Settings, threshold: Threshold, *, stale_loss: bool = False) -> None:
     """Refuse the capture of a step in a CUDA graph whose replays would not clip rightly.
 
     A replay repeats kernels and runs no Python.
+
+    Args:
+        settings: The settings of the clipper.
+        threshold: Its threshold.
+        stale_loss: Whether the step has a loss that was assigned before the capture.
 
     Raises:
         AttachError: A policy or the threshold needs the host at every step.
@@ -134,4 +139,10 @@ def check_capture(settings: Settings, threshold: Threshold) -> None:
             "Python: give a threshold whose class sets 'capturable = True', because it does the "
             "same at every step and writes its state in place; or call optimizer.step() outside "
             "the graph."
+        )
+    if stale_loss:
+        raise AttachError(
+            "The loss was assigned before the CUDA graph was captured, so that every replay would "
+            "log the value of that moment: assign clipper.loss within the capture, a tensor that "
+            "the captured forward pass computes."
         )

@@ -43,8 +43,8 @@ class Attachment:
     Args:
         optimizer: The optimizer, one of those from `clippable`.
         clip: Called when the gradients are complete: before the step, or after each evaluation of
-            its closure. Returns a record, which says whether to skip the step, or None if there
-            was nothing to clip.
+            its closure, with what that returned, else with None. Returns a record, which says
+            whether to skip the step, or None if there was nothing to clip.
         finish: Called with the last record after the step was taken or skipped.
         loaded: Called after the optimizer has loaded a state.
     """
@@ -52,7 +52,7 @@ class Attachment:
     def __init__(
         self,
         optimizer: Optimizer,
-        clip: Callable[[Optimizer, StepChanges], ClipRecord | None],
+        clip: Callable[[Optimizer, StepChanges, object], ClipRecord | None],
         finish: Callable[[Optimizer, ClipRecord], None],
         loaded: Callable[[Optimizer], None],
     ) -> None:
@@ -145,16 +145,16 @@ class Attachment:
             # The evaluation before may have been one to skip, and has hidden its gradients.
             running.step_changes.undo()
             loss = closure(*args, **kwargs)
-            self._clip_in_closure(running)
+            self._clip_in_closure(running, loss)
             return loss
 
         return clipping_closure
 
-    def _clip_or_skip(self, running: _RunningStep) -> None:
+    def _clip_or_skip(self, running: _RunningStep, returned: object = None) -> None:
         """Clip the gradients that are there, and carry out the decision to skip."""
         running.awaits_closure = False
         try:
-            running.record = self._clip(self._optimizer, running.step_changes)
+            running.record = self._clip(self._optimizer, running.step_changes, returned)
         except BaseException:
             self._abandon()
             raise

@@ -16,6 +16,8 @@ __all__ = [
     "LoggedStep",
     "incidents",
     "logged_step",
+    "loss_history",
+    "losses",
     "norm_history",
     "parameter_norms",
     "record",

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .losses import NO_LOSS
 from .parameter_norms import ParameterNorms
 from .record import ClipRecord, flag_per_norm
 
@@ -75,12 +76,17 @@ class Batch:
         values = _stacked(records, self.has_device_flags)
         measured = [sums for record in records if (sums := record.parameter_sums) is not None]
         vectors = [vector.to(values.device) for sums in measured for vector in sums.sums]
+        self._given_losses = [record.given_loss for record in records]
+        held = [loss for loss in self._given_losses if isinstance(loss, Tensor)]
+        # Losses may lie on another device than norms on the CPU, which would wait for them here.
+        device = held[0].device if held and not values.is_cuda else values.device
         self._host = _on_host(values)
         self._sums = _on_host(torch.cat(vectors)) if vectors else None
+        self._losses = _on_host(torch.stack([loss.to(device) for loss in held])) if held else None
         self._event = None
-        if values.is_cuda:
+        if device.type == "cuda":
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(values.device))
+            self._event.record(torch.cuda.current_stream(device))
 
     def arrived(self) -> bool:
         """Return whether `values` returns without waiting."""
@@ -102,6 +108,15 @@ class Batch:
     def overflowed(self) -> Tensor | None:
         """Return which steps GradScaler skipped, as `skipped` does; None if the host knows none."""
         return self._arrived()[4, :, 0] > 0 if self.has_device_flags else None
+
+    def losses(self) -> list[float | None]:
+        """Return the loss of each step, None for one without a loss. Waits for the copy."""
+        losses = self._given_losses
+        if self._losses is not None:
+            self._arrived()
+            arrived = iter(self._losses.tolist())
+            losses = [next(arrived) if isinstance(loss, Tensor) else loss for loss in losses]
+        return [None if loss == NO_LOSS else loss for loss in losses]  # type: ignore[misc]
 
     def parameter_norms(self, order: float) -> list[Callable[[], ParameterNorms | None]]:
         """Return what makes the parameter norms of each step, None if unknown. Waits for the copy.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from .buffer import Batch
-from .incidents import incident_of
+from .incidents import incident_of, loss_incident_of
 from .logged_step import LoggedStep
+from .loss_history import LossHistory
 from .norm_history import SHOWN, NormHistory
+from .parameter_norms import ParameterNorms
 from .record import clipped_norms
 
 
@@ -51,8 +53,13 @@ class StepCounter:
         self.overflowed = 0
         """Records of steps that GradScaler skipped: they are no steps, and the later ones move up
         by as many indices."""
-        self.history = NormHistory()
+        self.forget()
         self._longest_run = 0
+
+    def forget(self) -> None:
+        """Forget the norms and losses before, which belong to another part of the training."""
+        self.history = NormHistory()
+        self._losses = LossHistory()
 
     def rows(self, batch: Batch, *, parameter_norms: bool) -> list[LoggedStep]:
         """Count the steps of a batch and return a row for each. Waits for the copy of the batch.
@@ -64,13 +71,14 @@ class StepCounter:
         steps = self._counted(batch)
         if steps is None:
             return []
-        by_parameter = batch.parameter_norms(self._order)
+        by_parameter, losses = batch.parameter_norms(self._order), batch.losses()
         if steps.taken is not None:
-            by_parameter = [*compress(by_parameter, steps.taken.tolist())]
-        incidents = []
-        for index, total, norms in zip(steps.indices, steps.totals, by_parameter, strict=True):
-            incidents.append(incident_of(index, total, norms, self.history))
-            self.history.add(total)  # only now: a spike is compared with the norms before it
+            taken = steps.taken.tolist()
+            by_parameter, losses = [*compress(by_parameter, taken)], [*compress(losses, taken)]
+        incidents = [
+            self._incident(*step)
+            for step in zip(steps.indices, steps.totals, by_parameter, losses, strict=True)
+        ]
         clipped, finite, nonfinite_steps, skipped_steps = steps.counts
         columns = (  # in the order of the fields
             steps.indices,
@@ -86,8 +94,25 @@ class StepCounter:
             skipped_steps.tolist(),
             [norms() if parameter_norms else None for norms in by_parameter],
             incidents,
+            losses,
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
+
+    def _incident(
+        self,
+        step: int,
+        norm: float,
+        parameter_norms: Callable[[], ParameterNorms | None],
+        loss: float | None,
+    ) -> str | None:
+        """Return the sentences about a step that stands out, and remember its norm and loss."""
+        incident = incident_of(step, norm, parameter_norms, self.history)
+        self.history.add(norm)  # only now: a spike is compared with the norms before it
+        if loss is None:
+            return incident
+        of_loss = loss_incident_of(step, loss, self._losses)
+        self._losses.add(loss)
+        return f"{incident} {of_loss}" if incident and of_loss else incident or of_loss
 
     def count(self, batch: Batch) -> None:
         """Count the steps of a batch that no sink wants. Waits for the copy of the batch."""

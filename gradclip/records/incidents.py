@@ -1,4 +1,4 @@
-"""Sentences about steps whose norm is not finite or far above the norms before it."""
+"""Sentences about steps whose norm or loss is not finite, or far above those before it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from ..errors import NonFiniteGradientError, SkipLimitError
 from ..scopes.naming import listed_nonfinite
+from . import loss_history
+from .loss_history import LossHistory
 from .norm_history import DEVIATIONS, SHOWN, NormHistory
 from .parameter_norms import ParameterNorms
 from .record import ClipRecord
@@ -49,6 +51,26 @@ def incident_of(
     return f"{incident}. The norms before: {before}."
 
 
+def loss_incident_of(step: int, loss: float, before: LossHistory) -> str | None:
+    """Return a sentence about the loss of a step, if it stands out; None for a usual one.
+
+    Args:
+        step: Index of the step.
+        loss: The loss.
+        before: The losses before the step.
+    """
+    newest = "not known" if before.newest is None else f"{before.newest:.4g}"
+    if not math.isfinite(loss):
+        return f"The loss was {loss} at step {step}. The last finite loss before: {newest}."
+    if not before.is_spike(loss):
+        return None
+    return (
+        f"The loss went from {newest} to {loss:.4g} at step {step}, above {before.line():.4g}: the "
+        f"mean of the last {len(before)} losses, {before.mean():.4g}, plus "
+        f"{loss_history.DEVIATIONS:g} standard deviations."
+    )
+
+
 def _nonfinite_names(parameters: ParameterNorms) -> str:
     """Name the parameters that are not finite; only the device could have counted elements."""
     return listed_nonfinite([name for name, norm in parameters.items() if not math.isfinite(norm)])
@@ -64,9 +86,10 @@ def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientErro
     norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
     value = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
     names = record.parameter_sums and record.parameter_sums.nonfinite
+    loss = "" if record.loss is None else f" The loss was {record.loss.item():.4g}."
     return NonFiniteGradientError(
         f"The norm of the gradients is {value} at step {record.step}, from these parameters: "
-        f"{names}. The norms before: {before}. The step was not taken and the gradients are "
+        f"{names}.{loss} The norms before: {before}. The step was not taken and the gradients are "
         "unchanged. Lower the learning rate or look at the batch of that step; "
         "nonfinite='zero' or 'skip' would go on."
     )

@@ -35,4 +35,6 @@ class LoggedStep(NamedTuple):
     """Norm of each parameter's gradient by the parameter's name, before clipping; None if unknown,
     as in a CUDA graph, or if no sink asks for them."""
     incident: str | None = None
-    """A sentence about a step whose norm was not finite, or far above the norms before it."""
+    """A sentence about a step whose norm or loss was not finite, or far above those before it."""
+    loss: float | None = None
+    """The loss, NaN or infinite if it was so; across ranks its mean; None if none was given."""

@@ -33,6 +33,7 @@ class ClipRecord:
         overflow: Whether GradScaler skipped the step, which then does not count: 0-d, bool, if only
             the device knows, else None.
         parameter_sums: The power sum of each parameter's gradient, for the logs.
+        loss: The loss of the step, from `checked_loss`; None if none was given.
     """
 
     step: int
@@ -46,8 +47,10 @@ class ClipRecord:
     skipped: bool | Tensor
     overflow: Tensor | None
     parameter_sums: ParameterSums | None
+    given_loss: float | Tensor | None
+    """The loss as given: a number, or 0-d."""
     __slots__ = (
-        *("count", "is_number", "overflow", "parameter_sums", "skipped"),
+        *("count", "given_loss", "is_number", "overflow", "parameter_sums", "skipped"),
         *("step", "values", "wall_time"),
     )
 
@@ -61,6 +64,7 @@ class ClipRecord:
         skipped: bool | Tensor = False,
         overflow: Tensor | None = None,
         parameter_sums: ParameterSums | None = None,
+        loss: float | Tensor | None = None,
     ) -> None:
         is_number = isinstance(norms, float)
         _set(self, "step", step)
@@ -71,6 +75,7 @@ class ClipRecord:
         _set(self, "skipped", skipped)
         _set(self, "overflow", overflow)
         _set(self, "parameter_sums", parameter_sums)
+        _set(self, "given_loss", loss)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"A ClipRecord cannot be changed: found a new {name}.")
@@ -120,14 +125,27 @@ class ClipRecord:
         """Whether the norm was NaN or infinite, bool."""
         return ~self.norm.isfinite()
 
+    @property
+    def loss(self) -> Tensor | None:
+        """Loss of the step, 0-d; None if none was given.
+
+        Across ranks, the mean over those that gave one; on a device, where the host does not know
+        whether any did, minus infinity if none did.
+        """
+        loss = self.given_loss
+        return as_vector(loss).squeeze(0) if isinstance(loss, float) else loss
+
     def __repr__(self) -> str:
-        names = ("step", "norm", "clipped_norm", "threshold", "coefficient", "nonfinite")
+        names = ["step", "norm", "clipped_norm", "threshold", "coefficient", "nonfinite"]
+        if self.given_loss is not None:
+            names.append("loss")
         return f"ClipRecord({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def __getstate__(self) -> list[Any]:
         """Return the arguments of the constructor, in order."""
+        vectors = (self.norms, self.thresholds, self.coefficients)
         flags = (self.skipped, self.overflow, self.parameter_sums)
-        return [self.step, self.wall_time, self.norms, self.thresholds, self.coefficients, *flags]
+        return [self.step, self.wall_time, *vectors, *flags, self.given_loss]
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         self.__init__(*state)  # type: ignore[misc]

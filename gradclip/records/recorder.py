@@ -76,7 +76,7 @@ class Recorder:
     def steps(self, steps: int) -> None:
         self._deliver(wait=True)
         self.seen = steps + self.overflowed
-        self._counter.history = NormHistory()  # norms of another part of the training
+        self._counter.forget()
 
     @property
     def counters(self) -> Counters:

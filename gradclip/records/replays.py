@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .buffer import wait_for_device
+from .losses import NO_LOSS
 from .record import ClipRecord, flag_per_norm
 
 CAPACITY = 10_000
@@ -35,6 +36,9 @@ class ReplayedRecords:
         count = norms.numel()
         self.capacity = max(1, min(CAPACITY, MOST_NUMBERS // (5 * max(1, count))))
         self._rows = norms.new_zeros(self.capacity, 5, count)
+        self._losses = norms.new_full((self.capacity,), NO_LOSS)
+        self._has_losses = False
+        """True once a captured step has a loss: the ring then holds that of every step."""
         self._written = norms.new_zeros(1, dtype=torch.int64)
         self._taken = 0
         self._time = time.time()
@@ -50,7 +54,14 @@ class ReplayedRecords:
         flags = [flag_per_norm(flag, norms) for flag in (record.skipped, record.overflow)]
         row = torch.stack((norms, record.thresholds, record.coefficients, *flags))
         # The place in the ring is computed on the device: a graph would repeat a number of Python.
-        self._rows.index_copy_(0, self._written % self.capacity, row.unsqueeze(0))
+        place = self._written % self.capacity
+        self._rows.index_copy_(0, place, row.unsqueeze(0))
+        loss = record.given_loss
+        self._has_losses |= loss is not None
+        if isinstance(loss, Tensor):
+            self._losses.index_copy_(0, place, loss.to(self._losses).unsqueeze(0))
+        elif self._has_losses:
+            self._losses.index_fill_(0, place, NO_LOSS)
         self._written += 1
         if not self._captured:
             self._captured, self._time = True, time.time()
@@ -84,11 +95,12 @@ class ReplayedRecords:
                 stacklevel=4,
             )
         indices = torch.arange(written - kept, written, device=self._rows.device) % self.capacity
-        rows = self._rows[indices].cpu()
+        rows, losses = self._rows[indices].cpu(), self._losses[indices].tolist()
         self._taken, self._time = written, now
         records = []
-        for index, row in enumerate(rows, replayed - kept):
+        for index, (row, loss) in enumerate(zip(rows, losses, strict=True), replayed - kept):
             wall_time = begun + (now - begun) * (index + 1) / replayed
             flags = row[3, 0] > 0, row[4, 0] > 0
-            records.append(ClipRecord(step + index, wall_time, row[0], row[1], row[2], *flags))
+            values = (row[0], row[1], row[2])
+            records.append(ClipRecord(step + index, wall_time, *values, *flags, loss=loss))
         return replayed, records

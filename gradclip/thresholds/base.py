@@ -51,6 +51,11 @@ class StepContext:
     weight_norms: Tensor | None = None
     """Shape (k,): norms of the parameters behind each norm, of the same order; None for a rule
     without ``needs_weights``."""
+    loss: Any = None
+    """The loss of the step, 0-d, of the device and dtype of the norms; across ranks the mean over
+    those that gave one. None if none was given. It may be NaN or infinite; on a device it is minus
+    infinity where no rank gave one, which the host does not know there. On the CPU the rules of
+    this package get a number."""
 
 
 class Threshold(ABC):
@@ -62,6 +67,8 @@ class Threshold(ABC):
 
     needs_weights: bool = False
     """True to get ``context.weight_norms``, which costs a reading of the parameters."""
+    needs_loss: bool = False
+    """True if a step without a loss is an error, which leaves the gradients as they are."""
     observes_skipped: bool = False
     """True to observe the norms of skipped steps too, with the clipped norms that scaling would
     have made. With False a rule never follows the norms that it skips."""

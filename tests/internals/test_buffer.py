@@ -60,6 +60,8 @@ class DeviceTensor(Tensor):
             return target
         if function is torch.ops.aten.new_zeros.default:
             return cls(torch.zeros(args[1], dtype=kwargs.get("dtype")), owner)
+        if function is torch.ops.aten.new_full.default:
+            return cls(torch.full(args[1], args[2]), owner)
         if function is torch.ops.aten.stack.default:
             return cls(torch.stack([part.values for part in args[0]]), owner)
         raise AssertionError(f"{function} is no way to treat a tensor on a device")

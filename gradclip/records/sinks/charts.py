@@ -18,10 +18,17 @@ CHARTS = {
     "steps not finite, steps skipped": "nonfinite_steps|skipped_steps",
 }
 """Titles of the charts, each with the curves it overlays."""
+CHARTS_WITH_LOSS = {**CHARTS, "loss": "loss"}
+"""The same where steps have a loss."""
 
 
 def opening_events(
-    step: int, wall_time: float, prefix: str, prefixes: Iterable[str], settings: Mapping[str, str]
+    step: int,
+    wall_time: float,
+    prefix: str,
+    prefixes: Iterable[str],
+    settings: Mapping[str, str],
+    charts: Mapping[str, str] = CHARTS,
 ) -> list[Event]:
     """Return the events that come once before the curves of a clipper.
 
@@ -31,8 +38,9 @@ def opening_events(
         prefix: Prefix of the clipper's tags.
         prefixes: Prefixes of all clippers of the run, since only the last layout of a run counts.
         settings: Settings of the clipper by name.
+        charts: Titles of the charts, each with its curves.
     """
-    content = layout(prefixes).SerializeToString()
+    content = layout(prefixes, charts).SerializeToString()
     values = [
         Summary.Value(
             tag=metadata.CONFIG_SUMMARY_TAG,
@@ -45,7 +53,7 @@ def opening_events(
     return [Event(step=step, wall_time=wall_time, summary=Summary(value=values))]
 
 
-def layout(prefixes: Iterable[str]) -> layout_pb2.Layout:
+def layout(prefixes: Iterable[str], charts: Mapping[str, str] = CHARTS) -> layout_pb2.Layout:
     """Return the charts of several clippers, one category each."""
     return layout_pb2.Layout(
         category=[
@@ -56,7 +64,7 @@ def layout(prefixes: Iterable[str]) -> layout_pb2.Layout:
                         title=title,
                         multiline=layout_pb2.MultilineChartContent(tag=[f"^{prefix}/({curves})$"]),
                     )
-                    for title, curves in CHARTS.items()
+                    for title, curves in charts.items()
                 ],
             )
             for prefix in prefixes

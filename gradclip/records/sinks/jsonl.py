@@ -22,7 +22,7 @@ except ImportError:  # Windows
 class JsonlSink(CadencedSink):
     """Append one line of JSON for each step to a file.
 
-    A line is an object with the fields of `LoggedStep`; the last two are absent if they are None.
+    A line is an object with the fields of `LoggedStep`; the last three are absent if they are None.
     Numbers that are NaN or infinite are null, as JSON has neither. A batch is appended in one
     write, so several processes may write to one file, but their steps then alternate, and
     `gradclip report` takes a file for one run. A run that continues appends to its file; if a step
@@ -94,8 +94,9 @@ def _fields(step: LoggedStep) -> dict[str, object]:
         fields["parameter_norms"] = {
             k: _json_number(norm) for k, norm in step.parameter_norms.items()
         }
-    if step.incident is None:
-        del fields["incident"]
+    for name in ("incident", "loss"):
+        if getattr(step, name) is None:
+            del fields[name]
     return fields
 
 

@@ -28,16 +28,18 @@ class TensorBoardSink(CadencedSink):
     """Write scalars for TensorBoard, every step with its own wall time.
 
     The tags are ``grad_norm/pre``, ``grad_norm/post``, ``grad_norm/threshold`` (if there is a
-    single one), ``grad_norm/clip_rate``, ``grad_norm/nonfinite_steps`` and
-    ``grad_norm/skipped_steps``. While this sink is open, another one on the same directory or
-    writer writes ``grad_norm_2/...``, and so on.
+    single one), ``grad_norm/clip_rate``, ``grad_norm/nonfinite_steps``,
+    ``grad_norm/skipped_steps`` and ``grad_norm/loss`` (if losses are given). While this sink is
+    open, another one on the same directory or writer writes ``grad_norm_2/...``, and so on.
 
     Under "Custom Scalars", one chart overlays the norm before and after with the threshold; others
-    show the clip rate and the steps that were not finite or skipped. If the same writer has a
-    layout of your own, the later of the two layouts counts. Under "Text" are the settings of the
-    clipper and ``grad_norm/incidents``: a sentence for each step whose norm was not finite, or
-    above the median of the last 100 norms plus ten median deviations, with the parameters to blame
-    and the norms before. With ``per_parameter``, parameter norms are in ``parameter_norm/<name>``.
+    show the clip rate, the steps that were not finite or skipped, and the loss, if the first batch
+    has one. If the same writer has a layout of your own, the later of the two layouts counts. Under
+    "Text" are the settings of the clipper and ``grad_norm/incidents``: a sentence for each step
+    whose norm was not finite, or above the median of the last 100 norms plus ten median deviations,
+    with the parameters to blame and the norms before; and for each step whose loss was not finite,
+    or above the mean of the last 128 losses plus six standard deviations. With ``per_parameter``,
+    parameter norms are in ``parameter_norm/<name>``.
 
     A directory shows one run. A resumed run continues its curves, and a run that begins again at
     step 0 replaces them: from its first step on, TensorBoard no longer shows the curves that an
@@ -76,6 +78,7 @@ class TensorBoardSink(CadencedSink):
         self._destination = destination_of(where, _LOADED_AT)
         self._prefix = self._claimed_prefix()
         self._settings: Mapping[str, str] = {}
+        self._has_losses = False
 
     def __repr__(self) -> str:
         return f"TensorBoardSink({self._destination.directory!r})"
@@ -93,13 +96,15 @@ class TensorBoardSink(CadencedSink):
             if step.incident or step.step in numbers
         ]
         if points:
+            self._has_losses = any(step.loss is not None for step in steps)
             self._destination.write(self._prefix, points, self._opening)
 
     def _opening(self, step: int, wall_time: float) -> list[Event]:
-        from .charts import opening_events
+        from .charts import CHARTS, CHARTS_WITH_LOSS, opening_events
 
         prefixes = sorted(_claimed[self._destination.directory])
-        return opening_events(step, wall_time, self._prefix, prefixes, self._settings)
+        charts = CHARTS_WITH_LOSS if self._has_losses else CHARTS
+        return opening_events(step, wall_time, self._prefix, prefixes, self._settings, charts)
 
     def close(self) -> None:
         """Close the event file with its last sink; a ``SummaryWriter`` stays open."""

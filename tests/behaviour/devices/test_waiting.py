@@ -65,7 +65,9 @@ def trained_steps(target, max_norm, *, fused: bool, **options):
     def take(*factors: float) -> None:
         for factor in factors:
             optimizer.zero_grad()
-            model(batches[factor]).square().mean().backward()
+            loss = model(batches[factor]).square().mean()
+            loss.backward()
+            clipper.loss = loss
             optimizer.step()
 
     take(0.01, 0.01, 0.01)  # a step that is not skipped makes the state

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ..engines import norm_dtype
-from ..engines.base import host_may_read
+from ..engines.base import CPU, host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import ArgumentError
 from ..records.record import ClipRecord, as_vector, clipped_norms
 from ..scopes.labels import NormLabels
-from ..thresholds import StepContext, Threshold, is_foreign, learns
+from ..thresholds import Fixed, StepContext, Threshold, is_foreign, learns
 from .host_step import HostGradients
-from .step import StepGradients
+from .step import StepGradients, presence_flag
 
 _LEARNING: WeakValueDictionary[int, NormThresholds] = WeakValueDictionary()
 """The clipper's object that serves each learning rule, by the id of the rule.
@@ -32,6 +32,9 @@ clipper, until the first is detached or collected. It is not an attribute of the
 would inherit: a copied rule may serve another clipper. Nor is the rule itself a key, since a user's
 class may define ``__eq__`` and so have no hash. An id stays valid: the value keeps its rule alive.
 """
+
+NO_CONTEXT = StepContext(0, presence_flag(True, CPU))
+"""For a fixed threshold, which asks for nothing of a step."""
 
 
 class NormThresholds:
@@ -56,6 +59,7 @@ class NormThresholds:
         self._order = order
         self._learns, self._foreign = learns(threshold), is_foreign(threshold)
         self._needs_loss = threshold.needs_loss
+        self._is_fixed, self._rule = type(threshold) is Fixed, cast(Any, threshold)
         self._context: StepContext | None = None
         self._started: tuple[str, ...] = ()
         self._rule_indices: Tensor | None = None
@@ -110,6 +114,8 @@ class NormThresholds:
                 self._rule_indices,
                 {**getattr(self._threshold, "__dict__", {})},
             )
+        if self._is_fixed and isinstance(norms, float):
+            return self._rule.thresholds(norms, NO_CONTEXT)
         weight_norms = None
         if self._threshold.needs_weights and isinstance(gradients, StepGradients):
             weight_norms = gradients.weight_norms()
@@ -161,7 +167,7 @@ class NormThresholds:
 
     def _rule_thresholds(self, norms: Any, context: StepContext) -> Any:
         """Return what the rule allows, numbers for numbers and tensors for tensors."""
-        rule: Any = self._threshold
+        rule = self._rule
         if self._foreign:
             # A user's own rule may write to its arguments, which the record keeps: it gets copies.
             vector = as_vector(norms)

@@ -127,10 +127,10 @@ class Attachment:
         running.step_changes.undo()
         if running.awaits_closure:
             return None
-        if running.has_clipped(gradients_held(self._optimizer)):
-            self._skip_if_decided(running)
-        else:
+        if not running.has_clipped(gradients_held(self._optimizer)):
             self._clip_or_skip(running)
+        elif running.record is not None and running.record.skipped is not False:
+            self._skip(running, running.record.skipped)
         if not running.step_changes:
             return None
         return args, GuardedArguments(kwargs, running.step_changes)
@@ -160,16 +160,14 @@ class Attachment:
             raise
         if self._may_nest:
             running.remember_clipped(gradients_held(self._optimizer))
-        self._skip_if_decided(running)
+        if running.record is not None and running.record.skipped is not False:
+            self._skip(running, running.record.skipped)
 
-    def _skip_if_decided(self, running: _RunningStep) -> None:
-        """Let the optimizer change nothing if the record says so.
+    def _skip(self, running: _RunningStep, skipped: bool | Tensor) -> None:
+        """Let the optimizer change nothing if the decision is to skip.
 
         Host sync where the device alone knows the decision and the optimizer cannot skip there.
         """
-        skipped = False if running.record is None else running.record.skipped
-        if skipped is False:
-            return
         if isinstance(skipped, Tensor) and skips_on_device(self._optimizer):
             # Fused optimizers take the attribute found_inf for an overflow, as GradScaler sets it.
             pending = mark_of(self._optimizer, "found_inf")

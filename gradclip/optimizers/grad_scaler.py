@@ -45,9 +45,10 @@ def mark_of(optimizer: Optimizer, name: str) -> Tensor | None:
     return getattr(optimizer, name, None) if heeds_marks(optimizer) else None
 
 
-def marks_of(optimizer: Optimizer) -> list[Any]:
+def marks_of(optimizer: Optimizer) -> tuple[Any, Any]:
     """Return both marks, None for one that is absent."""
-    return [*map(vars(optimizer).get, MARKS)]
+    attributes = vars(optimizer)
+    return attributes.get("grad_scale"), attributes.get("found_inf")
 
 
 def mend_marks(optimizer: Optimizer, marks: Sequence[object]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -21,11 +23,13 @@ class StepChanges:
         optimizer: The optimizer that steps.
     """
 
+    # Defaults of the class: a usual step changes nothing.
+    _hidden: Sequence[tuple[Tensor, Tensor]] = ()
+    _groups: Sequence[tuple[dict[str, Any], dict[str, tuple[object, object]]]] = ()
+    _attributes: Mapping[str, tuple[object, object]] = MappingProxyType({})
+
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._groups: list[tuple[dict[str, Any], dict[str, tuple[object, object]]]] = []
-        self._attributes: dict[str, tuple[object, object]] = {}
 
     def __bool__(self) -> bool:
         """Return whether there is anything to undo."""
@@ -33,11 +37,12 @@ class StepChanges:
 
     def hide_gradients(self) -> None:
         """Skip the step on the host: without gradients, an optimizer changes no parameter."""
-        groups = self.optimizer.param_groups
+        groups, hidden = self.optimizer.param_groups, [*self._hidden]
         for parameter in parameters_of(groups):
             if parameter.grad is not None:
-                self._hidden.append((parameter, parameter.grad))
+                hidden.append((parameter, parameter.grad))
                 parameter.grad = None
+        self._hidden = hidden
         # Some optimizers count steps in their groups, also without gradients. The learning rate is
         # a scheduler's or the user's, who may set it before these changes are undone.
         self._groups = [(g, {k: _saved(v) for k, v in g.items() if k != "lr"}) for g in groups]
@@ -46,7 +51,7 @@ class StepChanges:
         """Set an attribute of the optimizer."""
         now = vars(self.optimizer).get(name, _ABSENT)
         earlier, _ = self._attributes.get(name, (now, None))
-        self._attributes[name] = (earlier, value)
+        self._attributes = {**self._attributes, name: (earlier, value)}
         setattr(self.optimizer, name, value)
 
     def undo(self) -> None:
@@ -75,7 +80,7 @@ class StepChanges:
                     delattr(self.optimizer, name)
                 else:
                     setattr(self.optimizer, name, earlier)
-        self._hidden, self._groups, self._attributes = [], [], {}
+        self._hidden, self._groups, self._attributes = (), (), {}
 
 
 def _saved(value: object) -> tuple[object, object]:

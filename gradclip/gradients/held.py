@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from operator import attrgetter, itemgetter
@@ -63,20 +63,18 @@ class HeldGradients:
     weights: list[Weight] = field(default_factory=list)
     """The parameters, if the threshold reads their norms."""
 
-    def filtered(self, wanted: Callable[[Tensor], bool]) -> HeldGradients:
-        """Return the gradients for which a predicate is true, with their weights."""
-        kept = [wanted(gradient) for gradient in self.gradients]
+    def without(self, ids: set[int]) -> HeldGradients:
+        """Return the gradients, and their weights, without those of some ids."""
+        if not ids:
+            return self
+        kept = [id(gradient) not in ids for gradient in self.gradients]
         return HeldGradients(
             list(compress(self.gradients, kept)),
             list(compress(self.norm_indices, kept)),
             list(compress(self.names, kept)),
             list(compress(self.counts_here, kept)),
             # A weight without a gradient here may have one on another rank.
-            [
-                weight
-                for weight in self.weights
-                if (g := weight.parameter.grad) is None or wanted(g)
-            ],
+            [weight for weight in self.weights if id(weight.parameter.grad) not in ids],
         )
 
 

@@ -21,7 +21,7 @@ from ..errors import AttachError
 from ..gradients.held import gradients_held, parameters_of
 from ..records.record import ClipRecord
 from .call_stack import making_state, running_scaler, step_running
-from .clipped_already import TensorVersion, version_of
+from .clipped_already import TensorVersions, versions_of
 from .closures import Arguments, ClosureFinder
 from .grad_scaler import (
     delete_marks,
@@ -246,8 +246,9 @@ class _RunningStep:
     awaits_closure = False
     """True until the closure was evaluated for the first time."""
     record: ClipRecord | None = None
-    _clipped: list[TensorVersion] | None = None
-    _parameters: Sequence[tuple[Tensor, int | None]] = ()
+    _clipped: TensorVersions | None = None
+    _parameters: Sequence[Tensor] = ()
+    _versions: Sequence[int | None] = ()
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.step_changes = StepChanges(optimizer)
@@ -257,27 +258,24 @@ class _RunningStep:
 
     def remember_clipped(self, gradients: list[Tensor]) -> None:
         """Remember gradients as the clipping has left them."""
-        self._clipped = [*map(TensorVersion, gradients)]
+        self._clipped = TensorVersions(gradients)
 
     def has_clipped(self, gradients: list[Tensor]) -> bool:
         """Return whether these are the gradients that were clipped, unchanged."""
         if self._clipped is None or len(self._clipped) != len(gradients):
             return False
-        return all(
-            version.unchanged(gradient) and not gradient.is_inference()
-            for gradient, version in zip(gradients, self._clipped, strict=True)
-        )
+        return all(self._clipped.are_unchanged(gradients))
 
     def hide_gradients(self) -> None:
         """Skip the step by hiding the gradients, and remember the versions of the parameters."""
         if not self._parameters:
-            parameters = parameters_of(self._optimizer.param_groups)
-            self._parameters = [(parameter, version_of(parameter)) for parameter in parameters]
+            self._parameters = [*parameters_of(self._optimizer.param_groups)]
+            self._versions = versions_of(self._parameters)
         self.step_changes.hide_gradients()
 
     def changed_parameters(self) -> bool:
         """Return whether a skipped step has written parameters all the same."""
-        return any(version_of(parameter) != version for parameter, version in self._parameters)
+        return bool(self._parameters) and versions_of(self._parameters) != self._versions
 
 
 def _uncompiled(hook: Callable[P, R]) -> Callable[P, R]:

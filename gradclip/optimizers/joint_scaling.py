@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..errors import AttachError
 from ..gradients.held import gradients_held
 from .call_stack import running_scaler
-from .clipped_already import TensorVersion
+from .clipped_already import TensorVersions
 from .grad_scaler import found_inf_of, is_overflow, mark_of, overflowed, stage_of
 from .step_changes import StepChanges
 
@@ -72,7 +72,7 @@ class JointScaling:
             AttachError: They are scaled, and the scaler takes them for unscaled.
         """
         early = self._early.get(id(optimizer))
-        if early is not None and not all(map(early.knows, gradients)):
+        if early is not None and not early.knows(gradients):
             raise AttachError(
                 f"Gradients of {type(optimizer).__name__} were computed after they had been "
                 "unscaled for a joint norm, so that GradScaler does not unscale them again: call "
@@ -146,7 +146,7 @@ class _EarlyUnscaled:
     def __init__(
         self, scaler: GradScaler, optimizer: Optimizer, gradients: Sequence[Tensor]
     ) -> None:
-        self._versions = {id(gradient): TensorVersion(gradient) for gradient in gradients}
+        self._versions = TensorVersions(gradients)
         self._optimizer = id(optimizer)
         self._found_inf = found_inf_of(scaler, optimizer)
         self._state = scaler._per_optimizer_states[id(optimizer)]
@@ -163,25 +163,29 @@ class _EarlyUnscaled:
         """
         if not self.updated(scaler) or self._state["stage"] is OptState.STEPPED:
             return False
-        kept = any(version.is_of(g) for g in gradients if (version := self._versions.get(id(g))))
+        kept = any(self._versions.are_known(gradients))
         return kept and not is_overflow(self._found_inf)
 
-    def knows(self, gradient: Tensor) -> bool:
-        """Return whether a gradient is as the early unscaling has left it."""
-        version = self._versions.get(id(gradient))
-        return version is not None and version.unchanged(gradient)
+    def knows(self, gradients: Sequence[Tensor]) -> bool:
+        """Return whether all gradients are as the early unscaling has left them."""
+        counted = [gradient for gradient in gradients if not gradient.is_inference()]
+        known = self._versions.are_known(gradients)
+        return all(known) and all(self._versions.are_unchanged(counted))
 
 
 def _refuse_different_scales(
     scaler: GradScaler | None, stepping: Optimizer, optimizers: Sequence[Optimizer]
 ) -> None:
+    marked = mark_of(stepping, "grad_scale") is not None
+    if scaler is None and not marked:
+        return
     others = [
         optimizer
         for optimizer in optimizers
         if optimizer is not stepping and gradients_held(optimizer)
     ]
     scaled = scaler is not None and any(stage_of(scaler, o) is OptState.READY for o in others)
-    if scaled or (others and mark_of(stepping, "grad_scale") is not None):
+    if scaled or (others and marked):
         raise AttachError(
             "GradScaler has not unscaled the gradients of all the optimizers, so that their scales "
             "differ: give the clipper grad_scaler=, or call grad_scaler.unscale_ for each of them "

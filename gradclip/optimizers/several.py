@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
+from operator import attrgetter
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -83,21 +85,17 @@ class SeveralOptimizers:
             return self._across(stepping, gradients)
         if not gradients:
             return self._without_gradients(stepping)
-        clippings = [self._clipped.record_for(stepping, gradient) for gradient in gradients]
-        records = [record for record in clippings if record is not None]
-        if len(records) == len(gradients):
+        records = self._clipped.records_for(stepping, gradients)
+        if None not in records:
             return _newest(records)
-        uncovered = [gradient for gradient in gradients if not self._clipped.knows(gradient)]
-        self._scaling.refuse_new(stepping, uncovered)
+        others, partial = self._still_to_step(stepping)
+        held = self._held_by([stepping, *others])
+        known = self._clipped.known_among(held.gradients)
+        self._scaling.refuse_new(stepping, [g for g in gradients if id(g) not in known])
         # All of the stepping optimizer's gradients are measured, also those that were clipped and
         # stepped with before, as it steps with them again. Of the other optimizers only new
         # gradients are: the rest is within its threshold already.
-        needed = {*map(id, gradients)}
-        others, partial = self._still_to_step(stepping)
-        held = self._held_by([stepping, *others]).filtered(
-            lambda gradient: id(gradient) in needed or not self._clipped.knows(gradient)
-        )
-        return Selection(held, partial)
+        return Selection(held.without(known.difference(map(id, gradients))), partial)
 
     def mark_clipped(self, gradients: Sequence[Tensor], record: ClipRecord) -> None:
         """Remember gradients as a clipping has left them, with its record."""
@@ -119,26 +117,25 @@ class SeveralOptimizers:
         states = self._scaling.states
         if self._round and stepping not in self._round and states is self._round_states:
             self._round.add(stepping)
-            clippings = [self._clipped.record_for(stepping, gradient) for gradient in gradients]
-            if None in clippings:
+            records = self._clipped.records_for(stepping, gradients)
+            if None in records:
                 raise AttachError(
                     f"Gradients of {type(stepping).__name__} were computed after another optimizer "
                     "of the clipper had stepped, and ranks agree on those of one backward pass: "
                     "step with all of them before the next one, or give each of them a clipper of "
                     "its own."
                 )
-            return _newest([record for record in clippings if record is not None])
+            return _newest(records)
         self._round, self._round_states = WeakSet([stepping]), states
         others, partial = self._still_to_step(stepping)
         waiting = [stepping, *others]
         clipped = {
             id(gradient)
             for optimizer in waiting
-            for gradient in gradients_held(optimizer)
-            if self._clipped.record_for(optimizer, gradient) is not None
+            for gradients in [gradients_held(optimizer)]
+            for gradient in compress(gradients, self._clipped.records_for(optimizer, gradients))
         }
-        held = self._held_by(waiting).filtered(lambda gradient: id(gradient) not in clipped)
-        return Selection(held, partial)
+        return Selection(self._held_by(waiting).without(clipped), partial)
 
     def _without_gradients(self, stepping: Optimizer) -> Selection | None:
         """Let the first optimizer record a step for which no optimizer has a gradient, once."""
@@ -159,5 +156,6 @@ class SeveralOptimizers:
         return [optimizer for optimizer in others if optimizer not in skipped], bool(overflowed)
 
 
-def _newest(records: Sequence[ClipRecord]) -> ClipRecord | None:
-    return max(records, key=lambda record: record.step, default=None)
+def _newest(records: Sequence[ClipRecord | None]) -> ClipRecord | None:
+    """Return the newest record; None without records."""
+    return max({*records}, key=attrgetter("step"), default=None)

@@ -70,15 +70,15 @@ def record() -> ClipRecord:
 def test_a_step_writes_known_gradients_and_uses_up_their_record():
     gradient, newest, clipped = torch.ones(3), record(), ClippedGradients()
     clipped.mark_stepped(ONE, [gradient])
-    assert not clipped.knows(gradient)
+    assert not clipped.known_among([gradient])
     clipped.add([gradient], newest)
     gradient.div_(2)  # as a fused optimizer unscales
     clipped.mark_stepped(ONE, [gradient])
-    assert clipped.knows(gradient)
-    assert clipped.record_for(ONE, gradient) is None
-    assert clipped.record_for(OTHER, gradient) is newest
+    assert clipped.known_among([gradient])
+    assert clipped.records_for(ONE, [gradient]) == [None]
+    assert clipped.records_for(OTHER, [gradient]) == [newest]
     clipped.add([gradient], newest)
-    assert clipped.record_for(ONE, gradient) is newest
+    assert clipped.records_for(ONE, [gradient]) == [newest]
 
 
 def test_tensors_that_are_gone_are_forgotten():
@@ -86,9 +86,9 @@ def test_tensors_that_are_gone_are_forgotten():
     clipped, newest = ClippedGradients(), record()
     for _ in range(100):
         gradient = torch.ones(3)
-        assert not clipped.knows(gradient)
+        assert not clipped.known_among([gradient])
         clipped.add([gradient], newest)
-        assert len(clipped._clippings) == 1
+        assert len(clipped._records) == 1
         del gradient
 
 
@@ -97,8 +97,8 @@ def test_tensors_of_inference_mode_are_never_known():
         gradient = torch.ones(3)
     clipped = ClippedGradients()
     clipped.add([gradient], record())
-    assert not clipped.knows(gradient)
-    assert clipped.record_for(ONE, gradient) is None
+    assert not clipped.known_among([gradient])
+    assert clipped.records_for(ONE, [gradient]) == [None]
 
 
 def test_attributes_are_restored_unless_somebody_else_has_changed_them():

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         StateError,
     )
     from .functional.backward import TimeNorms, clip_backward, through_time
+    from .functional.differentiable import clip_gradients
     from .functional.torch_names import (
         clip_grad_norm_,
         clip_grad_value_,
@@ -98,6 +99,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_units_",
     "clip_grad_value_",
+    "clip_gradients",
     "clip_gradients_",
     "clip_grads_with_norm_",
     "get_total_norm",
@@ -109,6 +111,7 @@ _MODULES = {
     "clipper": ["GradientClipper"],
     "errors": [name for name in __all__ if name.endswith("Error")],
     "functional.backward": ["TimeNorms", "clip_backward", "through_time"],
+    "functional.differentiable": ["clip_gradients"],
     "functional.torch_names": [
         "clip_grad_norm_",
         "clip_grad_value_",

@@ -14,6 +14,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import EngineUnavailableError
 
@@ -247,7 +248,24 @@ def host_root(power_sum: float, order: float) -> float:
 
 def host_may_read(tensor: Tensor) -> bool:
     """Return whether the host can read the values without waiting for a device."""
-    return tensor.is_cpu
+    return tensor.is_cpu and (type(tensor) is Tensor or has_values(tensor))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return False for a meta or fake tensor, which has a shape and no memory.
+
+    Such tensors show what a program needs, before it runs on a machine that has it.
+    """
+    if type(tensor) is Tensor:
+        return not tensor.is_meta
+    # A DTensor is as its part on this rank.
+    local = getattr(tensor, "_local_tensor", tensor)
+    return not (local.is_meta or isinstance(local, FakeTensor))
+
+
+def lack_values(tensors: Sequence[Tensor]) -> bool:
+    """Return whether gradients of one step are meta or fake tensors, as the first of them is."""
+    return len(tensors) > 0 and isinstance(tensors[0], Tensor) and not has_values(tensors[0])
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ from ..engines.no_grad import no_grad
 from ..errors import ArgumentError, GradientError
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
+from ..gradients.differentiable import clipped, joint_norm, transformed
 from ..gradients.forms import refuse_unordered
 from ..gradients.norms import norms_of
 from .torch_names import get_total_norm
@@ -173,31 +174,78 @@ def clip_backward(
 
 
 class _ClipBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, max_norm: float, max_value: float, grad_scaler: GradScaler | None
+        x: Tensor, max_norm: float, max_value: float, grad_scaler: GradScaler | None
     ) -> Tensor:
-        ctx.options = max_norm, max_value, grad_scaler
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable  # the clipped gradient has no history: a second derivative would be wrong
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.options = inputs[1:]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    @once_differentiable  # the second derivative would flow back through x and be clipped as well
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        max_norm, max_value, grad_scaler = ctx.options
-        if max_value < math.inf:
+        if ctx.options[1] < math.inf:
             refuse_unordered([gradient])
-        # Other nodes of the graph may hold this gradient: the copy is written. Contiguous, because
-        # an expanded gradient shares memory between its elements.
-        copy = gradient.clone(memory_format=torch.contiguous_format)
-        [bucket] = buckets_of([copy], 2.0)
+        clip = _out_of_place if transformed() else _in_copy
+        return clip(gradient, *ctx.options), None, None, None
+
+
+def _in_copy(
+    gradient: Tensor, max_norm: float, max_value: float, grad_scaler: GradScaler | None
+) -> Tensor:
+    """Return the clipped gradient, a copy that engines have written."""
+    # Other nodes of the graph may hold this gradient: the copy is written. Contiguous, because
+    # an expanded gradient shares memory between its elements.
+    copy = gradient.clone(memory_format=torch.contiguous_format)
+    [bucket] = buckets_of([copy], 2.0)
+    norms = norms_of([bucket], 2.0)
+    limit, bound = torch.full_like(norms, max_norm), torch.full_like(norms, max_value)
+    if grad_scaler is not None:
+        limit, bound = grad_scaler.scale([limit, bound])
+    if max_value < math.inf:
+        bounds = torch.where(norms < math.inf, bound, math.inf)
+        bucket.clamp_("auto", bounds)
         norms = norms_of([bucket], 2.0)
-        limit, bound = torch.full_like(norms, max_norm), torch.full_like(norms, max_value)
-        if grad_scaler is not None:
-            limit, bound = grad_scaler.scale([limit, bound])
-        if max_value < math.inf:
-            bounds = torch.where(norms < math.inf, bound, math.inf)
-            bucket.clamp_("auto", bounds)
-            norms = norms_of([bucket], 2.0)
-        coefficients = clip_coefficients(norms, limit, erase=False)
-        bucket.scale_("auto", coefficients)
-        return copy, None, None, None
+    coefficients = clip_coefficients(norms, limit, erase=False)
+    bucket.scale_("auto", coefficients)
+    return copy
+
+
+def _out_of_place(
+    gradient: Tensor, max_norm: float, max_value: float, grad_scaler: GradScaler | None
+) -> Tensor:
+    """Return the clipped gradient, in a transformation of ``torch.func``."""
+    _refuse_second_derivative()
+    wide = gradient.to(torch.promote_types(gradient.dtype, norm_dtype(gradient.device)))
+    scale = torch.ones((), dtype=norm_dtype(gradient.device), device=gradient.device)
+    if grad_scaler is not None:
+        scale = grad_scaler.scale(scale)
+    unscaled = wide / scale
+    if max_value < math.inf:
+        finite = joint_norm([unscaled], 2.0).detach() < math.inf
+        unscaled = torch.where(finite, unscaled.clamp(-max_value, max_value), unscaled)
+    [result], _norm = clipped([unscaled], max_norm, 2.0)
+    return (result * scale).to(gradient.dtype)
+
+
+def _refuse_second_derivative() -> None:
+    """Refuse nested derivatives, which torch cannot mark as differentiable once.
+
+    Raises:
+        GradientError: Two transformations that differentiate are running.
+    """
+    keys = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    if keys.count(torch._C._functorch.TransformType.Grad) > 1:
+        raise GradientError(
+            "Found a second derivative of torch.func through clip_backward(), which would be "
+            "clipped on its way as well: clip the gradient with gradclip.clip_gradients() instead."
+        )

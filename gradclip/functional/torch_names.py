@@ -12,25 +12,40 @@ and has the same bits there as in eager code.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import checked_bound, checked_order
 from ..engines import engine_for
-from ..engines.base import CPU, TensorList, host_may_read, norm_dtype
+from ..engines.base import CPU, TensorList, host_may_read, lack_values, norm_dtype
+from ..engines.no_grad import no_grad
 from ..errors import ArgumentError, GradientError, NonFiniteGradientError
 from ..gradients.buckets import Bucket, buckets_of
 from ..gradients.coefficients import clip_coefficients
+from ..gradients.differentiable import (
+    clip_tracked_,
+    joint_norm,
+    require_grad,
+    transformed,
+    write_tracked_,
+)
 from ..gradients.forms import coalesce_, refuse_unordered
 from ..gradients.held import distinct
 from ..gradients.norms import norms_of
 from ..ranks.groups import RankGroup
 from ..ranks.shards import groups_of
+from .arguments import (
+    TensorOrTensors,
+    listed_gradients,
+    listed_parameters,
+    listed_tensors,
+    refuse_graphs,
+    refuse_parameters,
+)
 from .operators import norm_like, nothing, operator
-
-TensorOrTensors = Tensor | Iterable[Tensor]
 
 
 def clip_grad_norm_(
@@ -73,7 +88,9 @@ def clip_grad_norm_(
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
     listed = listed_parameters(parameters)
-    return _clip_norm_(_gradients(listed), limit, order, error_if_nonfinite, **_across(listed))
+    gradients = listed_gradients(listed)
+    clip_ = _clip_graphs_ if require_grad(gradients) else _clip_norm_
+    return clip_(gradients, limit, order, error_if_nonfinite, **_across(listed))
 
 
 def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -96,8 +113,12 @@ def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float 
         GradientError: A gradient has a dtype or layout that cannot be clipped. Nothing was written.
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
-    listed = _listed(tensors)
-    return _clip_norm_(listed, limit, order, False, **_across(listed))
+    listed = listed_tensors(tensors)
+    tracked = require_grad(listed)
+    if tracked:
+        refuse_parameters(listed)
+    clip_ = _clip_graphs_ if tracked else _clip_norm_
+    return clip_(listed, limit, order, False, **_across(listed))
 
 
 def clip_grad_value_(
@@ -120,7 +141,11 @@ def clip_grad_value_(
             Nothing was written.
     """
     bound = checked_bound("clip_value", clip_value, infinite=True)
-    _clip_value_(listed_gradients(parameters), bound)
+    gradients = listed_gradients(listed_parameters(parameters))
+    if require_grad(gradients):
+        _clip_value_in_graphs_(gradients, bound)
+    else:
+        _clip_value_(gradients, bound)
 
 
 def get_total_norm(
@@ -150,7 +175,7 @@ def get_total_norm(
         NonFiniteGradientError: The norm is NaN or infinite, and ``error_if_nonfinite`` is true.
     """
     order = checked_order(norm_type)
-    listed = _listed(tensors)
+    listed = listed_tensors(tensors)
     if error_if_nonfinite:
         # The compiler drops an operator that writes nothing and whose result is unused, and its
         # error with it. This one says that it writes.
@@ -186,7 +211,9 @@ def clip_grads_with_norm_(
             f"total_norm is {total_norm!r}: give the tensor of one element that get_total_norm() "
             "returned."
         )
-    _clip_with_norm_(listed_gradients(parameters), limit, total_norm)
+    gradients = listed_gradients(listed_parameters(parameters))
+    refuse_graphs(gradients, "clip_grads_with_norm_")
+    _clip_with_norm_(gradients, limit, total_norm)
 
 
 @operator(
@@ -204,6 +231,10 @@ def _clip_norm_(
     usable = not groups and not finite and engine.prepare(usual, order)
     if usable and host_may_read(usual[0]):
         return engine.host_clip_(usual, limit, order)
+    if transformed():
+        return _clip_transformed_(gradients, limit, order, finite)
+    if lack_values(gradients):
+        return norm_like(gradients)
     buckets = buckets_of(distinct(gradients), order)
     norm = norms_of(buckets, order, scalar=True, groups=groups)
     if finite and not bool(norm.isfinite()):
@@ -216,18 +247,51 @@ def _clip_norm_(
     return norm
 
 
+def _clip_graphs_(
+    gradients: list[Tensor], limit: float, order: float, finite: bool, **across: Any
+) -> Tensor:
+    """Clip gradients that carry a graph, so that derivatives of them stay exact."""
+    norm = _clip_norm_(gradients, math.inf, order, finite, **across)
+    traced = torch.compiler.is_compiling() or transformed()
+    if traced or not host_may_read(norm) or limit < norm.item() < math.inf:
+        clip_tracked_(gradients, limit, order)
+    return norm
+
+
+@no_grad
+def _clip_transformed_(gradients: list[Tensor], limit: float, order: float, finite: bool) -> Tensor:
+    """Clip gradients in a transformation of ``torch.func``, where the host may read no value."""
+    if finite:
+        raise GradientError(
+            "Found gradients in a transformation of torch.func and error_if_nonfinite=True, which "
+            "reads their norm on the host: leave it out, and check the returned norm outside of "
+            "the transformation."
+        )
+    norm = joint_norm(gradients, order)  # before the write
+    if limit < math.inf:
+        clip_tracked_(gradients, limit, order)
+    return norm
+
+
 @operator("total_norm(Tensor[] tensors, float order) -> Tensor", norm_like)
 def _total_norm(tensors: list[Tensor], order: float, groups: Sequence[RankGroup] = ()) -> Tensor:
+    if transformed():
+        return joint_norm(tensors, order)
+    if lack_values(tensors):
+        return norm_like(tensors)
     return norms_of(buckets_of(distinct(tensors), order), order, scalar=True, groups=groups)
 
 
 @operator("clip_with_norm_(Tensor(a!)[] gradients, float limit, Tensor norm) -> ()", nothing)
 def _clip_with_norm_(gradients: list[Tensor], limit: float, norm: Tensor) -> None:
-    _scale_(buckets_of(distinct(gradients), 2.0), norm, limit)
+    if not lack_values(gradients):
+        _scale_(buckets_of(distinct(gradients), 2.0), norm, limit)
 
 
 @operator("clip_value_(Tensor(a!)[] gradients, float bound) -> ()", nothing)
 def _clip_value_(gradients: list[Tensor], bound: float) -> None:
+    if lack_values(gradients):
+        return
     gradients = distinct(gradients)
     refuse_unordered(gradients)
     buckets = buckets_of(gradients, math.inf)  # refuses unfit gradients before any is written
@@ -236,6 +300,16 @@ def _clip_value_(gradients: list[Tensor], bound: float) -> None:
     for bucket in buckets:
         dtype = norm_dtype(bucket.device)
         bucket.clamp_("auto", torch.full((1,), bound, dtype=dtype, device=bucket.device))
+
+
+def _clip_value_in_graphs_(gradients: list[Tensor], bound: float) -> None:
+    """Bound the elements of gradients that carry a graph, in which their derivative is then 0."""
+    refuse_unordered(gradients)
+    for gradient in distinct(gradients):
+        largest = _total_norm([gradient], math.inf)
+        if not host_may_read(largest) or not largest.item() <= bound:
+            with torch.enable_grad():
+                write_tracked_(gradient, gradient.clone().clamp(-bound, bound))
 
 
 def _scale_(buckets: list[Bucket], norm: Tensor, limit: float) -> None:
@@ -255,33 +329,3 @@ def _across(tensors: Sequence[Tensor]) -> dict[str, Sequence[RankGroup]]:
     """
     groups = () if torch.compiler.is_compiling() else groups_of(tensors)
     return {"groups": groups} if groups else {}
-
-
-def _listed(tensors: TensorOrTensors) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def listed_parameters(parameters: TensorOrTensors) -> list[Tensor]:
-    """Return parameters as a list, read once.
-
-    Raises:
-        GradientError: The iterable holds something else than tensors.
-    """
-    listed = _listed(parameters)
-    # Over the few types first: this also runs in compiled code, and for thousands of parameters.
-    for kind in {*map(type, listed)}:
-        if not issubclass(kind, Tensor) and not all(isinstance(p, Tensor) for p in listed):
-            raise GradientError(
-                f"Found a {kind.__name__} among the parameters: give tensors only, as "
-                "model.parameters() does."
-            )
-    return listed
-
-
-def listed_gradients(parameters: TensorOrTensors) -> list[Tensor]:
-    """Return the gradients of parameters, an object that several share as often as it occurs."""
-    return _gradients(listed_parameters(parameters))
-
-
-def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [g for p in parameters for g in [p.grad] if g is not None]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..checks import checked_order, checked_positive
 from ..engines import engine_for
-from ..engines.base import CPU, TensorList, host_may_read
+from ..engines.base import CPU, TensorList, host_may_read, lack_values
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
 from ..gradients.norms import norms_of
 from ..scopes.norm_indices import NormIndices, present_norms
 from ..thresholds import RelativeToWeights, StepContext
+from .arguments import TensorOrTensors, listed_gradients, listed_parameters, refuse_graphs
 from .operators import norm_like, operator
-from .torch_names import TensorOrTensors, listed_gradients, listed_parameters
 
 
 def clip_grad_units_(
@@ -63,8 +63,11 @@ def clip_grad_units_(
     """
     order, factor = checked_order(norm_type), checked_positive("clip_factor", clip_factor)
     RelativeToWeights(factor, eps)  # checks eps
-    weights = [p for p in listed_parameters(parameters) if p.grad is not None]
-    return _clip_units_(listed_gradients(weights), weights, factor, eps, order)
+    listed = listed_parameters(parameters)
+    gradients = listed_gradients(listed)
+    refuse_graphs(gradients, "clip_grad_units_")
+    weights = [p for p in listed if p.grad is not None]
+    return _clip_units_(gradients, weights, factor, eps, order)
 
 
 @operator(
@@ -78,6 +81,8 @@ def _clip_units_(
     total = _clip_plain_units_(gradients, weights, factor, eps, order)
     if total is not None:
         return total
+    if lack_values(gradients):
+        return norm_like(gradients)
     rule = RelativeToWeights(factor, eps)
     # Each gradient once, with the last weight that has it.
     pairs = {id(g): (g, w.data) for g, w in zip(gradients, weights, strict=True)}

@@ -4,7 +4,7 @@
 them so that one engine call takes many, ``norms.py`` measures, ``norm_thresholds.py`` applies the
 rule, ``coefficients.py`` has the formula, ``policies.py`` the options. ``step.py`` combines these
 for one step, and ``host_step.py`` does the same in numbers for the usual step: plain gradients on
-the CPU that share one norm.
+the CPU that share one norm. ``differentiable.py`` serves gradients that carry a graph.
 
 Called by: optimizers, functional, clipper, integrations.
 Imports: errors, checks, engines, thresholds, scopes, ranks, records.
@@ -13,6 +13,7 @@ Imports: errors, checks, engines, thresholds, scopes, ranks, records.
 __all__ = [
     "buckets",
     "coefficients",
+    "differentiable",
     "forms",
     "held",
     "host_step",

@@ -27,7 +27,7 @@ from .ranks.layout import RankLayout, announces_failure
 from .ranks.messages import comparable_options
 from .ranks.ranks import Ranks
 from .records.incidents import nonfinite_error, skip_limit_error
-from .records.losses import checked_loss, loss_of_closure
+from .records.losses import checked_loss, loss_or_none
 from .records.record import ClipRecord
 from .records.recorder import Recorder
 from .records.sinks.base import Sink
@@ -186,7 +186,7 @@ class GradientClipper:
             is_stale = loss is not None and not self._loss_is_captured
             check_capture(self._settings, self._threshold, stale_loss=is_stale)
         if loss is None and returned is not None:
-            loss = loss_of_closure(returned)
+            loss = loss_or_none(returned)
         gradients = self._joint.at_step(optimizer, changes)
         if gradients is None or isinstance(gradients, ClipRecord):
             return gradients  # an earlier step of this backward pass has clipped these, or nothing

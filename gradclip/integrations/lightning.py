@@ -9,12 +9,14 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from ..checks import checked_count
 from ..clipper import GradientClipper
 from ..errors import AttachError, StateError
+from ..records.losses import loss_or_none
 from ..records.sinks.base import Sink
 from ..records.sinks.callable import CallableSink
 from ..records.sinks.tags import TOTAL
@@ -85,6 +87,11 @@ class GradClipCallback(_Callback):
     ``trainer.global_step`` for one optimizer, and the number of its own steps for each of several;
     a step that ``GradScaler`` skips for its overflow counts in ``global_step`` alone.
 
+    The loss of a step is that of its backward pass, under automatic optimization the mean over
+    accumulated batches, on this rank. Under manual optimization it is that of the last backward
+    pass, if there is one clipper; of several, assign ``callback.clippers[i].loss`` in
+    ``training_step`` after the backward pass.
+
     If optimizers are replaced during a fit, clippers of the new ones continue the old ones from
     the next batch on.
 
@@ -151,6 +158,10 @@ class GradClipCallback(_Callback):
         self._trainer: weakref.ref[Any] | None = None
         self._optimizers: list[Any] = []
         self._watch: ManualClippingWatch | None = None
+        self._loss_before: Any = None
+        """Loss of the batches that were accumulated before this one."""
+        self._has_stepped = False
+        """Whether this batch, or the last one, has come to a step."""
         self.clippers: list[GradientClipper] = []
         """The clippers of this fit or the last, one for each optimizer, or one with ``joint``."""
 
@@ -177,6 +188,10 @@ class GradClipCallback(_Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Attach to optimizers that were replaced; called by the trainer."""
+        self._loss_before = None
+        if len(self.clippers) == 1 and pl_module.automatic_optimization and not self._has_stepped:
+            self._loss_before = self.clippers[0].loss
+        self._has_stepped = False
         if [*map(id, trainer.optimizers)] == [*map(id, self._optimizers)]:
             return
         states = self.state_dict().get(STATE, ())
@@ -190,6 +205,19 @@ class GradClipCallback(_Callback):
                 warnings.warn(message, UserWarning, stacklevel=2)
         _count_on(self.clippers, trainer)
 
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Take the loss of a batch; called by the trainer. No host sync."""
+        if len(self.clippers) != 1:
+            return
+        loss = loss.detach()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            loss = loss / scaler.scale(torch.ones_like(loss))  # Lightning has scaled it already
+        # Lightning divides by the number of batches that it accumulates, so that their sum is a
+        # mean. A closure that is evaluated again begins anew with its batch.
+        before = self._loss_before
+        self.clippers[0].loss = loss_or_none(loss if before is None else loss + before)
+
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Remember the gradients as they were computed; called by the trainer."""
         if self._watch is not None:
@@ -197,6 +225,7 @@ class GradClipCallback(_Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Refuse an unknown optimizer, and check the gradients; called by the trainer."""
+        self._has_stepped = True
         if not any(optimizer is each for each in self._optimizers):
             raise AttachError(
                 f"This {type(optimizer).__name__} was added within a batch and has no clipper: "
@@ -292,7 +321,7 @@ class GradClipCallback(_Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Return the options and a state that waits: a copy is attached to nothing."""
         reset = {"clippers": [], "_attached": False, "_trainer": None, "_stage": None}
-        reset |= {"_optimizers": [], "_watch": None}
+        reset |= {"_optimizers": [], "_watch": None, "_loss_before": None, "_has_stepped": False}
         kept = {name: value for name, value in vars(self).items() if name not in SET_BY_TRAINER}
         return {**kept, **reset}
 

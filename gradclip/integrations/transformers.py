@@ -26,13 +26,14 @@ from ..errors import ArgumentError, AttachError, StateError
 from ..gradients.held import parameters_of
 from ..optimizers.call_stack import locals_of
 from ..records.logged_step import LoggedStep
+from ..records.losses import loss_or_none
 from ..records.sinks.base import Sink
 from ..records.sinks.tags import TOTAL, scalars
 from ..thresholds import Threshold, learns
 from .options import as_new, checked_options
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import (
         CallbackHandler,
         ExportableState,
@@ -45,6 +46,8 @@ except ImportError as error:
 
 __all__ = ["GradClipCallback"]
 
+# The method of the Trainer that has the loss of a batch, as ``tr_loss_step``.
+_LOOP = getattr(Trainer, "_run_epoch", Trainer._inner_training_loop).__code__
 _AS_GIVEN = "as given to the callback that is restored"
 """Stands for ``max_norm`` in a checkpoint, which is JSON and can hold no rule."""
 
@@ -58,7 +61,8 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     At each step that the Trainer logs, ``trainer.state.log_history`` has the norm before and after,
     the threshold, the clip rate and the counts of non-finite and of skipped steps, as
     ``grad_norm/pre`` and so on, and so has whatever the Trainer reports to. With ``log`` all steps
-    are logged there instead.
+    are logged there instead. The loss of a step, ``grad_norm/loss``, is the sum of those that the
+    Trainer adds up over its accumulated batches, on this rank and not averaged over steps.
 
     A checkpoint holds the clipper's counters and what its rule has learned, and
     ``train(resume_from_checkpoint=...)`` continues exactly. Any other ``train()`` begins anew. The
@@ -135,6 +139,19 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._clipper = GradientClipper(optimizer, as_new(self._threshold), model=model, **options)
         self._restore(self._clipper, state)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the loss of a step that a GradScaler has skipped."""
+        if self._clipper is not None:
+            self._clipper.loss = None
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the loss of a batch that is accumulated. No host sync."""
+        self._add_loss()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the loss of the last batch before the step. No host sync."""
+        self._add_loss()
+
     def on_log(
         self,
         args: Any,
@@ -166,6 +183,15 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return the options alone: a copy begins anew."""
         return {**vars(self), "_clipper": None, "_newest": None}
+
+    def _add_loss(self) -> None:
+        """Add the loss of the newest batch to that of the step.
+
+        No event has it as an argument: it is a variable of the Trainer's loop, on the device.
+        """
+        clipper, loss = self._clipper, next(locals_of(_LOOP, "tr_loss_step"), None)
+        if clipper is not None and loss is not None:
+            clipper.loss = loss_or_none(loss if clipper.loss is None else clipper.loss + loss)
 
     def _restore(self, clipper: GradientClipper, state: Any) -> None:
         """Load the clipper's state from a checkpoint, if the training is resumed from one."""

@@ -70,9 +70,9 @@ def _check_tensor(loss: Tensor) -> None:
         raise ArgumentError(f"loss is a tensor of {dtype}: give a real number, such as loss.abs().")
 
 
-def loss_of_closure(returned: object) -> float | Tensor | None:
-    """Return the loss that a closure returned; None if that is no loss, as closures may do."""
+def loss_or_none(given: object) -> float | Tensor | None:
+    """Return a loss as `checked_loss`, None for all else: a closure may return what it likes."""
     try:
-        return None if returned is None else checked_loss(returned)
+        return None if given is None else checked_loss(given)
     except ArgumentError:
         return None

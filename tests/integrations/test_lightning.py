@@ -123,13 +123,60 @@ def test_loggers(tmp_path):
     curves, rows = fit_with_loggers(tmp_path, module, callback, **options)
     assert counts == [0, BATCHES]
     assert len(sink.steps) == 2 * BATCHES
-    assert {*curves} == NUMBERS <= {*rows[0]}
+    assert {*curves} == {*NUMBERS, "grad_norm/loss"} <= {*rows[0]}
     expected = sink.steps[::2]
     pre = [(step.step, pytest.approx(step.norm, rel=1e-6)) for step in expected]
     post = [(step.step, pytest.approx(step.clipped_norm, rel=1e-6)) for step in expected]
     assert (curves["grad_norm/pre"], curves["grad_norm/post"]) == (pre, post)
     table = [(int(row["step"]), float(row["grad_norm/pre"])) for row in rows]
     assert table == [(step.step, step.norm) for step in expected]
+
+
+def heard(losses: list[float], overflows: int | None = None, **overrides: Any) -> Any:
+    """Return a module that keeps the losses of its batches, one of which may be infinite."""
+
+    def training_step(self: Any, batch: Any, index: int) -> Tensor:
+        loss = trainings.loss_of(self.net, batch) * (math.inf if index == overflows else 1.0)
+        losses.append(loss.item())
+        return loss
+
+    return lightning.regression(training_step=training_step, **overrides)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_loss_of_a_step(batches, scaled):
+    """It is the mean over accumulated batches, without the factor of a scaler."""
+    losses: list[float] = []
+    options = {"accumulate_grad_batches": batches}
+    if scaled:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        options["plugins"] = [lightning.precision_of(scaler)]
+    module = heard(losses, overflows=0 if scaled else None)
+    fit(module, GradClipCallback(THRESHOLD, log=(sink := MemorySink())), **options)
+    groups = [losses[at : at + batches] for at in range(0, BATCHES, batches)]
+    # The first step is one that the scaler skips: its loss is in no record, nor is it added to.
+    needed = [sum(group) / batches for group in groups if math.inf not in group]
+    assert [step.loss for step in sink.steps] == pytest.approx(needed, rel=1e-6)
+
+
+def test_the_loss_of_several_evaluations():
+    """It is that of the last, not their sum."""
+    losses: list[float] = []
+    module = heard(losses, configure_optimizers=lambda self: quasi_newton(self.net))
+    fit(module, callback := GradClipCallback(None, log=MemorySink()))
+    assert len(losses) > BATCHES
+    assert callback.clippers[0].last.loss.item() == pytest.approx(losses[-1], rel=1e-6)
+
+
+def test_the_loss_under_manual_optimization():
+    """That of the last backward pass, and of several clippers none."""
+    fit(lightning.stepping(), one := GradClipCallback(THRESHOLD))
+    fit(lightning.adversarial(), several := GradClipCallback(THRESHOLD))
+    needed = trainings.by_hand()[1]
+    assert one.clippers[0].last.norm.item() == pytest.approx(needed[-1], rel=1e-4)
+    assert one.clippers[0].last.loss.item() > 0
+    assert [clipper.last.loss for clipper in several.clippers] == [None, None]
 
 
 LOGGED = [

@@ -80,6 +80,28 @@ def test_the_history(tmp_path, monkeypatch):
     assert {f"train/{name}" for name in NUMBERS} <= {*curves}
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+def test_the_loss_of_a_step(tmp_path, batches):
+    """It is the mean over accumulated batches; a step that a scaler skips leaves none behind."""
+    losses: list[float] = []
+
+    class Hearing(InOrder):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    callback = GradClipCallback(THRESHOLD, log=(sink := MemorySink()))
+    options = {"gradient_accumulation_steps": batches, "max_steps": 2}
+    trainer = hf_trainer(tmp_path, callback, kind=Hearing, **options)
+    trainer.accelerator.scaler = trainings.overflowing_scaler()
+    trainer.train()
+    assert len(losses) == 2 * batches
+    # The Trainer has divided them by the number of batches.
+    needed = sum(losses[batches:])
+    assert [step.loss for step in sink.steps] == pytest.approx([needed], rel=1e-6)
+
+
 def test_a_trainer_without_a_history(tmp_path):
     """Callbacks that were given before hear the numbers."""
     heard = []

@@ -131,7 +131,7 @@ def parts_in(norm_ranks: NormRanks, gradients: TensorList) -> Parts | None:
     if not is_dtensor(gradients[0]):
         return None if norm_ranks.across is None else Parts(gradients, group, counts=True)
     shard = common_shard_of(gradients)  # type: ignore[arg-type]
-    if shard is None or not (norm_ranks.across is not None or shard.group is group):
+    if shard is None:
         return None
     return Parts(TensorList(map(LOCAL, gradients)), group, shard.counts)
 

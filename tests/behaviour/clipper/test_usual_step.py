@@ -1,39 +1,22 @@
 """The usual step: one optimizer, plain gradients on the CPU, one norm."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import gradclip
 from gradclip import GradientClipper, MemorySink
 from gradclip.thresholds import ZScore
+from tests.support.calls import python_calls
 from tests.support.clippers import sgd, stepped
 
-PACKAGE = str(Path(gradclip.__file__).parent)
+few_calls = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="older torch"
+)
 
 
-def python_calls(step) -> list[str]:
-    """Return the functions of gradclip that a call enters, and what these enter in turn."""
-    calls: list[str] = []
-
-    def profile(frame, event, _) -> None:
-        caller = frame.f_back
-        files = [code.co_filename for code in (frame.f_code, caller and caller.f_code) if code]
-        if event == "call" and any(file.startswith(PACKAGE) for file in files):
-            calls.append(frame.f_code.co_name)
-
-    sys.setprofile(profile)
-    try:
-        step()
-    finally:
-        sys.setprofile(None)
-    return calls
-
-
-@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="older torch")
+@few_calls
 @pytest.mark.parametrize(
     ("threshold", "most"), [(1e9, 50), (1e-9, 56), (ZScore(), 80)], ids=["under", "clip", "learn"]
 )
@@ -48,6 +31,22 @@ def test_a_step_makes_few_python_calls(threshold, most, monkeypatch):
             optimizer.step()
         calls = python_calls(optimizer.step)
     assert 20 < len(calls) < most, calls
+
+
+@few_calls
+def test_several_optimizers_make_as_many_calls_for_few_gradients_as_for_many(monkeypatch):
+    """No line of Python runs for each gradient."""
+    monkeypatch.delitem(sys.modules, "torch.distributed.checkpoint.state_dict", raising=False)
+    counts = []
+    for half in (2, 20):
+        optimizers = [sgd(*[[1.0, 1.0, 1.0]] * half, lr=0.0) for _ in range(2)]
+        with GradientClipper(optimizers, 1.0) as clipper:
+            clipper.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    torch._foreach_mul_([p.grad for p in group["params"]], 2.0)
+            counts.append(len(python_calls(clipper.step)))
+    assert counts[0] == counts[1] < 250
 
 
 def test_what_is_read_of_a_record_is_made_for_the_reader():

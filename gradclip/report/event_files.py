@@ -15,10 +15,10 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
 from ..records.sinks.tfrecord import checksum_of, header_of
-from .run import Run, RunBuilder, warn_unreadable
+from .run import Run, RunBuilder, as_logged_loss, warn_unreadable
 
 _TAG = re.compile(
-    r"grad_norm(?P<clipper>_\d+)?/(?P<quantity>pre|post|threshold|skipped_steps)"
+    r"grad_norm(?P<clipper>_\d+)?/(?P<quantity>pre|post|threshold|skipped_steps|loss)"
     r"|parameter_norm(?P<its_clipper>_\d+)?/(?P<parameter>.+)",
     re.DOTALL,
 )
@@ -48,7 +48,8 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
                     suffix = f" (grad_norm{clipper})" if clipper else ""
                     builders[clipper] = RunBuilder(f"{directory}{suffix}")
                 post, threshold = numbers.get("post", math.nan), numbers.get("threshold", math.nan)
-                row = (event.step, numbers["pre"], post, threshold, skipped)
+                loss = as_logged_loss(numbers["loss"]) if "loss" in numbers else math.nan
+                row = (event.step, numbers["pre"], post, threshold, skipped, loss)
                 builders[clipper].add_step(row, parameter_norms.get(clipper))
     return [builder.run() for _, builder in sorted(builders.items())]
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TextIO
 
 from .advice import Advice, advised
+from .losses import LossSummary
 from .run import Run
 from .summary import Summary, summarized
 
@@ -50,6 +51,7 @@ def _print_run(summary: Summary, advice: Advice, stream: TextIO) -> None:
         "not finite": f"{summary.nonfinite_steps:,}",
         "skipped": f"{summary.skipped_steps:,}",
         "last quarter / first": number(summary.trend),
+        **_facts_of_losses(summary.losses),
     }
     print_table(("", "value"), [*facts.items()], stream, summary.name)
     if summary.largest_spikes:
@@ -58,6 +60,12 @@ def _print_run(summary: Summary, advice: Advice, stream: TextIO) -> None:
             for spike in summary.largest_spikes
         ]
         print_table(("largest spikes, at step", "norm", "median before"), rows, stream)
+    if summary.losses is not None and summary.losses.largest_spikes:
+        rows = [
+            (f"{spike.step:,}", number(spike.loss), number(spike.usual))
+            for spike in summary.losses.largest_spikes
+        ]
+        print_table(("largest loss spikes, at step", "loss", "mean before"), rows, stream)
     if advice.shares:
         shares = [(number(limit), f"{share:.2%}") for limit, share in advice.shares.items()]
         print_table(("threshold", "would have clipped"), shares, stream)
@@ -71,6 +79,16 @@ def _print_run(summary: Summary, advice: Advice, stream: TextIO) -> None:
         print(f"Note: {warning}", file=stream)
     kind = "" if advice.kind == "unknown" else f"This run is {advice.kind}. "
     print(f"{kind}{advice.reason}\n\n    {advice.line}", file=stream)
+
+
+def _facts_of_losses(losses: LossSummary | None) -> dict[str, str]:
+    if losses is None:
+        return {}
+    return {
+        "last loss": "none finite" if losses.last is None else number(losses.last),
+        "loss spikes": f"{losses.spikes:,} ({losses.spike_rate:.2%})",
+        "losses not finite": f"{losses.nonfinite:,}",
+    }
 
 
 def _json_value(value: object) -> object:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ArgumentError
-from .run import Run, RunBuilder, warn_unreadable
+from .run import Run, RunBuilder, as_logged_loss, warn_unreadable
 
 LINES_AT_ONCE = 4096
 """Lines that are parsed as one JSON list, in half the time of parsing each line alone."""
@@ -97,7 +97,9 @@ def _add_lines(lines: Sequence[bytes], builder: RunBuilder) -> bool:
         steps = json.loads(b"[%s]" % b",".join(lines))
         if len(steps) != len(lines):  # one line held several values
             return False
-        rows = np.array([*map(_STEP_FIELDS, steps)], dtype=np.float64)  # null becomes NaN
+        losses = [as_logged_loss(step["loss"]) if "loss" in step else math.nan for step in steps]
+        fields = [(*_STEP_FIELDS(step), loss) for step, loss in zip(steps, losses, strict=True)]
+        rows = np.array(fields, dtype=np.float64)  # null becomes NaN
         parameter_norms = {
             row: _norms_by_name(norms)
             for row, step in enumerate(steps)

@@ -56,6 +56,9 @@ class Run:
     """True at skipped steps."""
     parameter_norms: LoggedParameterNorms | None = None
     """Norms of single parameters; None if none were logged."""
+    losses: NDArray[np.float64] | None = None
+    """Losses; infinite where they were logged as not finite, NaN at steps without one; None if no
+    step has one."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -131,7 +134,8 @@ class RunBuilder:
         """Add several steps.
 
         Args:
-            rows: One row per step: index, norm, clipped norm, threshold, 1 if it was skipped.
+            rows: One row per step: index, norm, clipped norm, threshold, 1 if it was skipped,
+                and the loss as in `Run.losses`.
             parameter_norms: Norms of parameters by the index of their row.
         """
         self._pack()
@@ -165,7 +169,7 @@ class RunBuilder:
         kept = np.ones(len(rows), dtype=bool)
         kept[:-1] = rows[:-1, 0] < smallest_later[1:]
         parameter_norms = self._parameter_norms(rows[:, 0], kept) if self._name_indices else None
-        steps, norms, clipped_norms, thresholds, skipped = rows[kept].T
+        steps, norms, clipped_norms, thresholds, skipped, losses = rows[kept].T
         return Run(
             self._name,
             steps.astype(np.int64),
@@ -174,6 +178,7 @@ class RunBuilder:
             thresholds,
             skipped.astype(bool),
             parameter_norms,
+            None if np.isnan(losses).all() else losses,
         )
 
     def _parameter_norms(
@@ -207,9 +212,15 @@ def run_of(steps: Iterable[LoggedStep], name: str) -> Run:
     builder = RunBuilder(name)
     for step in steps:
         threshold = math.nan if step.threshold is None else step.threshold
-        row = (step.step, step.norm, step.clipped_norm, threshold, step.skipped)
+        loss = math.nan if step.loss is None else as_logged_loss(step.loss)
+        row = (step.step, step.norm, step.clipped_norm, threshold, step.skipped, loss)
         builder.add_step(row, step.parameter_norms)
     return builder.run()
+
+
+def as_logged_loss(loss: float | None) -> float:
+    """Return a loss as `Run.losses` has it; None is one that JSON could not hold."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def warn_unreadable(path: Path, trouble: str) -> None:

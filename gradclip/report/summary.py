@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records.norm_history import DEVIATIONS, FEWEST, WINDOW
+from .losses import LossSummary, losses_summarized
 from .run import Run
 
 QUANTILES = (10.0, 50.0, 90.0, 99.0, 99.9)
@@ -59,6 +60,8 @@ class Summary:
     skipped_steps: int
     trend: float
     """Median of the last quarter of the norms divided by the median of the first quarter."""
+    losses: LossSummary | None
+    """The facts of the losses; None if none were logged."""
 
 
 def summarized(run: Run) -> Summary:
@@ -85,6 +88,7 @@ def summarized(run: Run) -> Summary:
         nonfinite_steps=run.nonfinite_steps,
         skipped_steps=run.skipped_steps,
         trend=_trend(positive_norms),
+        losses=losses_summarized(run),
     )
 
 

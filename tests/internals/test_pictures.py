@@ -30,12 +30,15 @@ OKABE_ITO = {"#0072b2", "#e69f00", "#d55e00", "#cc79a7"}
 STEPS = 400
 
 
-def run_of(norms, *, name="runs/a", threshold=NAN, skipped=(), first=0, parameters=None):
+def run_of(
+    norms, *, name="runs/a", threshold=NAN, skipped=(), first=0, parameters=None, losses=None
+):
     norms, steps = np.asarray(norms, dtype=np.float64), np.arange(len(norms))
     thresholds = np.full(len(norms), threshold, dtype=np.float64)
     clipped = np.where(np.isfinite(norms), np.fmin(norms, thresholds), 0.0)
     is_skipped = np.isin(steps, skipped)
-    return Run(name, steps + first, norms, clipped, thresholds, is_skipped, parameters)
+    losses = None if losses is None else np.asarray(losses, dtype=np.float64)
+    return Run(name, steps + first, norms, clipped, thresholds, is_skipped, parameters, losses)
 
 
 def noisy_norms(count=STEPS, seed=0):
@@ -74,6 +77,17 @@ def exploding_run():
     return run_of(norms, threshold=1.5, skipped=[20, 380, 381], parameters=parameters)
 
 
+def with_losses():
+    """A run whose losses fall, with two spikes, two that are not finite, and some steps without."""
+    losses = np.exp(0.05 * np.random.default_rng(1).standard_normal(STEPS)) * np.linspace(
+        4, 2, STEPS
+    )
+    losses[[150, 320]] *= 3
+    losses[[200, 201]] = INF
+    losses[250:260] = NAN
+    return run_of(spiky_norms(), threshold=1.0, losses=losses)
+
+
 def cramped():
     names = [f"encoder.layers.{n}.self_attention.projection.weight" for n in range(3)]
     return of_parameters(spiky_norms() * 1e13, names, threshold=1e13)
@@ -101,6 +115,10 @@ PICTURES = {
     ],
     "little room": lambda: [cramped(), cramped()],
     "late steps": lambda: [run_of(noisy_norms(), first=10**15)],
+    "losses beside none": lambda: [with_losses(), of_parameters(noisy_norms())],
+    "losses below 0": lambda: [run_of(noisy_norms(), losses=noisy_norms(seed=1) - 1)],
+    "losses at the ends": lambda: [run_of([1.0] * 4, losses=[-1.7e308, 1.7e308, INF, 0.0])],
+    "a loss that is not finite": lambda: [run_of([1.0] * 3, losses=[INF, NAN, INF])],
 }
 QUICK = ("exploding beside quiet", "odd names")
 
@@ -278,6 +296,20 @@ def test_the_clip_rate_is_that_of_the_last_steps():
     assert curve(rates, "clip rate").get_ydata()[-1] == pytest.approx(0.3)
     for steps, window in ((1, 1), (19, 19), (500, 20), (2001, 50), (10_000, 100), (10**6, 10_000)):
         assert window_of(run_of(np.ones(steps))) == window
+
+
+def test_losses_have_a_panel_where_there_are_any():
+    """With the number of spikes and of losses that are not finite, and gaps where there is none."""
+    figure = figure_of([with_losses(), run_of(noisy_norms())])
+    losses, none = figure.axes[2:4]
+    assert (losses.get_ylabel(), none.get_visible()) == ("loss", False)
+    heights = curve(losses, "loss").get_ydata()
+    assert np.isnan(heights).sum() == 12
+    assert heights[150] > 2 * heights[149]
+    assert legend_texts(losses)[1:] == ["not finite (2)", "spike (2)"]
+    assert curve(losses, "spike").get_xdata().tolist() == [150, 320]
+    assert losses.get_yscale() == "log"
+    assert figure_of([run_of([1.0, 2.0], losses=[-1.0, 2.0])]).axes[1].get_yscale() == "linear"
 
 
 def test_runs_beside_each_other_have_the_same_scales_and_their_names():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,8 +15,19 @@ from ..advice import Advice
 from ..run import Run
 from .distribution import counts_of, distribution_limits, draw_distribution, spread
 from .heat_map import HeatMap, color_range, draw_heat_map, heat_map_of
-from .panels import draw_clip_rate, draw_norms, norm_limits, set_steps
+from .panels import (
+    draw_clip_rate,
+    draw_losses,
+    draw_norms,
+    loss_limits,
+    norm_limits,
+    set_steps,
+)
 from .style import LARGE, TEXT, drawable, short_names
+
+NORMS, LOSSES, RATES, DISTRIBUTION = "gradient norm", "loss", "clipped", "steps"
+"""The panels from above, by the names beside them."""
+MAP = "map"
 
 
 class Picture(Figure):
@@ -43,22 +54,25 @@ def laid_out(runs: Sequence[Run], advice: Sequence[Advice]) -> Picture:
     """Return the picture of some runs, laid out and drawn, under the current rcParams."""
     maps = [heat_map_of(run, run.parameter_norms) if run.parameter_norms else None for run in runs]
     shown_maps = [heat_map for heat_map in maps if heat_map is not None]
-    heights = [2.5, 1.0, 1.7]  # inches
+    heights = {NORMS: 2.5, LOSSES: 1.7, RATES: 1.0, DISTRIBUTION: 1.7}  # inches
+    if all(run.losses is None for run in runs):
+        del heights[LOSSES]
     if shown_maps:
-        heights.append(0.18 * max(8, *(len(each.names) for each in shown_maps)) + 0.7)
+        heights[MAP] = 0.18 * max(8, *(len(each.names) for each in shown_maps)) + 0.7
     labels = [label for heat_map in shown_maps for label in heat_map.labels]
     beside = 0.075 * max(map(len, labels), default=0)
     run_width = 10.0 if len(runs) == 1 else 5.5 + max(beside, 0.5)
-    size = (run_width * len(runs), sum(heights) + 0.6 * len(heights))
+    size = (run_width * len(runs), sum(heights.values()) + 0.6 * len(heights))
     figure = Picture(figsize=size, dpi=100)
-    panels = figure.subplots(len(heights), len(runs), squeeze=False, height_ratios=heights)
-    _draw_panels(figure, panels, runs, advice, maps)
+    ratios = [*heights.values()]
+    panels = figure.subplots(len(ratios), len(runs), squeeze=False, height_ratios=ratios)
+    _draw_panels(figure, dict(zip(heights, panels, strict=True)), runs, advice, maps)
     return figure
 
 
 def _draw_panels(
     figure: Figure,
-    panels: Any,
+    panels: Mapping[str, Any],
     runs: Sequence[Run],
     advice: Sequence[Advice],
     maps: Sequence[HeatMap | None],
@@ -71,9 +85,17 @@ def _draw_panels(
     names = short_names([run.name for run in runs], characters, os.sep)
     threshold_labels = []
     for column, run in enumerate(runs):
-        norms, rates, distribution, *below = panels[:, column]
+        of_run = {kind: row[column] for kind, row in panels.items()}
+        norms, rates, distribution = (of_run[kind] for kind in (NORMS, RATES, DISTRIBUTION))
         draw_norms(norms, run, limits)
         _add_legend(norms, drawable(names[column]))
+        if run.losses is not None:
+            draw_losses(of_run[LOSSES], run, loss_limits(runs))
+            set_steps(of_run[LOSSES], run)
+            of_run[LOSSES].tick_params(labelbottom=False)
+            _add_legend(of_run[LOSSES])
+        elif LOSSES in of_run:
+            of_run[LOSSES].set_visible(False)
         draw_clip_rate(rates, run)
         threshold_labels.append(draw_distribution(distribution, run, advice[column], range_, most))
         set_steps(norms, run)
@@ -81,21 +103,22 @@ def _draw_panels(
         set_steps(rates, run)
         heat_map = maps[column]
         if heat_map is not None:
-            draw_heat_map(below[0], heat_map, *colors)
-            set_steps(below[0], run)
-            below[0].tick_params(axis="x", labelsize=TEXT)
-        elif below:
-            below[0].set_visible(False)
-    for axes, name in zip(panels[:3, 0], ("gradient norm", "clipped", "steps"), strict=True):
-        axes.set_ylabel(name, fontsize=LARGE)
-    figure.align_ylabels(panels[:3, 0])
+            draw_heat_map(of_run[MAP], heat_map, *colors)
+            set_steps(of_run[MAP], run)
+            of_run[MAP].tick_params(axis="x", labelsize=TEXT)
+        elif MAP in of_run:
+            of_run[MAP].set_visible(False)
+    first = {kind: row[0] for kind, row in panels.items() if kind != MAP}
+    for kind, axes in first.items():
+        axes.set_ylabel(kind, fontsize=LARGE)
+    figure.align_ylabels([*first.values()])
     figure.draw_without_rendering()  # labels can be spread when their widths are known
-    for axes, labels in zip(panels[2], threshold_labels, strict=True):
+    for axes, labels in zip(panels[DISTRIBUTION], threshold_labels, strict=True):
         spread(axes, labels)
 
 
-def _add_legend(axes: Axes, title: str) -> None:
-    """Put the legend and the title above a panel, where no curve runs."""
+def _add_legend(axes: Axes, title: str | None = None) -> None:
+    """Put the legend, and a title, above a panel, where no curve runs."""
     legend = axes.legend(
         title=title,
         alignment="left",

@@ -1,4 +1,4 @@
-"""The panels over steps: norms, thresholds, marks of spikes and skips, and the clip rate."""
+"""The panels over steps: norms, thresholds, marks of spikes and skips, losses, clip rate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from ..losses import loss_spikes
 from ..printing import number
 from ..run import Run
 from .style import (
@@ -57,20 +58,64 @@ def draw_norms(axes: Axes, run: Run, limits: tuple[float, float]) -> None:
         (run.skipped, 0.915, "v", PURPLE, "skipped"),
         (run.norms == 0, 0.03, "^", "0.35", "norm 0"),
     ):
-        steps = run.steps[is_marked]
-        if len(steps):
-            shown = thinned(steps)
-            axes.plot(
-                shown,
-                np.full(len(shown), height),
-                transform=axes.get_xaxis_transform(),
-                linestyle="none",
-                marker=marker,
-                markersize=5,
-                color=color,
-                label=f"{label} ({len(steps):,})",
-            )
+        _mark(axes, run.steps[is_marked], height, marker, color, label)
     finish(axes)
+
+
+def loss_limits(runs: Sequence[Run]) -> tuple[float, float]:
+    """Return the limits of the losses' axis, the same for all runs, with room for marks.
+
+    Those of a logarithmic axis if all losses are above 0: spikes and the slow fall after them are
+    visible then alike.
+    """
+    losses = np.concatenate([extremes(_finite_losses(run)) for run in runs])
+    low, high = (np.nanmin(losses), np.nanmax(losses)) if not np.isnan(losses).all() else (1.0, 1.0)
+    if low > 0:
+        return log_limits(np.array([low, high]), above=0.3)
+    span = (high / 2 - low / 2) * 2 or 1.0  # halved: the difference may overflow
+    return max(low - 0.05 * span, -1e307), min(high + 0.3 * span, 1e307)
+
+
+def draw_losses(axes: Axes, run: Run, limits: tuple[float, float]) -> None:
+    """Draw the losses, and marks at those that spike or are not finite."""
+    if limits[0] > 0:
+        set_log_axis(axes, "y", *limits)
+    else:
+        axes.set_ylim(*limits)
+    if run.losses is not None:
+        losses = np.clip(_finite_losses(run), -1e300, 1e300)
+        _draw_curve(axes, run, losses, color=BLUE, label="loss")
+        for is_marked, height, marker, color, label in (
+            (np.isinf(run.losses), 0.94, "x", VERMILION, "not finite"),
+            (loss_spikes(run), 0.85, "v", ORANGE, "spike"),
+        ):
+            _mark(axes, run.steps[is_marked], height, marker, color, label)
+    finish(axes)
+
+
+def _finite_losses(run: Run) -> NDArray[np.float64]:
+    """Return the losses with NaN at all others."""
+    losses = np.full(len(run), np.nan) if run.losses is None else run.losses
+    return np.where(np.isfinite(losses), losses, np.nan)
+
+
+def _mark(
+    axes: Axes, steps: NDArray[np.int64], height: float, marker: str, color: str, label: str
+) -> None:
+    """Mark some steps at a height of the panel, with their number in the legend."""
+    if not len(steps):
+        return
+    shown = thinned(steps)
+    axes.plot(
+        shown,
+        np.full(len(shown), height),
+        transform=axes.get_xaxis_transform(),
+        linestyle="none",
+        marker=marker,
+        markersize=5,
+        color=color,
+        label=f"{label} ({len(steps):,})",
+    )
 
 
 def _draw_curve(

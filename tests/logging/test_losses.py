@@ -17,18 +17,9 @@ from gradclip import (
     TensorBoardSink,
 )
 from tests.support.clippers import Training
-from tests.support.curves import TAGS, lines_in, values_in
+from tests.support.curves import TAGS, lines_in, log_losses, values_in
 
 LOSS = "grad_norm/loss"
-
-
-def log_losses(log, *losses, norms=None, **options):
-    """Take a step with each loss; None gives none."""
-    run = Training()
-    with GradientClipper(run.optimizer, 2.0, log=log, **options) as clipper:
-        for index, loss in enumerate(losses):
-            clipper.loss = loss
-            run.take(norms[index] if norms else 1.0)
 
 
 def test_every_sink_has_the_losses(tmp_path):

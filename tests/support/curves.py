@@ -33,6 +33,17 @@ def log_run(
     return clipper
 
 
+def log_losses(
+    log: Any, *losses: float | None, norms: Sequence[float] | None = None, **options: Any
+) -> None:
+    """Take a step with each loss, None for none, and with norms of 1 or the given ones."""
+    run = Training()
+    with GradientClipper(run.optimizer, **{"max_norm": 2.0, "log": log, **options}) as clipper:
+        for index, loss in enumerate(losses):
+            clipper.loss = loss
+            run.take(norms[index] if norms else 1.0)
+
+
 def log_named(log: Any, names: str, *steps: Sequence[float | None], **options: Any) -> None:
     """Take steps at which named parameters have gradients with these norms, or None."""
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in names]

@@ -5,27 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from gradclip import GradientClipper, JsonlSink, MemorySink
+from gradclip import JsonlSink, MemorySink
 from gradclip.cli import main
-from tests.support.clippers import Training
-from tests.support.curves import log_run
+from tests.support.curves import log_losses, log_run
 from tests.support.report import log_norms, reported
 
 CALM = (2.0 + 0.1 * np.random.default_rng(0).standard_normal(400)).tolist()
 
 
-def logged(losses, *logs):
-    """Log steps with these losses, None for a step without one."""
-    run = Training()
-    with GradientClipper(run.optimizer, None, log=[*logs]) as clipper:
-        for loss in losses:
-            clipper.loss = loss
-            run.take(1.0)
-
-
 def facts_of(tmp_path, losses):
     path = tmp_path / "run.jsonl"
-    logged(losses, JsonlSink(path))
+    log_losses(JsonlSink(path), *losses)
     return reported(path)[0]["losses"]
 
 
@@ -33,7 +23,7 @@ def test_both_formats_tell_the_same(tmp_path):
     """Of steps without a loss, and of losses that are not finite or that spike."""
     places = [tmp_path / "a.jsonl", tmp_path / "a"]
     losses = [None, math.nan, math.inf, *CALM[:300], None, 9.0, 2.0]
-    logged(losses, JsonlSink(places[0]), places[1])
+    log_losses([JsonlSink(places[0]), places[1]], *losses)
     for place in places:
         found = reported(place)[0]["losses"]
         [spike] = found.pop("largest_spikes")
@@ -55,14 +45,14 @@ def test_a_spike_of_the_report_is_one_of_the_log(tmp_path, step):
     window = losses[-128:]
     line = np.mean(window) + 6 * np.std(window, ddof=1)
     for loss, spikes in ((line * (1 - 1e-9), 0), (line * (1 + 1e-9), 1)):
-        found = reported(log_losses(tmp_path, [*losses, loss]))[0]["losses"]
+        found = reported(written_losses(tmp_path, [*losses, loss]))[0]["losses"]
         assert found["spikes"] == spikes
         if step < 4096:
-            logged([*losses, loss], sink := MemorySink())
+            log_losses(sink := MemorySink(), *losses, loss)
             assert sum("loss" in (row.incident or "") for row in sink.steps) == spikes
 
 
-def log_losses(tmp_path, losses):
+def written_losses(tmp_path, losses):
     """Write a log with these losses at once."""
     path = log_norms(tmp_path / "run.jsonl", [1.0] * len(losses))
     lines = path.read_text().splitlines()
@@ -73,7 +63,9 @@ def log_losses(tmp_path, losses):
 
 def test_too_few_losses_or_constant_ones_have_no_spike(tmp_path):
     assert facts_of(tmp_path, [*CALM[:62], 100.0])["spikes"] == 0
-    assert reported(log_losses(tmp_path, [2.0] * 200 + [2.0 + 1e-9]))[0]["losses"]["spikes"] == 0
+    assert (
+        reported(written_losses(tmp_path, [2.0] * 200 + [2.0 + 1e-9]))[0]["losses"]["spikes"] == 0
+    )
 
 
 def test_losses_at_the_ends_of_the_range(tmp_path):
@@ -91,8 +83,8 @@ def test_losses_at_the_ends_of_the_range(tmp_path):
 
 def test_of_a_resumed_run_the_later_losses_count(tmp_path):
     path = tmp_path / "run.jsonl"
-    logged([5.0, 6.0], JsonlSink(path))
-    logged([2.0, None], JsonlSink(path))
+    log_losses(JsonlSink(path), 5.0, 6.0)
+    log_losses(JsonlSink(path), 2.0, None)
     found = reported(path)[0]["losses"]
     assert (found["steps"], found["last"]) == (1, 2.0)
 
@@ -102,7 +94,7 @@ def test_a_run_without_losses_says_nothing_of_them(tmp_path, capsys):
     without, path = tmp_path / "without.jsonl", tmp_path / "with.jsonl"
     log_run(JsonlSink(without), 1.0)
     assert reported(without)[0]["losses"] is None
-    logged([*CALM, 9.0, *CALM[:99]], JsonlSink(path))
+    log_losses(JsonlSink(path), *CALM, 9.0, *CALM[:99])
     printed = []
     for each in (without, path):
         assert main(["report", str(each)]) == 0
@@ -113,7 +105,7 @@ def test_a_run_without_losses_says_nothing_of_them(tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_is_in_a_foreign_line(tmp_path, capsys):
-    path = log_losses(tmp_path, [1.0, '"text"', 2.0])
+    path = written_losses(tmp_path, [1.0, '"text"', 2.0])
     [run] = reported(path)
     assert (run["steps"], run["losses"]["steps"]) == (2, 2)
     assert "1 of its lines are not steps" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,18 +21,20 @@ from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, described, options_of
 from .optimizers.attachment import Attachment
 from .optimizers.joint import JointGradients
+from .optimizers.micro_batches import MicroBatches
 from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
 from .ranks.layout import RankLayout, announces_failure
 from .ranks.messages import comparable_options
 from .ranks.ranks import Ranks
+from .records.counting import MicroBatchCounts
 from .records.incidents import nonfinite_error, skip_limit_error
 from .records.losses import checked_loss, loss_or_none
 from .records.record import ClipRecord
 from .records.recorder import Recorder
 from .records.sinks.base import Sink
 from .records.sinks.log_option import sinks_from
-from .records.state import parsed_state
+from .records.state import counters_in_state, parsed_state
 from .scopes.labels import NormLabels
 from .scopes.scope import Labelling, Scope, scope_from
 from .thresholds import Threshold, threshold_from
@@ -158,6 +160,7 @@ class GradientClipper:
         self._loss_is_captured = False
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
+        self._micro_batches: MicroBatches | None = None
         # All that can refuse comes before: a refused clipper leaves no hook behind.
         self._attachments = [
             Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
@@ -187,6 +190,8 @@ class GradientClipper:
             check_capture(self._settings, self._threshold, stale_loss=is_stale)
         if loss is None and returned is not None:
             loss = loss_or_none(returned)
+        if self._micro_batches is not None:
+            self._micro_batches.check_step()
         gradients = self._joint.at_step(optimizer, changes)
         if gradients is None or isinstance(gradients, ClipRecord):
             return gradients  # an earlier step of this backward pass has clipped these, or nothing
@@ -232,6 +237,8 @@ class GradientClipper:
 
     def _count(self, record: ClipRecord) -> None:
         self._last, self._pending, self._loss = record, None, None
+        if self._micro_batches is not None:
+            self._micro_batches.move_counts_to(record)
         self._recorder.add(record)
         self._norm_thresholds.observe(record)
         self._recorder.check_skips()
@@ -263,6 +270,52 @@ class GradientClipper:
             return None
         [optimizer] = self._given
         return optimizer.step() if closure is None else optimizer.step(closure)
+
+    def micro_batch(self, of: int) -> AbstractContextManager[None]:
+        """Return a context in which the gradients of one micro-batch are clipped by themselves.
+
+        Gradients that are computed within the context are clipped before they are added to those
+        accumulated so far: with the scope of the clipper, and its threshold of the moment and its
+        ``max_value`` divided by ``of``. So the sum of ``of`` micro-batches is within a threshold
+        that does not change, up to rounding, and one bad micro-batch cannot outweigh the others
+        (https://arxiv.org/abs/2605.02701). The step clips the sum as always. ::
+
+            for batch in micro_batches:
+                with clipper.micro_batch(of=len(micro_batches)):
+                    (loss(model, batch) / len(micro_batches)).backward()
+            optimizer.step()
+
+        Nothing is learned from a micro-batch: a rule is asked for the threshold of a step whose
+        micro-batches are all like this one. The policies hold for it alone: with "zero" the
+        gradients of a norm that is not finite become 0 before they are added, with "skip" the
+        micro-batch is left out, with "raise" it is left out and raises, with "observe" or
+        "propagate" it is added as it is. Under a ``GradScaler``, given as ``grad_scaler=``, the
+        threshold is scaled as the gradients are, and an overflow is left for the scaler to find.
+
+        It needs memory for one more gradient of each parameter. No host sync on a CUDA device,
+        unless ``nonfinite`` is "raise". Where norms span several ranks it is collective.
+
+        Args:
+            of: Number of the micro-batches that are accumulated for a step, a whole number >= 1.
+
+        Raises:
+            ArgumentError: ``of`` is not a whole number >= 1.
+            AttachError: In the context: gradients that cannot be clipped by themselves, as of
+                FSDP1, within another micro-batch or in a captured CUDA graph.
+            NonFiniteGradientError: In the context: a norm is not finite and ``nonfinite`` is
+                "raise". After every error the gradients are those from before the context.
+
+        Warns:
+            UserWarning: No gradient was computed in the context.
+        """
+        count = checked_count("of", of, 1)
+        if not self._attachments:
+            raise AttachError("The clipper is detached: attach a new one to clip micro-batches.")
+        if self._micro_batches is None:
+            self._micro_batches = MicroBatches(
+                self._joint, self._norm_thresholds, self._recorder, self._settings
+            )
+        return self._micro_batches.one_of(count)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the optimizers, as their own ``zero_grad`` does."""
@@ -329,6 +382,13 @@ class GradientClipper:
         return self._recorder.counters.skipped_steps
 
     @property
+    def micro_batches(self) -> MicroBatchCounts:
+        """Numbers of micro-batches so far: all, clipped, and with a norm not finite. Host sync."""
+        recorded = self._recorder.counters.micro_batches
+        running = self._micro_batches
+        return recorded if running is None else recorded.with_those(running.counts)
+
+    @property
     def engine(self) -> str:
         """Names of the engines that serve the devices of the parameters."""
         chosen = (engine_for(self._settings.engine, device) for device in self._joint.devices)
@@ -350,7 +410,7 @@ class GradientClipper:
         self._norm_thresholds.follow_labels()
         return {
             "steps": self.steps,
-            "counters": asdict(self._recorder.counters),
+            **counters_in_state(self._recorder.counters),
             "labels": list(self.labels),
             "rule": type(self._threshold).__name__,
             "threshold": self._threshold.state_dict(),
@@ -374,6 +434,7 @@ class GradientClipper:
         """Stop clipping: remove the hooks from the optimizers. A second call does nothing."""
         for attachment in self._attachments:
             attachment.detach()
+        self._attachments = []
         self._joint.detach()
         self._norm_thresholds.release()
 

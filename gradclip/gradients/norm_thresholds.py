@@ -138,6 +138,26 @@ class NormThresholds:
             return thresholds
         return self._group_thresholds.index_copy(0, self._rule_indices, thresholds)
 
+    def of_micro_batch(
+        self, gradients: StepGradients, norms: Tensor, step: int, count: int
+    ) -> Tensor:
+        """Return the thresholds of one of ``count`` micro-batches; the rule learns nothing.
+
+        ``threshold / count``, where the threshold is that of a step whose micro-batches are all
+        like this one: its norms are at most ``count * norms``.
+
+        Args:
+            gradients: The gradients of the micro-batch.
+            norms: Their norms, shape (k,).
+            step: Index of the step that they are accumulated for.
+            count: Number of the micro-batches.
+        """
+        context = self._context
+        try:
+            return self.at_step(gradients, norms * count, step) / count  # type: ignore[no-any-return]
+        finally:
+            self._context = context  # that of a closure's step may still be observed
+
     def observe(self, record: ClipRecord) -> None:
         """Let the rule learn from a step that was taken or skipped. No host sync."""
         context, rule = self._context, self._threshold

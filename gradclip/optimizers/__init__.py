@@ -5,7 +5,8 @@
 last until the step ends. ``joint.py`` collects the gradients of one step; ``several.py`` chooses
 among the gradients of several optimizers, with ``clipped_already.py`` as its memory.
 ``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and
-``shared_overflow.py`` lets ranks skip a step together.
+``shared_overflow.py`` lets ranks skip a step together. ``micro_batches.py`` clips gradients before
+they are accumulated.
 
 Where torch has no hook
     A step pre-hook is given the optimizer and the arguments of the step, a post-hook the same
@@ -33,4 +34,4 @@ Called by: clipper, integrations.
 Imports: errors, engines, thresholds, scopes, ranks, records, gradients.
 """
 
-__all__ = ["attachment", "call_stack", "joint", "step_changes", "supported"]
+__all__ = ["attachment", "call_stack", "joint", "micro_batches", "step_changes", "supported"]

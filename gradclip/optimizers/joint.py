@@ -82,14 +82,14 @@ class JointGradients:
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         """The parameters whose names were asked for last, and these names."""
-        self._grad_scaler = checked_scaler(grad_scaler)
+        self.grad_scaler = checked_scaler(grad_scaler)
         self._overflow: SharedOverflow | None = None
         self.several: SeveralOptimizers | None = None
         """What several optimizers share; None for one, which has nothing to remember."""
         if len(optimizers) > 1:
             across_ranks = rank_layout.across is not None
             self.several = SeveralOptimizers(
-                optimizers, self._grad_scaler, self._held_by, across_ranks=across_ranks
+                optimizers, self.grad_scaler, self._held_by, across_ranks=across_ranks
             )
         for device in self.devices:
             engine_for(settings.engine, device)
@@ -99,7 +99,7 @@ class JointGradients:
 
     def attach(self) -> None:
         """Let the ranks share the overflows of the GradScaler until `detach`."""
-        scaler, across = self._grad_scaler, self._rank_layout.across
+        scaler, across = self.grad_scaler, self._rank_layout.across
         if scaler is not None and across is not None:
             self._overflow = SharedOverflow(scaler, self.optimizers, across, self.device)
 
@@ -165,6 +165,19 @@ class JointGradients:
                 return usual
         return self._step_gradients(self._held_by([stepping]), scale=scale, overflow=overflow)
 
+    def of_micro_batch(self, settings: Settings, scale: Tensor | None) -> StepGradients:
+        """Return the gradients that all optimizers hold, to be clipped before they are accumulated.
+
+        Args:
+            settings: The options for one of several micro-batches.
+            scale: The factor by which GradScaler has multiplied the gradients, one element; None
+                for unscaled gradients.
+        """
+        self._labels.refresh()
+        if self._labels.names is not self._planned_for:
+            self._plan()
+        return self._step_gradients(self._held_by(self.optimizers), settings, scale=scale)
+
     def _plan(self) -> None:
         """Choose what serves a step, until parameters are added."""
         labels, rank_layout = self._labels, self._rank_layout
@@ -228,14 +241,16 @@ class JointGradients:
             partial,
         )
 
-    def _step_gradients(self, held: HeldGradients, **options: Any) -> StepGradients:
+    def _step_gradients(
+        self, held: HeldGradients, settings: Settings | None = None, **options: Any
+    ) -> StepGradients:
         labels, rank_layout = self._labels, self._rank_layout
         names = rank_layout.parameter_names(held.names)
         one_norm = self._one_norm_for_all or labels.has_one_norm
         return StepGradients(
             held.gradients,
             None if one_norm else held.norm_indices,
-            self._settings,
+            settings or self._settings,
             len(labels.names),
             self.device,
             weights=held.weights if self._needs_weights else None,

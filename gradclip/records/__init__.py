@@ -14,6 +14,7 @@ from .logged_step import LoggedStep
 
 __all__ = [
     "LoggedStep",
+    "counting",
     "incidents",
     "logged_step",
     "loss_history",

@@ -83,6 +83,13 @@ class Batch:
         self._host = _on_host(values)
         self._sums = _on_host(torch.cat(vectors)) if vectors else None
         self._losses = _on_host(torch.stack([loss.to(device) for loss in held])) if held else None
+        counts = [record.micro_batches for record in records]
+        taken = [count for count in counts if count is not None]
+        self._micro_batches = None
+        if taken:
+            none = torch.zeros_like(taken[0])
+            rows = [none if count is None else count for count in counts]
+            self._micro_batches = _on_host(torch.stack(rows))
         self._event = None
         if device.type == "cuda":
             self._event = torch.cuda.Event()
@@ -117,6 +124,15 @@ class Batch:
             arrived = iter(self._losses.tolist())
             losses = [next(arrived) if isinstance(loss, Tensor) else loss for loss in losses]
         return [None if loss == NO_LOSS else loss for loss in losses]  # type: ignore[misc]
+
+    def micro_batches(self) -> Tensor | None:
+        """Return `ClipRecord.micro_batches` of each step, shape (steps, 3); None for none at all.
+
+        Waits for the copy.
+        """
+        if self._micro_batches is not None:
+            self._arrived()
+        return self._micro_batches
 
     def parameter_norms(self, order: float) -> list[Callable[[], ParameterNorms | None]]:
         """Return what makes the parameter norms of each step, None if unknown. Waits for the copy.

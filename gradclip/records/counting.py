@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,27 @@ from .loss_history import LossHistory
 from .norm_history import SHOWN, NormHistory
 from .parameter_norms import ParameterNorms
 from .record import clipped_norms
+
+
+class MicroBatchCounts(NamedTuple):
+    """Numbers of micro-batches that `GradientClipper.micro_batch` has clipped, if need be."""
+
+    taken: int
+    """All of them."""
+    clipped: int
+    """Those with a finite norm above its threshold."""
+    nonfinite: int
+    """Those with a norm that was NaN or infinite."""
+
+    def with_those(self, added: Tensor | None) -> MicroBatchCounts:
+        """Return the sums with counts in the same order, shape (3,). Host sync."""
+        if added is None:
+            return self
+        counts = zip(self, added.tolist(), strict=True)
+        return MicroBatchCounts(*(count + int(more) for count, more in counts))
+
+
+NO_MICRO_BATCHES = MicroBatchCounts(0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +55,7 @@ class Counters:
     """Skipped steps."""
     skipped_in_a_row: int = 0
     """Skipped steps since the last step that was taken."""
+    micro_batches: MicroBatchCounts = NO_MICRO_BATCHES
 
     @property
     def clip_rate(self) -> float:
@@ -95,6 +118,7 @@ class StepCounter:
             [norms() if parameter_norms else None for norms in by_parameter],
             incidents,
             losses,
+            *_micro_batch_columns(steps.micro_batches),
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
 
@@ -131,10 +155,12 @@ class StepCounter:
         values, skipped, overflowed = batch.values(), batch.skipped(), batch.overflowed()
         taken = None if overflowed is None else ~overflowed
         indices, wall_times = self._indices(batch, overflowed)
+        micro_batches = self._counted_micro_batches(batch)
         if not indices:
             return None
         if taken is not None:
             values, skipped = values[:, taken], skipped[taken]
+            micro_batches = micro_batches[taken]
         norms, thresholds, coefficients = values
         finite = norms.isfinite()
         nonfinite = ~finite.all(1)
@@ -143,7 +169,9 @@ class StepCounter:
         counts += _column(self.counters)
         run = self._run_of_skips(skipped.tolist(), batch.has_device_flags)
         reduced, known, nonfinite_steps, skipped_steps = counts[:, -1].tolist()
-        self.counters = Counters(reduced, known, nonfinite_steps, skipped_steps, run)
+        self.counters = Counters(
+            reduced, known, nonfinite_steps, skipped_steps, run, self.counters.micro_batches
+        )
         totals = self._totals(norms).tolist()
         return CountedSteps(
             taken,
@@ -156,7 +184,23 @@ class StepCounter:
             skipped,
             totals,
             counts,
+            micro_batches,
         )
+
+    def _counted_micro_batches(self, batch: Batch) -> Tensor:
+        """Count the micro-batches of a batch, also of steps that GradScaler skipped.
+
+        Returns:
+            The counts after each record, shape (records, 3).
+        """
+        before = torch.tensor(self.counters.micro_batches, device="cpu")
+        added = batch.micro_batches()
+        if added is None:
+            return before.expand(len(batch.records), 3)
+        counts = added.to(torch.int64).cumsum(0) + before
+        newest = MicroBatchCounts(*counts[-1].tolist())
+        self.counters = replace(self.counters, micro_batches=newest)
+        return counts
 
     def _indices(self, batch: Batch, overflowed: Tensor | None) -> tuple[list[int], list[float]]:
         """Return the indices and wall times of the steps that GradScaler did not skip."""
@@ -208,11 +252,20 @@ class CountedSteps:
     totals: list[float]
     counts: Tensor
     """The first four `Counters` after each step, shape (4, n)."""
+    micro_batches: Tensor
+    """The `MicroBatchCounts` after each step, shape (n, 3)."""
 
 
 def _column(counters: Counters) -> Tensor:
     counts = (counters.clipped, counters.finite, counters.nonfinite_steps, counters.skipped_steps)
     return torch.tensor(counts, device="cpu")[:, None]  # by name: the default device may differ
+
+
+def _micro_batch_columns(counts: Tensor) -> tuple[list[float | None], list[int | None]]:
+    """Return the clip rate and the number of non-finite ones; None before the first micro-batch."""
+    rows = counts.tolist()
+    rates = [clipped / count if count else None for count, clipped, _ in rows]
+    return rates, [nonfinite if count else None for count, _, nonfinite in rows]
 
 
 def _single_thresholds(thresholds: Tensor) -> list[float | None]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from torch import Tensor
+
 from ..errors import NonFiniteGradientError, SkipLimitError
 from ..scopes.naming import listed_nonfinite
 from . import loss_history
 from .loss_history import LossHistory
 from .norm_history import DEVIATIONS, SHOWN, NormHistory
-from .parameter_norms import ParameterNorms
+from .parameter_norms import ParameterNorms, ParameterSums
 from .record import ClipRecord
 
 CARRIED = 0.9
@@ -83,16 +85,38 @@ def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientErro
         record: Record of the step.
         before: The norms just before, for the message.
     """
-    norms = [norm for norm in record.norms.tolist() if not math.isfinite(norm)]
-    value = f"{norms[0]}" if record.norms.numel() == 1 else f"not finite for {len(norms)} labels"
     names = record.parameter_sums and record.parameter_sums.nonfinite
     loss = "" if record.loss is None else f" The loss was {record.loss.item():.4g}."
     return NonFiniteGradientError(
-        f"The norm of the gradients is {value} at step {record.step}, from these parameters: "
-        f"{names}.{loss} The norms before: {before}. The step was not taken and the gradients are "
+        f"The norm of the gradients is {_value_of(record.norms)} at step {record.step}, from these "
+        f"parameters: {names}.{loss} The norms before: {before}. The step was not taken and the gradients are "
         "unchanged. Lower the learning rate or look at the batch of that step; "
         "nonfinite='zero' or 'skip' would go on."
     )
+
+
+def nonfinite_micro_batch_error(
+    norms: Tensor, step: int, sums: ParameterSums | None
+) -> NonFiniteGradientError:
+    """Return the error for a micro-batch whose norm is not finite. Host sync.
+
+    Args:
+        norms: Norms of the micro-batch, shape (k,).
+        step: Index of the step that it belongs to.
+        sums: The power sums of the parameters, which name those that are not finite.
+    """
+    names = sums and sums.nonfinite
+    return NonFiniteGradientError(
+        f"The norm of a micro-batch's gradients is {_value_of(norms)} before step {step}, from "
+        f"these parameters: {names}. The gradients are those from before the micro-batch. Look at "
+        "its inputs, or lower the learning rate; nonfinite='zero' or 'skip' would go on."
+    )
+
+
+def _value_of(norms: Tensor) -> str:
+    """Describe norms of which some are not finite."""
+    values = [norm for norm in norms.tolist() if not math.isfinite(norm)]
+    return f"{values[0]}" if norms.numel() == 1 else f"not finite for {len(values)} labels"
 
 
 def skip_limit_error(limit: int, step: int) -> SkipLimitError:

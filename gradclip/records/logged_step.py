@@ -38,3 +38,7 @@ class LoggedStep(NamedTuple):
     """A sentence about a step whose norm or loss was not finite, or far above those before it."""
     loss: float | None = None
     """The loss, NaN or infinite if it was so; across ranks its mean; None if none was given."""
+    micro_batch_clip_rate: float | None = None
+    """Share of the micro-batches so far that were clipped by themselves; None before the first."""
+    nonfinite_micro_batches: int | None = None
+    """Micro-batches so far with a norm that was not finite; None before the first."""

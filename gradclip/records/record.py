@@ -34,6 +34,7 @@ class ClipRecord:
             the device knows, else None.
         parameter_sums: The power sum of each parameter's gradient, for the logs.
         loss: The loss of the step, from `checked_loss`; None if none was given.
+        micro_batches: The `MicroBatchCounts` of the step, shape (3,); None without micro-batches.
     """
 
     step: int
@@ -49,9 +50,10 @@ class ClipRecord:
     parameter_sums: ParameterSums | None
     given_loss: float | Tensor | None
     """The loss as given: a number, or 0-d."""
+    micro_batches: Tensor | None
     __slots__ = (
-        *("count", "given_loss", "is_number", "overflow", "parameter_sums", "skipped"),
-        *("step", "values", "wall_time"),
+        *("count", "given_loss", "is_number", "micro_batches", "overflow", "parameter_sums"),
+        *("skipped", "step", "values", "wall_time"),
     )
 
     def __init__(
@@ -65,6 +67,7 @@ class ClipRecord:
         overflow: Tensor | None = None,
         parameter_sums: ParameterSums | None = None,
         loss: float | Tensor | None = None,
+        micro_batches: Tensor | None = None,
     ) -> None:
         is_number = isinstance(norms, float)
         _set(self, "step", step)
@@ -76,6 +79,7 @@ class ClipRecord:
         _set(self, "overflow", overflow)
         _set(self, "parameter_sums", parameter_sums)
         _set(self, "given_loss", loss)
+        _set(self, "micro_batches", micro_batches)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"A ClipRecord cannot be changed: found a new {name}.")
@@ -145,10 +149,16 @@ class ClipRecord:
         """Return the arguments of the constructor, in order."""
         vectors = (self.norms, self.thresholds, self.coefficients)
         flags = (self.skipped, self.overflow, self.parameter_sums)
-        return [self.step, self.wall_time, *vectors, *flags, self.given_loss]
+        rest = (self.given_loss, self.micro_batches)
+        return [self.step, self.wall_time, *vectors, *flags, *rest]
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         self.__init__(*state)  # type: ignore[misc]
+
+
+def add_micro_batches(record: ClipRecord, micro_batches: Tensor | None) -> None:
+    """Complete a record by the micro-batches of its step; see `ClipRecord`."""
+    _set(record, "micro_batches", micro_batches)
 
 
 def clipped_norms(norms: Any, coefficients: Any) -> Any:

@@ -14,8 +14,8 @@ from .event_files import text
 
 CHARTS = {
     "norm before and after, threshold": "pre|post|threshold",
-    "clip rate": "clip_rate",
-    "steps not finite, steps skipped": "nonfinite_steps|skipped_steps",
+    "clip rate": "clip_rate|micro_batch_clip_rate",
+    "steps not finite, steps skipped": "nonfinite_steps|skipped_steps|nonfinite_micro_batches",
 }
 """Titles of the charts, each with the curves it overlays."""
 CHARTS_WITH_LOSS = {**CHARTS, "loss": "loss"}

@@ -19,15 +19,19 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+ABSENT_IF_NONE = LoggedStep._fields[LoggedStep._fields.index("parameter_norms") :]
+"""The fields that few runs have."""
+
+
 class JsonlSink(CadencedSink):
     """Append one line of JSON for each step to a file.
 
-    A line is an object with the fields of `LoggedStep`; the last three are absent if they are None.
-    Numbers that are NaN or infinite are null, as JSON has neither. A batch is appended in one
-    write, so several processes may write to one file, but their steps then alternate, and
-    `gradclip report` takes a file for one run. A run that continues appends to its file; if a step
-    comes again, the later line counts. A line that a crash or a full disk has cut off is ended
-    before the next one begins.
+    A line is an object with the fields of `LoggedStep`; from ``parameter_norms`` on they are absent
+    if they are None. Numbers that are NaN or infinite are null, as JSON has neither. A batch is
+    appended in one write, so several processes may write to one file, but their steps then
+    alternate, and `gradclip report` takes a file for one run. A run that continues appends to its
+    file; if a step comes again, the later line counts. A line that a crash or a full disk has cut
+    off is ended before the next one begins.
 
     Args:
         path: The file; its directory is made when the first batch is written.
@@ -88,14 +92,12 @@ def _locked(file: FileIO) -> Iterator[None]:
 
 def _fields(step: LoggedStep) -> dict[str, object]:
     fields = {name: _json_number(value) for name, value in step._asdict().items()}
-    if step.parameter_norms is None:
-        del fields["parameter_norms"]
-    else:
+    if step.parameter_norms is not None:
         fields["parameter_norms"] = {
             k: _json_number(norm) for k, norm in step.parameter_norms.items()
         }
-    for name in ("incident", "loss"):
-        if getattr(step, name) is None:
+    for name in ABSENT_IF_NONE:
+        if fields[name] is None:
             del fields[name]
     return fields
 

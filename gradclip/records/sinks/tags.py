@@ -9,7 +9,7 @@ TOTAL, OF_PARAMETER = "grad_norm", "parameter_norm"
 
 
 def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
-    """Return the tags and numbers of a step; a threshold or a loss of None has none.
+    """Return the tags and numbers of a step; a number that is None has none.
 
     Args:
         prefix: Prefix of the clipper's tags.
@@ -23,6 +23,8 @@ def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
         (f"{prefix}/nonfinite_steps", step.nonfinite_steps),
         (f"{prefix}/skipped_steps", step.skipped_steps),
         (f"{prefix}/loss", step.loss),
+        (f"{prefix}/micro_batch_clip_rate", step.micro_batch_clip_rate),
+        (f"{prefix}/nonfinite_micro_batches", step.nonfinite_micro_batches),
     ]
     numbers = [(name, number) for name, number in values if number is not None]
     if step.parameter_norms:

@@ -12,7 +12,7 @@ ENGINES := tests/contracts/engines tests/internals/engines
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types bench bench-cuda bench-thresholds \
-    bench-logging bench-distributed bench-peers bench-spikes bench-temporal-order pictures mutants wheel clean
+    bench-logging bench-distributed bench-peers bench-spikes bench-micro-batches bench-temporal-order pictures mutants wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
@@ -81,6 +81,10 @@ bench-peers: $(READY) $(FRAMEWORKS) $(PEERS)
 
 bench-spikes: $(READY)
 	$(BIN)/python -m benchmarks.experiments.spikes.run --save benchmarks/results/spikes.md
+
+bench-micro-batches: $(READY)
+	$(BIN)/python -m benchmarks.experiments.micro_batches \
+	    --save benchmarks/results/micro_batches.md
 
 bench-temporal-order: $(READY)
 	$(BIN)/python -m benchmarks.experiments.temporal_order.run --checkpoint build/temporal_order \

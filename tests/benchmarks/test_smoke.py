@@ -12,6 +12,7 @@ from benchmarks.common.timing import interleaved_medians
 from benchmarks.cost import bandwidth, clip, distributed, instructions, logging, thresholds
 from benchmarks.cuda import check
 from benchmarks.cuda import run as cuda
+from benchmarks.experiments import micro_batches
 from benchmarks.experiments.spikes import run as spikes
 from benchmarks.experiments.spikes import training as spike_training
 from benchmarks.experiments.temporal_order import run as temporal_order
@@ -178,3 +179,12 @@ def test_temporal_order(capsys, tmp_path, monkeypatch):
     rows = [f"| {n} | {arm} | 0/2 | 0.00 to 0.66 |" for n in (10, 20) for arm in arms]
     assert all(row in text for row in rows)
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_micro_batches(printed_by, monkeypatch):
+    monkeypatch.setattr(micro_batches, "THRESHOLDS", (1.0,))
+    printed = printed_by(micro_batches, "--seeds 1")
+    [at_step, by_micro_batch] = map(float, re.findall(r"([\d.]+) \(", printed))
+    assert by_micro_batch < at_step
+    assert f"At its best threshold clipping by micro-batch reaches {by_micro_batch:.4f}" in printed

@@ -60,6 +60,17 @@ def test_amp_accumulation(tmp_path):
 
 
 @pytest.mark.slow
+def test_micro_batches(tmp_path):
+    """One wrong label costs less than where it is clipped with the others."""
+    printed = run_example("micro_batches.py", "2", cwd=tmp_path)
+    rows = re.findall(
+        r"^ +(\d) +loss ([\d.]+), .* loss ([\d.]+), \d+% of the micro-b", printed, re.M
+    )
+    assert [seed for seed, *_ in rows] == ["0", "1"]
+    assert all(float(at_step) > 2 * float(by_micro_batch) for _, at_step, by_micro_batch in rows)
+
+
+@pytest.mark.slow
 def test_two_optimizers(tmp_path):
     printed = run_example("two_optimizers.py", cwd=tmp_path)
     assert len(printed_norms(printed)) == 5

@@ -315,7 +315,7 @@ class GradientClipper:
             self._micro_batches = MicroBatches(
                 self._joint, self._norm_thresholds, self._recorder, self._settings
             )
-        return self._micro_batches.one_of(count)
+        return self._micro_batches.one_of(count, lambda: self._loss)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the optimizers, as their own ``zero_grad`` does."""

@@ -139,7 +139,12 @@ class NormThresholds:
         return self._group_thresholds.index_copy(0, self._rule_indices, thresholds)
 
     def of_micro_batch(
-        self, gradients: StepGradients, norms: Tensor, step: int, count: int
+        self,
+        gradients: StepGradients,
+        norms: Tensor,
+        step: int,
+        count: int,
+        loss: Tensor | float | None,
     ) -> Tensor:
         """Return the thresholds of one of ``count`` micro-batches; the rule learns nothing.
 
@@ -151,10 +156,12 @@ class NormThresholds:
             norms: Their norms, shape (k,).
             step: Index of the step that they are accumulated for.
             count: Number of the micro-batches.
+            loss: The loss that was given last.
         """
         context = self._context
         try:
-            return self.at_step(gradients, norms * count, step) / count  # type: ignore[no-any-return]
+            thresholds: Tensor = self.at_step(gradients, norms * count, step, loss)
+            return thresholds / count
         finally:
             self._context = context  # that of a closure's step may still be observed
 

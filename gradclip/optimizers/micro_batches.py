@@ -9,7 +9,7 @@ what was put aside.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -71,10 +71,14 @@ class MicroBatches:
         """Those since the step that was recorded last; see `ClipRecord.micro_batches`."""
 
     @contextmanager
-    def one_of(self, count: int) -> Iterator[None]:
+    def one_of(self, count: int, loss: Callable[[], Tensor | float | None]) -> Iterator[None]:
         """Clip the gradients that are computed in a block as those of one of ``count``.
 
         If the block or the clipping raises, the gradients are those from before the block.
+
+        Args:
+            count: Number of the micro-batches.
+            loss: Returns the loss at the end of the block, for a rule that reads it.
 
         Raises:
             AttachError: The gradients cannot be clipped by themselves.
@@ -83,7 +87,7 @@ class MicroBatches:
         aside = self._put_aside()
         try:
             yield
-            self._clip_and_add(aside, count)
+            self._clip_and_add(aside, count, loss())
         except BaseException:
             self._restore(aside)
             raise
@@ -159,7 +163,7 @@ class MicroBatches:
             parameter.grad = accumulated
 
     @no_grad
-    def _clip_and_add(self, aside: Aside, count: int) -> None:
+    def _clip_and_add(self, aside: Aside, count: int, loss: Tensor | float | None) -> None:
         """Clip the gradients that are there, and add them to those that were put aside."""
         self._modules.refuse_hidden()
         self._check_average(accumulated=bool(aside))
@@ -171,7 +175,7 @@ class MicroBatches:
                 UserWarning,
                 stacklevel=6,
             )
-        skip = self._clip(count)
+        skip = self._clip(count, loss)
         if skip is True:
             self._restore(aside)
             return
@@ -195,7 +199,7 @@ class MicroBatches:
 
     # Its clipping
 
-    def _clip(self, count: int) -> bool | Tensor:
+    def _clip(self, count: int, loss: Tensor | float | None) -> bool | Tensor:
         """Clip the gradients that are there, and return whether to leave them out.
 
         No host sync, unless ``nonfinite`` is "raise". Collective if the norms span several ranks.
@@ -206,7 +210,7 @@ class MicroBatches:
         gradients = self._joint.of_micro_batch(settings, scale)
         norms = gradients.norms()
         step = self._recorder.next_step(norms, captured=False)
-        thresholds = self._norm_thresholds.of_micro_batch(gradients, norms, step, count)
+        thresholds = self._norm_thresholds.of_micro_batch(gradients, norms, step, count, loss)
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
         self._count(norms, thresholds, decision)

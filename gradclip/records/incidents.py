@@ -89,8 +89,8 @@ def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientErro
     loss = "" if record.loss is None else f" The loss was {record.loss.item():.4g}."
     return NonFiniteGradientError(
         f"The norm of the gradients is {_value_of(record.norms)} at step {record.step}, from these "
-        f"parameters: {names}.{loss} The norms before: {before}. The step was not taken and the gradients are "
-        "unchanged. Lower the learning rate or look at the batch of that step; "
+        f"parameters: {names}.{loss} The norms before: {before}. The step was not taken and the "
+        "gradients are unchanged. Lower the learning rate or look at the batch of that step; "
         "nonfinite='zero' or 'skip' would go on."
     )
 

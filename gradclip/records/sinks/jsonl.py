@@ -97,7 +97,7 @@ def _fields(step: LoggedStep) -> dict[str, object]:
             k: _json_number(norm) for k, norm in step.parameter_norms.items()
         }
     for name in ABSENT_IF_NONE:
-        if fields[name] is None:
+        if getattr(step, name) is None:
             del fields[name]
     return fields
 

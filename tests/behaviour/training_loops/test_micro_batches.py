@@ -172,6 +172,22 @@ def test_rules_learn_from_steps_alone(call):
     assert run.clipper.micro_batches == (6, 6, 0)
 
 
+class ByLoss(Threshold):
+    needs_loss = True
+
+    def thresholds(self, norms, context):
+        return torch.full_like(norms, context.loss)
+
+
+def test_rules_see_the_loss_that_was_given_last():
+    run = Accumulation(ByLoss())
+    for loss in (0.5, 1.5):
+        with run.clipper.micro_batch(of=1):
+            run.backward(random_gradients(0, 30.0))
+            run.clipper.loss = loss
+    assert norm_of(run.sums.values()) == pytest.approx(2.0)
+
+
 def test_a_learned_threshold_is_that_of_the_moment():
     run, limit = Accumulation(Percentile(50, window=100), scope="parameter"), {}
     for step in range(5):

@@ -1,8 +1,8 @@
 """The functions that torch has too, against torch's own and against exact norms.
 
 In float64 both agree wherever torch is right, in narrower dtypes as far as torch's own rounding
-goes. `EXCLUDED` lists where torch is no measure, each with a proof that it still is so: if a proof
-fails, torch has changed and the entry can go.
+goes. `EXCLUDED` lists where torch is no measure, each with a proof that it still is so. If a proof
+fails, torch has changed: the entry can go once no older torch is tested.
 """
 
 import math
@@ -37,6 +37,14 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 
 # Where torch is no measure
+
+
+NEWEST = 2, 13
+"""The newest torch on which every proof holds."""
+
+
+def newer_than(version: tuple[int, int]) -> bool:
+    return tuple(map(int, torch.__version__.split(".")[:2])) > version
 
 
 class Exclusion(NamedTuple):
@@ -191,11 +199,14 @@ def overlapping(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", EXCLUDED)
 def test_torch_is_still_no_measure(name):
-    """What torch takes without sense is refused."""
-    assert EXCLUDED[name].proof(), f"torch has changed: {EXCLUDED[name].reason}"
+    """What torch takes without sense is refused; a newer torch may have mended its fault."""
     for call in EXCLUDED[name].refused:
         with pytest.raises(ArgumentError, match="give "):
             call()
+    if not EXCLUDED[name].proof():
+        change = f"torch has changed: {EXCLUDED[name].reason}"
+        assert newer_than(NEWEST), change
+        pytest.skip(change)
 
 
 # Random gradients

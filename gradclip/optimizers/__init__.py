@@ -2,8 +2,9 @@
 
 ``supported.py`` says which optimizers can be clipped. ``attachment.py`` holds the hooks, with
 ``closures.py`` for the closure of a step and ``step_changes.py`` for changes of an optimizer that
-last until the step ends. ``joint.py`` collects the gradients of one step; ``several.py`` chooses
-among the gradients of several optimizers, with ``clipped_already.py`` as its memory.
+last until the step ends; ``parent_steps.py`` finds optimizers whose step calls a parent's.
+``joint.py`` collects the gradients of one step; ``several.py`` chooses among the gradients of
+several optimizers, with ``clipped_already.py`` as its memory.
 ``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and
 ``shared_overflow.py`` lets ranks skip a step together. ``micro_batches.py`` clips gradients before
 they are accumulated.

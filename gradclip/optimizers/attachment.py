@@ -20,7 +20,7 @@ from ..engines.cuda_graphs import capturing
 from ..errors import AttachError
 from ..gradients.held import gradients_held, parameters_of
 from ..records.record import ClipRecord
-from .call_stack import making_state, running_scaler, step_running
+from .call_stack import count_running_steps, making_state, running_scaler, step_running
 from .clipped_already import TensorVersions, versions_of
 from .closures import Arguments, ClosureFinder
 from .grad_scaler import (
@@ -31,6 +31,7 @@ from .grad_scaler import (
     overflows_in_passed_scaler,
     skips_on_device,
 )
+from .parent_steps import count_parent_steps, may_call_parents_step
 from .step_changes import GuardedArguments, StepChanges
 
 P = ParamSpec("P")
@@ -61,7 +62,8 @@ class Attachment:
         self._finish = finish
         self._running: _RunningStep | None = None
         self._closures = ClosureFinder(optimizer)
-        self._may_nest = _may_call_parents_step(type(optimizer))
+        self._may_nest = may_call_parents_step(type(optimizer))
+        self._parent_steps = count_parent_steps(type(optimizer)) if self._may_nest else 0
         self._clip_in_closure = torch.compiler.disable(self._clip_or_skip)
         before = optimizer.register_step_pre_hook(_uncompiled(self._before))
         after = optimizer.register_step_post_hook(_uncompiled(self._after))
@@ -104,6 +106,10 @@ class Attachment:
         if overflow:
             return None
         closure = None if plain else self._closures.find(args, kwargs)
+        if self._parent_steps:
+            running.wait_for_parent()
+            if closure is None:
+                return None
         if closure is None:
             self._clip_or_skip(running)
             if not running.step_changes:
@@ -120,15 +126,19 @@ class Attachment:
     ) -> Arguments | None:
         """The pre-hook inside a running step, which calls ``super().step()``.
 
-        The outer step may have changed the gradients, as one that averages them over processes:
-        then they are clipped again, instead of the first time. A closure is wrapped already.
+        The innermost step clips, as the outer ones may have changed the gradients before. Where
+        the code of an outer step did not show that it calls another one, it has clipped already:
+        then changed gradients are clipped again, instead of the first time.
         """
         running.has_nested = True
         running.step_changes.undo()
-        if running.awaits_closure:
+        if count_running_steps(self._optimizer) <= self._parent_steps:
+            return None
+        running.waits_for_parent = False
+        if running.awaits_closure:  # which is wrapped already
             return None
         if not running.has_clipped(gradients_held(self._optimizer)):
-            self._clip_or_skip(running)
+            self._clip_or_skip(running, running.returned)
         elif running.record is not None and running.record.skipped is not False:
             self._skip(running, running.record.skipped)
         if not running.step_changes:
@@ -145,14 +155,15 @@ class Attachment:
             # The evaluation before may have been one to skip, and has hidden its gradients.
             running.step_changes.undo()
             loss = closure(*args, **kwargs)
-            self._clip_in_closure(running, loss)
+            running.awaits_closure, running.returned = False, loss
+            if not running.waits_for_parent:
+                self._clip_in_closure(running, loss)
             return loss
 
         return clipping_closure
 
     def _clip_or_skip(self, running: _RunningStep, returned: object = None) -> None:
         """Clip the gradients that are there, and carry out the decision to skip."""
-        running.awaits_closure = False
         try:
             running.record = self._clip(self._optimizer, running.step_changes, returned)
         except BaseException:
@@ -215,6 +226,12 @@ class Attachment:
                 f"A step pre-hook of {name} added a closure after the clipper's hook, so that its "
                 "gradients were not clipped: register that hook before attaching the clipper."
             )
+        if running.waits_for_parent and running.changed_parameters():
+            raise AttachError(
+                f"{name}.step() has changed parameters without a call of super().step(), which is "
+                "in its code and before which its gradients are clipped: let it call "
+                "super().step() whenever it changes parameters."
+            )
         if running.record is None:
             return
         self._finish(self._optimizer, running.record)
@@ -243,8 +260,12 @@ class _RunningStep:
     has_nested = False
     """True if it has called the step of a parent class, whose hooks are the same."""
     has_closure = False
+    waits_for_parent = False
+    """True until the innermost step begins, if the code of the outer ones says that it will."""
     awaits_closure = False
     """True until the closure was evaluated for the first time."""
+    returned: object = None
+    """What the closure returned last."""
     record: ClipRecord | None = None
     _clipped: TensorVersions | None = None
     _parameters: Sequence[Tensor] = ()
@@ -266,12 +287,21 @@ class _RunningStep:
             return False
         return all(self._clipped.are_unchanged(gradients))
 
+    def wait_for_parent(self) -> None:
+        """Remember parameters and groups as they are before the outer step changes them."""
+        self.waits_for_parent = True
+        self._remember_parameters()
+        self.step_changes.remember_groups()
+
     def hide_gradients(self) -> None:
         """Skip the step by hiding the gradients, and remember the versions of the parameters."""
+        self._remember_parameters()
+        self.step_changes.hide_gradients()
+
+    def _remember_parameters(self) -> None:
         if not self._parameters:
             self._parameters = [*parameters_of(self._optimizer.param_groups)]
             self._versions = versions_of(self._parameters)
-        self.step_changes.hide_gradients()
 
     def changed_parameters(self) -> bool:
         """Return whether a skipped step has written parameters all the same."""
@@ -302,9 +332,3 @@ def is_attached(optimizer: Optimizer) -> bool:
     """Return whether some clipper is attached to the optimizer."""
     hooks = map(inspect.unwrap, optimizer._optimizer_step_pre_hooks.values())
     return any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks)
-
-
-def _may_call_parents_step(kind: type[Optimizer]) -> bool:
-    """Return whether a class outside torch overrides a ``step`` that it may call."""
-    owners = [base for base in kind.__mro__ if "step" in vars(base) and base is not Optimizer]
-    return len(owners) > 1 and not owners[0].__module__.startswith("torch.optim")

@@ -29,6 +29,11 @@ def step_running(optimizer: Optimizer, *, outside: int = 0) -> bool:
     return any(each is optimizer for each in stepping[outside:])
 
 
+def count_running_steps(optimizer: Optimizer) -> int:
+    """Return how many steps of the optimizer are running, each called by the one before."""
+    return sum(args[0] is optimizer for args in locals_of(RUN_STEP, "args"))
+
+
 def running_scaler() -> GradScaler | None:
     """Return the GradScaler whose ``step`` is running, if any."""
     return next(locals_of(GradScaler.step.__code__, "self"), None)

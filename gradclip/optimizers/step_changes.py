@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from ..gradients.held import parameters_of
 from .call_stack import step_running
 
+_Groups = Sequence[tuple[dict[str, Any], dict[str, tuple[object, object]]]]
+"""Parameter groups, each with the values to restore, as `_saved` returns them."""
 _ABSENT = object()
 """The earlier value of an attribute that did not exist."""
 
@@ -25,7 +27,9 @@ class StepChanges:
 
     # Defaults of the class: a usual step changes nothing.
     _hidden: Sequence[tuple[Tensor, Tensor]] = ()
-    _groups: Sequence[tuple[dict[str, Any], dict[str, tuple[object, object]]]] = ()
+    _groups: _Groups = ()
+    _earlier_groups: _Groups = ()
+    """The groups before the step, if it may change them before it is known to be skipped."""
     _attributes: Mapping[str, tuple[object, object]] = MappingProxyType({})
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -35,6 +39,10 @@ class StepChanges:
         """Return whether there is anything to undo."""
         return bool(self._hidden or self._groups or self._attributes)
 
+    def remember_groups(self) -> None:
+        """Remember the groups as they are, for a skip that is decided within the step."""
+        self._earlier_groups = self._saved_groups()
+
     def hide_gradients(self) -> None:
         """Skip the step on the host: without gradients, an optimizer changes no parameter."""
         groups, hidden = self.optimizer.param_groups, [*self._hidden]
@@ -43,9 +51,13 @@ class StepChanges:
                 hidden.append((parameter, parameter.grad))
                 parameter.grad = None
         self._hidden = hidden
+        self._groups = self._earlier_groups or self._saved_groups()
+
+    def _saved_groups(self) -> _Groups:
         # Some optimizers count steps in their groups, also without gradients. The learning rate is
         # a scheduler's or the user's, who may set it before these changes are undone.
-        self._groups = [(g, {k: _saved(v) for k, v in g.items() if k != "lr"}) for g in groups]
+        groups = self.optimizer.param_groups
+        return [(g, {k: _saved(v) for k, v in g.items() if k != "lr"}) for g in groups]
 
     def set(self, name: str, value: object) -> None:
         """Set an attribute of the optimizer."""

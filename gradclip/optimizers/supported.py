@@ -18,6 +18,8 @@ from .attachment import is_attached
 
 WRAPPED_AS = ("optimizer", "base_optimizer")
 """The attributes in which wrappers hold the optimizer that they step."""
+MAY_BE_WRAPPED_AS = ("optim", "_optimizer")
+"""Attributes in which others hold an optimizer of a part of the parameters as well."""
 
 
 def clippable(given: object, *, skips: bool, ranks: object = None) -> list[Optimizer]:
@@ -133,7 +135,17 @@ def _wrapped(given: object) -> tuple[str, Optimizer] | None:
         inner = getattr(given, name, None)
         if isinstance(inner, Optimizer) and inner is not given:
             return name, inner
+    for name in () if _is_zero(given) else MAY_BE_WRAPPED_AS:
+        inner = getattr(given, name, None)
+        if isinstance(inner, Optimizer) and inner is not given and _has_same(given, inner):
+            return name, inner
     return None
+
+
+def _has_same(wrapper: Any, inner: Optimizer) -> bool:
+    """Return whether two optimizers have the same parameters."""
+    groups = getattr(wrapper, "param_groups", ())
+    return {*map(id, parameters_of(groups))} == {*map(id, parameters_of(inner.param_groups))}
 
 
 def _not_an_optimizer(given: object) -> str:
@@ -184,19 +196,22 @@ def _is_of_deepspeed(item: object) -> bool:
     )
 
 
+def _is_zero(item: object) -> bool:
+    """Return whether it is torch's ZeroRedundancyOptimizer."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return module is not None and isinstance(item, module.ZeroRedundancyOptimizer)
+
+
 def _refuse_zero(optimizer: Optimizer) -> None:
     """Refuse a ZeroRedundancyOptimizer that steps inside backward, and the optimizer inside one."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    if module is None:
-        return
-    kind = module.ZeroRedundancyOptimizer
-    if isinstance(optimizer, kind) and getattr(optimizer, "_overlap_with_ddp", False):
+    if _is_zero(optimizer) and getattr(optimizer, "_overlap_with_ddp", False):
         raise AttachError(
             "ZeroRedundancyOptimizer has overlap_with_ddp=True and steps inside backward(), where "
             "no norm over all gradients is known: build it without."
         )
-    owners = [owner for owner in _referrers(optimizer) if isinstance(owner, kind)]
-    if any(owner.optim is optimizer for owner in owners):
+    if "torch.distributed.optim.zero_redundancy_optimizer" not in sys.modules:
+        return  # a search of all objects takes long
+    if any(owner.optim is optimizer for owner in filter(_is_zero, _referrers(optimizer))):
         raise AttachError(
             f"This {type(optimizer).__name__} is the inner one of a ZeroRedundancyOptimizer and "
             "has the parameters of this rank alone: give the ZeroRedundancyOptimizer, whose "

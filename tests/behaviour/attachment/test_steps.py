@@ -85,6 +85,29 @@ class Rescaling(torch.optim.SGD):
         return super().step(closure)
 
 
+class Indirect(torch.optim.SGD):
+    """The same, in a way that its code does not show."""
+
+    def step(self, closure=None):
+        weight_of(self).grad.mul_(100)
+        return getattr(torch.optim.SGD, "st" + "ep")(self, closure)
+
+
+class EverySecond(torch.optim.SGD):
+    """Steps every second time; the other times it decays at most."""
+
+    count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        if self.count % 2 == 0:
+            return super().step(closure)
+        if self.defaults["weight_decay"]:
+            with torch.no_grad():
+                weight_of(self).mul_(0.5)
+        return None
+
+
 class Clearing(torch.optim.SGD):
     """Clears its gradients after it stepped through its parent."""
 
@@ -150,14 +173,67 @@ def test_after_an_outer_step_that_raised_the_next_is_clipped_again():
     assert clipper.steps == 1
 
 
-def test_gradients_that_the_outer_step_changes_are_clipped_again():
+@pytest.mark.parametrize("call", CALLS)
+def test_the_innermost_step_clips(call):
+    """Nothing is clipped before the outer step changes the gradients."""
     optimizer = optimizer_of(Rescaling)
     clipper = GradientClipper(optimizer, 1.0)
-    optimizer.step()
+
+    def closure() -> None:
+        weight_of(optimizer).grad = torch.tensor([3.0, 4.0])
+
+    step_by(optimizer, call, closure)
+    needed = 500.0 if call == "step()" else 5.0  # the parent calls the closure
+    assert clipper.last.norm.item() == pytest.approx(needed)
     assert gradient(optimizer) == CLIPPED
     assert weight_of(optimizer).tolist() == pytest.approx([0.4, 0.2])
     assert clipper.steps == 1
+
+
+def test_gradients_that_a_step_changes_unforeseen_are_clipped_again():
+    """Where the code does not show that the parent's step is called."""
+    optimizer = optimizer_of(Indirect)
+    clipper = GradientClipper(optimizer, 1.0)
+    optimizer.step()
+    assert gradient(optimizer) == CLIPPED
+    assert clipper.steps == 1
     assert clipper.last.norm.item() == pytest.approx(100.0)
+
+
+def test_a_step_that_does_not_reach_its_parents():
+    """It counts for nothing, and raises if it changes parameters without being clipped."""
+    optimizer = optimizer_of(EverySecond)
+    clipper = GradientClipper(optimizer, 1.0)
+    for step in range(4):
+        weight_of(optimizer).grad = torch.tensor([3.0, 4.0])
+        optimizer.step()
+        assert gradient(optimizer) == (CLIPPED if step % 2 else [3.0, 4.0])
+    assert clipper.steps == 2
+    weight_of(optimizer).grad = torch.tensor([3.0, 4.0])
+    optimizer.defaults["weight_decay"] = 0.5
+    with pytest.raises(AttachError, match=r"EverySecond.step\(\) has changed parameters without"):
+        optimizer.step()
+    optimizer.step()
+    assert gradient(optimizer) == CLIPPED
+
+
+def test_hooks_do_not_depend_on_other_optimizers():
+    """A parent's step calls hooks although no optimizer of the parent's class was built."""
+
+    class Parent(torch.optim.Adam):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Child(Parent):
+        def step(self, closure=None):
+            weight_of(self).grad.mul_(100)
+            return super().step(closure)
+
+    optimizer = optimizer_of(Child)
+    clipper = GradientClipper(optimizer, 1.0)
+    optimizer.step()
+    assert gradient(optimizer) == CLIPPED
+    assert (clipper.steps, clipper.last.norm.item()) == (1, pytest.approx(500.0))
 
 
 def test_a_skipped_gradient_that_a_step_clears_does_not_come_back():

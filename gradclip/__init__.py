@@ -34,6 +34,7 @@ Read the code in this order:
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -140,16 +141,26 @@ def __getattr__(name: str) -> Any:
     Importing torch takes a second, which the command line's ``--help`` should not wait for.
     """
     if name in _MODULE_OF:
-        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        value = getattr(_imported(_MODULE_OF[name]), name)
         globals()[name] = value
         return value
     if not name.startswith("_"):
         try:
-            return import_module(f".{name}", __name__)
+            return _imported(name)
         except ModuleNotFoundError as error:
             if error.name != f"{__name__}.{name}":
                 raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _imported(module: str) -> Any:
+    """Import a module outside of dispatch modes: a constant tensor is not to be a fake one."""
+    if "torch" not in sys.modules:
+        return import_module(f".{module}", __name__)
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        return import_module(f".{module}", __name__)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..engines import norm_dtype
-from ..engines.base import CPU, host_may_read
+from ..engines.base import CPU, has_values, host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import ArgumentError
 from ..records.record import ClipRecord, as_vector, clipped_norms
@@ -23,6 +23,7 @@ from ..scopes.labels import NormLabels
 from ..thresholds import Fixed, StepContext, Threshold, is_foreign, learns
 from .host_step import HostGradients
 from .step import StepGradients, presence_flag
+from .without_values import GradientsWithoutValues
 
 _LEARNING: WeakValueDictionary[int, NormThresholds] = WeakValueDictionary()
 """The clipper's object that serves each learning rule, by the id of the rule.
@@ -84,7 +85,7 @@ class NormThresholds:
 
     def at_step(
         self,
-        gradients: StepGradients | HostGradients,
+        gradients: StepGradients | HostGradients | GradientsWithoutValues,
         norms: Tensor | float,
         step: int,
         loss: Tensor | float | None = None,
@@ -108,6 +109,9 @@ class NormThresholds:
         """
         if self._labels.names is not self._started:
             self.follow_labels()
+        if isinstance(norms, Tensor) and not has_values(norms):
+            self._context = None
+            return torch.full_like(norms, math.inf)  # a rule may compare values, and learns none
         if isinstance(norms, Tensor) and capturing():
             keep_if_captured(
                 self._group_thresholds,

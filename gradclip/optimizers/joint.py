@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..engines import engine_for
-from ..engines.base import TensorList, host_may_read
+from ..engines.base import TensorList, host_may_read, lack_values
 from ..gradients.held import (
     GRADIENT,
     HeldGradients,
@@ -23,6 +23,7 @@ from ..gradients.held import (
 from ..gradients.host_step import HostGradients, SharedHostGradients
 from ..gradients.policies import Settings
 from ..gradients.step import StepGradients
+from ..gradients.without_values import GradientsWithoutValues
 from ..ranks.agreement import SCOPES_BY_NAME
 from ..ranks.layout import RankLayout
 from ..ranks.shards import parts_in
@@ -38,6 +39,8 @@ from .supported import check_groups, refuse_within_backward
 HostRoute = Callable[..., HostGradients | None]
 """Takes gradients, the names of their parameters or none, and whether some are missing. Returns
 None for gradients that are not the plain ones of a usual step."""
+
+AnyGradients = HostGradients | StepGradients | GradientsWithoutValues
 
 
 class JointGradients:
@@ -110,9 +113,10 @@ class JointGradients:
 
     @property
     def device(self) -> torch.device:
-        """The device of the norms, which is that of the first parameter."""
-        first = next(parameters_held(self.optimizers), None)
-        return torch.device("cpu") if first is None else first.device
+        """The device of the norms: that of the first parameter, with values if one has."""
+        devices = [parameter.device for parameter in parameters_held(self.optimizers)]
+        real = (device for device in devices if device.type != "meta")
+        return next(real, devices[0] if devices else torch.device("cpu"))
 
     @property
     def devices(self) -> list[torch.device]:
@@ -123,7 +127,7 @@ class JointGradients:
 
     def at_step(
         self, stepping: Optimizer, step_changes: StepChanges
-    ) -> HostGradients | StepGradients | ClipRecord | None:
+    ) -> AnyGradients | ClipRecord | None:
         """Return the gradients to clip before a step.
 
         Args:
@@ -165,7 +169,9 @@ class JointGradients:
                 return usual
         return self._step_gradients(self._held_by([stepping]), scale=scale, overflow=overflow)
 
-    def of_micro_batch(self, settings: Settings, scale: Tensor | None) -> StepGradients:
+    def of_micro_batch(
+        self, settings: Settings, scale: Tensor | None
+    ) -> StepGradients | GradientsWithoutValues:
         """Return the gradients that all optimizers hold, to be clipped before they are accumulated.
 
         Args:
@@ -192,7 +198,7 @@ class JointGradients:
             elif rank_layout.norm_ranks.only_group is not None:
                 self._host_route = self._across_ranks
 
-    def _selected(self, choice: Selection) -> HostGradients | StepGradients:
+    def _selected(self, choice: Selection) -> AnyGradients:
         """Return the gradients that several optimizers share a norm of."""
         held, partial = choice
         if self._host_route is not None and held.gradients:
@@ -243,8 +249,10 @@ class JointGradients:
 
     def _step_gradients(
         self, held: HeldGradients, settings: Settings | None = None, **options: Any
-    ) -> StepGradients:
+    ) -> StepGradients | GradientsWithoutValues:
         labels, rank_layout = self._labels, self._rank_layout
+        if lack_values(held.gradients):
+            return GradientsWithoutValues(held.gradients, len(labels.names), self.device)
         names = rank_layout.parameter_names(held.names)
         one_norm = self._one_norm_for_all or labels.has_one_norm
         return StepGradients(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
+from ..engines.base import has_values
 from ..engines.cuda_graphs import capturing
 from ..engines.no_grad import no_grad
 from ..errors import AttachError
@@ -26,6 +27,7 @@ from ..gradients.held import parameters_held
 from ..gradients.norm_thresholds import NormThresholds
 from ..gradients.policies import Settings
 from ..gradients.step import Decision
+from ..gradients.without_values import GradientsWithoutValues
 from ..ranks.averaging import AveragingModules
 from ..ranks.shards import is_dtensor, stored
 from ..records.incidents import nonfinite_micro_batch_error
@@ -208,6 +210,8 @@ class MicroBatches:
         scale = scaler._scale if scaler is not None and scaler.is_enabled() else None
         settings = _settings_of_one(self._settings, count, scaled=scale is not None)
         gradients = self._joint.of_micro_batch(settings, scale)
+        if isinstance(gradients, GradientsWithoutValues):
+            return False
         norms = gradients.norms()
         step = self._recorder.next_step(norms, captured=False)
         thresholds = self._norm_thresholds.of_micro_batch(gradients, norms, step, count, loss)
@@ -251,7 +255,8 @@ def _memory_of(gradient: Tensor) -> Tensor:
 
 def _add(aside: Aside) -> None:
     """Add the gradients of a micro-batch to the accumulated ones, in the memory of these."""
-    places = {id(accumulated): _memory_of(accumulated).data_ptr() for _, accumulated in aside}
+    memories = {id(accumulated): _memory_of(accumulated) for _, accumulated in aside}
+    places = {key: memory.data_ptr() for key, memory in memories.items() if has_values(memory)}
     # Autograd can leave two parameters with gradients in one memory, each of which would be added
     # to the other.
     apart = len({*places.values()}) == len(places)

@@ -8,15 +8,14 @@ all in the order of the ranks (`agreement_across`), so that all find the same ag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from ..errors import AttachError
 from ..scopes.labels import GroupThresholds, LabelledParameter, NormLabels
-from ..scopes.norm_indices import NOWHERE, NormIndices
+from ..scopes.norm_indices import NOWHERE, NormIndices, index_tensor
 from ..scopes.scope import SHARED
 from .groups import RankGroup
 from .messages import ClipperMessage, Original
@@ -106,14 +105,16 @@ class Agreement:
         labels.check_exclusions(self.all_names)
         indices = {key: index for index, key in enumerate(self.thresholds)}
         # One entry more: NOWHERE is -1, the last index, and stays NOWHERE.
-        moved = _tensor([*(indices.get(k, NOWHERE) for k in labels.thresholds_by_key), NOWHERE])
+        moved = index_tensor(
+            [*(indices.get(k, NOWHERE) for k in labels.thresholds_by_key), NOWHERE]
+        )
         uncounted = {name for name, original in self.originals.items() if rank in original.ranks}
         adopted: list[LabelledParameter] = []
         for labelled in labels.labelled:
             if labelled.copy_of is not None:
                 original = self.originals[labelled.copy_of]
                 norms = [NOWHERE if key is None else indices[key] for key in original.keys]
-                norm_indices = NormIndices(_tensor(norms), original.rows)
+                norm_indices = NormIndices(index_tensor(norms), original.rows)
                 counts = labelled.copy_of in uncounted
                 uncounted.discard(labelled.copy_of)  # two copies on one rank count once, too
                 adopted.append(replace(labelled, norm_indices=norm_indices, counts=counts))
@@ -190,7 +191,3 @@ def agreement_across(message: ClipperMessage, group: RankGroup, ranks: Ranks) ->
 def _words(_: bool, label: str) -> list[str | int]:
     """Return a label in words and numbers, so that "block.2" comes before "block.10"."""
     return [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", label)]
-
-
-def _tensor(indices: Sequence[int]) -> Tensor:
-    return torch.tensor(indices, dtype=torch.int64, device="cpu")

@@ -7,12 +7,11 @@ from contextlib import suppress
 from functools import wraps
 from typing import ParamSpec
 
-import torch
 from torch import Tensor
 
 from ..errors import AttachError
 from ..scopes.labels import NormLabels
-from ..scopes.norm_indices import NOWHERE, NormIndices
+from ..scopes.norm_indices import NOWHERE, NormIndices, index_tensor
 from .agreement import agreement_across, confirm_alike
 from .groups import NormRanks, norm_ranks_of
 from .messages import FailureMessage, message_of
@@ -141,7 +140,7 @@ def announces_failure(attach: Callable[P, None]) -> Callable[P, None]:
 
 
 def _one_index(index: int) -> NormIndices:
-    return NormIndices(torch.tensor([index], device="cpu"))
+    return NormIndices(index_tensor([index]))
 
 
 _UNKNOWN = _one_index(NOWHERE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..engines.base import TensorList
 from .groups import NormRanks, RankGroup, in_order
@@ -196,7 +197,8 @@ def _facts_of(mesh: DeviceMesh, world: ProcessGroup | None) -> _MeshFacts:
 
 
 def _ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
-    return tuple(sorted(mesh.mesh.flatten().tolist()))
+    with _disable_current_modes():  # a FakeTensorMode refuses the mesh, which has values
+        return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
 def _group_of(mesh: _MeshFacts, world: ProcessGroup | None) -> RankGroup:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_count
+from ..engines.base import has_values
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import AttachError
 from .buffer import RecordBuffer
@@ -137,8 +138,11 @@ class Recorder:
     def add(self, record: ClipRecord) -> None:
         """Take the record of a step; a batch that has arrived goes to the sinks.
 
-        No host sync on CUDA.
+        No host sync on CUDA. A record of meta or fake tensors is only counted.
         """
+        if not (record.is_number or has_values(record.values[0])):
+            self.seen += 1
+            return
         if self._replayed is not None and capturing():
             keep_if_captured(self._replayed)
             self._replayed.write(record)

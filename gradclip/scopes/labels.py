@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, itemgetter
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError, AttachError
 from .group_keys import ABSENT, GroupKeys
 from .naming import NamedParameter, group_name, named_parameters
-from .norm_indices import NOWHERE, NormIndices
+from .norm_indices import NOWHERE, NormIndices, index_tensor
 from .scope import SHARED, Scope
 
 NormKey = tuple[bool, str]
@@ -236,14 +235,14 @@ class NormLabels:
         if key is None:
             return None
         if key is not ABSENT:
-            return NormIndices(_tensor([table.index_of(group, threshold=key)]))
+            return NormIndices(index_tensor([table.index_of(group, threshold=key)]))
         labels = self._scope.labels(named.name, named.parameter, group)
         if labels is None:
             return None
         if isinstance(labels, str):
-            return NormIndices(_tensor([table.index_of(labels)]))
+            return NormIndices(index_tensor([table.index_of(labels)]))
         rows = [NOWHERE if label is None else table.index_of(label) for label in labels]
-        return NormIndices(_tensor(rows), rows=True)
+        return NormIndices(index_tensor(rows), rows=True)
 
 
 class _NormTable:
@@ -263,8 +262,3 @@ class _NormTable:
         if index == len(self.group_thresholds):
             self.group_thresholds.append(threshold)
         return index
-
-
-def _tensor(indices: Sequence[int]) -> Tensor:
-    # Whatever torch.set_default_device says: indices are computed on the CPU and copied later.
-    return torch.tensor(indices, dtype=torch.int64, device="cpu")

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..engines.base import INFINITY
 from ..engines.cuda_graphs import capturing, keep_if_captured
@@ -33,6 +34,16 @@ class NormIndices:
     for a row in no norm."""
     rows: bool = False
     """True if each index of dimension 0 has a norm of its own."""
+
+
+def index_tensor(indices: Sequence[int]) -> Tensor:
+    """Return indices as a tensor on the CPU, int64.
+
+    Whatever torch.set_default_device says, as they are copied later. And with values in a
+    FakeTensorMode, since they say which gradients share a norm.
+    """
+    with _disable_current_modes():
+        return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
 def sums_by_norm(

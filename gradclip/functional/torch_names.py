@@ -34,9 +34,10 @@ from ..gradients.differentiable import (
 )
 from ..gradients.forms import coalesce_, refuse_unordered
 from ..gradients.held import distinct
+from ..gradients.host_step import clip_parts_
 from ..gradients.norms import norms_of
-from ..ranks.groups import RankGroup
-from ..ranks.shards import groups_of
+from ..ranks.groups import NormRanks, RankGroup
+from ..ranks.shards import groups_of, parts_in
 from .arguments import (
     TensorOrTensors,
     listed_gradients,
@@ -235,6 +236,9 @@ def _clip_norm_(
         return _clip_transformed_(gradients, limit, order, finite)
     if lack_values(gradients):
         return norm_like(gradients)
+    parts = None if finite else parts_in(NormRanks(tuple(groups)), usual)
+    if parts is not None and engine.prepare(parts.tensors, order):
+        return clip_parts_(engine, parts, limit, order)
     buckets = buckets_of(distinct(gradients), order)
     norm = norms_of(buckets, order, scalar=True, groups=groups)
     if finite and not bool(norm.isfinite()):

@@ -127,12 +127,8 @@ class SharedHostGradients(HostGradients):
 
     def norms(self) -> Any:
         """Measure the norm together with the other ranks. Collective. Nothing is written."""
-        (tensors, group, counts), order = self._parts, self._settings.norm_type
-        if counts:
-            sums = self._engine.host_power_sums(tensors, order)
-        else:
-            sums = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
-        vector = sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
+        order = self._settings.norm_type
+        sums, vector = _sums_and_total(self._engine, self._parts, order)
         names = self._names
         if names or self._needs_present:
             # Laid out as by `measure_across_ranks`, which serves the ranks without gradients.
@@ -142,7 +138,7 @@ class SharedHostGradients(HostGradients):
             if self._needs_present:
                 here.append(torch.ones(1, dtype=torch.float64, device="cpu"))
             vector = torch.cat(here)
-        vector = group.reduced_(vector, order)
+        vector = self._parts.group.reduced_(vector, order)
         norm = host_root(vector[0].item(), order)
         if names:
             sums, nonfinite = vector[1 : 1 + len(names)], None
@@ -150,6 +146,38 @@ class SharedHostGradients(HostGradients):
                 nonfinite = describe_nonfinite(names, None, sums.tolist())
             self.parameter_sums = ParameterSums(names, [sums], nonfinite)
         return norm
+
+
+def clip_parts_(engine: Engine, parts: Parts, limit: float, order: float) -> Tensor:
+    """Scale gradients that are spread over ranks to a joint norm of at most ``limit``. Collective.
+
+    Gradients whose norm is NaN or infinite stay as they are.
+
+    Args:
+        engine: The engine that serves the CPU.
+        parts: Their parts on this rank, which `Engine.prepare` has accepted.
+        limit: The threshold.
+        order: p of the p-norm.
+
+    Returns:
+        The norm before, the same bits on all ranks; 0-d, float64.
+    """
+    _, total = _sums_and_total(engine, parts, order)
+    power_sum = parts.group.reduced_(total, order)
+    norm = host_root(power_sum.item(), order)
+    coefficient = clip_coefficient(norm, limit, erase=False)
+    if coefficient != 1:
+        engine.host_scale_(parts.tensors, coefficient)
+    return power_sum.fill_(norm).squeeze(0)
+
+
+def _sums_and_total(engine: Engine, parts: Parts, order: float) -> tuple[Tensor, Tensor]:
+    """Return the power sum of each part, 0 where another rank counts it, and that of all parts."""
+    if parts.counts:
+        sums = engine.host_power_sums(parts.tensors, order)
+    else:
+        sums = torch.zeros(len(parts.tensors), dtype=torch.float64, device="cpu")
+    return sums, sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
 
 
 UNCHANGED = Decision(False, 1.0, 1.0)

@@ -11,7 +11,7 @@ from gradclip import GradientClipper, GradientError, NonFiniteGradientError
 from tests.support import dtensors
 from tests.support.dtensors import full_gradients, spread, spread_parameter
 from tests.support.processes import on_ranks
-from tests.support.reference import norm_of
+from tests.support.reference import bits_of, norm_of
 
 words_of_one = pytest.mark.parametrize("words", ["0", "1", "R"])
 
@@ -43,6 +43,18 @@ def test_a_rank_without_gradients():
     with dtensors.recorded() as calls:
         norm = gradclip.clip_grad_norm_([weight], 0.5)
     assert (calls, norm.item()) == (["allreduce"], 5.0)
+
+
+@pytest.mark.parametrize("last", [math.nan, math.inf, 0.0], ids=str)
+@on_ranks("two_ranks")
+def test_norms_that_leave_gradients_as_they_are(last):
+    """A norm that is not finite, or at its threshold: no rank writes."""
+    parameter = spread_parameter(torch.tensor([3.0, 4.0, 0.0, last]), "one", "0")
+    part = parameter.grad.to_local()
+    before, version = bits_of(part), part._version
+    norm = gradclip.clip_grad_norm_([parameter], 5.0)
+    assert repr(norm.item()) == repr(last or 5.0)
+    assert (bits_of(part), part._version) == (before, version)
 
 
 @words_of_one

@@ -241,8 +241,8 @@ class JointGradients:
             gradients,
             parts,
             settings,
-            rank_layout.parameter_names(()) or (),
-            tuple(rank_layout.parameter_indices(names)),
+            (rank_layout.parameter_names(names) or ()) if names else (),
+            tuple(rank_layout.parameter_indices(names)) if names else (),
             self._needs_present,
             partial,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +94,15 @@ class NormRanks:
     """Groups that DTensors are spread over, in the order of their collectives."""
     across: RankGroup | None = None
     """The group of the ``ranks=`` option. Its collective comes last, and adds up all."""
+    only_group: RankGroup | None = field(init=False)
+    """The group of the one collective of a step; None if there is none, or several."""
+
+    def __post_init__(self) -> None:
+        groups = self.groups if self.across is None else (*self.groups, self.across)
+        object.__setattr__(self, "only_group", groups[0] if len(groups) == 1 else None)
 
     def __bool__(self) -> bool:
         return bool(self.groups) or self.across is not None
-
-    @property
-    def only_group(self) -> RankGroup | None:
-        """The group of the one collective of a step; None if there is none, or several."""
-        groups = self.groups if self.across is None else (*self.groups, self.across)
-        return groups[0] if len(groups) == 1 else None
 
     def combined(
         self, vector_of: Callable[[RankGroup | None], Tensor], order: float, *, alone: bool

@@ -15,7 +15,9 @@ from torch import Tensor
 from ..engines.base import host_may_read
 
 
-def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) -> Tensor:
+def clip_coefficients(
+    norms: Tensor, thresholds: Tensor | float, erase: bool, finite: Tensor | None = None
+) -> Tensor:
     """Return ``min(1, threshold / norm)`` for every norm.
 
     The formula of Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural
@@ -27,6 +29,7 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
             one number for all norms.
         erase: True if the coefficient of a NaN or infinite norm is 0, which erases its gradients;
             False if it is 1, which leaves them unchanged.
+        finite: ``norms < inf``, if that was computed before.
 
     Returns:
         Shape (k,) in [0, 1]; exactly 1 where the norm is at most its threshold. No host sync.
@@ -45,9 +48,15 @@ def clip_coefficients(norms: Tensor, thresholds: Tensor | float, erase: bool) ->
         # torch takes number / tensor for number * (1 / tensor), which is infinite for the smallest
         # norms. A 0-d tensor on the CPU is a number to every device, and is divided.
         thresholds = torch.tensor(thresholds, dtype=norms.dtype, device="cpu")
-    # Where norm and threshold are 0 the quotient is NaN, but not chosen.
-    exceeded = torch.where(norms > thresholds, thresholds / norms, 1.0)
-    return torch.where(norms < math.inf, exceeded, 0.0 if erase else 1.0)
+    # As few operators as there can be, since each takes the host microseconds on a device. The
+    # quotient of a norm above its threshold never rounds up to 1.
+    if erase:
+        finite = norms < math.inf if finite is None else finite
+        # `fmin` takes the other one where 0 / 0 is NaN, and True and False as 1 and 0.
+        return torch.fmin(thresholds / norms, finite)
+    # Norms that are not finite as norms of 0, which exceed nothing.
+    quotients = thresholds / norms.nan_to_num(nan=0.0, posinf=0.0)
+    return quotients.nan_to_num_(nan=1.0, posinf=1.0).clamp_(max=1.0)
 
 
 def are_finite(norms: Tensor | float) -> bool:
@@ -71,24 +80,22 @@ def has_skip_reason(
         norms: Shape (k,), not negative, or NaN.
         thresholds: Shape (k,), same device and dtype.
         nonfinite: True if a NaN or infinite norm is a reason.
-        exceeding: True if a finite norm above its threshold is a reason.
+        exceeding: True if a finite norm above its threshold is a reason; one of the two is True.
 
     Returns:
         0-d, bool, on the same device. No host sync.
     """
     finite = norms < math.inf
-    reasons = torch.zeros_like(finite)
-    if nonfinite:
-        reasons = ~finite
-    if exceeding:
-        reasons = reasons | (finite & (norms > thresholds))
-    return reasons.any()
+    if not exceeding:
+        return ~finite.all()
+    exceeded = norms > thresholds
+    return (exceeded | ~finite if nonfinite else exceeded & finite).any()
 
 
 def ones_if_skipped(skipped: bool | Tensor, coefficients: Tensor) -> Tensor:
     """Return the coefficients, or 1 for all of them if the step is skipped. No host sync."""
     if isinstance(skipped, Tensor):
-        return torch.where(skipped, 1.0, coefficients)
+        return coefficients.masked_fill(skipped, 1.0)
     return torch.ones_like(coefficients) if skipped else coefficients
 
 

@@ -59,6 +59,7 @@ class NormThresholds:
         self._device = device
         self._order = order
         self._learns, self._foreign = learns(threshold), is_foreign(threshold)
+        self._reads_clipped = self._foreign or getattr(threshold, "observes_clipped", True)
         self._needs_loss = threshold.needs_loss
         self._is_fixed, self._rule = type(threshold) is Fixed, cast(Any, threshold)
         self._context: StepContext | None = None
@@ -131,8 +132,8 @@ class NormThresholds:
                 "clipper.loss = loss before optimizer.step(), or return the loss from the closure."
             )
         context = StepContext(step, gradients.present(), self._order, weight_norms, loss)
-        if self._rule_indices is not None and isinstance(norms, Tensor):
-            norms, context = norms[self._rule_indices], _selected(context, self._rule_indices)
+        if isinstance(gradients, StepGradients) and isinstance(norms, Tensor):
+            norms, context = self._ruled(gradients, norms, context)
         # The norm of some of the gradients says nothing about the norm of all.
         self._context = context if self._learns and not gradients.partial else None
         if isinstance(norms, Tensor) and not norms.numel():
@@ -174,7 +175,9 @@ class NormThresholds:
         context, rule = self._context, self._threshold
         if context is None or (record.skipped is True and not rule.observes_skipped):
             return
-        norms, clipped_norms = record.values[0], _observed_clipped_norms(record)
+        norms = clipped_norms = record.values[0]
+        if self._reads_clipped:
+            clipped_norms = _observed_clipped_norms(record, exact=self._foreign)
         if record.is_number:
             if self._foreign:
                 norms, clipped_norms = as_vector(norms), as_vector(clipped_norms)
@@ -182,12 +185,14 @@ class NormThresholds:
             rule.observe(norms, clipped_norms, context)
             return
         if self._rule_indices is not None:
-            norms, clipped_norms = norms[self._rule_indices], clipped_norms[self._rule_indices]
+            norms = norms[self._rule_indices]
+            clipped_norms = clipped_norms[self._rule_indices] if self._reads_clipped else norms
         # A skip that only the device knows cannot end this method: the rule runs, and sees norms
         # without gradients, which it has to ignore.
         for skipped in (None if rule.observes_skipped else record.skipped, record.overflow):
             if isinstance(skipped, Tensor):
-                context = replace(context, present=context.present & ~skipped)
+                usable = None if context.usable is None else context.usable & ~skipped
+                context = replace(context, present=context.present & ~skipped, usable=usable)
         if not norms.numel():
             return
         if self._foreign:
@@ -195,6 +200,20 @@ class NormThresholds:
         elif _is_number(norms):
             norms, clipped_norms = norms.item(), clipped_norms.item()
         rule.observe(norms, clipped_norms, context)
+
+    def _ruled(
+        self, gradients: StepGradients, norms: Tensor, context: StepContext
+    ) -> tuple[Tensor, StepContext]:
+        """Return the norms that the rule sets thresholds for, and their context."""
+        all_norms, ruled = norms, self._rule_indices
+        if ruled is not None:
+            weights, norms = context.weight_norms, norms[ruled]
+            weights = None if weights is None else weights[ruled]
+            context = replace(context, present=context.present[ruled], weight_norms=weights)
+        if self._learns and not self._foreign and not _is_number(norms):
+            usable = gradients.usable(all_norms)
+            context.usable = usable if ruled is None else usable[ruled]
+        return norms, context
 
     def _rule_thresholds(self, norms: Any, context: StepContext) -> Any:
         """Return what the rule allows, numbers for numbers and tensors for tensors."""
@@ -225,16 +244,6 @@ class NormThresholds:
         self._started = names
 
 
-def _selected(context: StepContext, ruled: Tensor) -> StepContext:
-    """Return the context of the norms with the given indices."""
-    weights = context.weight_norms
-    return replace(
-        context,
-        present=context.present[ruled],
-        weight_norms=None if weights is None else weights[ruled],
-    )
-
-
 def _copied(context: StepContext) -> StepContext:
     """Return a context of tensors that a user's own rule may write to."""
     loss = context.loss
@@ -254,11 +263,16 @@ def _is_number(norms: Tensor) -> bool:
     return norms.numel() == 1 and host_may_read(norms)
 
 
-def _observed_clipped_norms(record: ClipRecord) -> Any:
-    """Return the norms after scaling; for a skipped step, those that scaling would have given."""
+def _observed_clipped_norms(record: ClipRecord, *, exact: bool) -> Any:
+    """Return the norms after scaling; for a skipped step, those that scaling would have given.
+
+    Args:
+        record: The record of the step.
+        exact: True for 0 where an infinite norm was set to 0; else it is NaN, which is not usable.
+    """
     norms, thresholds, coefficients = record.values
     # The coefficients of a skipped step are 1, so that its thresholds say what scaling would give.
-    scaled = clipped_norms(norms, coefficients)
+    scaled = clipped_norms(norms, coefficients) if exact else norms * coefficients
     if record.skipped is False:
         return scaled
     if record.is_number:

@@ -15,7 +15,7 @@ from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..ranks.groups import NormRanks
 from ..records.parameter_norms import ParameterSums, rescaled
 from ..scopes.naming import describe_nonfinite
-from ..scopes.norm_indices import NormIndices, present_norms
+from ..scopes.norm_indices import NormIndices, all_present, present_norms
 from .buckets import Bucket, buckets_of, copies_of
 from .coefficients import (
     are_finite,
@@ -102,6 +102,7 @@ class StepGradients:
         self._parameter_indices = tuple(parameter_indices)
         self._needs_present = needs_present
         self._present: Tensor | None = None
+        self._finite: Tensor | None = None
         self._weight_norms: Tensor | None = None
         self._norms_if_bounded: Tensor | None = None
         self._settings = settings
@@ -129,7 +130,19 @@ class StepGradients:
 
     def present(self) -> Tensor:
         """Return which of the k norms have a gradient; shape (k,), bool."""
-        return self._present_here() if self._present is None else self._present
+        return self._present_here()[0] if self._present is None else self._present
+
+    def usable(self, norms: Tensor) -> Tensor:
+        """Return which norms are finite and have a gradient; shape (k,), bool. No host sync.
+
+        Args:
+            norms: Shape (k,), as measured.
+        """
+        self._finite = norms < math.inf
+        if self._present is not None:
+            return self._finite & self._present
+        present, all_present = self._present_here()
+        return self._finite if all_present else self._finite & present
 
     def weight_norms(self) -> Tensor:
         """Measure the norms of the parameters instead of their gradients; shape (k,)."""
@@ -154,7 +167,8 @@ class StepGradients:
         # A step that GradScaler skips writes nothing either, but is none of the skipped steps.
         untouched = skip if self.overflow is None else self.overflow | skip
         bounded_norms = self._bound_(norms, untouched)
-        coefficients = clip_coefficients(bounded_norms, thresholds, self._settings.erases)
+        finite = self._finite if bounded_norms is norms else None
+        coefficients = clip_coefficients(bounded_norms, thresholds, self._settings.erases, finite)
         if untouched is not False:
             coefficients = ones_if_skipped(untouched, coefficients)
         return Decision(skip, coefficients, reduction_of(coefficients, bounded_norms, norms))
@@ -262,7 +276,7 @@ class StepGradients:
             **self._options,
             parameters=None if names is None else (self._parameter_indices, len(names)),
             weights=None if self._weights is None else self._weight_buckets(),
-            present=self._present_here() if self._needs_present else None,
+            present=self._present_here()[0] if self._needs_present else None,
         )
         self._present, self._weight_norms = shared.present, shared.weight_norms
         norms = self._unscaled(shared.norms)
@@ -270,18 +284,20 @@ class StepGradients:
             self.parameter_sums = self._described(names, None, norms, [shared.parameter_sums])
         return norms
 
-    def _present_here(self) -> Tensor:
+    def _present_here(self) -> tuple[Tensor, bool]:
+        """Return which norms have a gradient on this rank, and whether all have."""
         if self._norm_indices is None:
             flag = presence_flag(bool(self.tensors), self._device)
             keep_if_captured(flag)
-            return flag
-        norm_indices = [
+            return flag, bool(self.tensors)
+        norm_indices = tuple(
             # Rows of a sharded gradient that are on other ranks have a gradient as well.
             indices if bucket.group is None else self._norm_indices[index]
             for bucket in self._buckets
             for indices, index in zip(bucket.norm_indices, bucket.indices, strict=True)
-        ]
-        return present_norms(tuple(norm_indices), self._count, self._device)
+        )
+        of_norms = norm_indices, self._count, self._device
+        return present_norms(*of_norms), all_present(*of_norms)
 
     @property
     def _options(self) -> dict[str, Any]:

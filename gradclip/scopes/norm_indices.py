@@ -110,9 +110,14 @@ def present_norms(
     norm_indices: tuple[NormIndices, ...], count: int, device: torch.device
 ) -> Tensor:
     """Return which of k norms have a gradient; shape (k,), bool."""
-    flags = _presence(norm_indices, count, device)
+    flags, _ = _presence(norm_indices, count, device)
     keep_if_captured(flags)
     return flags
+
+
+def all_present(norm_indices: tuple[NormIndices, ...], count: int, device: torch.device) -> bool:
+    """Return whether each of k norms has a gradient. No host sync."""
+    return _presence(norm_indices, count, device)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +161,12 @@ def _segments(
 
 
 @lru_cache(maxsize=16)
-def _presence(norm_indices: tuple[NormIndices, ...], count: int, device: torch.device) -> Tensor:
+def _presence(
+    norm_indices: tuple[NormIndices, ...], count: int, device: torch.device
+) -> tuple[Tensor, bool]:
     flags = torch.zeros(count + 1, dtype=torch.bool, device="cpu")
     flags[_joined(norm_indices)] = True  # NOWHERE, -1, sets the last one, which is cut off
-    return _copied(flags[:count], device)
+    return _copied(flags[:count], device), bool(flags[:count].all())
 
 
 def _copied(values: Tensor, device: torch.device) -> Tensor:

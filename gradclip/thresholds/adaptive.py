@@ -19,6 +19,7 @@ from torch import Tensor
 from ..engines.base import host_may_read
 from ..errors import StateError
 from .base import Rule, StepContext
+from .warm_up import WarmUp
 
 
 class AdaptiveThreshold(Rule):
@@ -45,9 +46,20 @@ class AdaptiveThreshold(Rule):
     observes_zeros: bool = True
     """True to observe norms that are 0 after clipping; False for a rule that one such norm would
     hold at 0 forever."""
+    observes_clipped: bool = True
+    """False for a rule that learns from norms as measured and reads no clipped norms."""
+    settles_after: int | None = None
+    """How many norms of a label the rule must have observed before its count decides nothing more;
+    None for never. The state then has ``counts``."""
+    settled: bool = False
+    """True if the host knows that all labels have as many: the rule then needs no choice between
+    its warm-up and the rest. Always False for one norm that is a number."""
     state: Mapping[str, Tensor] = {}  # shared by all rules before `start`, which replaces it
     """What was learned, by name; the tensors come from `fresh`."""
     _labels: tuple[str, ...] = ()
+    _warm_up: WarmUp | None = None
+    _infinity = torch.empty(0, device="cpu")
+    """Infinity on the norms' device, shape (1,): torch would make one at each use of the number."""
 
     # Methods of a rule
 
@@ -84,12 +96,32 @@ class AdaptiveThreshold(Rule):
         """
         for name, values in learned.items():
             kept = self.state[name]
-            if observed is not None:
-                values = torch.where(observed, values, kept)
-            if isinstance(values, Tensor):
+            if not isinstance(values, Tensor):
+                kept.fill_(values) if observed is None else kept.masked_fill_(observed, values)
+            elif observed is None:
                 kept.copy_(values)
             else:
-                kept.fill_(values)
+                if values.shape != kept.shape or values.dtype != kept.dtype:
+                    values = values.to(kept.dtype).expand_as(kept)
+                torch.where(observed, values, kept, out=kept)
+
+    def count(self, observed: Tensor | None, counts: Any) -> None:
+        """Add 1 to the state's ``counts`` where norms are observed.
+
+        Args:
+            observed: The argument of `learn`.
+            counts: The counts, or the one as a number.
+        """
+        if isinstance(counts, Tensor):
+            counts.add_(1 if observed is None else observed)
+        else:
+            self.state["counts"].fill_(counts + 1)  # in half the time of an addition
+
+    def limits_where(self, limited: Any, limits: Any) -> Any:
+        """Return limits where a condition holds, and infinity, which is no limit, elsewhere."""
+        if isinstance(limited, Tensor):
+            return torch.where(limited, limits, self._infinity)
+        return limits if limited else math.inf
 
     def rebuild(self) -> None:
         """Update what is derived from the state; called after `start` and `load_state_dict`."""
@@ -103,10 +135,16 @@ class AdaptiveThreshold(Rule):
             for name, learned in self.state.items():
                 state[name][:count] = learned
         self.state, self._labels = state, tuple(labels)
+        self._infinity = torch.full((1,), math.inf, dtype=dtype, device=device)
+        self._warm_up, self.settled = None, False
+        if self.settles_after is not None and dtype is torch.float64:  # as numbers are rounded
+            self._warm_up = WarmUp(self.settles_after)
         self.rebuild()
 
     def thresholds(self, norms: Any, context: StepContext) -> Any:
         """See `Rule.thresholds`."""
+        if self._warm_up is not None and isinstance(norms, Tensor):
+            self.settled = self._warm_up.is_over(self.state["counts"])
         limits: Any = super().thresholds(norms, context)
         if isinstance(limits, float):
             return limits
@@ -120,7 +158,9 @@ class AdaptiveThreshold(Rule):
                 self.learn(norms, clipped_norms, None)  # type: ignore[arg-type]  # numbers
             return
         observed = self._observed(norms, clipped_norms, context)
-        if observed is not None:  # NaN times anything is NaN, also times 0
+        # NaN times anything is NaN, also times 0. The rules of this package choose by `torch.where`
+        # instead, and only they are told which norms are usable.
+        if observed is not None and context.usable is None:
             norms = torch.where(observed, norms, 0.0)
             clipped_norms = torch.where(observed, clipped_norms, 0.0)
         self.learn(norms, clipped_norms, observed)
@@ -134,12 +174,18 @@ class AdaptiveThreshold(Rule):
         # Everything is checked before anything is written.
         for name, loaded in checked_state(type(self).__name__, self.state, state).items():
             self.state[name].copy_(loaded)
+        if self._warm_up is not None:
+            self._warm_up.read(self.state["counts"])
         self.rebuild()
 
     def _observed(
         self, norms: Tensor, clipped_norms: Tensor, context: StepContext
     ) -> Tensor | None:
-        observed = context.present & self._usable(norms, clipped_norms)
+        observed = context.usable
+        if observed is None:
+            observed = context.present & self._usable(norms, clipped_norms)
+        elif not self.observes_zeros:
+            observed = observed & (clipped_norms > 0)
         # None spares `put` a torch.where for each tensor; elsewhere the host does not know.
         return None if host_may_read(observed) and bool(observed.all()) else observed
 

@@ -56,6 +56,9 @@ class StepContext:
     those that gave one. None if none was given. It may be NaN or infinite; on a device it is minus
     infinity where no rank gave one, which the host does not know there. On the CPU the rules of
     this package get a number."""
+    usable: Tensor | None = None
+    """Shape (k,), bool: True for norms that are finite and have a gradient; None to a rule that is
+    not of this package, and on the CPU."""
 
 
 class Threshold(ABC):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..checks import checked_positive
 from .adaptive import AdaptiveThreshold
 from .base import StepContext
-from .numbers import NumberOrTensor, as_limits, numbers_or_tensors, where
+from .numbers import NumberOrTensor, numbers_or_tensors, or_infinity
 
 
 class GrowthLimit(AdaptiveThreshold):
@@ -49,7 +47,7 @@ class GrowthLimit(AdaptiveThreshold):
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
         _, previous = numbers_or_tensors(norms, self.state["previous"])
-        return as_limits(where(previous > 0, self.factor * previous, math.inf), norms)
+        return self.factor * or_infinity(previous)  # type: ignore[no-any-return]
 
     def learn(
         self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None

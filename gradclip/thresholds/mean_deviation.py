@@ -39,6 +39,8 @@ class MeanDeviation(AdaptiveThreshold):
         ArgumentError: A number is out of its range.
     """
 
+    observes_clipped = False
+
     def __init__(
         self,
         factor: float = 6.0,
@@ -53,6 +55,7 @@ class MeanDeviation(AdaptiveThreshold):
         self.window = checked_count("window", window, least=2)
         self.warmup = window // 2 if warmup is None else checked_count("warmup", warmup)
         self._ring = NormWindow(self.window)
+        self.settles_after = max(self.window, self.warmup)
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`."""
@@ -64,7 +67,7 @@ class MeanDeviation(AdaptiveThreshold):
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
-        return self._ring.limits(norms, self.warmup, self._limit)  # type: ignore[no-any-return]
+        return self._ring.limits(norms, self.warmup, self._limit, full=self.settled)  # type: ignore[no-any-return]
 
     def learn(
         self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..checks import checked_count, checked_positive
 from .adaptive import AdaptiveThreshold
 from .base import StepContext
-from .numbers import NumberOrTensor, where
+from .numbers import NumberOrTensor, or_infinity
 from .window import NormWindow, Row, Rows
 
 
@@ -45,6 +44,8 @@ class MedianDeviation(AdaptiveThreshold):
         ArgumentError: A number is out of its range.
     """
 
+    observes_clipped = False
+
     def __init__(
         self,
         factor: float = 10.0,
@@ -59,6 +60,7 @@ class MedianDeviation(AdaptiveThreshold):
         self.window = checked_count("window", window, least=2)
         self.warmup = window // 2 if warmup is None else checked_count("warmup", warmup)
         self._ring = NormWindow(self.window)
+        self.settles_after = max(self.window, self.warmup)
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`."""
@@ -70,7 +72,7 @@ class MedianDeviation(AdaptiveThreshold):
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
-        return self._ring.limits(norms, self.warmup, self._limit)  # type: ignore[no-any-return]
+        return self._ring.limits(norms, self.warmup, self._limit, full=self.settled)  # type: ignore[no-any-return]
 
     def learn(
         self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
@@ -80,4 +82,4 @@ class MedianDeviation(AdaptiveThreshold):
 
     def _limit(self, recent: Row | Rows) -> Any:
         median, distance = recent.median_and_distance()
-        return where(median > 0, median, math.inf) + self.factor * distance
+        return or_infinity(median) + self.factor * distance

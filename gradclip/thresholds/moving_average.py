@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import checked_count, checked_decay, checked_positive
 from .adaptive import AdaptiveThreshold
 from .base import StepContext
-from .numbers import NumberOrTensor, numbers_or_tensors, where
+from .numbers import NumberOrTensor, numbers_or_tensors, or_infinity, smaller, where
 
 
 class MovingAverage(AdaptiveThreshold):
@@ -60,6 +60,7 @@ class MovingAverage(AdaptiveThreshold):
         self.decay = checked_decay(decay)
         self.warmup = checked_count("warmup", warmup, least=1)
         self.warmup_norm = checked_positive("warmup_norm", warmup_norm)
+        self.settles_after = self.warmup
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`."""
@@ -71,9 +72,11 @@ class MovingAverage(AdaptiveThreshold):
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
         _, average, count = numbers_or_tensors(norms, self.state["average"], self.state["counts"])
-        warm = count < self.warmup
-        # The one norm on the CPU is known to be past its warm-up, which then costs nothing.
-        shared = math.inf if warm is False else self._shared_limits(norms, context.order)
+        warm = not self.settled and count < self.warmup
+        # Past the warm-up of all labels, as far as the host knows, it costs nothing.
+        if warm is False:
+            return self.factor * average  # type: ignore[no-any-return]
+        shared = self._shared_limits(norms, context.order)
         return where(warm, shared, self.factor * average)  # type: ignore[no-any-return]
 
     def learn(
@@ -83,10 +86,13 @@ class MovingAverage(AdaptiveThreshold):
         norm, average, count = numbers_or_tensors(
             clipped_norms, self.state["average"], self.state["counts"]
         )
-        smallest = where((count > 0) & (average < norm), average, norm)
         moved = self.decay * average + (1 - self.decay) * norm
-        moved = where(count < self.warmup, smallest, moved)
-        self.put(observed, average=moved, counts=count + 1)
+        warm = not self.settled and count < self.warmup
+        if warm is not False:
+            # An average is 0 only before the first norm, as no norm of 0 is observed.
+            moved = where(warm, smaller(or_infinity(average), norm), moved)
+        self.put(observed, average=moved)
+        self.count(observed, count)
 
     def _shared_limits(self, norms: Any, order: float) -> Any:
         """Return limits that scale the norm of all finite norms together to ``warmup_norm``."""
@@ -99,4 +105,4 @@ class MovingAverage(AdaptiveThreshold):
         relative = usable / largest  # NaN where all are 0, which then exceeds nothing
         length = torch.linalg.vector_norm(relative, order)
         exceeds = finite & (largest * length > self.warmup_norm)
-        return torch.where(exceeds, relative / length * self.warmup_norm, math.inf)
+        return self.limits_where(exceeds, relative / length * self.warmup_norm)

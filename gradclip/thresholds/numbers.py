@@ -36,6 +36,27 @@ def where(condition: Any, chosen: Any, other: Any) -> Any:
     return chosen if condition else other
 
 
+def or_infinity(value: Any) -> Any:
+    """Return numbers above 0 as they are, and infinity for 0."""
+    if isinstance(value, Tensor):
+        return torch.threshold(value, 0.0, math.inf)
+    return value if value > 0 else math.inf
+
+
+def smaller(one: Any, other: Any) -> Any:
+    """Return the smaller of two; any of them if one is NaN."""
+    if isinstance(one, Tensor):
+        return torch.minimum(one, other)
+    return one if one < other else other
+
+
+def plus_quotient(summand: Any, dividend: Any, divisor: Any) -> Any:
+    """Return ``summand + dividend / divisor``; any number where the divisor is 0."""
+    if isinstance(divisor, Tensor):
+        return torch.addcdiv(summand, dividend, divisor)
+    return summand + dividend / divisor if divisor else math.inf
+
+
 def as_floats(counts: Any, norms: Any) -> Any:
     """Return counts in the dtype of the norms: torch would make them float32 in a division."""
     return counts.to(norms.dtype) if isinstance(counts, Tensor) else float(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..checks import checked_count, checked_percentile
 from .adaptive import AdaptiveThreshold
 from .base import StepContext
-from .numbers import NumberOrTensor, as_floats, as_limits, clamped, numbers_or_tensors, where
+from .numbers import NumberOrTensor, as_floats, clamped, numbers_or_tensors
 from .window import NormWindow, OrderedNorms
 
 
@@ -43,6 +44,8 @@ class Percentile(AdaptiveThreshold):
         ArgumentError: A number is out of its range.
     """
 
+    observes_clipped = False
+
     def __init__(
         self,
         percentile: float = 10.0,
@@ -54,6 +57,7 @@ class Percentile(AdaptiveThreshold):
         self.percentile = checked_percentile(percentile)
         self.window = checked_count("window", window, least=2)
         super().__init__(cap=cap, floor=floor)
+        self.settles_after = self.window - 1
         self._ring = NormWindow(self.window - 1)  # the current norm is the last of the window
         self._ordered = OrderedNorms(self._ring.norms)
 
@@ -67,22 +71,40 @@ class Percentile(AdaptiveThreshold):
         if not self._ordered.fits(self._ring.norms):
             self._ordered = OrderedNorms(self._ring.norms)
         self._ordered.sort_(self._ring.norms)
+        # Of full windows, with the present norm and without it.
+        (rank, share), (rank_alone, share_alone) = map(self._place, (self.window, self.window - 1))
+        self._bounds = self._ordered.around(int(rank))
+        self._alone = self._ordered.around(int(rank_alone))[1]
+        self._shares = [self._ring.norms.new_full((1,), value) for value in (share, share_alone)]
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
         norm, present, count = numbers_or_tensors(norms, context.present, self._ring.counts)
-        usable = present & (norm < math.inf)
+        usable = present & (norm < math.inf) if context.usable is None else context.usable
+        if self.settled:
+            return self._limits_of_full_windows(norm, usable)  # type: ignore[return-value]
         count = clamped(count, high=self._ring.length) + usable
         # A label without any norm is computed like one with a single norm, and has no limit.
-        position = (as_floats(clamped(count, low=1), norms) - 1) * (self.percentile / 100)
-        rank, fraction = position // 1, position % 1
+        rank, fraction = self._place(as_floats(clamped(count, low=1), norms))
         # An infinite norm comes last, beyond every rank that is asked for.
-        lower, upper = self._ordered.with_another(rank, where(usable, norm, math.inf))
-        limit = lower + (upper - lower) * fraction
-        return as_limits(where(count > 0, limit, math.inf), norms)
+        lower, upper = self._ordered.with_another(rank, self.limits_where(usable, norm))
+        limits = lower + (upper - lower) * fraction
+        return self.limits_where(count > 0, limits)  # type: ignore[no-any-return]
 
     def learn(
         self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
     ) -> None:
         """See `AdaptiveThreshold.learn`."""
         self._ordered.replace_(*self._ring.add(norms, observed))
+
+    def _place(self, count: Any) -> tuple[Any, Any]:
+        """Return where the percentile of so many norms lies: a rank, and a share beyond it."""
+        position = (count - 1) * (self.percentile / 100)
+        return position // 1, position % 1
+
+    def _limits_of_full_windows(self, norms: Tensor, usable: Tensor) -> Tensor:
+        """Return limits where one of two ranks is asked for, as the host knows the counts."""
+        pair: Any = torch.where(usable, torch.clamp(norms, *self._bounds), self._alone)
+        lower, upper = pair.unbind()
+        limits: Tensor = lower + (upper - lower) * torch.where(usable, *self._shares)
+        return limits

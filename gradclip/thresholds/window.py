@@ -37,6 +37,13 @@ class NormWindow:
         """Shape (k, length)."""
         self.counts: Tensor
         """How many norms of each label were ever added; shape (k,). `follow` sets it."""
+        self.columns: Tensor
+        """The norms as a view of shape (length, k), which vectors of k numbers fit."""
+        self.size: Tensor
+        """``length`` on the norms' device, shape (1,): torch multiplies by the reciprocal of a
+        number, which rounds otherwise."""
+        self.root_of_degrees: Tensor
+        """Root of ``length - 1``, likewise."""
         self._slots = torch.arange(length, device="cpu")
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -53,6 +60,9 @@ class NormWindow:
         # Made anew only where it has to be: a captured CUDA graph may read the ones before.
         if self._slots.device != self.norms.device:
             self._slots = torch.arange(self.length, device=self.norms.device)
+        self.columns, self._counts_row = self.norms.t(), self.counts.unsqueeze(0)
+        self.size = self.norms.new_full((1,), self.length)
+        self.root_of_degrees = (self.size - 1).sqrt()
         # A loaded state may be of another dtype, whose largest number is another one.
         self.norms.masked_fill_(~self.filled(), torch.finfo(self.norms.dtype).max)
 
@@ -60,7 +70,7 @@ class NormWindow:
         """Replace the oldest norm of each label; see `AdaptiveThreshold.learn`.
 
         Returns:
-            The norms that left and those that entered, as tensors of shape (k, 1), or as numbers
+            The norms that left and those that entered, as tensors of shape (1, k), or as numbers
             where there is one norm on the CPU. A free slot counts as a norm that left.
         """
         if isinstance(norms, float):
@@ -69,15 +79,21 @@ class NormWindow:
             oldest, ring[slot] = ring[slot].item(), norms
             self.counts.fill_(count + 1)
             return oldest, ring[slot].item()  # read again: a ring of float32 has rounded it
-        slots = (self.counts % self.length).unsqueeze(1)
-        leaving, entering = self.norms.gather(1, slots), norms.unsqueeze(1)
-        if observed is not None:
-            entering = torch.where(observed.unsqueeze(1), entering, leaving)
-        self.norms.scatter_(1, slots, entering)
+        slots = self._counts_row % self.length
+        leaving = self.columns.gather(0, slots)
+        entering = norms.unsqueeze(0) if observed is None else torch.where(observed, norms, leaving)
+        self.columns.scatter_(0, slots, entering)
         self.counts += 1 if observed is None else observed
         return leaving, entering
 
-    def limits(self, norms: Tensor | float, warmup: int, limit: Callable[[Row | Rows], Any]) -> Any:
+    def limits(
+        self,
+        norms: Tensor | float,
+        warmup: int,
+        limit: Callable[[Row | Rows], Any],
+        *,
+        full: bool,
+    ) -> Any:
         """Return limits from statistics of the window, infinity during a warm-up.
 
         Args:
@@ -85,10 +101,13 @@ class NormWindow:
             warmup: From which norm of a label on there is a limit, the present one counted; the
                 third at the earliest, since a deviation needs two before it.
             limit: Returns the limits from a row, as a number, or from rows, as a tensor.
+            full: True if the host knows that all windows are full and no warm-up goes on.
 
         Returns:
             Shape (k,).
         """
+        if full:
+            return limit(Rows(self, full=True))
         needed = max(warmup, 3) - 1
         if not isinstance(norms, float):
             return torch.where(self.counts >= needed, limit(Rows(self)), math.inf)
@@ -132,32 +151,52 @@ class Rows:
     """
 
     window: NormWindow
+    full: bool = False
+    """True if the host knows that all windows are full."""
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
         """Return the means and the sample deviations (n - 1)."""
-        norms, filled, counts = self.window.norms, self.window.filled(), self._counts()
-        mean = torch.where(filled, norms, 0.0).sum(dim=1) / counts
+        norms, root = self.window.columns, self.window.root_of_degrees
+        if self.full:
+            mean = norms.sum(dim=0) / self.window.size
+            distance = norms - mean
+        else:
+            filled, counts = self.window.filled().t(), self._counts()
+            mean = torch.where(filled, norms, 0.0).sum(dim=0) / counts
+            distance = torch.where(filled, norms - mean, 0.0)
+            root = (counts - 1).to(norms.dtype).sqrt()
         # From the mean itself: a sum of squares would lose what differs, a running one drift.
-        distance = torch.where(filled, norms - mean.unsqueeze(1), 0.0)
-        degrees = (counts - 1).to(norms.dtype)
-        return mean, torch.linalg.vector_norm(distance, dim=1) / degrees.sqrt()
+        return mean, torch.linalg.vector_norm(distance, dim=0) / root
 
     def median_and_distance(self) -> tuple[Tensor, Tensor]:
         """Return the medians and the median distances from them."""
-        norms, counts = self.window.norms, self._counts()
-        middle = torch.stack([(counts - 1).clamp(min=0) // 2, counts // 2], dim=1)
+        norms, middle = self.window.columns, None
+        if not self.full:
+            counts = self._counts()
+            middle = torch.stack([(counts - 1).clamp(min=0) // 2, counts // 2])
         median = self._median(norms, middle)
         # Half of the norms lie between the median and the largest number, which free slots hold:
         # these are never nearer than the distance in the middle.
-        return median, self._median((norms - median.unsqueeze(1)).abs(), middle)
+        return median, self._median((norms - median).abs_(), middle)
 
     def _counts(self) -> Tensor:
         return self.window.counts.clamp(max=self.window.length)
 
-    def _median(self, values: Tensor, middle: Tensor) -> Tensor:
-        """Return the mean of the two values in each row whose ranks are in ``middle``."""
-        lower, upper = values.sort(dim=1).values.gather(1, middle).unbind(dim=1)
-        return lower + (upper - lower) / 2
+    def _median(self, values: Tensor, middle: Tensor | None) -> Tensor:
+        """Return the mean of the two values in each column in the middle of it.
+
+        Args:
+            values: Shape (length, k).
+            middle: The ranks of the two, shape (2, k); None for full windows.
+        """
+        ordered = values.sort(dim=0).values
+        if middle is not None:
+            lower, upper = ordered.gather(0, middle).unbind()
+        else:
+            length = self.window.length
+            lower, upper = ordered[(length - 1) // 2], ordered[length // 2]
+        # Half a number is exact: one rounding or two, with or without a fused multiplication.
+        return torch.add(lower, upper - lower, alpha=0.5)
 
 
 _BLOCK = 2**16
@@ -178,8 +217,11 @@ class OrderedNorms:
         rows, length = like.shape
         self._bounded = like.new_zeros(rows, length + 3)
         self._bounded[:, -2:] = torch.finfo(like.dtype).max  # the rank above the last needs two
+        # Views made once: each is an operator of its own.
+        self._columns = columns = self._bounded.t()
+        self._views = columns[:-2], columns[1:-1], columns[1:-2]
         self._block = max(1, _BLOCK // length) if host_may_read(like) else rows
-        self._neighbours = torch.arange(3, device=like.device)
+        self._neighbours = torch.arange(3, device=like.device).unsqueeze(1)
 
     def fits(self, norms: Tensor) -> bool:
         """Return whether there is room for norms of this shape, dtype and device."""
@@ -194,7 +236,19 @@ class OrderedNorms:
         """
         self._bounded[:, 1:-2] = norms.sort(dim=1).values
 
-    def with_another(self, ranks: Any, norms: Any) -> tuple[Any, Any]:
+    def around(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return views, always up to date, of the norms between which two others lie.
+
+        These are the norm of a rank that each row would have with another norm, as `with_another`
+        returns it, and that of the next rank.
+
+        Returns:
+            The lower bounds of the two, and the upper bounds, which are the norms of these ranks
+            without another norm. Both of shape (2, k).
+        """
+        return self._columns[rank : rank + 2], self._columns[rank + 1 : rank + 3]
+
+    def with_another(self, ranks: Any, norms: Any) -> Any:
         """Return the order statistics that rows would have with one more norm each.
 
         Args:
@@ -202,12 +256,12 @@ class OrderedNorms:
             norms: Shape (k,), the additional norms; or a number as well.
 
         Returns:
-            The norms of these ranks and those of the ranks above, tensors or numbers.
+            The norms of these ranks and those of the ranks above: shape (2, k), or two numbers.
         """
         # The norm of a rank in the longer row lies between its neighbours in the shorter one.
         if isinstance(ranks, Tensor):
-            near = self._bounded.gather(1, ranks.long().unsqueeze(1) + self._neighbours)
-            return torch.clamp(norms.unsqueeze(1), near[:, :2], near[:, 1:]).unbind(dim=1)  # type: ignore[return-value]
+            near = self._columns.gather(0, ranks.long() + self._neighbours)
+            return torch.clamp(norms, near[:2], near[1:])
         rank = int(ranks)
         below, here, above = self._bounded.numpy()[0, rank : rank + 3].tolist()
         return min(max(norms, below), here), min(max(norms, here), above)
@@ -216,18 +270,18 @@ class OrderedNorms:
         """Take one norm out of each row and put another one in.
 
         Args:
-            leaving: Shape (k, 1), a norm of each row; or one number for the one row on the CPU.
-            entering: Shape (k, 1), or one number.
+            leaving: Shape (1, k), a norm of each row; or one number for the one row on the CPU.
+            entering: Shape (1, k), or one number.
         """
         if not isinstance(leaving, Tensor):
             _replace_in_row(self._bounded.numpy()[0, 1:-2], leaving, entering)
             return
         if len(self._bounded) <= self._block:
-            _replace_in_rows(self._bounded, leaving, entering)
+            _replace_in_columns(*self._views, leaving, entering)
             return
-        blocks = (tensor.split(self._block) for tensor in (self._bounded, leaving, entering))
+        blocks = (tensor.split(self._block, 1) for tensor in (*self._views, leaving, entering))
         for block in zip(*blocks, strict=True):
-            _replace_in_rows(*block)
+            _replace_in_columns(*block)
 
 
 def _replace_in_row(row: NDArray[Any], leaving: float, entering: float) -> None:
@@ -240,8 +294,9 @@ def _replace_in_row(row: NDArray[Any], leaving: float, entering: float) -> None:
         row[new] = entering
 
 
-def _replace_in_rows(bounded: Tensor, leaving: Tensor, entering: Tensor) -> None:
-    """Shift whole rows by comparisons: each position needs only itself and its neighbours."""
-    below, above = bounded[:, :-2], bounded[:, 1:-1]
+def _replace_in_columns(
+    below: Tensor, above: Tensor, held: Tensor, leaving: Tensor, entering: Tensor
+) -> None:
+    """Shift whole columns by comparisons: a position needs only itself and its neighbours."""
     without = torch.where(below < leaving, below, above)
-    torch.clamp(entering, without[:, :-1], without[:, 1:], out=bounded[:, 1:-2])
+    torch.clamp(entering, without[:-1], without[1:], out=held)

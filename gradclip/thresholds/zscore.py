@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from .base import StepContext
 from .numbers import (
     NumberOrTensor,
     as_floats,
-    as_limits,
     clamped,
     numbers_or_tensors,
+    or_infinity,
+    plus_quotient,
+    smaller,
     square_root,
     where,
 )
@@ -51,6 +53,8 @@ class ZScore(AdaptiveThreshold):
         ArgumentError: A number is out of its range.
     """
 
+    observes_clipped = False
+
     def __init__(
         self,
         z: float = 2.5,
@@ -66,6 +70,9 @@ class ZScore(AdaptiveThreshold):
         self.decay = checked_decay(decay)
         self.warmup = checked_count("warmup", warmup, least=1)
         self.eps = checked_positive("eps", eps)
+        self.settles_after = self.warmup
+        self._asked: tuple[Any, Any] = None, None
+        """The norms of the present step and their limits, without cap and floor."""
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`."""
@@ -77,38 +84,47 @@ class ZScore(AdaptiveThreshold):
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
-        return as_limits(self._limit(*self._numbers(norms)), norms)
+        return self._limits(norms)  # type: ignore[no-any-return]
 
     def learn(
         self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
     ) -> None:
         """See `AdaptiveThreshold.learn`."""
         norm, mean, variance, count = self._numbers(norms)
-        # Computed again: cap and floor are no part of what it observes.
-        limit = self._limit(norm, mean, variance, count)
-        clipped = where(norm < limit, norm, limit)
-        warm = count < self.warmup
-        weight = where(warm, 1 / (count + 1.0), 1 - self.decay)
+        asked, limits = self._asked
+        # Cap and floor are no part of what it observes.
+        clipped = smaller(norm, limits if asked is norms else self._limits(norms))
+        warm = not self.settled and count < self.warmup
+        weight = 1 - self.decay
+        if warm is not False:
+            weight = where(warm, 1 / (as_floats(count, norm) + 1.0), weight)
         before = clipped - mean
         mean = mean + weight * before
         after = clipped - mean
         # Welford's recurrence: with a weight of 1 / count these are the mean and the population
         # variance of all norms so far, without a buffer.
-        variance = (1 - weight) * variance + weight * (where(warm, before, after) * after)
+        factor = after if warm is False else where(warm, before, after)
+        variance = (1 - weight) * variance + weight * (factor * after)
         # The square of a norm can be infinite, which would end all limits.
         variance = clamped(variance, high=torch.finfo(self.state["variance"].dtype).max)
-        self.put(observed, mean=mean, variance=variance, counts=count + 1)
+        self.put(observed, mean=mean, variance=variance)
+        self.count(observed, count)
 
-    def _numbers(self, norms: Any) -> tuple[Any, Any, Any, Any]:
+    def _numbers(self, norms: Any) -> Sequence[Any]:
         """Return norm, mean, variance and count."""
-        norm, mean, variance, count = numbers_or_tensors(
+        return numbers_or_tensors(
             norms, self.state["mean"], self.state["variance"], self.state["counts"]
         )
-        return norm, mean, variance, as_floats(count, norms)
 
-    def _limit(self, norm: Any, mean: Any, variance: Any, count: Any) -> Any:
+    def _limits(self, norms: Any) -> Any:
+        norm, mean, variance, count = self._numbers(norms)
         std = square_root(variance)
-        score = (norm - mean) / (std + self.eps)
-        limited = (score > self.z) & (mean > 0) & (count >= self.warmup)
-        score = where(limited, score, self.z)  # both results are computed: do not divide by 0
-        return where(limited, mean + self.z * self.z * std / score, math.inf)
+        # A mean of 0 sets no limit: no norm lies above infinity.
+        score = (norm - or_infinity(mean)) / (std + self.eps)
+        limited = score > self.z
+        if not self.settled:
+            limited = limited & (count >= self.warmup)
+        limit = plus_quotient(mean, self.z * self.z * std, score)
+        limits = self.limits_where(limited, limit)
+        self._asked = norms, limits
+        return limits

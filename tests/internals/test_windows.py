@@ -56,7 +56,7 @@ def test_rows_stay_in_order_as_norms_come_and_go(data, rows, length, block):
         if rows == 1 and data.draw(st.booleans()):
             sorted_norms.replace_(leaving.item(), entering.item())
         else:
-            sorted_norms.replace_(leaving, entering)
+            sorted_norms.replace_(leaving.t(), entering.t())
         norms[:, slot] = entering.squeeze(1)
         assert torch.equal(sorted_rows(sorted_norms), norms.sort(dim=1).values)
     assert sorted_norms._bounded[:, [0, -2, -1]].tolist() == [[0.0, FREE, FREE]] * rows

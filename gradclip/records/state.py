@@ -9,6 +9,7 @@ from typing import Any
 from ..checks import checked_count
 from ..errors import ArgumentError, StateError
 from ..scopes.labels import NormLabels
+from ..scopes.wrapper_names import are_same
 from .counting import NO_MICRO_BATCHES, Counters, MicroBatchCounts
 
 SHOWN = 5
@@ -57,7 +58,7 @@ def parsed_state(state: Mapping[str, Any], labels: NormLabels, rule: str) -> tup
 
 
 def _check_labels(given: object, needed: Sequence[str]) -> None:
-    if not isinstance(given, Sequence) or list(given) != list(needed):
+    if not isinstance(given, Sequence) or not are_same([*map(str, given)], needed):
         raise StateError(
             f"The state has the labels {_shortened(given)}, the clipper has {_shortened(needed)}: "
             "give the clipper the scope, the model and the parameter groups it was saved with, in "

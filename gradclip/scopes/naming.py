@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError
+from .wrapper_names import given_names, model_names, plain_name
 
 ParameterChoice = str | Iterable[str] | Callable[[str, Tensor], object]
 MOST_NAMED = 10
@@ -39,25 +40,36 @@ def named_parameters(
     optimizers: Sequence[Optimizer], model: nn.Module | None
 ) -> Iterator[NamedParameter]:
     """Yield every parameter of the optimizers once, under a name that no other parameter has."""
-    by_model = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    by_model = model_names(model) if model is not None else {}
+    by_optimizer = _names_in_groups(optimizers)
     yielded: set[int] = set()
     taken = set(by_model.values())
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.param_groups):
-            # torch keeps the names of named_parameters() there; parameters that were appended to a
-            # group by hand have none.
-            by_optimizer = group.get("param_names") or []
             for position, parameter in enumerate(group["params"]):
                 if id(parameter) in yielded:
                     continue
                 name = by_model.get(id(parameter))
                 if name is None:
-                    name = by_optimizer[position] if position < len(by_optimizer) else ""
+                    name = by_optimizer.get((number, index, position), "")
                     name = "" if name in taken else name
                 yielded.add(id(parameter))
                 taken.add(name)
                 shown = name or f"{group_name(optimizers, number, index)}, parameter {position}"
                 yield NamedParameter(shown, parameter, number, index, bool(name))
+
+
+def _names_in_groups(optimizers: Sequence[Optimizer]) -> dict[tuple[int, int, int], str]:
+    """Return the names that a user has given, by optimizer, group and position."""
+    names = {
+        (number, index, position): name
+        for number, optimizer in enumerate(optimizers)
+        for index, group in enumerate(optimizer.param_groups)
+        # torch keeps the names of named_parameters() there; parameters that were appended to a
+        # group by hand have none.
+        for position, name in enumerate(group.get("param_names") or ())
+    }
+    return dict(zip(names, given_names([*names.values()]), strict=True))
 
 
 def group_name(optimizers: Sequence[Optimizer], optimizer: int, group: int) -> str:
@@ -126,7 +138,7 @@ def _names(option: str, chosen: object) -> tuple[str, ...]:
 
 def _matches(name: str, pattern: str) -> bool:
     # Brackets are part of names, as in "weights[0]", not sets of characters.
-    return fnmatchcase(name, pattern.replace("[", "[[]"))
+    return fnmatchcase(name, plain_name(pattern).replace("[", "[[]"))
 
 
 def describe_nonfinite(

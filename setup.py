@@ -13,7 +13,9 @@ ENGINES = "gradclip/engines/native/"
 LIBRARY = Extension(
     "gradclip.engines.native._native",
     sources=[ENGINES + "_native.c"],
-    depends=[ENGINES + f"_native_{part}.h" for part in ("elements", "kernels", "walk", "work")],
+    depends=[
+        ENGINES + f"_native_{part}.h" for part in ("elements", "kernels", "rows", "walk", "work")
+    ],
     libraries=["m"],
     extra_compile_args=[
         *("-std=gnu11", "-O3", "-g0", "-fvisibility=hidden"),

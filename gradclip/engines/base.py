@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ class TensorList(list[Tensor]):
     """
 
     note: object = None
+
+
+class RelativeLimit(NamedTuple):
+    """The largest norm of a row: ``factor max(norm of its weights, eps)``, from floor to cap."""
+
+    factor: float
+    eps: float
+    floor: float = 0.0
+    cap: float = INFINITY
 
 
 class Engine(ABC):
@@ -179,24 +189,59 @@ class Engine(ABC):
             self.host_scale_(tensors, threshold / norm.item())
         return norm
 
-    def host_row_norms(self, tensors: TensorList, order: float) -> Tensor | None:
-        """Return the norm of each row, or of a whole tensor that has less than two dimensions.
+    # Rows and the rows of their weights, read in one pass. A tensor of less than two dimensions is
+    # one row, and so is every tensor if the caller says so.
+
+    def prepare_rows(
+        self, gradients: TensorList, weights: TensorList, order: float, *, rows: bool
+    ) -> int:
+        """Look at gradients and their weights, once for `clip_rows_` and `scale_rows_`.
 
         Args:
-            tensors: Gradients or parameters. Not written.
+            gradients: What the parameters of a step hold. Not written.
+            weights: The parameters, of the same shapes in the same order.
             order: p of the p-norm, positive or infinity.
+            rows: True for a norm of each index of dimension 0, False for one of each tensor.
 
         Returns:
-            Shape (number of all rows,), float64; None unless they are plain tensors of one dtype on
-            the CPU, each with elements of its own, and the engine looks at them at once.
+            The number of rows; 0 if the engine makes no such pass over these tensors, which the
+            other methods serve. It does over plain ones of one dtype and one device, each with
+            elements of its own.
         """
-        return None
+        return 0
 
-    def host_scale_rows_(self, tensors: TensorList, coefficients: Tensor) -> None:
+    def clip_rows_(
+        self,
+        gradients: TensorList,
+        weights: TensorList,
+        order: float,
+        limit: RelativeLimit,
+        *,
+        erase: bool,
+        write: bool,
+    ) -> Tensor:
+        """Scale each row in place whose norm is above the limit that its weights set.
+
+        The formulas are those of `RelativeToWeights` and of `clip_coefficients`. No host sync.
+
+        Args:
+            gradients: Gradients that `prepare_rows` has accepted.
+            weights: Their weights. Not written.
+            order: As for `prepare_rows`.
+            limit: The largest norms.
+            erase: True if a row whose norm is NaN or infinite becomes 0, False if it stays.
+            write: False to measure alone.
+
+        Returns:
+            Shape (3, number of rows), float64: norms before, limits and coefficients.
+        """
+        raise NotImplementedError
+
+    def scale_rows_(self, gradients: TensorList, coefficients: Tensor) -> None:
         """Multiply each row by its coefficient, in place; see `scale_`.
 
         Args:
-            tensors: Gradients for which `host_row_norms` has returned norms.
+            gradients: Gradients that `prepare_rows` has accepted.
             coefficients: One for each row, in [0, 1], float64 and contiguous.
         """
         raise NotImplementedError

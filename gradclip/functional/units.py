@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import checked_order, checked_positive
 from ..engines import engine_for
-from ..engines.base import CPU, TensorList, host_may_read, lack_values
+from ..engines.base import RelativeLimit, TensorList, lack_values
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
 from ..gradients.norms import norms_of
@@ -62,7 +62,7 @@ def clip_grad_units_(
         GradientError: A gradient has a dtype or layout that cannot be clipped. Nothing was written.
     """
     order, factor = checked_order(norm_type), checked_positive("clip_factor", clip_factor)
-    RelativeToWeights(factor, eps)  # checks eps
+    eps = checked_positive("eps", eps)
     listed = listed_parameters(parameters)
     gradients = listed_gradients(listed)
     refuse_graphs(gradients, "clip_grad_units_")
@@ -78,12 +78,32 @@ def clip_grad_units_(
 def _clip_units_(
     gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
 ) -> Tensor:
-    total = _clip_plain_units_(gradients, weights, factor, eps, order)
-    if total is not None:
-        return total
-    if lack_values(gradients):
-        return norm_like(gradients)
-    rule = RelativeToWeights(factor, eps)
+    norms = _norms_of_plain_units_(gradients, weights, factor, eps, order)
+    if norms is None:
+        if lack_values(gradients):
+            return norm_like(gradients)
+        norms = _norms_of_units_(gradients, weights, factor, eps, order)
+    return torch.linalg.vector_norm(norms, order)  # type: ignore[no-any-return]
+
+
+def _norms_of_plain_units_(
+    gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
+) -> Tensor | None:
+    """Clip in one pass if the gradients are plain and their engine makes it; else return None."""
+    if not gradients:
+        return None
+    engine = engine_for("auto", gradients[0].device)
+    units, tensors = TensorList(gradients), TensorList(weights)
+    if not engine.prepare_rows(units, tensors, order, rows=True):
+        return None
+    limit = RelativeLimit(factor, eps)
+    return engine.clip_rows_(units, tensors, order, limit, erase=False, write=True)[0]
+
+
+def _norms_of_units_(
+    gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
+) -> Tensor:
+    """Clip gradients of any kind and return the norms of their units before, shape (units,)."""
     # Each gradient once, with the last weight that has it.
     pairs = {id(g): (g, w.data) for g, w in zip(gradients, weights, strict=True)}
     gradients = [gradient for gradient, _ in pairs.values()]
@@ -93,27 +113,11 @@ def _clip_units_(
     weight_buckets = buckets_of([weight for _, weight in pairs.values()], order, norm_indices)
     weight_norms = norms_of(weight_buckets, order, count=count, device=norms.device)
     context = StepContext(0, present_norms(norm_indices, count, norms.device), order, weight_norms)
-    coefficients = clip_coefficients(norms, rule.thresholds(norms, context), erase=False)
+    thresholds = RelativeToWeights(factor, eps).thresholds(norms, context)
+    coefficients = clip_coefficients(norms, thresholds, erase=False)
     for bucket in buckets:
         bucket.scale_("auto", coefficients)
-    return torch.linalg.vector_norm(norms, order)  # type: ignore[no-any-return]
-
-
-def _clip_plain_units_(
-    gradients: list[Tensor], weights: list[Tensor], factor: float, eps: float, order: float
-) -> Tensor | None:
-    """Clip plain gradients on the CPU in three engine calls; None if some are not plain."""
-    engine = engine_for("auto", CPU)
-    units, tensors = TensorList(gradients), TensorList(weights)
-    norms = engine.host_row_norms(units, order)
-    weight_norms = None if norms is None else engine.host_row_norms(tensors, order)
-    if norms is None or weight_norms is None or not host_may_read(norms):
-        return None
-    rule = RelativeToWeights(factor, eps)
-    context = StepContext(0, torch.ones_like(norms, dtype=torch.bool), order, weight_norms)
-    thresholds = rule.thresholds(norms, context)
-    engine.host_scale_rows_(units, clip_coefficients(norms, thresholds, erase=False))
-    return torch.linalg.vector_norm(norms, order)  # type: ignore[no-any-return]
+    return norms
 
 
 @lru_cache(maxsize=16)

@@ -4,7 +4,8 @@
 them so that one engine call takes many, ``norms.py`` measures, ``norm_thresholds.py`` applies the
 rule, ``coefficients.py`` has the formula, ``policies.py`` the options. ``step.py`` combines these
 for one step, and ``host_step.py`` does the same in numbers for the usual step: plain gradients on
-the CPU that share one norm. ``differentiable.py`` serves gradients that carry a graph,
+the CPU that share one norm. ``row_step.py`` does it in one pass for thresholds that follow from the
+weights. ``differentiable.py`` serves gradients that carry a graph,
 ``without_values.py`` meta and fake ones.
 
 Called by: optimizers, functional, clipper, integrations.
@@ -21,6 +22,7 @@ __all__ = [
     "norm_thresholds",
     "norms",
     "policies",
+    "row_step",
     "step",
     "without_values",
 ]

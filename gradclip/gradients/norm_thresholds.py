@@ -22,6 +22,7 @@ from ..records.record import ClipRecord, as_vector, clipped_norms
 from ..scopes.labels import NormLabels
 from ..thresholds import Fixed, StepContext, Threshold, is_foreign, learns
 from .host_step import HostGradients
+from .row_step import RowGradients
 from .step import StepGradients, presence_flag
 from .without_values import GradientsWithoutValues
 
@@ -86,7 +87,7 @@ class NormThresholds:
 
     def at_step(
         self,
-        gradients: StepGradients | HostGradients | GradientsWithoutValues,
+        gradients: StepGradients | HostGradients | RowGradients | GradientsWithoutValues,
         norms: Tensor | float,
         step: int,
         loss: Tensor | float | None = None,
@@ -121,6 +122,8 @@ class NormThresholds:
             )
         if self._is_fixed and isinstance(norms, float):
             return self._rule.thresholds(norms, NO_CONTEXT)
+        if isinstance(gradients, RowGradients):
+            return gradients.thresholds  # of a rule that learns nothing, applied by the engine
         weight_norms = None
         if self._threshold.needs_weights and isinstance(gradients, StepGradients):
             weight_norms = gradients.weight_norms()

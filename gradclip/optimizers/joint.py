@@ -22,6 +22,7 @@ from ..gradients.held import (
 )
 from ..gradients.host_step import HostGradients, SharedHostGradients
 from ..gradients.policies import Settings
+from ..gradients.row_step import RowGradients, RowPlan
 from ..gradients.step import StepGradients
 from ..gradients.without_values import GradientsWithoutValues
 from ..ranks.agreement import SCOPES_BY_NAME
@@ -29,7 +30,7 @@ from ..ranks.layout import RankLayout
 from ..ranks.shards import parts_in
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
-from ..thresholds import Threshold, is_foreign, learns
+from ..thresholds import RelativeToWeights, Threshold, is_foreign, learns
 from .grad_scaler import checked_scaler, heeds_marks, mark_of
 from .several import Selection, SeveralOptimizers
 from .shared_overflow import SharedOverflow, refuse_unshared_overflow
@@ -40,7 +41,7 @@ HostRoute = Callable[..., HostGradients | None]
 """Takes gradients, the names of their parameters or none, and whether some are missing. Returns
 None for gradients that are not the plain ones of a usual step."""
 
-AnyGradients = HostGradients | StepGradients | GradientsWithoutValues
+AnyGradients = HostGradients | RowGradients | StepGradients | GradientsWithoutValues
 
 
 class JointGradients:
@@ -82,6 +83,12 @@ class JointGradients:
             and not threshold.needs_weights
             and host_may_read(torch.empty(0, device=self.device))
         )
+        self._row_rule: RelativeToWeights | None = None
+        """The rule, if an engine may apply it while it measures."""
+        self._row_plan: RowPlan | None = None
+        if isinstance(threshold, RelativeToWeights) and not is_foreign(threshold):
+            alone = settings.max_value is None and len(optimizers) == 1
+            self._row_rule = threshold if alone else None
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         """The parameters whose names were asked for last, and these names."""
@@ -96,8 +103,7 @@ class JointGradients:
             )
         for device in self.devices:
             engine_for(settings.engine, device)
-        if self._may_be_usual:
-            self._host_engine = engine_for(settings.engine, self.device)
+        self._engine = engine_for(settings.engine, self.device)
         self._plan()
 
     def attach(self) -> None:
@@ -167,6 +173,10 @@ class JointGradients:
             usual = self._usual(self._host_route, stepping)
             if usual is not None:
                 return usual
+        if scale is None and overflow is None and self._row_rule is not None:
+            rows = self._by_rows(self._row_rule, stepping)
+            if rows is not None:
+                return rows
         return self._step_gradients(self._held_by([stepping]), scale=scale, overflow=overflow)
 
     def of_micro_batch(
@@ -223,7 +233,7 @@ class JointGradients:
         self, gradients: TensorList, names: Sequence[str], partial: bool = False
     ) -> HostGradients | None:
         """Return gradients that are on no other rank as those of a usual step, if they can be."""
-        engine, settings = self._host_engine, self._settings
+        engine, settings = self._engine, self._settings
         if not engine.prepare(gradients, settings.norm_type):
             return None
         return HostGradients(engine, gradients, settings, names, partial)
@@ -232,7 +242,7 @@ class JointGradients:
         self, gradients: TensorList, names: Sequence[str], partial: bool = False
     ) -> HostGradients | None:
         """Do the same for gradients whose norm spans the ranks of one collective."""
-        engine, settings, rank_layout = self._host_engine, self._settings, self._rank_layout
+        engine, settings, rank_layout = self._engine, self._settings, self._rank_layout
         parts = parts_in(rank_layout.norm_ranks, gradients)
         if parts is None or not engine.prepare(parts.tensors, settings.norm_type):
             return None
@@ -246,6 +256,24 @@ class JointGradients:
             self._needs_present,
             partial,
         )
+
+    def _by_rows(self, rule: RelativeToWeights, optimizer: Optimizer) -> RowGradients | None:
+        """Return gradients to clip in one pass by row; None if norms or gradients are not such."""
+        parameters = [*parameters_of(optimizer.param_groups)]
+        plan = self._row_plan
+        if plan is None or not plan.fits(parameters, self._labels):
+            plan = self._row_plan = RowPlan(parameters, self._labels)
+        if not (plan.is_possible and self._rank_layout.is_alone):
+            return None
+        engine, order = self._engine, self._settings.norm_type
+        gradients = TensorList(map(GRADIENT, plan.parameters))
+        weights = TensorList(plan.parameters)
+        rows = engine.prepare_rows(gradients, weights, order, rows=plan.by_rows)
+        if rows != len(self._labels.names):
+            return None  # or a parameter was resized, which the general way refuses
+        names = plan.names if self._rank_layout.wants_parameter_norms else None
+        limit, settings = rule.relative_limit, self._settings
+        return RowGradients(engine, gradients, weights, plan.norm_indices, limit, settings, names)
 
     def _step_gradients(
         self, held: HeldGradients, settings: Settings | None = None, **options: Any

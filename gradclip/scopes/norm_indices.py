@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..engines.base import INFINITY
+from ..engines.base import CPU, INFINITY
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import AttachError
 
@@ -118,6 +118,11 @@ def present_norms(
 def all_present(norm_indices: tuple[NormIndices, ...], count: int, device: torch.device) -> bool:
     """Return whether each of k norms has a gradient. No host sync."""
     return _presence(norm_indices, count, device)[1]
+
+
+def are_separate(norm_indices: tuple[NormIndices, ...], count: int) -> bool:
+    """Return whether each row has one of k norms to itself, in their order."""
+    return _joined_on(norm_indices, CPU).is_range(count)
 
 
 @dataclass(frozen=True, slots=True)

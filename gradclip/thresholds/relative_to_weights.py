@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from ..checks import checked_positive
+from ..engines.base import RelativeLimit
 from ..errors import ArgumentError
 from .base import Rule, StepContext
 from .numbers import NumberOrTensor, clamped, numbers_or_tensors
@@ -41,6 +44,12 @@ class RelativeToWeights(Rule):
         super().__init__(cap=cap, floor=floor)
         self.factor = checked_positive("factor", factor)
         self.eps = checked_positive("eps", eps)
+
+    @property
+    def relative_limit(self) -> RelativeLimit:
+        """The same rule for engines, which apply it to rows while they measure them."""
+        floor, cap = self.floor or 0.0, math.inf if self.cap is None else self.cap
+        return RelativeLimit(self.factor, self.eps, floor, cap)
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`.

@@ -2,7 +2,7 @@
  *
  * Plain C, loaded by engine.py through ctypes and linked neither to Python nor to torch. The loops
  * over elements are in _native_kernels.h, the division of a call among threads in _native_work.h,
- * and the reading of a list of tensors in _native_walk.h.
+ * the clipping of rows in _native_rows.h, and the reading of a list of tensors in _native_walk.h.
  * Functions return OK, or an error before they have written anything.
  */
 
@@ -23,7 +23,7 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { ABI = 3 }; /* increase it with every change of a function that engine.py calls */
+enum { ABI = 4 }; /* increase it with every change of a function that engine.py calls */
 enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2, LOW_ADDRESS = -3 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
@@ -63,14 +63,18 @@ struct kernels {
     void (*limit)(void *, int64_t, int64_t bound, int64_t infinity);
 };
 
-/* The sum of all lanes, one after the other: the order, and so the bits, never change. */
+/* The sum of all lanes, by halves, which takes short rows a third of the time of one after the other.
+ * The order, and so the bits, never change. */
 static double added(const f64v *sums)
 {
-    double lanes[PAIR], sum = 0;
-    memcpy(lanes, sums, sizeof lanes);
-    for (int lane = 0; lane < PAIR; lane++)
-        sum += lanes[lane];
-    return sum;
+    enum { WIDE = LANES / 2 };
+    double lanes[WIDE];
+    f64v total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    memcpy(lanes, &total, sizeof lanes);
+    for (int half = WIDE / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            lanes[lane] += lanes[lane + half];
+    return lanes[0];
 }
 
 /* The kernels of each instruction set. --------------------------------------------------------- */
@@ -176,6 +180,7 @@ static struct job job_of(const struct request *request)
         .distances = request->by_rows ? table + 3 * count : NULL,
         .count = count,
         .threads = request->threads,
+        .work_on_row = keep_row,
         .kernels = &chosen[request->dtype],
         .order = request->order,
     };
@@ -209,14 +214,24 @@ static double largest(const struct job *job, void *piece, int64_t length, int64_
     return job->kernels->largest(piece, length);
 }
 
+static void measure(struct job *job, double *sums)
+{
+    job->sums = sums;
+    job->work = job->order < INFINITY ? sum_of : largest;
+}
+
+static double root(double sum, double order)
+{
+    return order == 1 || order == INFINITY ? sum : order == 2 ? sqrt(sum) : pow(sum, 1 / order);
+}
+
 /* The power sum of each tensor, or of each row, in float64; for infinity the largest magnitude. */
 EXPORTED int gradclip_power_sums(const struct request *request, double *sums)
 {
     if (!sums && request->count)
         return NO_ADDRESS;
     struct job job = job_of(request);
-    job.sums = sums;
-    job.work = job.order < INFINITY ? sum_of : largest;
+    measure(&job, sums);
     return run(&job);
 }
 
@@ -238,11 +253,7 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm, double *
     int status = gradclip_power_sums(request, sums);
     for (int64_t tensor = 0; status == OK && tensor < count; tensor++)
         total = combined(total, sums[tensor], order);
-    if (order == 2)
-        total = sqrt(total);
-    else if (order != 1 && order < INFINITY)
-        total = pow(total, 1 / order);
-    *norm = total;
+    *norm = root(total, order);
     SET_CONTROL(before);
     free(allocated);
     return status;
@@ -316,3 +327,5 @@ EXPORTED int gradclip_clamp(
 {
     return written_by(request, limit_piece, bounds, count, written);
 }
+
+#include "_native_rows.h"

@@ -12,13 +12,20 @@ struct request {
     int64_t table[]; /* count addresses, count lengths; by rows also row counts and strides */
 };
 
+/* Rows that a call works on. Units of others are not made. */
+enum rows { ALL_ROWS, SHORT_ROWS, LONG_ROWS };
+
 /* One call, and the work on each piece of a row. Lengths are counted in elements. */
 struct job {
     const int64_t *addresses, *lengths, *rows, *distances;
     int64_t count, threads;
+    enum rows which;
     const struct kernels *kernels;
     /* Returns the sum of a piece, or 1 if it wrote the piece. */
     double (*work)(const struct job *, void *piece, int64_t length, int64_t row);
+    /* Works on a row of a tensor; `place` counts the rows of all tensors. */
+    void (*work_on_row)(struct job *, int64_t tensor, int64_t row, int64_t place);
+    struct pairing *pairing; /* rows of weights beside these, see _native_rows.h; or NULL */
     double order;
     double *sums;        /* one for each row; NULL if the call writes */
     const void *numbers; /* coefficients, or the bits of bounds */
@@ -63,7 +70,8 @@ static void keep(struct job *job, int64_t tensor, int64_t row, double found)
         __atomic_store_n(&job->written[tensor], 1, __ATOMIC_RELAXED);
 }
 
-static double work_on_row(struct job *job, int64_t tensor, int64_t row, int64_t place)
+/* The sum of a row, or other than 0 if it was written. */
+static double whole_row(const struct job *job, int64_t tensor, int64_t row, int64_t place)
 {
     char *data = address_of(job, tensor, row);
     double found = 0;
@@ -75,12 +83,22 @@ static double work_on_row(struct job *job, int64_t tensor, int64_t row, int64_t 
     return found;
 }
 
+static void keep_row(struct job *job, int64_t tensor, int64_t row, int64_t place)
+{
+    keep(job, tensor, place, whole_row(job, tensor, row, place));
+}
+
+static int is_chosen(const struct job *job, int64_t tensor)
+{
+    return job->which == ALL_ROWS || (job->lengths[tensor] > CHUNK) == (job->which == LONG_ROWS);
+}
+
 static void run_small(struct job *job)
 {
     int64_t place = 0;
-    for (int64_t tensor = 0; tensor < job->count; tensor++)
-        for (int64_t row = 0; row < rows_of(job, tensor); row++, place++)
-            keep(job, tensor, place, work_on_row(job, tensor, row, place));
+    for (int64_t tensor = 0; tensor < job->count; place += rows_of(job, tensor++))
+        for (int64_t row = 0; is_chosen(job, tensor) && row < rows_of(job, tensor); row++)
+            job->work_on_row(job, tensor, row, place + row);
 }
 
 /* A thread takes a unit at a time: a piece of a long row, or short rows that fill a piece. */
@@ -98,6 +116,8 @@ static int64_t rows_in_unit(const struct job *job, int64_t tensor)
 static int64_t units_of(const struct job *job, int64_t tensor)
 {
     int64_t rows = rows_of(job, tensor), together = rows_in_unit(job, tensor);
+    if (!is_chosen(job, tensor))
+        return 0;
     return together ? (rows + together - 1) / together : rows * units_in_row(job, tensor);
 }
 
@@ -107,7 +127,7 @@ static void work_on_unit(struct job *job, int64_t tensor, int64_t unit)
     if (together) {
         int64_t end = at_most(rows_of(job, tensor), (unit + 1) * together);
         for (int64_t row = unit * together; row < end; row++)
-            keep(job, tensor, first + row, work_on_row(job, tensor, row, first + row));
+            job->work_on_row(job, tensor, row, first + row);
         return;
     }
     int64_t row = unit / units_in_row(job, tensor), start = unit % units_in_row(job, tensor) * CHUNK;
@@ -141,7 +161,7 @@ static void work_on_units(void *given)
 static void add_up_long_rows(struct job *job)
 {
     for (int64_t tensor = 0; tensor < job->count; tensor++) {
-        if (rows_in_unit(job, tensor))
+        if (!is_chosen(job, tensor) || rows_in_unit(job, tensor))
             continue;
         const double *part = job->parts + job->first_unit[tensor];
         for (int64_t row = 0; row < rows_of(job, tensor); row++) {
@@ -194,7 +214,8 @@ static void work_in_threads(struct job *job, int64_t threads, int64_t bytes)
 {
     /* Nanoseconds: a start, and for each byte several times what one thread takes. */
     enum { START = 200000, QUICK = 2, POWER = 40 };
-    int quick = !job->sums || job->order == 1 || job->order == 2 || job->order == INFINITY;
+    int measures = job->sums || job->pairing;
+    int quick = !measures || job->order == 1 || job->order == 2 || job->order == INFINITY;
     int64_t began = nanoseconds();
     parallel(work_on_units, job, (unsigned)threads, 0);
     int had_to_wait = nanoseconds() - began > START + (quick ? QUICK : POWER) * bytes;
@@ -203,14 +224,16 @@ static void work_in_threads(struct job *job, int64_t threads, int64_t bytes)
     __atomic_store_n(&next_alone, had_to_wait ? at_most(MOST_ALONE, 2 * alone) : 1, __ATOMIC_RELAXED);
 }
 
-static int run_large(struct job *job, int64_t bytes)
+static void run_large(struct job *job, int64_t bytes)
 {
     int64_t units = 0, rows = 0, count = job->count;
     for (int64_t tensor = 0; tensor < count; tensor++)
         units += units_of(job, tensor);
     job->first_unit = malloc((size_t)(2 * count + 1 + units) * sizeof *job->first_unit);
-    if (!job->first_unit)
-        return NO_MEMORY;
+    if (!job->first_unit) {
+        run_small(job); /* adds in the same order */
+        return;
+    }
     job->first_row = job->first_unit + count + 1;
     job->parts = (double *)(job->first_row + count);
     units = 0;
@@ -229,25 +252,23 @@ static int run_large(struct job *job, int64_t bytes)
     if (job->sums)
         add_up_long_rows(job);
     free(job->first_unit);
-    return OK;
 }
 
 static int run(struct job *job)
 {
-    int64_t bytes = 0;
+    int64_t bytes = 0, passes = job->pairing ? 3 : 1;
     for (int64_t tensor = 0; tensor < job->count; tensor++) {
         int64_t own = rows_of(job, tensor) * job->lengths[tensor] * job->kernels->size;
         if (own > 0 && !job->addresses[tensor])
             return NO_ADDRESS;
-        bytes += own;
+        bytes += is_chosen(job, tensor) ? passes * own : 0;
     }
     control before = GET_CONTROL();
     SET_CONTROL(USUAL);
-    int status = OK;
     if (bytes >= THREADED)
-        status = run_large(job, bytes);
+        run_large(job, bytes);
     else
         run_small(job);
     SET_CONTROL(before);
-    return status;
+    return OK;
 }

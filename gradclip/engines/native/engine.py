@@ -9,7 +9,6 @@ writes to tensors with gaps between their elements, go to torch operators.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Sequence
 from itertools import compress
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ...errors import EngineUnavailableError
-from ..base import INTEGERS, Engine, TensorList, root, rounded_bounds
+from ..base import INTEGERS, Engine, RelativeLimit, TensorList, rounded_bounds
 from ..layout import addresses_of, flat, flat_view, table, table_view
 from ..operators.engine import OPERATORS
 
-ABI = 3
+ABI = 4
 """The version of the library's functions that this module calls."""
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -141,23 +140,43 @@ class NativeEngine(Engine):
         _mark_written(tensors, flags.raw)
         return norm
 
-    def host_row_norms(self, tensors: TensorList, order: float) -> Tensor | None:
-        """See `Engine.host_row_norms`."""
-        if self._walk is None or not _done(self._walked(self._walk, tensors, order, by_rows=True)):
-            return None
-        request: Any = tensors.note
-        count = len(tensors)
-        norms = _FLOAT64.new_empty(sum(request[HEADER + 2 * count : HEADER + 3 * count]))
-        if not _done(self._library.gradclip_power_sums(request, _address(norms))):
-            return None
-        return norms if order == math.inf else root(norms, order)
+    def prepare_rows(
+        self, gradients: TensorList, weights: TensorList, order: float, *, rows: bool
+    ) -> int:
+        """See `Engine.prepare_rows`."""
+        # Inside a transformation of torch.func, new tensors have no memory for results.
+        if self._walk is None or not _address(_FLOAT64.new_empty(1)):
+            return 0
+        for tensors in (gradients, weights):
+            if not _done(self._walked(self._walk, tensors, order, rows)):
+                return 0
+        return self._library.gradclip_rows(gradients.note, weights.note)  # type: ignore[no-any-return]
 
-    def host_scale_rows_(self, tensors: TensorList, coefficients: Tensor) -> None:
-        """See `Engine.host_scale_rows_`."""
-        flags = (ctypes.c_char * len(tensors))()
+    def clip_rows_(
+        self,
+        gradients: TensorList,
+        weights: TensorList,
+        order: float,
+        limit: RelativeLimit,
+        *,
+        erase: bool,
+        write: bool,
+    ) -> Tensor:
+        """See `Engine.clip_rows_`."""
+        requests: Any = gradients.note, weights.note
+        results = _FLOAT64.new_empty((3, self._library.gradclip_rows(*requests)))
+        numbers, flags = (ctypes.c_double * 4)(*limit), (ctypes.c_char * len(gradients))()
+        options = numbers, erase, write, _address(results), flags
+        _done(self._library.gradclip_clip_rows(*requests, *options))
+        _mark_written(gradients, flags.raw)
+        return results
+
+    def scale_rows_(self, gradients: TensorList, coefficients: Tensor) -> None:
+        """See `Engine.scale_rows_`."""
+        flags = (ctypes.c_char * len(gradients))()
         numbers = coefficients.data_ptr(), len(coefficients)
-        _done(self._library.gradclip_scale(tensors.note, *numbers, flags))
-        _mark_written(tensors, flags.raw)
+        _done(self._library.gradclip_scale(gradients.note, *numbers, flags))
+        _mark_written(gradients, flags.raw)
 
     def _walked(
         self, walk: Callable[..., int], tensors: TensorList, order: float, by_rows: bool = False
@@ -318,6 +337,12 @@ def load() -> ctypes.CDLL:
     library.gradclip_norm.argtypes = (request, numbers, numbers)
     library.gradclip_scale.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
     library.gradclip_clip.argtypes = (request, ctypes.c_double, numbers, ctypes.c_char_p)
+    library.gradclip_rows.argtypes = (request, request)
+    library.gradclip_rows.restype = ctypes.c_int64
+    switches = ctypes.c_int, ctypes.c_int
+    library.gradclip_clip_rows.argtypes = (
+        *(request, request, numbers, *switches, numbers, ctypes.c_char_p),
+    )
     library.gradclip_clamp.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
     library.gradclip_use_threads_of(_entry_of_threads())
     library.gradclip_choose(BEST)

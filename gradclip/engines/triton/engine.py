@@ -1,5 +1,7 @@
 """The engine of Triton kernels for CUDA: one launch measures, one scales what is too large.
 
+Rows whose largest norms follow from their weights are measured and scaled in one launch.
+
 The kernels know addresses and lengths only. Torch operators do the rest: tensors without an
 address, writes to tensors with gaps between their elements, and narrow rows.
 """
@@ -8,18 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..base import Engine, rounded_bounds
-from ..layout import as_stored, flat, flat_view, is_narrow, table, wide_table_view
+from ..base import REAL, Engine, RelativeLimit, TensorList, rounded_bounds
+from ..layout import (
+    PLAIN_TYPES,
+    as_stored,
+    flat,
+    flat_view,
+    is_narrow,
+    table,
+    wide_table_view,
+)
 from ..operators.engine import OPERATORS
 from . import launching
 from .launching import launch
 from .plan import BLOCK
 from .requests import Request, Requests
+
+_FACTS = attrgetter("dtype", "device", "layout")
 
 
 class TritonEngine(Engine):
@@ -89,6 +103,75 @@ class TritonEngine(Engine):
         bounds = rounded_bounds(bounds, tensors[0].dtype)
         self._change(OPERATORS.clamp_, tensors, bounds, rows, limit=True)
 
+    def prepare_rows(
+        self, gradients: TensorList, weights: TensorList, order: float, *, rows: bool
+    ) -> int:
+        """See `Engine.prepare_rows`. Nor are narrow rows, or rows longer than a piece, accepted."""
+        located = [self._located(tensors, rows) for tensors in (gradients, weights)]
+        request, weight_request = located
+        if (
+            request is None
+            or weight_request is None
+            or request.device != weight_request.device
+            or request.plan is not weight_request.plan
+            or not request.plan.whole
+        ):
+            return 0
+        gradients.note, weights.note = located
+        return request.plan.strips
+
+    def _located(self, tensors: TensorList, rows: bool) -> Request | None:
+        """Return the request for the rows of plain tensors; None for others."""
+        if not PLAIN_TYPES.issuperset(map(type, tensors)) or len({*map(_FACTS, tensors)}) != 1:
+            return None
+        if tensors[0].dtype not in REAL or tensors[0].layout is not torch.strided:
+            return None
+        request = self._requests.of(tensors, True, _wide_rows if rows else _one_row, divide=False)
+        distinct = request is None or len({*map(Tensor.data_ptr, request.stored)}) == len(tensors)
+        return request if distinct else None
+
+    def clip_rows_(
+        self,
+        gradients: TensorList,
+        weights: TensorList,
+        order: float,
+        limit: RelativeLimit,
+        *,
+        erase: bool,
+        write: bool,
+    ) -> Tensor:
+        """See `Engine.clip_rows_`."""
+        requests: Any = gradients.note, weights.note
+        request, weight_request = requests
+        plan = request.plan
+        results: Tensor = request.new(3, plan.strips)
+        launch(
+            "clip_rows",
+            request.device,
+            plan.programs,
+            request.addresses,
+            weight_request.addresses,
+            *request.tables[:2],
+            results,
+            plan.strips,
+            **dict(zip(("FACTOR", "EPS", "FLOOR", "CAP"), limit, strict=True)),
+            ERASE=erase,
+            WRITE=write,
+            ORDER=order,
+            ELEMENT=request.element,
+            WEIGHT=weight_request.element,
+            BLOCK=request.block,
+        )
+        if write:
+            increment_version(gradients)
+        return results
+
+    def scale_rows_(self, gradients: TensorList, coefficients: Tensor) -> None:
+        """See `Engine.scale_rows_`."""
+        request: Any = gradients.note
+        _launch_change(request, coefficients, limit=False, shared=False)
+        increment_version(gradients)
+
     def _measure(
         self,
         request: Request,
@@ -137,25 +220,46 @@ class TritonEngine(Engine):
             for group, group_numbers in _grouped(tensors, numbers, rows, fit):
                 self._change(operators_verb, group, group_numbers, rows, limit=limit)
             return
-        plan = request.plan
-        if not len(plan.pieces):
+        if not len(request.plan.pieces):
             return
-        launch(
-            "change",
-            request.device,
-            plan.writers,
-            request.addresses,
-            *request.tables[:2],
-            numbers.to(torch.float64).contiguous(),
-            plan.programs,
-            plan.grouped,
-            LIMIT=limit,
-            ELEMENT=request.element,
-            BLOCK=request.block,
-            SHARED=numbers.numel() == 1,
-        )
+        numbers = numbers.to(torch.float64).contiguous()
+        _launch_change(request, numbers, limit=limit, shared=numbers.numel() == 1)
         # Autograd cannot see writes by address; which tensors were written, the device alone knows.
         increment_version(tensors)
+
+
+def _launch_change(request: Request, numbers: Tensor, *, limit: bool, shared: bool) -> None:
+    """Launch the kernel that scales, or limits, each strip by its number, or all by one."""
+    plan = request.plan
+    launch(
+        "change",
+        request.device,
+        plan.writers,
+        request.addresses,
+        *request.tables[:2],
+        numbers,
+        plan.programs,
+        plan.grouped,
+        LIMIT=limit,
+        ELEMENT=request.element,
+        BLOCK=request.block,
+        SHARED=shared,
+    )
+
+
+def _wide_rows(tensor: Tensor) -> Tensor | None:
+    """Return a tensor as a table of its rows; one of less than two dimensions is a row."""
+    if tensor.dim() < 2:
+        return _one_row(tensor)
+    view = wide_table_view(tensor)
+    # Rows that share memory cannot be scaled apart.
+    return None if view is None or view.stride(0) < view.shape[1] else view
+
+
+def _one_row(tensor: Tensor) -> Tensor | None:
+    """Return a tensor as a table of one row; None if there are gaps in its memory."""
+    view = flat_view(tensor)
+    return None if view is None else view.unsqueeze(0)
 
 
 def _strip_sums(request: Request, sums: Tensor, order: float) -> Tensor:

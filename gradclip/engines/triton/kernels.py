@@ -1,4 +1,4 @@
-"""The Triton kernels: they measure, scale, clamp, and write tables of addresses.
+"""The Triton kernels: they measure, scale, clamp, clip rows, and write tables of addresses.
 
 Three int64 tables describe the work. ``addresses`` has one address for each tensor. ``pieces`` has
 four numbers for each piece: the index of its tensor, its first element, its length, and the index
@@ -109,6 +109,49 @@ def change(
             number = tl.load(numbers + strip)
         if not _is_neutral(number, LIMIT, ELEMENT):
             _change_piece(address, length, number, LIMIT, ELEMENT, BLOCK)
+
+
+# State as that of `power_sums`. Reads 8, 4 or 2 bytes per element of the gradients and as many of
+# the weights; where the coefficient is below 1, reads the gradients again, which are in cache, and
+# writes them.
+@triton.jit(do_not_specialize=["rows"])
+def clip_rows(
+    addresses,
+    weight_addresses,
+    pieces,
+    starts,
+    results,
+    rows,
+    FACTOR: tl.constexpr,
+    EPS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    CAP: tl.constexpr,
+    ERASE: tl.constexpr,
+    WRITE: tl.constexpr,
+    ORDER: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write norm, limit and coefficient of every row to ``results``, and scale it if WRITE.
+
+    Every strip is one piece. The limit is FACTOR max(norm of the weights, EPS), from FLOOR to CAP.
+    """
+    program = tl.program_id(0)
+    for piece in range(tl.load(starts + program), tl.load(starts + program + 1)):
+        address, length, row = _piece(addresses, pieces, piece, ELEMENT)
+        weight_address, _, _ = _piece(weight_addresses, pieces, piece, WEIGHT)
+        norm = _root(_power_sum(address, length, ORDER, ELEMENT, BLOCK), ORDER)
+        weight_norm = _root(_power_sum(weight_address, length, ORDER, WEIGHT, BLOCK), ORDER)
+        limit = _limit(weight_norm, FACTOR, EPS, FLOOR, CAP)
+        coefficient = tl.where(norm > limit, limit / norm, 1.0)
+        coefficient = tl.where(norm < LARGEST, coefficient, 0.0 if ERASE else 1.0)
+        tl.store(results + row, norm)
+        tl.store(results + rows + row, limit)
+        tl.store(results + 2 * rows + row, coefficient)
+        if WRITE:
+            if not _is_neutral(coefficient, False, ELEMENT):
+                _change_piece(address, length, coefficient, False, ELEMENT, BLOCK)
 
 
 # No state. Writes 8 bytes per address, none per element. For captured graphs: a graph stores the
@@ -283,6 +326,23 @@ def _root(power_sum, ORDER: tl.constexpr):
         return tl.sqrt(power_sum)
     else:
         return tl.exp2(tl.log2(power_sum) / ORDER)
+
+
+@triton.jit
+def _limit(
+    weight_norm,
+    FACTOR: tl.constexpr,
+    EPS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Return the limit of a row; NaN stays, since it compares false."""
+    # Constants of a kernel are float32 unless they are made of another type.
+    eps = tl.full((), EPS, tl.float64)
+    limit = tl.full((), FACTOR, tl.float64) * tl.where(weight_norm < eps, eps, weight_norm)
+    floor, cap = tl.full((), FLOOR, tl.float64), tl.full((), CAP, tl.float64)
+    limit = tl.where(limit < floor, floor, limit)
+    return tl.where(limit > cap, cap, limit)
 
 
 @triton.jit

@@ -67,6 +67,7 @@ def plan(
     *,
     processors: int = 1,
     block: int = BLOCK,
+    divide: bool = True,
 ) -> Plan:
     """Divide the strips of some tensors among programs.
 
@@ -79,6 +80,7 @@ def plan(
         strides: Elements from the start of a strip to the start of the next one.
         processors: How many multiprocessors there are.
         block: Elements of a block.
+        divide: Whether two programs may have parts of a strip that is no longer than a piece.
     """
     tensors, offsets, length = _strips(lengths, counts, strides)
     ends = length.cumsum(0)
@@ -87,8 +89,9 @@ def plan(
     total = int(cost[-1]) if len(cost) else 0
     programs = min(max(1, total // (PROGRAM_COST * block)), PROGRAMS * processors)
     # Positions count elements through all strips, one after the other; a cut is a position.
-    cuts = _cuts_of_programs(length, begins, cost, programs, block)
-    stops = torch.cat([_stops(length, begins, PIECE * block), cuts]).unique()
+    undivided = 0 if divide else PIECE * block
+    cuts = _cuts_of_programs(length, begins, cost, programs, block, undivided)
+    stops = torch.cat([_stops(length, begins, PIECE * block), cuts[cuts > 0]]).unique()
     strip = torch.searchsorted(ends, stops)
     sizes = stops.diff(prepend=stops.new_zeros(1))
     first = offsets[strip] + stops - sizes - begins[strip]
@@ -124,16 +127,19 @@ def _stops(length: Tensor, begins: Tensor, most: int) -> Tensor:
 
 
 def _cuts_of_programs(
-    length: Tensor, begins: Tensor, cost: Tensor, programs: int, block: int
+    length: Tensor, begins: Tensor, cost: Tensor, programs: int, block: int, undivided: int
 ) -> Tensor:
-    """Return the positions between programs, for about the same cost each."""
+    """Return the positions between programs, for about the same cost each.
+
+    None lies inside a strip of at most ``undivided`` elements.
+    """
     total = int(cost[-1]) if len(cost) else 0
     even = torch.arange(1, programs, device="cpu") * total // programs
     strip = torch.searchsorted(cost, even, right=True)
     strip_cost = length[strip] + STRIP_COST * block
     # How much of the strip lies before the cut, once its start is paid for.
     within = (even - (cost[strip] - strip_cost) - STRIP_COST * block).clamp(min=0)
-    return begins[strip] + within // block * block
+    return begins[strip] + within // block * block * (length[strip] > undivided)
 
 
 def _numbers(values: Sequence[int]) -> Tensor:

@@ -70,7 +70,12 @@ class Requests:
         self._arrived: dict[tuple[torch.device, int], Tensor] = {}
 
     def of(
-        self, tensors: Sequence[Tensor], rows: bool, view: Callable[[Tensor], Tensor | None]
+        self,
+        tensors: Sequence[Tensor],
+        rows: bool,
+        view: Callable[[Tensor], Tensor | None],
+        *,
+        divide: bool = True,
     ) -> Request | None:
         """Return a request for tensors, or None if one has no address. No host sync.
 
@@ -78,6 +83,7 @@ class Requests:
             tensors: Tensors of one device and dtype.
             rows: Whether each index of dimension 0 has a number of its own.
             view: Returns a contiguous form of a tensor, or None if there is none.
+            divide: Whether two programs may share a strip, see `plan`.
 
         Raises:
             EngineUnavailableError: The device is not supported, or a CUDA graph is captured before
@@ -91,7 +97,7 @@ class Requests:
         addresses, stored = located
         device = tensors[0].device
         self._check_supported(device)
-        work, tables = self._plan_of(device, *_strips(stored, rows))
+        work, tables = self._plan_of(device, *_strips(stored, rows), divide)
         request = Request(
             device,
             ELEMENTS[tensors[0].dtype],
@@ -126,14 +132,16 @@ class Requests:
         lengths: tuple[int, ...],
         counts: tuple[int, ...] | None,
         strides: tuple[int, ...] | None,
+        divide: bool,
     ) -> tuple[Plan, Uploaded]:
-        key = (device, lengths, counts, strides)
+        key = (device, lengths, counts, strides, divide)
         # An upload inside a capture would be replayed, from host memory that may be gone by then.
         if capturing() and key not in self._plans:
             raise not_captured("of these shapes")
 
         def make() -> tuple[Plan, Uploaded]:
-            work = plan(lengths, counts, strides, processors=processors(device), block=self._block)
+            sizes = {"processors": processors(device), "block": self._block}
+            work = plan(lengths, counts, strides, divide=divide, **sizes)
             return work, Uploaded(work.tables, device)
 
         return self._plans.get(key, make)

@@ -52,21 +52,6 @@ NOT_PLAIN = {
     "no memory": lambda: [torch.empty(2, device="meta")],
     "one object twice": lambda: [random(3)] * 2,
 }
-ROWS = {
-    "matrices": lambda dtype: [random(6, 5, 2, dtype=dtype), random(3, 7, dtype=dtype)],
-    "one row each": lambda dtype: [random(9, dtype=dtype), torch.tensor(-3.7, dtype=dtype)],
-    "rows of nothing": lambda dtype: [torch.empty(4, 0, dtype=dtype), random(2, 2, dtype=dtype)],
-    "rows apart": lambda dtype: [random(60, 50, dtype=dtype)[1:, :40]],
-    "channels last": lambda dtype: [channels_last(4, 3, 5, 5, dtype=dtype)[1:]],
-    "long rows": lambda dtype: [random(3, 40_000, dtype=dtype)],
-}
-NO_ROWS = {
-    "transposed": lambda: [random(5, 6).t()],
-    "expanded rows": lambda: [random(1, 6).expand(5, 6)],
-    "windows": lambda: [random(30).as_strided((4, 6), (3, 1))],
-    "one memory twice": lambda: [tensor := random(4, 6), tensor.view(6, 4)],
-    **NOT_PLAIN,
-}
 UNUSUAL = {
     "a parameter": lambda: [nn.Parameter(random(2))],
     "gaps": lambda: [random(5, 6)[:, ::2]],
@@ -162,29 +147,6 @@ def test_unusual_memory_is_refused_or_served(host, make):
     host.host_scale_(given, 0.5)
     host.scale_(twins, torch.tensor([0.5], dtype=torch.float64))
     assert all(torch.equal(*pair) for pair in zip(given, twins, strict=True))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_rows_are_measured_and_multiplied(native_engine, dtype, order):
-    if native_engine._walk is None:
-        pytest.skip("this version of torch has no exchange interface of DLPack")
-    for make in ROWS.values():
-        given = TensorList(make(dtype))
-        rows = [row for tensor in given for row in (tensor if tensor.dim() > 1 else [tensor])]
-        needed, originals = [power_sum(row, order) for row in rows], [row.clone() for row in rows]
-        norms = native_engine.host_row_norms(given, order)
-        roots = needed if order == math.inf else [total ** (1 / order) for total in needed]
-        assert norms.tolist() == pytest.approx(roots, rel=1e-6, abs=0)
-        coefficients = torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64).repeat(len(rows))
-        native_engine.host_scale_rows_(given, coefficients[: len(rows)].contiguous())
-        for row, original, coefficient in zip(rows, originals, coefficients, strict=False):
-            assert_scaled(row, original, coefficient)
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-@pytest.mark.parametrize("make", NO_ROWS.values(), ids=NO_ROWS.keys())
-def test_rows_that_cannot_be_looked_at_are_left_to_the_other_verbs(host, make):
-    assert host.host_row_norms(TensorList(make()), 2.0) is None
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])

@@ -162,6 +162,45 @@ static void check(int dtype, int64_t n, int64_t shift, int threads)
     free(copy);
 }
 
+/* Rows beside rows of weights that start elsewhere. */
+static void check_rows(int dtype, int64_t n, int64_t shift, int threads)
+{
+    int64_t size = SIZES[dtype], columns = n / 5;
+    char *memory = malloc((size_t)((shift + n) * size) + 1), *data = memory + shift * size;
+    char *weights = malloc((size_t)(n * size) + 1), *copy = malloc((size_t)(n * size) + 1), written = 0;
+    int64_t rows[] = {(int64_t)(uintptr_t)data, columns, 5, columns};
+    int64_t weight_rows[] = {(int64_t)(uintptr_t)weights, columns, 5, columns};
+    double results[15], measured[15];
+    const struct limit limit = {0.9, 1e-3, 0, 1e6};
+    fill(data, n, dtype);
+    fill(weights, n, dtype);
+    memcpy(copy, data, (size_t)(n * size));
+    struct request *one = malloc(sizeof *one + sizeof rows), *other = malloc(sizeof *other + sizeof rows);
+    memcpy(one, asked(rows, 1, dtype, 2, threads), sizeof *one + sizeof rows);
+    memcpy(other, asked(weight_rows, 1, dtype, 2, threads), sizeof *other + sizeof rows);
+    demand(gradclip_rows(one, other) == 5, "rows", dtype, n, 0);
+    gradclip_clip_rows(one, other, &limit, 1, 0, measured, &written);
+    demand(!written && !memcmp(copy, data, (size_t)(n * size)), "measuring wrote", dtype, n, 0);
+    gradclip_clip_rows(one, other, &limit, 1, 1, results, &written);
+    demand(!memcmp(results, measured, sizeof results), "other results", dtype, n, 0);
+    for (int row = 0; row < 5; row++) {
+        double norm = sqrt(naive(copy + row * columns * size, columns, dtype, 2));
+        double weight_norm = sqrt(naive(weights + row * columns * size, columns, dtype, 2));
+        demand(close_to(results[row], norm), "norm of a row", dtype, n, norm);
+        demand(close_to(results[5 + row], 0.9 * fmax(weight_norm, 1e-3)), "limit", dtype, n, row);
+        int same = !memcmp(copy + row * columns * size, data + row * columns * size,
+                           (size_t)(columns * size));
+        demand(same || results[10 + row] < 1, "a row below its limit was written", dtype, n, row);
+    }
+    note(results, sizeof results);
+    note(data, (size_t)(n * size));
+    free(one);
+    free(other);
+    free(memory);
+    free(weights);
+    free(copy);
+}
+
 /* As GOMP_parallel, without what it keeps. */
 
 struct call {
@@ -204,9 +243,11 @@ int main(int count, char **arguments)
             checksum = 14695981039346656037u;
             state = 88172645463325252u;
             for (int dtype = 0; dtype < DTYPES; dtype++)
-                for (int which = 0; which < COUNT && LENGTHS[which] <= longest; which++)
+                for (int which = 0; which < COUNT && LENGTHS[which] <= longest; which++) {
                     for (int64_t shift = 0; shift < SHIFTS; shift++)
                         check(dtype, LENGTHS[which], shift, threads);
+                    check_rows(dtype, LENGTHS[which], 1, threads);
+                }
             printf("level %d, threads %d: ", level, threads);
             printf("%016llx\n", (unsigned long long)checksum);
             first = first ? first : checksum;

@@ -11,9 +11,10 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 """Their names in Triton, and their sizes."""
 ORDERS = (2.0, 1.0, math.inf, 3.0)
 TYPES = {
-    **dict.fromkeys(("addresses", "pieces", "starts", "first_pieces"), "*i64"),
+    **dict.fromkeys(("addresses", "weight_addresses"), "*i64"),
+    **dict.fromkeys(("pieces", "starts", "first_pieces"), "*i64"),
     **dict.fromkeys(("sums", "totals", "norm", "results", "numbers"), "*fp64"),
-    **dict.fromkeys(("programs", "grouped", "first"), "i32"),
+    **dict.fromkeys(("programs", "grouped", "first", "rows"), "i32"),
     **dict.fromkeys("abcdefgh", "i64"),
     "arrived": "*i32",
 }
@@ -63,6 +64,15 @@ def change(dtype: str, limit: bool, shared: bool, capability: int = 90) -> list[
 
     constants = {"LIMIT": limit, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK, "SHARED": shared}
     return compiled("change", capability, **constants)
+
+
+def clip_rows(dtype: str, weight: str, order: float, capability: int = 90) -> list[str]:
+    import triton.language as tl
+
+    constants = {"FACTOR": 0.01, "EPS": 1e-3, "FLOOR": 0.0, "CAP": math.inf, "ERASE": True}
+    constants |= {"WRITE": True, "ORDER": order, "BLOCK": BLOCK}
+    constants |= {"ELEMENT": tl.dtype(dtype), "WEIGHT": tl.dtype(weight)}
+    return compiled("clip_rows", capability, **constants)
 
 
 def innermost_loops(lines: list[str]) -> list[list[str]]:
@@ -148,6 +158,26 @@ def test_what_is_changed_is_read_and_written_16_bytes_at_a_time(dtype, limit, sh
     assert moves(loop, "st") == moves(loop, "ld")
 
 
+PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp64", "fp64")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight"), [mark(*pair, quick=pair == ("fp32", "fp32")) for pair in PAIRS]
+)
+def test_rows_and_their_weights_are_read_once_and_rows_written_16_bytes_at_a_time(dtype, weight):
+    """Limits and coefficients are computed in float64: 0.01 is not rounded to float32."""
+    lines = clip_rows(dtype, weight, 2.0)
+    check_everywhere(lines)
+    loops = [moves(loop, "ld") for loop in innermost_loops(lines) if any(moves(loop, "ld"))]
+    wide = sorted(len(loop) for loop in loops if all(loop))
+    sizes = [BLOCK * DTYPES[name] // THREADS // 16 for name in (dtype, weight, dtype)]
+    assert wide == sorted(sizes)  # measured, measured, and scaled
+    text = "\n".join(lines)
+    assert "0d3F847AE147AE147B" in text
+    assert "sqrt.rn.f64" in text
+    assert "div.rn.f64" in text
+
+
 CAPABILITIES = (70, 80)
 
 
@@ -159,6 +189,7 @@ def test_older_devices_are_compiled_for(dtype, capability):
         check_everywhere(power_sums(dtype, order, capability=capability))
     for limit in (False, True):
         check_everywhere(change(dtype, limit, False, capability))
+    check_everywhere(clip_rows(dtype, dtype, 2.0, capability))
 
 
 @pytest.mark.parametrize("capability", [*CAPABILITIES, 90])

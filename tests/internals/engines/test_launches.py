@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="there is no Triton")
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from gradclip.engines.base import RelativeLimit, TensorList
 from gradclip.engines.triton import kernels, launching, requests
 from gradclip.engines.triton.engine import TritonEngine
 
@@ -19,7 +20,7 @@ SLOW = [
     pytest.param(dtype, marks=pytest.mark.slow)
     for dtype in (torch.bfloat16, torch.float16, torch.float64)
 ]
-KERNELS = ("power_sums", "strip_sums", "change", "write_addresses")
+KERNELS = ("power_sums", "strip_sums", "change", "clip_rows", "write_addresses")
 
 
 NO_DEVICE = types.SimpleNamespace(
@@ -87,6 +88,19 @@ def test_every_launch_compiles_as_it_is_launched(dtype, order, launches):
         served.scale_(tensors, torch.full((numbers,), 0.5, dtype=torch.float64))
         served.clamp_(tensors, torch.full((numbers,), 0.5, dtype=torch.float64))
     assert names(launches) == ["change"] * 4
+
+
+def test_rows_are_clipped_by_one_launch(launches):
+    served, shapes = TritonEngine(), ((100, 100), (7,), (3, 60_000))
+    pair = [TensorList(torch.zeros(shape) for shape in shapes) for _ in range(2)]
+    assert served.prepare_rows(*pair, 2.0, rows=True) == 104
+    launches.clear()
+    limit = RelativeLimit(0.01, 1e-3)
+    found = served.clip_rows_(*pair, 2.0, limit, erase=True, write=True)
+    assert found.shape == (3, 104)
+    assert names(launches) == ["clip_rows"]
+    served.scale_rows_(pair[0], found[2])
+    assert names(launches) == ["clip_rows", "change"]
 
 
 def test_other_sizes_and_addresses_are_nothing_to_compile_anew(launches):

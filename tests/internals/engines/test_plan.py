@@ -109,6 +109,22 @@ def test_every_element_is_in_one_piece(drawn, processors, rows):
         checked(lengths, processors=processors, block=block)
 
 
+@given(tensors(), st.integers(1, 3))
+def test_rows_of_a_piece_may_stay_whole(drawn, processors):
+    block, lengths, counts, strides = drawn
+    options = {"processors": processors, "block": block, "divide": False}
+    made = plan(lengths, counts, strides, **options)
+    expected = [*strips(lengths, counts, strides)]
+    check_pieces(made, expected, block)
+    assert made.starts.tolist() == sorted(made.starts.tolist())
+    pieces = made.first_pieces.diff().tolist()
+    assert all(
+        count == 1
+        for count, (*_, length) in zip(pieces, expected, strict=True)
+        if 0 < length <= PIECE * block
+    )
+
+
 def test_empty_tensors_and_rows_have_no_piece_and_rows_start_a_stride_apart():
     made = checked([0, 3, 0, 0, 7, 0])
     assert made.pieces.tolist() == [[1, 0, 3, 1], [4, 0, 7, 4]]

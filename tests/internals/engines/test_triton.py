@@ -11,10 +11,11 @@ from torch import nn
 
 import gradclip
 from gradclip import EngineUnavailableError, engines
-from gradclip.engines.base import TensorList
+from gradclip.engines.base import RelativeLimit, TensorList
 from gradclip.engines.layout import addresses_of
 from gradclip.engines.reference import ReferenceEngine
 from gradclip.engines.triton.plan import plan
+from gradclip.thresholds import RelativeToWeights
 from tests.support.clippers import stepped
 from tests.support.engines import INTERPRETED, random, vector
 
@@ -147,6 +148,28 @@ def test_narrow_rows_are_left_to_torch_operators(tiny, triton, monkeypatch, verb
     assert [tensor.shape for tensor in given] == [(70, 3), (66, 2)]
 
 
+@pytest.mark.parametrize("write", [True, False])
+def test_rows_are_clipped_by_one_launch(tiny, triton, monkeypatch, write):
+    """Of many programs, none of which shares a row with another."""
+    monkeypatch.setattr(triton, "launch", launched := Mock(wraps=triton.launch))
+    shapes = [(70, 90), (3, 200), (30,), ()]
+    gradients, weights = (TensorList(random(*shape) for shape in shapes) for _ in range(2))
+    needed = [row.norm().item() for one in gradients for row in (one if one.dim() > 1 else [one])]
+    assert tiny.prepare_rows(gradients, weights, 2.0, rows=True) == 75
+    limit = RelativeLimit(0.5, 1e-3)
+    found = tiny.clip_rows_(gradients, weights, 2.0, limit, erase=False, write=write)
+    assert found[0].tolist() == pytest.approx(needed, rel=1e-6)
+    launched.assert_called_once()
+    name, _, programs, *_ = launched.call_args.args
+    assert (name, programs > 9) == ("clip_rows", True)
+
+
+def test_rows_that_are_not_worth_a_piece_or_do_not_fit_into_one_are_not_prepared(tiny):
+    for shape in ((70, 3), (2, 257)):
+        pair = TensorList([random(*shape)]), TensorList([random(*shape)])
+        assert tiny.prepare_rows(*pair, 2.0, rows=True) == 0
+
+
 # What is kept between calls
 
 
@@ -228,8 +251,8 @@ def clipped_with(engine, monkeypatch, clip):
     return [*([] if norms is None else [norms]), *(one.grad for one in model.parameters())]
 
 
-def step(model, **options):
-    return stepped(torch.optim.SGD(model.parameters(), lr=0.0), 0.7, **options).last.norms
+def step(model, max_norm=0.7, **options):
+    return stepped(torch.optim.SGD(model.parameters(), lr=0.0), max_norm, **options).last.norms
 
 
 def spoilt(model):
@@ -237,7 +260,14 @@ def spoilt(model):
     return step(model, scope="parameter", nonfinite="zero")
 
 
+def relative(model, **options):
+    return step(model, max_norm=RelativeToWeights(0.5), **options)
+
+
 CLIPS = {
+    "units, by their weights": lambda model: relative(model, scope="unit"),
+    "parameters, by their weights": lambda model: relative(model, scope="parameter"),
+    "units, by a function": lambda model: gradclip.clip_grad_units_(model.parameters(), 0.5),
     "norm": lambda model: gradclip.clip_grad_norm_(model.parameters(), 0.7),
     "value": lambda model: gradclip.clip_grad_value_(model.parameters(), 0.3),
     "unit": lambda model: step(model, scope="unit"),

@@ -82,8 +82,12 @@ class JointScaling:
 
     @property
     def states(self) -> object:
-        """The running scaler's record of its optimizers, another object after each update."""
-        return None if self._scaler is None else self._scaler._per_optimizer_states
+        """The running scaler's record of its optimizers, another object after each update.
+
+        None without a scaler that scales.
+        """
+        scaler = self._scaler
+        return scaler._per_optimizer_states if scaler is not None and scaler.is_enabled() else None
 
     def overflowed(self, optimizer: Optimizer) -> bool:
         """Return whether the scaler skips the optimizer's step. Host sync, as in the scaler."""

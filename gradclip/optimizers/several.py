@@ -151,6 +151,8 @@ class SeveralOptimizers:
         carries the scale.
         """
         others = [optimizer for optimizer in self._optimizers if optimizer is not stepping]
+        if self._scaling.states is None:
+            return others, False
         overflowed = [optimizer for optimizer in others if self._scaling.overflowed(optimizer)]
         skipped = {*overflowed, *filter(self._scaling.stepped, others)}
         return [optimizer for optimizer in others if optimizer not in skipped], bool(overflowed)

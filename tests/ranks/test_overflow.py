@@ -99,6 +99,16 @@ def joint_rows(used: int, bad: dict[int, dict[int, float]]) -> Any:
     return rows, scaler.get_scale()
 
 
+@on_ranks("two_ranks")
+def test_several_optimizers_with_a_scaler_that_is_disabled():
+    """They step as without one."""
+    weights, optimizers = optimizers_of(2, 3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    clipper = GradientClipper(optimizers, 0.5, ranks=Ranks(), grad_scaler=scaler)
+    step_all(scaler, optimizers, torch.stack([weight.sum() for weight in weights]).sum())
+    assert (clipper.steps, square_of(clipper)) == (1, 10)
+
+
 @pytest.mark.parametrize("used", [0, 1])
 @on_ranks("two_ranks")
 def test_several_optimizers(used):

@@ -31,7 +31,7 @@ from .grad_scaler import (
     overflows_in_passed_scaler,
     skips_on_device,
 )
-from .parent_steps import count_parent_steps, may_call_parents_step
+from .parent_steps import count_parent_steps, may_call_parents_step, spans_processes
 from .step_changes import GuardedArguments, StepChanges
 
 P = ParamSpec("P")
@@ -106,7 +106,9 @@ class Attachment:
         if overflow:
             return None
         closure = None if plain else self._closures.find(args, kwargs)
-        if self._parent_steps:
+        # Each evaluation of a closure is clipped, as a search may use it, but where it may first
+        # have to be averaged over processes.
+        if self._parent_steps and (closure is None or spans_processes()):
             running.wait_for_parent()
             if closure is None:
                 return None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from torch import distributed
 from torch.optim import Optimizer
 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
@@ -41,6 +42,15 @@ def may_call_parents_step(kind: type[Optimizer]) -> bool:
     """Return whether a class outside torch overrides a ``step`` that it may call."""
     owners = _owners(kind)
     return len(owners) > 1 and not owners[0].__module__.startswith("torch.optim")
+
+
+def spans_processes() -> bool:
+    """Return whether several processes train together."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 def _owners(kind: type[Optimizer]) -> list[Any]:

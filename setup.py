@@ -52,4 +52,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
-setup(ext_modules=[LIBRARY], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel})
+if __name__ == "__main__":  # release/wheels.py compiles what is named here for other platforms
+    setup(
+        ext_modules=[LIBRARY],
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    )

@@ -21,7 +21,11 @@
 #error "Pairs of 16-bit numbers are read as little-endian words."
 #endif
 
+#if defined(_WIN32)
+#define EXPORTED __declspec(dllexport)
+#else
 #define EXPORTED __attribute__((visibility("default")))
+#endif
 
 enum { ABI = 4 }; /* increase it with every change of a function that engine.py calls */
 enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2, LOW_ADDRESS = -3 };

@@ -255,7 +255,7 @@ FUNCTION void KERNEL(scale_float64)(void *data, int64_t n, double coefficient)
         for (int64_t place = 0; place < n; place++) {                                             \
             TYPE bits = (TYPE)(x[place] & MAGNITUDE_BITS);                                        \
             TYPE limited = (TYPE)((x[place] & ~MAGNITUDE_BITS) | least);                          \
-            x[place] = (bits > least) & (bits <= most) ? limited : x[place];                      \
+            x[place] = ((bits > least) & (bits <= most)) ? limited : x[place];                    \
         }                                                                                         \
     }
 

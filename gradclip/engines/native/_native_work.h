@@ -173,9 +173,9 @@ static void add_up_long_rows(struct job *job)
     }
 }
 
-/* GOMP_parallel of the OpenMP runtime that torch uses, found by engine.py: it runs a function in a
- * number of threads. They do not survive a fork, and a child process would wait for them for ever,
- * so it works in one thread. */
+/* Runs a function in a number of threads of the OpenMP runtime that torch uses, found by engine.py.
+ * They do not survive a fork, and a child process would wait for them for ever, so it works in one
+ * thread. */
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 static pid_t owner;
 
@@ -186,13 +186,51 @@ static pid_t owner;
 enum { MOST_ALONE = 1024 };
 static int64_t calls_alone, next_alone = 1;
 
-/* Use the threads behind this function; NULL for one thread. */
+/* Use the threads behind this function, GOMP_parallel; NULL for one thread. */
 EXPORTED void gradclip_use_threads_of(void *entry)
 {
     memcpy(&parallel, &entry, sizeof entry);
     owner = getpid();
     calls_alone = 0;
     next_alone = 1;
+}
+
+/* On Windows torch brings a runtime without GOMP_parallel: Intel's, with the interface of LLVM. */
+struct source_place {
+    int32_t reserved, flags, more_reserved[2];
+    const char *text;
+};
+static struct {
+    void (*fork)(const struct source_place *, int32_t arguments, void *task, ...);
+    void (*set_threads)(const struct source_place *, int32_t thread, int32_t threads);
+    int32_t (*own_thread)(const struct source_place *);
+} llvm;
+
+static void llvm_task(int32_t *thread, int32_t *bound, void (*function)(void *), void *data)
+{
+    (void)thread, (void)bound;
+    function(data);
+}
+
+static void llvm_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags)
+{
+    static const struct source_place here = {.flags = 2, .text = ";gradclip;run;0;0;;"};
+    void (*task)(int32_t *, int32_t *, void (*)(void *), void *) = llvm_task;
+    void *entry;
+    (void)flags;
+    memcpy(&entry, &task, sizeof entry);
+    llvm.set_threads(&here, llvm.own_thread(&here), (int32_t)threads);
+    llvm.fork(&here, 2, entry, function, data);
+}
+
+/* Use __kmpc_fork_call, __kmpc_push_num_threads and __kmpc_global_thread_num. */
+EXPORTED void gradclip_use_llvm_threads(void *fork, void *set_threads, void *own_thread)
+{
+    void (*entry)(void (*)(void *), void *, unsigned, unsigned) = llvm_parallel;
+    void *functions[] = {fork, set_threads, own_thread};
+    memcpy(&llvm, functions, sizeof llvm);
+    memcpy(functions, &entry, sizeof entry);
+    gradclip_use_threads_of(functions[0]);
 }
 
 static int threads_are_free(void)

@@ -2,18 +2,20 @@
 
 The library beside this file works on addresses and lengths. It finds those of plain gradients with
 functions of the interpreter and of torch that this module hands over; this module finds all others.
-It is built from ``_native.c`` at install if there is a C compiler. Tensors without an address, and
-writes to tensors with gaps between their elements, go to torch operators.
+Wheels bring it for common platforms; elsewhere it is built from ``_native.c`` at install. Tensors
+without an address, and writes to tensors with gaps between their elements, go to torch operators.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import compress
 from pathlib import Path
-from struct import pack
+from struct import Struct, pack
 from typing import Any
 
 import torch
@@ -30,6 +32,11 @@ ABI = 4
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 OK, NO_MEMORY, LOW_ADDRESS = 0, -1, -3
+LLVM = ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
+"""What an OpenMP runtime without GOMP_parallel starts threads with."""
+WINDOWS_RUNTIME = "libiomp5md.dll"
+ELF_HEADER = Struct("<40xQ10x2H2x")
+"""Of 64 bits: where the table of sections begins, and the size and number of its entries."""
 BEST = 2
 """The highest level of instruction sets."""
 HEADER = 5
@@ -324,8 +331,10 @@ def load() -> ctypes.CDLL:
         EngineUnavailableError: The library was not built, cannot be loaded, or has another ABI.
     """
     if not LIBRARY.exists():
-        raise _unavailable("there was no C compiler when gradclip was installed")
+        raise _unavailable("gradclip was installed without its library")
     try:
+        if not _is_whole(LIBRARY.read_bytes()):
+            raise OSError(f"{LIBRARY} is cut off; was the disk full?")
         library = ctypes.CDLL(str(LIBRARY))
         abi = library.gradclip_abi()
     except (OSError, AttributeError) as error:
@@ -344,9 +353,23 @@ def load() -> ctypes.CDLL:
         *(request, request, numbers, *switches, numbers, ctypes.c_char_p),
     )
     library.gradclip_clamp.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
-    library.gradclip_use_threads_of(_entry_of_threads())
+    _give_threads(library)
     library.gradclip_choose(BEST)
     return library
+
+
+def _is_whole(library: bytes) -> bool:
+    """Whether an ELF file ends where its table of sections does.
+
+    Linux loads a library that has been cut off, and its first use ends the process; other systems
+    refuse it by themselves.
+    """
+    if library[:5] != b"\x7fELF\2":
+        return True
+    if len(library) < ELF_HEADER.size:
+        return False
+    sections, size, count = ELF_HEADER.unpack_from(library)
+    return bool(sections + size * count <= len(library))
 
 
 class _ExchangeApi(ctypes.Structure):
@@ -396,22 +419,39 @@ def _walker(library: ctypes.CDLL) -> Callable[..., int] | None:
     return walk
 
 
-def _entry_of_threads() -> ctypes.c_void_p:
-    """Return the address of GOMP_parallel in torch's own OpenMP runtime; null if there is none.
+def _give_threads(library: ctypes.CDLL) -> None:
+    """Let the library use the threads of torch's own OpenMP runtime, one thread if it has none.
 
     Looked up in the libraries that torch has loaded already: another runtime would start threads
     of its own, which compete with torch's for the cores.
     """
-    try:
-        torch_library = ctypes.CDLL(torch._C.__file__, os.RTLD_NOLOAD | os.RTLD_LAZY)
-        return ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p)
-    except (OSError, AttributeError):
-        return ctypes.c_void_p(None)
+    library.gradclip_use_threads_of(None)
+    with suppress(OSError, AttributeError):
+        runtime = _runtime_of_torch()
+        if hasattr(runtime, "GOMP_parallel"):
+            library.gradclip_use_threads_of(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
+        else:
+            functions = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in LLVM]
+            library.gradclip_use_llvm_threads(*functions)
+
+
+def _runtime_of_torch() -> ctypes.CDLL:
+    """Return what finds the functions of torch's OpenMP runtime, without loading anything."""
+    if sys.platform == "win32":
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.GetModuleHandleW.restype = ctypes.c_void_p
+        handle = kernel.GetModuleHandleW(WINDOWS_RUNTIME)
+        if handle is None:
+            raise OSError(f"{WINDOWS_RUNTIME} is not loaded")
+        return ctypes.CDLL(WINDOWS_RUNTIME, handle=handle)
+    # Through a handle of this library functions of all that it depends on are found.
+    return ctypes.CDLL(torch._C.__file__, os.RTLD_NOLOAD | os.RTLD_LAZY)
 
 
 def _unavailable(reason: str) -> EngineUnavailableError:
     return EngineUnavailableError(
-        f"engine='native' is not available: {reason}. Install a C compiler (Debian: apt-get "
-        "install gcc), then gradclip again with 'pip install --force-reinstall --no-deps "
-        "--no-binary gradclip gradclip'; or give engine='auto', which takes torch operators."
+        f"engine='native' is not available: {reason}. Install gradclip again with 'pip install "
+        "--force-reinstall --no-deps gradclip', which brings the library for common platforms and "
+        "builds it elsewhere if there is a C compiler (Debian: apt-get install gcc); or give "
+        "engine='auto', which takes torch operators."
     )

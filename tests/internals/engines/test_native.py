@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,16 +264,45 @@ def test_only_tensors_with_gaps_are_left_to_torch_operators(c_engine, monkeypatc
 # A library that is missing or does not fit
 
 
-def test_a_library_that_cannot_be_used_says_why(monkeypatch, tmp_path, native_engine):
-    (tmp_path / "broken.so").write_bytes(b"no library")
-    for name, reason in (
-        ("none.so", "no C compiler.* Install a C compiler .*gcc"),
-        ("broken.so", "cannot be loaded .*broken.so"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "LIBRARY", tmp_path / name)
-            with pytest.raises(EngineUnavailableError, match=reason):
-                native.load()
+def changed(library: bytes, place: int, byte: int) -> bytes:
+    return library[:place] + bytes([byte]) + library[place + 1 :]
+
+
+NO_LIBRARIES = {
+    "no library": (lambda whole: b"no library", "cannot be loaded .*_native.so"),
+    "another processor": (lambda whole: changed(whole, 18, 0xF3), "cannot be loaded .*_native.so"),
+    "another word length": (lambda whole: changed(whole, 4, 1), "cannot be loaded .*_native.so"),
+    "a library of Windows": (lambda whole: b"MZ" + bytes(4000), "cannot be loaded .*_native.so"),
+    "a library of macOS": (lambda whole: b"\xcf\xfa\xed\xfe" * 99, "cannot be loaded .*_native.so"),
+    "empty": (lambda whole: b"", "cannot be loaded .*_native.so"),
+    "no header": (lambda whole: whole[:50], "_native.so is cut off"),
+    "one page": (lambda whole: whole[:4096], "_native.so is cut off"),
+    "half": (lambda whole: whole[: len(whole) // 2], "_native.so is cut off"),
+    "all but one byte": (lambda whole: whole[:-1], "_native.so is cut off"),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the files are those of Linux")
+@pytest.mark.parametrize("kind", NO_LIBRARIES)
+def test_a_damaged_or_foreign_library_is_told(kind, monkeypatch, tmp_path, native_engine):
+    """Linux itself would load one that is cut off, and the process ends with it."""
+    content, reason = NO_LIBRARIES[kind]
+    library, load = tmp_path / "_native.so", ctypes.CDLL
+    library.write_bytes(content(native.LIBRARY.read_bytes()))
+    monkeypatch.setattr(native, "LIBRARY", library)
+    if "cut off" in reason:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *given, **options: pytest.fail("it was loaded"))
+    else:
+        monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(EngineUnavailableError, match=reason):
+        native.load()
+
+
+def test_a_missing_library_or_one_of_another_version_is_told(monkeypatch, tmp_path, native_engine):
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "LIBRARY", tmp_path / "none.so")
+        with pytest.raises(EngineUnavailableError, match="without its library.*'pip install .*gcc"):
+            native.load()
     monkeypatch.setattr(native, "ABI", native.ABI + 1)
     with pytest.raises(EngineUnavailableError, match="of another version"):
         native.load()
@@ -346,14 +376,89 @@ def test_threads_that_have_to_wait_are_seldom_asked(c_engine, seconds, calls):
     try:
         norms = [c_engine.norm([large], 2.0) for _ in range(20)]
     finally:
-        library.gradclip_use_threads_of(native._entry_of_threads())
+        native._give_threads(library)
     assert all(torch.equal(norm, needed) for norm in norms)
     assert len(started) in calls
 
 
-def test_no_runtime_is_no_error(monkeypatch):
-    monkeypatch.setattr(native.ctypes, "CDLL", lambda *given: object())
-    assert native._entry_of_threads().value is None
+class OtherRuntime:
+    """An OpenMP runtime without GOMP_parallel, as Intel's for Windows."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        pointer, number = ctypes.c_void_p, ctypes.c_int32
+        task_type = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer)
+
+        def fork(place, count, task, function, data):
+            assert count == 2
+            for _thread in range(self.asked[-1][1]):  # one after the other
+                task_type(task)(None, None, function, data)
+
+        functions = {
+            "__kmpc_fork_call": (None, fork, pointer, number, pointer, pointer, pointer),
+            "__kmpc_global_thread_num": (number, lambda place: 7, pointer),
+            "__kmpc_push_num_threads": (
+                *(None, lambda place, thread, count: self.asked.append((thread, count))),
+                *(pointer, number, number),
+            ),
+        }
+        if name not in functions:
+            raise AttributeError(name)
+        result, function, *arguments = functions[name]
+        entry = ctypes.CFUNCTYPE(result, *arguments)(function)
+        setattr(self, name, entry)
+        return entry
+
+
+@pytest.fixture
+def threads_of(c_engine, monkeypatch):
+    """Let the engine find threads on a platform, and return what it does with a large norm."""
+
+    def norms_with(runtime, platform=sys.platform):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "_runtime_of_torch", runtime)
+            patch.setattr(sys, "platform", platform)
+            native._give_threads(c_engine._library)
+        torch.set_num_threads(3)
+        return c_engine.norm([torch.arange(500_000.0)], 2.0).item()
+
+    yield norms_with
+    native._give_threads(c_engine._library)
+
+
+def test_threads_of_intels_runtime_give_the_same_bits(threads_of):
+    runtime, needed = OtherRuntime(), threads_of(native._runtime_of_torch)
+    assert threads_of(lambda: runtime) == needed
+    assert runtime.asked == [(7, 3)]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_on_windows_the_runtime_is_the_one_that_torch_has_loaded(threads_of, monkeypatch, loaded):
+    """Simulated: what Windows' own functions answer is given."""
+
+    def handle_of(name):
+        return 4096 if loaded and name == "libiomp5md.dll" else None
+
+    runtime, needed = OtherRuntime(), threads_of(native._runtime_of_torch)
+    kernel = SimpleNamespace(GetModuleHandleW=handle_of)
+    by_handle = {("libiomp5md.dll", 4096): runtime}
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "WinDLL", lambda name: kernel, raising=False)
+        patch.setattr(ctypes, "CDLL", lambda name, handle: by_handle[name, handle])
+        assert threads_of(native._runtime_of_torch, "win32") == needed
+    assert runtime.asked == ([(7, 3)] if loaded else [])
+
+
+@pytest.mark.parametrize("runtime", [object(), OSError("none is loaded")], ids=repr)
+def test_no_runtime_is_no_error(threads_of, runtime):
+    def found():
+        if isinstance(runtime, OSError):
+            raise runtime
+        return runtime
+
+    assert threads_of(found) == threads_of(native._runtime_of_torch)
 
 
 # The C code alone

@@ -20,6 +20,7 @@ from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, described, options_of
 from .optimizers.attachment import Attachment
+from .optimizers.in_backward import StepsInBackward, running_pass
 from .optimizers.joint import JointGradients
 from .optimizers.micro_batches import MicroBatches
 from .optimizers.step_changes import StepChanges
@@ -166,6 +167,16 @@ class GradientClipper:
             Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
             for each in optimizers
         ]
+        self._in_backward = StepsInBackward(
+            self._joint,
+            self._labels,
+            rank_layout,
+            self._norm_thresholds,
+            self._recorder,
+            self._settings,
+            self._count,
+            needs_weights=self._threshold.needs_weights,
+        )
         self._joint.attach()
         self._norm_thresholds.claim()
         self._recorder.begin(described(options, self.labels, optimizers, self.engine))
@@ -192,6 +203,9 @@ class GradientClipper:
             loss = loss_or_none(returned)
         if self._micro_batches is not None:
             self._micro_batches.check_step()
+        if running_pass() != -1 and self._in_backward.awaits_gradients(optimizer):
+            self._in_backward.clip(optimizer, loss)
+            return None
         gradients = self._joint.at_step(optimizer, changes)
         if gradients is None or isinstance(gradients, ClipRecord):
             return gradients  # an earlier step of this backward pass has clipped these, or nothing
@@ -435,6 +449,7 @@ class GradientClipper:
         for attachment in self._attachments:
             attachment.detach()
         self._attachments = []
+        self._in_backward.finish()
         self._joint.detach()
         self._norm_thresholds.release()
 
@@ -444,6 +459,7 @@ class GradientClipper:
         Raises:
             SkipLimitError: ``skip_limit`` consecutive steps were skipped, and only the device knew.
         """
+        self._in_backward.finish()
         self._recorder.flush()
         self._recorder.check_skips()
 

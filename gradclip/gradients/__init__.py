@@ -5,7 +5,8 @@ them so that one engine call takes many, ``norms.py`` measures, ``norm_threshold
 rule, ``coefficients.py`` has the formula, ``policies.py`` the options. ``step.py`` combines these
 for one step, and ``host_step.py`` does the same in numbers for the usual step: plain gradients on
 the CPU that share one norm. ``row_step.py`` does it in one pass for thresholds that follow from the
-weights. ``differentiable.py`` serves gradients that carry a graph,
+weights. ``parts.py`` puts together a step whose norms are measured one after the other, inside
+``backward()``. ``differentiable.py`` serves gradients that carry a graph,
 ``without_values.py`` meta and fake ones.
 
 Called by: optimizers, functional, clipper, integrations.
@@ -21,6 +22,7 @@ __all__ = [
     "host_step",
     "norm_thresholds",
     "norms",
+    "parts",
     "policies",
     "row_step",
     "step",

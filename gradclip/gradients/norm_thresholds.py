@@ -22,9 +22,17 @@ from ..records.record import ClipRecord, as_vector, clipped_norms
 from ..scopes.labels import NormLabels
 from ..thresholds import Fixed, StepContext, Threshold, is_foreign, learns
 from .host_step import HostGradients
+from .parts import StepPart, StepParts
 from .row_step import RowGradients
 from .step import StepGradients, presence_flag
 from .without_values import GradientsWithoutValues
+
+AnyNorms = (
+    StepGradients | StepPart | StepParts | HostGradients | RowGradients | GradientsWithoutValues
+)
+"""The gradients whose norms a rule limits, all or a part of them."""
+WITHOUT_WEIGHTS = HostGradients, GradientsWithoutValues
+"""Gradients of steps whose rule reads no norms of parameters."""
 
 _LEARNING: WeakValueDictionary[int, NormThresholds] = WeakValueDictionary()
 """The clipper's object that serves each learning rule, by the id of the rule.
@@ -87,7 +95,7 @@ class NormThresholds:
 
     def at_step(
         self,
-        gradients: StepGradients | HostGradients | RowGradients | GradientsWithoutValues,
+        gradients: AnyNorms,
         norms: Tensor | float,
         step: int,
         loss: Tensor | float | None = None,
@@ -125,7 +133,7 @@ class NormThresholds:
         if isinstance(gradients, RowGradients):
             return gradients.thresholds  # of a rule that learns nothing, applied by the engine
         weight_norms = None
-        if self._threshold.needs_weights and isinstance(gradients, StepGradients):
+        if self._threshold.needs_weights and not isinstance(gradients, WITHOUT_WEIGHTS):
             weight_norms = gradients.weight_norms()
         if loss is not None and (self._foreign or self._needs_loss):
             loss = _loss_beside(norms, loss)

@@ -7,7 +7,7 @@ last until the step ends; ``parent_steps.py`` finds optimizers whose step calls 
 several optimizers, with ``clipped_already.py`` as its memory.
 ``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and
 ``shared_overflow.py`` lets ranks skip a step together. ``micro_batches.py`` clips gradients before
-they are accumulated.
+they are accumulated, and ``in_backward.py`` at steps that are taken inside ``backward()``.
 
 Where torch has no hook
     A step pre-hook is given the optimizer and the arguments of the step, a post-hook the same
@@ -35,4 +35,12 @@ Called by: clipper, integrations.
 Imports: errors, engines, thresholds, scopes, ranks, records, gradients.
 """
 
-__all__ = ["attachment", "call_stack", "joint", "micro_batches", "step_changes", "supported"]
+__all__ = [
+    "attachment",
+    "call_stack",
+    "in_backward",
+    "joint",
+    "micro_batches",
+    "step_changes",
+    "supported",
+]

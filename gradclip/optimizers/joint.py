@@ -35,7 +35,7 @@ from .grad_scaler import checked_scaler, heeds_marks, mark_of
 from .several import Selection, SeveralOptimizers
 from .shared_overflow import SharedOverflow, refuse_unshared_overflow
 from .step_changes import StepChanges
-from .supported import check_groups, refuse_within_backward
+from .supported import check_groups
 
 HostRoute = Callable[..., HostGradients | None]
 """Takes gradients, the names of their parameters or none, and whether some are missing. Returns
@@ -148,7 +148,6 @@ class JointGradients:
             AttachError: The gradients cannot be clipped rightly; nothing was written.
             ArgumentError: A group or parameter that was added cannot be labelled.
         """
-        refuse_within_backward(stepping)
         for optimizer in self.optimizers:
             check_groups(optimizer)
         self._labels.refresh()
@@ -193,6 +192,23 @@ class JointGradients:
         if self._labels.names is not self._planned_for:
             self._plan()
         return self._step_gradients(self._held_by(self.optimizers), settings, scale=scale)
+
+    def held_in_backward(self, stepping: Optimizer) -> HeldGradients:
+        """Return the gradients that an optimizer holds when it steps inside ``backward()``."""
+        check_groups(stepping)
+        self._labels.refresh()
+        if self._labels.names is not self._planned_for:
+            self._plan()
+        return self._held_by([stepping])
+
+    def of_part(self, held: HeldGradients, count: int) -> StepGradients | GradientsWithoutValues:
+        """Return the gradients of some of the norms.
+
+        Args:
+            held: The gradients, with indices among these norms; without any for a single norm.
+            count: The number of these norms.
+        """
+        return self._step_gradients(held, count=count)
 
     def _plan(self) -> None:
         """Choose what serves a step, until parameters are added."""
@@ -276,18 +292,26 @@ class JointGradients:
         return RowGradients(engine, gradients, weights, plan.norm_indices, limit, settings, names)
 
     def _step_gradients(
-        self, held: HeldGradients, settings: Settings | None = None, **options: Any
+        self,
+        held: HeldGradients,
+        settings: Settings | None = None,
+        count: int | None = None,
+        **options: Any,
     ) -> StepGradients | GradientsWithoutValues:
         labels, rank_layout = self._labels, self._rank_layout
-        if lack_values(held.gradients):
-            return GradientsWithoutValues(held.gradients, len(labels.names), self.device)
-        names = rank_layout.parameter_names(held.names)
         one_norm = self._one_norm_for_all or labels.has_one_norm
+        if count is None:
+            count = len(labels.names)
+        else:
+            one_norm = not held.norm_indices
+        if lack_values(held.gradients):
+            return GradientsWithoutValues(held.gradients, count, self.device)
+        names = rank_layout.parameter_names(held.names)
         return StepGradients(
             held.gradients,
             None if one_norm else held.norm_indices,
             settings or self._settings,
-            len(labels.names),
+            count,
             self.device,
             weights=held.weights if self._needs_weights else None,
             names=names,

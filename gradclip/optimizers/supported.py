@@ -7,7 +7,6 @@ import sys
 import warnings
 from typing import Any
 
-import torch
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -67,20 +66,6 @@ def check_groups(optimizer: Optimizer) -> None:
                 "would falsify what is differentiated through the step. Build it without, or clip "
                 "out of place in the loss."
             )
-
-
-def refuse_within_backward(optimizer: Optimizer) -> None:
-    """Refuse a step that is taken while gradients are still being computed.
-
-    Raises:
-        AttachError: The step runs inside ``backward()``.
-    """
-    if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks, too
-        raise AttachError(
-            f"{type(optimizer).__name__} steps inside backward(), where the other gradients are "
-            "not there yet, so that no norm over all of them is known: step after backward(), or "
-            "clip each gradient by itself with gradclip.clip_gradients_ in that hook."
-        )
 
 
 def _checked(given: object, *, skips: bool, sharded: bool) -> Optimizer:

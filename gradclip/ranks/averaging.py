@@ -54,6 +54,11 @@ class AveragingModules:
                 self._shards.update([each] if _are_among(ids, shards) else [])
 
     @property
+    def replicate(self) -> bool:
+        """True if DistributedDataParallel averages gradients, after their hooks."""
+        return bool(self._replicas)
+
+    @property
     def overwrite_gradients(self) -> bool:
         """True if a backward pass writes into the memory of the gradients of an earlier one."""
         return any(module.gradient_as_bucket_view for module in self._replicas)

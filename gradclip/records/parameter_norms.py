@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..engines.base import root
@@ -22,6 +23,17 @@ class ParameterSums:
     nonfinite: str | None = None
     """Names of the parameters that hold NaN or infinity, with the number of these elements; None
     if the host did not look."""
+
+
+def joined_sums(parts: Sequence[ParameterSums]) -> ParameterSums:
+    """Return the power sums of a step whose parameters were measured in parts, each in one."""
+    nonfinite = ", ".join(part.nonfinite for part in parts if part.nonfinite) or None
+    if all(part.names is parts[0].names for part in parts):
+        # Across ranks each part has all parameters, 0 for those of other parts.
+        [*sums] = (vector for part in parts for vector in part.sums)
+        return ParameterSums(parts[0].names, [torch.stack(sums).sum(0)], nonfinite)
+    names = [name for part in parts for name in part.names]
+    return ParameterSums(names, [vector for part in parts for vector in part.sums], nonfinite)
 
 
 class ParameterNorms(Mapping[str, float]):

@@ -71,6 +71,16 @@ def test_micro_batches(tmp_path):
 
 
 @pytest.mark.slow
+def test_gradient_release(tmp_path):
+    """One record for each backward pass, with a norm for each parameter."""
+    printed = run_example("gradient_release.py", cwd=tmp_path)
+    rows = re.findall(r"^step .*norms (.*)$", printed, re.M)
+    assert [len(row.split(", ")) for row in rows] == [4] * 5
+    assert re.search(r"^200 steps, and (\d+)% of the norms were clipped", printed, re.M)
+    assert [*tmp_path.glob("runs/gradient_release/*tfevents*")]
+
+
+@pytest.mark.slow
 def test_two_optimizers(tmp_path):
     printed = run_example("two_optimizers.py", cwd=tmp_path)
     assert len(printed_norms(printed)) == 5

@@ -209,13 +209,14 @@ class GradientClipper:
         gradients = self._joint.at_step(optimizer, changes)
         if gradients is None or isinstance(gradients, ClipRecord):
             return gradients  # an earlier step of this backward pass has clipped these, or nothing
+        gradients.loss = loss
         norms = gradients.norms()
         step = self._recorder.next_step(norms, captured=captured)
-        thresholds = self._norm_thresholds.at_step(gradients, norms, step, loss)
+        thresholds = self._norm_thresholds.at_step(gradients, norms, step)
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
         skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
-        shrinkage, now = decision.reduction, time.time()
+        shrinkage, now, loss = decision.reduction, time.time(), gradients.loss
         record = ClipRecord(step, now, norms, thresholds, shrinkage, skip, overflow, sums, loss)
         if self._joint.several is not None:
             self._joint.several.mark_clipped(gradients.tensors, record)

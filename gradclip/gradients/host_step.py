@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..engines.base import CPU, INFINITY, Engine, TensorList, host_root
 from ..ranks.shards import Parts
+from ..ranks.shared_loss import host_loss_numbers, host_mean_loss
 from ..records.parameter_norms import ParameterSums
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import NormIndices, sums_by_norm
@@ -41,6 +42,8 @@ class HostGradients:
     """GradScaler skips no step of such gradients without the host's knowledge."""
     parameter_sums: ParameterSums | None = None
     """The power sums of the parameters, after `norms` has measured them."""
+    loss: float | Tensor | None = None
+    """The loss of the step on this rank; after `norms` that of all ranks."""
 
     def __init__(
         self,
@@ -128,18 +131,19 @@ class SharedHostGradients(HostGradients):
     def norms(self) -> Any:
         """Measure the norm together with the other ranks. Collective. Nothing is written."""
         order = self._settings.norm_type
-        sums, vector = _sums_and_total(self._engine, self._parts, order)
+        sums, total = _sums_and_total(self._engine, self._parts, order)
         names = self._names
-        if names or self._needs_present:
-            # Laid out as by `measure_across_ranks`, which serves the ranks without gradients.
-            here = [vector]
-            if names:
-                here.append(sums_by_norm(sums, order, self._parameter_indices, len(names)))
-            if self._needs_present:
-                here.append(torch.ones(1, dtype=torch.float64, device="cpu"))
-            vector = torch.cat(here)
-        vector = self._parts.group.reduced_(vector, order)
-        norm = host_root(vector[0].item(), order)
+        # Laid out as by `measure_across_ranks`, which serves the ranks without gradients.
+        after = [1.0] if self._needs_present else []
+        after += (losses := host_loss_numbers(self.loss, order))
+        rest = torch.tensor(after, dtype=torch.float64, device="cpu")
+        here = [total, rest]
+        if names:
+            here.insert(1, sums_by_norm(sums, order, self._parameter_indices, len(names)))
+        vector = self._parts.group.reduced_(torch.cat(here), order)
+        numbers = vector.tolist()
+        self.loss = host_mean_loss(numbers[-len(losses) :], order)
+        norm = host_root(numbers[0], order)
         if names:
             sums, nonfinite = vector[1 : 1 + len(names)], None
             if not norm < math.inf:

@@ -18,6 +18,7 @@ from ..engines import norm_dtype
 from ..engines.base import CPU, has_values, host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import ArgumentError
+from ..ranks.shared_loss import mean_loss
 from ..records.record import ClipRecord, as_vector, clipped_norms
 from ..scopes.labels import NormLabels
 from ..thresholds import Fixed, StepContext, Threshold, is_foreign, learns
@@ -98,7 +99,6 @@ class NormThresholds:
         gradients: AnyNorms,
         norms: Tensor | float,
         step: int,
-        loss: Tensor | float | None = None,
     ) -> Any:
         """Return the thresholds of all norms.
 
@@ -108,7 +108,6 @@ class NormThresholds:
             gradients: The gradients of the step.
             norms: Their norms, shape (k,), or the one norm as a number.
             step: Index of the step.
-            loss: Its loss, if one was given.
 
         Returns:
             Shape (k,), on the device of the norms; or a number.
@@ -135,6 +134,7 @@ class NormThresholds:
         weight_norms = None
         if self._threshold.needs_weights and not isinstance(gradients, WITHOUT_WEIGHTS):
             weight_norms = gradients.weight_norms()
+        loss = gradients.loss
         if loss is not None and (self._foreign or self._needs_loss):
             loss = _loss_beside(norms, loss)
         elif self._needs_loss:
@@ -160,7 +160,6 @@ class NormThresholds:
         norms: Tensor,
         step: int,
         count: int,
-        loss: Tensor | float | None,
     ) -> Tensor:
         """Return the thresholds of one of ``count`` micro-batches; the rule learns nothing.
 
@@ -172,11 +171,10 @@ class NormThresholds:
             norms: Their norms, shape (k,).
             step: Index of the step that they are accumulated for.
             count: Number of the micro-batches.
-            loss: The loss that was given last.
         """
         context = self._context
         try:
-            thresholds: Tensor = self.at_step(gradients, norms * count, step, loss)
+            thresholds: Tensor = self.at_step(gradients, norms * count, step)
             return thresholds / count
         finally:
             self._context = context  # that of a closure's step may still be observed
@@ -265,6 +263,8 @@ def _copied(context: StepContext) -> StepContext:
 
 def _loss_beside(norms: Tensor | float, loss: Tensor | float) -> Tensor | float:
     """Return a loss as a number if the host has the norms, else 0-d on their device."""
+    if isinstance(loss, Tensor) and loss.dim():
+        loss = mean_loss(loss)
     if isinstance(norms, float) or host_may_read(norms):
         return loss if isinstance(loss, float) else loss.item()
     return norms.new_full((), loss) if isinstance(loss, float) else loss.to(norms)

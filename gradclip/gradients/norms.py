@@ -18,6 +18,7 @@ from ..engines import engine_for, norm_dtype
 from ..engines.base import INFINITY, root
 from ..engines.cuda_graphs import capturing
 from ..ranks.groups import NormRanks, RankGroup, norm_ranks_of
+from ..ranks.shared_loss import loss_numbers, numbers_per_loss
 from ..scopes.norm_indices import NormIndices, gradient_indices, sums_by_norm
 from .buckets import Bucket
 
@@ -100,6 +101,8 @@ class SharedNorms:
     """Norms of the parameters, shape (k,)."""
     present: Tensor | None = None
     """Shape (k,), bool: True for a norm with a gradient on any rank."""
+    loss: Tensor | None = None
+    """The losses of the ranks, as `sum_and_count` and `host_mean_loss` read them."""
 
 
 def measure_across_ranks(
@@ -113,6 +116,8 @@ def measure_across_ranks(
     parameters: tuple[tuple[NormIndices, ...], int] | None = None,
     weights: Sequence[Bucket] | None = None,
     present: Tensor | None = None,
+    shares_loss: bool = False,
+    loss: float | Tensor | None = None,
 ) -> SharedNorms:
     """Measure norms that span several ranks, with one collective for each rank group.
 
@@ -129,6 +134,8 @@ def measure_across_ranks(
             this rank's gradients among the parameters of all ranks, and the number of these.
         weights: To measure the norms of the parameters as well: those of this rank.
         present: To learn which norms have a gradient: True for those with one on this rank.
+        shares_loss: To add up the losses of the ranks.
+        loss: That of this rank; None if it has none.
     """
     entered = {*norm_ranks.groups}
 
@@ -154,6 +161,10 @@ def measure_across_ranks(
         if present is not None:
             # As numbers: neither their sum nor their maximum is 0 if one rank has a gradient.
             vectors.append(present.to(vectors[0].dtype))
+        if shares_loss:
+            # Once, as the sums of all collectives are added up.
+            own = loss if group is norm_ranks.widest else None
+            vectors.append(loss_numbers(own, order, device))
         return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
 
     # Gradients outside of the rank groups add to the norms without a collective of their own.
@@ -161,12 +172,15 @@ def measure_across_ranks(
     vector = norm_ranks.combined(local_vector, order, alone=alone)
     lengths = [count] if parameters is None else [count, parameters[1]]
     lengths += [count for option in (weights, present) if option is not None]
+    if shares_loss:
+        lengths.append(numbers_per_loss(order))
     results = iter(torch.split(vector, lengths) if len(lengths) > 1 else [vector])
     return SharedNorms(
         _roots(next(results), order),
         None if parameters is None else next(results),
         None if weights is None else _roots(next(results), order),
         None if present is None else next(results) > 0,
+        next(results) if shares_loss else None,
     )
 
 

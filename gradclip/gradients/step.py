@@ -13,6 +13,7 @@ from torch import Tensor
 from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..ranks.groups import NormRanks
+from ..ranks.shared_loss import host_mean_loss, sum_and_count
 from ..records.parameter_norms import ParameterSums, rescaled
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import NormIndices, all_present, present_norms
@@ -94,6 +95,8 @@ class StepGradients:
         self.partial = partial
         self.parameter_sums: ParameterSums | None = None
         """The power sums of the parameters, after `norms` has measured them."""
+        self.loss: float | Tensor | None = None
+        """The loss of the step on this rank; after `norms` that of all ranks."""
         self._norm_indices = norm_indices
         self._weights = weights
         self._names = names
@@ -117,7 +120,7 @@ class StepGradients:
         """Measure the norms, without the scale of GradScaler; shape (k,). Nothing is written.
 
         Collective if the norms span several ranks. The same collective exchanges what `present`,
-        `weight_norms` and the record of the parameters need.
+        `weight_norms`, `loss` and the record of the parameters need.
         """
         if self._norm_ranks:
             return self._norms_across()
@@ -277,12 +280,22 @@ class StepGradients:
             parameters=None if names is None else (self._parameter_indices, len(names)),
             weights=None if self._weights is None else self._weight_buckets(),
             present=self._present_here()[0] if self._needs_present else None,
+            shares_loss=True,
+            loss=self.loss,
         )
         self._present, self._weight_norms = shared.present, shared.weight_norms
+        self.loss = self._mean_loss(shared.loss)
         norms = self._unscaled(shared.norms)
         if names is not None and shared.parameter_sums is not None:
             self.parameter_sums = self._described(names, None, norms, [shared.parameter_sums])
         return norms
+
+    def _mean_loss(self, losses: Any) -> float | Tensor | None:
+        """Return the loss of all ranks, for a record."""
+        order = self._settings.norm_type
+        if host_may_read(losses):
+            return host_mean_loss(losses.tolist(), order)
+        return sum_and_count(losses, order)  # divided when somebody asks
 
     def _present_here(self) -> tuple[Tensor, bool]:
         """Return which norms have a gradient on this rank, and whether all have."""

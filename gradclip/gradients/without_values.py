@@ -28,6 +28,7 @@ class GradientsWithoutValues:
     partial = True
     """True, so that the rule does not learn."""
     parameter_sums = None
+    loss: float | Tensor | None = None
 
     def __init__(self, tensors: Sequence[Tensor], count: int, device: torch.device) -> None:
         self.tensors = tensors

@@ -28,6 +28,7 @@ from ..gradients.without_values import GradientsWithoutValues
 from ..ranks.agreement import SCOPES_BY_NAME
 from ..ranks.layout import RankLayout
 from ..ranks.shards import parts_in
+from ..ranks.shared_loss import check_reach
 from ..records.record import ClipRecord
 from ..scopes.labels import NormLabels
 from ..thresholds import RelativeToWeights, Threshold, is_foreign, learns
@@ -78,6 +79,7 @@ class JointGradients:
         self._labels = labels
         self._rank_layout = rank_layout
         self._needs_weights = threshold.needs_weights
+        self._threshold = threshold
         self._may_be_usual = (
             settings.max_value is None
             and not threshold.needs_weights
@@ -215,6 +217,8 @@ class JointGradients:
         labels, rank_layout = self._labels, self._rank_layout
         if rank_layout.count != labels.count:
             rank_layout.refresh(parameters_held(self.optimizers))
+        if self._threshold.needs_loss:
+            check_reach(repr(self._threshold), rank_layout.norm_ranks)
         self._planned_for = labels.names
         self._one_norm_for_all = labels.is_global and not self._needs_weights
         self._host_route = None

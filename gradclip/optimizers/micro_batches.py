@@ -212,9 +212,10 @@ class MicroBatches:
         gradients = self._joint.of_micro_batch(settings, scale)
         if isinstance(gradients, GradientsWithoutValues):
             return False
+        gradients.loss = loss
         norms = gradients.norms()
         step = self._recorder.next_step(norms, captured=False)
-        thresholds = self._norm_thresholds.of_micro_batch(gradients, norms, step, count, loss)
+        thresholds = self._norm_thresholds.of_micro_batch(gradients, norms, step, count)
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
         self._count(norms, thresholds, decision)

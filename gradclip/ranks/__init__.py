@@ -22,4 +22,14 @@ Imports: errors, engines, scopes.
 
 from .ranks import Ranks
 
-__all__ = ["Ranks", "agreement", "averaging", "groups", "layout", "messages", "ranks", "shards"]
+__all__ = [
+    "Ranks",
+    "agreement",
+    "averaging",
+    "groups",
+    "layout",
+    "messages",
+    "ranks",
+    "shards",
+    "shared_loss",
+]

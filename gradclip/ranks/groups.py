@@ -104,6 +104,14 @@ class NormRanks:
     def __bool__(self) -> bool:
         return bool(self.groups) or self.across is not None
 
+    @property
+    def widest(self) -> RankGroup | None:
+        """The largest of ``groups``, whose collective carries what a rank has of its own.
+
+        None if there are no such groups: then it is the last collective.
+        """
+        return max(self.groups, key=lambda group: len(group.ranks), default=None)
+
     def combined(
         self, vector_of: Callable[[RankGroup | None], Tensor], order: float, *, alone: bool
     ) -> Tensor:

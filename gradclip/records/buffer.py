@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .losses import NO_LOSS
+from ..ranks.shared_loss import host_mean_loss
 from .parameter_norms import ParameterNorms
 from .record import ClipRecord, flag_per_norm
 
@@ -77,12 +77,12 @@ class Batch:
         measured = [sums for record in records if (sums := record.parameter_sums) is not None]
         vectors = [vector.to(values.device) for sums in measured for vector in sums.sums]
         self._given_losses = [record.given_loss for record in records]
-        held = [loss for loss in self._given_losses if isinstance(loss, Tensor)]
+        held = [loss.reshape(-1) for loss in self._given_losses if isinstance(loss, Tensor)]
         # Losses may lie on another device than norms on the CPU, which would wait for them here.
         device = held[0].device if held and not values.is_cuda else values.device
         self._host = _on_host(values)
         self._sums = _on_host(torch.cat(vectors)) if vectors else None
-        self._losses = _on_host(torch.stack([loss.to(device) for loss in held])) if held else None
+        self._losses = _on_host(torch.cat([loss.to(device) for loss in held])) if held else None
         counts = [record.micro_batches for record in records]
         taken = [count for count in counts if count is not None]
         self._micro_batches = None
@@ -121,9 +121,10 @@ class Batch:
         losses = self._given_losses
         if self._losses is not None:
             self._arrived()
-            arrived = iter(self._losses.tolist())
+            sizes = [loss.numel() for loss in losses if isinstance(loss, Tensor)]
+            arrived = iter(map(_as_number, self._losses.split(sizes)))
             losses = [next(arrived) if isinstance(loss, Tensor) else loss for loss in losses]
-        return [None if loss == NO_LOSS else loss for loss in losses]  # type: ignore[misc]
+        return losses  # type: ignore[return-value]  # no tensor is left
 
     def micro_batches(self) -> Tensor | None:
         """Return `ClipRecord.micro_batches` of each step, shape (steps, 3); None for none at all.
@@ -160,6 +161,11 @@ class Batch:
         if self._event is not None:
             self._event.synchronize()
         return self._host.to(torch.float64)
+
+
+def _as_number(loss: Tensor) -> float | None:
+    """Return a loss that has arrived, None if no rank gave one."""
+    return host_mean_loss(loss.tolist(), 1.0) if loss.numel() == 2 else loss.item()
 
 
 def _unknown() -> None:

@@ -6,7 +6,6 @@ read within the step.
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 from torch import Tensor
@@ -16,10 +15,6 @@ from ..engines.base import host_may_read
 from ..engines.cuda_graphs import capturing
 from ..errors import ArgumentError, AttachError
 from ..ranks.shards import is_dtensor
-
-NO_LOSS = -math.inf
-"""Stands for a missing loss where only the device knows that it is missing: across ranks of which
-none gave one. It is above no limit, so a rule need not tell it from a low loss."""
 
 
 def checked_loss(loss: object) -> float | Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engines import norm_dtype
 from ..engines.base import CPU
+from ..ranks.shared_loss import mean_loss
 from .parameter_norms import ParameterSums
 
 _set = object.__setattr__
@@ -33,7 +34,8 @@ class ClipRecord:
         overflow: Whether GradScaler skipped the step, which then does not count: 0-d, bool, if only
             the device knows, else None.
         parameter_sums: The power sum of each parameter's gradient, for the logs.
-        loss: The loss of the step, from `checked_loss`; None if none was given.
+        loss: The loss of the step, from `checked_loss`; across ranks on a device the sum and count
+            from `sum_and_count`; None if none was given.
         micro_batches: The `MicroBatchCounts` of the step, shape (3,); None without micro-batches.
     """
 
@@ -49,7 +51,7 @@ class ClipRecord:
     overflow: Tensor | None
     parameter_sums: ParameterSums | None
     given_loss: float | Tensor | None
-    """The loss as given: a number, or 0-d."""
+    """The loss as given: a number; or 0-d; or a sum and a count, shape (2,)."""
     micro_batches: Tensor | None
     __slots__ = (
         *("count", "given_loss", "is_number", "micro_batches", "overflow", "parameter_sums"),
@@ -137,7 +139,9 @@ class ClipRecord:
         whether any did, minus infinity if none did.
         """
         loss = self.given_loss
-        return as_vector(loss).squeeze(0) if isinstance(loss, float) else loss
+        if isinstance(loss, Tensor):
+            return mean_loss(loss) if loss.dim() else loss
+        return None if loss is None else as_vector(loss).squeeze(0)
 
     def __repr__(self) -> str:
         names = ["step", "norm", "clipped_norm", "threshold", "coefficient", "nonfinite"]

@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..ranks.shared_loss import NO_LOSS
 from .buffer import wait_for_device
-from .losses import NO_LOSS
 from .record import ClipRecord, flag_per_norm
 
 CAPACITY = 10_000
@@ -56,9 +56,9 @@ class ReplayedRecords:
         # The place in the ring is computed on the device: a graph would repeat a number of Python.
         place = self._written % self.capacity
         self._rows.index_copy_(0, place, row.unsqueeze(0))
-        loss = record.given_loss
+        loss = record.loss
         self._has_losses |= loss is not None
-        if isinstance(loss, Tensor):
+        if loss is not None:
             self._losses.index_copy_(0, place, loss.to(self._losses).unsqueeze(0))
         elif self._has_losses:
             self._losses.index_fill_(0, place, NO_LOSS)
@@ -102,5 +102,6 @@ class ReplayedRecords:
             wall_time = begun + (now - begun) * (index + 1) / replayed
             flags = row[3, 0] > 0, row[4, 0] > 0
             values = (row[0], row[1], row[2])
-            records.append(ClipRecord(step + index, wall_time, *values, *flags, loss=loss))
+            given = None if loss == NO_LOSS else loss
+            records.append(ClipRecord(step + index, wall_time, *values, *flags, loss=given))
         return replayed, records

@@ -88,17 +88,6 @@ def loss_numbers(loss: float | Tensor | None, order: float, device: torch.device
     return numbers.flatten()
 
 
-def host_loss_numbers(loss: float | Tensor | None, order: float) -> list[float]:
-    """Return the same as numbers. Waits for a loss that is on another device."""
-    own = [0.0, 0.0] if loss is None else [float(loss), 1.0]
-    if order != INFINITY:
-        return own
-    ranks, rank = distributed.get_world_size(), distributed.get_rank()
-    numbers = [-INFINITY] * (2 * ranks)
-    numbers[rank], numbers[ranks + rank] = own
-    return numbers
-
-
 def sum_and_count(numbers: Tensor, order: float) -> Tensor:
     """Return the sum of the losses and the number of ranks that gave one; shape (2,).
 

@@ -40,13 +40,14 @@ class Looking(Lowering):
         return super().thresholds(norms, context)
 
 
-def here() -> tuple[int, int]:
+def place_of() -> tuple[int, int]:
+    """Return the rank of this process and the number of ranks."""
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def parameters_on(layout: str) -> tuple[dict[str, nn.Parameter], Ranks | None]:
     """Return the parameters of this rank by name, and the option for their ranks."""
-    rank, count = here()
+    rank, count = place_of()
     full = full_gradients()
     if layout == "one mesh":
         return {name: spread_parameter(g, "one", "0") for name, g in full.items()}, None
@@ -72,7 +73,7 @@ def parameters_on(layout: str) -> tuple[dict[str, nn.Parameter], Ranks | None]:
 
 def steps_with(losses: list[list[float | None]], layout: str, on_device: bool, **options: Any):
     """Take a step with the loss of this rank in each row; return losses, skips and collectives."""
-    rank, count = here()
+    rank, count = place_of()
     named, ranks = parameters_on(layout)
     optimizer = torch.optim.SGD([*named.items()], lr=0.1)
     sink, found = MemorySink(), []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from gradclip import engines
@@ -127,3 +127,70 @@ def captured(
             yield
 
     return capture
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the torch operators of a step, without those of the launches of `LikeCuda`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace != "profiler":  # of torch's own wrapper of every step
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class LikeCuda:
+    """The CPU as a CUDA device: Triton serves it, no value is read, and answers arrive at once.
+
+    A launch runs no kernel. That of a measurement writes `norm`, whatever the gradients are.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if engines._load_triton() is not None:
+            pytest.skip("there is no Triton")
+        from gradclip.engines.triton import engine, launching, requests
+        from gradclip.thresholds import warm_up
+
+        self.norm = 1.0
+        self.launches: list[str] = []
+        take_the_device_route(monkeypatch)
+        monkeypatch.setattr(launching, "DEVICE", "cpu")
+        monkeypatch.setattr(launching, "_capability", lambda device: launching.OLDEST)
+        monkeypatch.setattr(launching, "_failure", lambda device: None)
+        monkeypatch.setattr(requests, "processors", lambda device: 1)
+        monkeypatch.setattr(requests, "INTERPRETED", True)  # there is no stream to ask for
+        monkeypatch.setattr(engine, "launch", self._launch)
+        monkeypatch.setattr(engines, "_BEST", {"cpu": engine.TritonEngine()})
+        monkeypatch.setattr(warm_up, "ANSWERS", "cpu")
+        monkeypatch.setattr(warm_up, "Answer", ArrivedAnswer)
+
+    def _launch(self, name: str, device: torch.device, programs: int, *arguments, **constants):
+        self.launches.append(name)
+        if name == "power_sums":
+            _, _, _, sums, _, _, norm = arguments
+            with _disable_current_modes():
+                for measured in (sums, norm):
+                    if measured is not None:
+                        measured.fill_(self.norm)
+
+
+class ArrivedAnswer:
+    """A flag that has arrived on the host as soon as it was sent."""
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        with _disable_current_modes():
+            self._flag = bool(flag)
+
+    def arrived(self) -> bool:
+        return True
+
+    def value(self) -> bool:
+        return self._flag
+
+
+@pytest.fixture
+def like_cuda(monkeypatch: pytest.MonkeyPatch) -> LikeCuda:
+    return LikeCuda(monkeypatch)

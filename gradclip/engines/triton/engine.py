@@ -181,7 +181,9 @@ class TritonEngine(Engine):
         norm: Tensor | None = None,
     ) -> None:
         """Launch the kernel that writes the sum of every piece, or the norm of all, or both."""
-        arrived = None if norm is None else self._requests.arrivals(request.device)
+        totals = arrived = None
+        if norm is not None:
+            totals, arrived = self._requests.scratch(request.device, request.plan.programs)
         launch(
             "power_sums",
             request.device,
@@ -189,7 +191,7 @@ class TritonEngine(Engine):
             request.addresses,
             *request.tables[:2],
             sums,
-            None if norm is None else request.new(request.plan.programs),
+            totals,
             arrived,
             norm,
             ORDER=order,

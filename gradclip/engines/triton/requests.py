@@ -67,7 +67,7 @@ class Requests:
         self._check_supported = check_supported
         self._plans: Recent[tuple[Plan, Uploaded]] = Recent(KEPT)
         self._addresses: Recent[Uploaded] = Recent(KEPT)
-        self._arrived: dict[tuple[torch.device, int], Tensor] = {}
+        self._scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
     def of(
         self,
@@ -113,18 +113,19 @@ class Requests:
             tensors.note = request
         return request
 
-    def arrivals(self, device: torch.device) -> Tensor:
-        """Return the counter of programs that have ended, which the last one sets back to 0.
+    def scratch(self, device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
+        """Return memory for a sum of each program, and the counter of programs that have ended.
 
-        Kernels that may run at the same time need counters of their own: one for each stream, and
-        one for each graph.
+        The last program sets the counter back to 0. Kernels that may run at the same time need both
+        of their own: one for each stream, and one for each graph.
         """
         if capturing():
-            return torch.zeros(1, dtype=torch.int32, device=device)
+            return _scratch(device, programs)
         key = (device, 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream)
-        if key not in self._arrived:
-            self._arrived[key] = torch.zeros(1, dtype=torch.int32, device=device)
-        return self._arrived[key]
+        kept = self._scratch.get(key)
+        if kept is None or kept[0].numel() < programs:
+            kept = self._scratch[key] = _scratch(device, programs)
+        return kept
 
     def _plan_of(
         self,
@@ -156,6 +157,11 @@ class Requests:
 
         [table] = self._addresses.get((device, *addresses), upload).ready()
         return table
+
+
+def _scratch(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
+    sums = torch.empty(programs, dtype=torch.float64, device=device)
+    return sums, torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _strips(

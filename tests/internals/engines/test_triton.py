@@ -177,7 +177,7 @@ def test_every_program_that_arrived_is_forgotten(tiny):
     for tensors in (mixed_lengths(), [random(5)], mixed_lengths()):
         for order in (2.0, math.inf):
             assert measured_alike(tiny, tensors, order)
-            assert [count.item() for count in tiny._requests._arrived.values()] == [0]
+            assert [ended.item() for _, ended in tiny._requests._scratch.values()] == [0]
 
 
 def test_a_list_is_looked_at_once(tiny, monkeypatch):

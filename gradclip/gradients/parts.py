@@ -75,6 +75,11 @@ class StepPart:
         self._indices = indices
         self._count = count
 
+    @property
+    def loss(self) -> float | Tensor | None:
+        """See `StepGradients.loss`."""
+        return self._gradients.loss
+
     def among_all(self, values: Tensor) -> Tensor:
         """Return values of shape (j,) in their places among k, 0 elsewhere."""
         return values.new_zeros(self._count).index_copy(0, self._indices, values)
@@ -97,6 +102,8 @@ class StepParts:
     """
 
     partial = False
+    loss: float | Tensor | None = None
+    """The loss of the step, as the newest part has it after it was measured."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._count = count

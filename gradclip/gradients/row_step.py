@@ -81,6 +81,8 @@ class RowGradients:
     partial = False
     parameter_sums: ParameterSums | None = None
     """The power sums of the parameters, after `norms` has measured them."""
+    loss: float | Tensor | None = None
+    """The loss of the step."""
     thresholds: Tensor
     """The thresholds of the norms, shape (k,), after `norms` has measured them."""
 

@@ -109,26 +109,27 @@ class StepsInBackward:
             if isinstance(gradients, GradientsWithoutValues):
                 return
             running = self._pass_with(own.numbers)
+            gradients.loss = loss
             running.parts.clip_(
                 gradients,
                 own.indices,
-                lambda part, norms: self._norm_thresholds.at_step(part, norms, running.step, loss),
+                lambda part, norms: self._norm_thresholds.at_step(part, norms, running.step),
                 needs_weights=self._needs_weights,
             )
-            running.loss = loss
+            running.parts.loss = gradients.loss
 
     def finish(self) -> None:
         """End the pass that is under way, and hand over its record."""
         running, self._running = self._running, None
         if running is None:
             return
-        parts, step, loss = running.parts, running.step, running.loss
+        parts, step = running.parts, running.step
         norms = parts.norms()
         # Asked again for all norms at once, the rule learns from them, and has the thresholds of
         # those without a gradient.
-        thresholds = parts.thresholds(self._norm_thresholds.at_step(parts, norms, step, loss))
+        thresholds = parts.thresholds(self._norm_thresholds.at_step(parts, norms, step))
         values = (norms, thresholds, parts.coefficients(), False, None, parts.parameter_sums())
-        self._count(ClipRecord(step, time.time(), *values, loss))
+        self._count(ClipRecord(step, time.time(), *values, parts.loss))
 
     # The pass
 
@@ -242,8 +243,6 @@ class _BackwardPass:
         step: Index of the step that its steps are together.
         parts: The norms so far.
     """
-
-    loss: Tensor | float | None = None
 
     def __init__(self, task: int, names: tuple[str, ...], step: int, parts: StepParts) -> None:
         self._task = task

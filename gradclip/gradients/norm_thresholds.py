@@ -143,7 +143,7 @@ class NormThresholds:
                 "clipper.loss = loss before optimizer.step(), or return the loss from the closure."
             )
         context = StepContext(step, gradients.present(), self._order, weight_norms, loss)
-        if isinstance(gradients, StepGradients) and isinstance(norms, Tensor):
+        if isinstance(norms, Tensor):
             norms, context = self._ruled(gradients, norms, context)
         # The norm of some of the gradients says nothing about the norm of all.
         self._context = context if self._learns and not gradients.partial else None
@@ -211,7 +211,7 @@ class NormThresholds:
         rule.observe(norms, clipped_norms, context)
 
     def _ruled(
-        self, gradients: StepGradients, norms: Tensor, context: StepContext
+        self, gradients: AnyNorms, norms: Tensor, context: StepContext
     ) -> tuple[Tensor, StepContext]:
         """Return the norms that the rule sets thresholds for, and their context."""
         all_norms, ruled = norms, self._rule_indices
@@ -219,7 +219,8 @@ class NormThresholds:
             weights, norms = context.weight_norms, norms[ruled]
             weights = None if weights is None else weights[ruled]
             context = replace(context, present=context.present[ruled], weight_norms=weights)
-        if self._learns and not self._foreign and not _is_number(norms):
+        trusted = self._learns and not self._foreign and not _is_number(norms)
+        if trusted and isinstance(gradients, StepGradients):
             usable = gradients.usable(all_norms)
             context.usable = usable if ruled is None else usable[ruled]
         return norms, context

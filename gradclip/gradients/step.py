@@ -105,7 +105,8 @@ class StepGradients:
         self._parameter_indices = tuple(parameter_indices)
         self._needs_present = needs_present
         self._present: Tensor | None = None
-        self._finite: Tensor | None = None
+        self._finite: tuple[Tensor | None, Tensor | None] = None, None
+        """Some norms, and which of them are finite."""
         self._weight_norms: Tensor | None = None
         self._norms_if_bounded: Tensor | None = None
         self._settings = settings
@@ -141,11 +142,12 @@ class StepGradients:
         Args:
             norms: Shape (k,), as measured.
         """
-        self._finite = norms < math.inf
+        finite = norms < math.inf
+        self._finite = norms, finite
         if self._present is not None:
-            return self._finite & self._present
+            return finite & self._present
         present, all_present = self._present_here()
-        return self._finite if all_present else self._finite & present
+        return finite if all_present else finite & present
 
     def weight_norms(self) -> Tensor:
         """Measure the norms of the parameters instead of their gradients; shape (k,)."""
@@ -170,7 +172,8 @@ class StepGradients:
         # A step that GradScaler skips writes nothing either, but is none of the skipped steps.
         untouched = skip if self.overflow is None else self.overflow | skip
         bounded_norms = self._bound_(norms, untouched)
-        finite = self._finite if bounded_norms is norms else None
+        asked, finite = self._finite
+        finite = finite if bounded_norms is asked else None
         coefficients = clip_coefficients(bounded_norms, thresholds, self._settings.erases, finite)
         if untouched is not False:
             coefficients = ones_if_skipped(untouched, coefficients)

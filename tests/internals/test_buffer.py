@@ -106,7 +106,11 @@ def test_full_batch_is_copied_once_and_read_only_after_its_event(late_device):
     buffer = filled(first, 4)
     assert list(buffer.take(wait=False)) == late_device.operators == []
     buffer.append(last)
-    assert late_device.operators == ["aten.stack.default", "aten.view.default", "aten.copy_.default"]
+    assert late_device.operators == [
+        "aten.stack.default",
+        "aten.view.default",
+        "aten.copy_.default",
+    ]
     assert list(buffer.take(wait=False)) == list(buffer.take(wait=False)) == []
     late_device.finish()
     (batch,) = buffer.take(wait=False)

@@ -32,8 +32,8 @@ AnyNorms = (
     StepGradients | StepPart | StepParts | HostGradients | RowGradients | GradientsWithoutValues
 )
 """The gradients whose norms a rule limits, all or a part of them."""
-WITHOUT_WEIGHTS = HostGradients, GradientsWithoutValues
-"""Gradients of steps whose rule reads no norms of parameters."""
+PRESENT_ALONE = HostGradients, GradientsWithoutValues
+"""Gradients that tell a rule no more than that they are there."""
 
 _LEARNING: WeakValueDictionary[int, NormThresholds] = WeakValueDictionary()
 """The clipper's object that serves each learning rule, by the id of the rule.
@@ -132,7 +132,7 @@ class NormThresholds:
         if isinstance(gradients, RowGradients):
             return gradients.thresholds  # of a rule that learns nothing, applied by the engine
         weight_norms = None
-        if self._threshold.needs_weights and not isinstance(gradients, WITHOUT_WEIGHTS):
+        if self._threshold.needs_weights and not isinstance(gradients, PRESENT_ALONE):
             weight_norms = gradients.weight_norms()
         loss = gradients.loss
         if loss is not None and (self._foreign or self._needs_loss):

@@ -129,7 +129,7 @@ class StepParts:
             needs_weights: True if the rule reads the norms of the parameters.
         """
         norms = gradients.norms()
-        part = StepPart(gradients, indices, self._count)
+        part, self.loss = StepPart(gradients, indices, self._count), gradients.loss
         thresholds = thresholds_of(part, part.among_all(norms))[indices]
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)

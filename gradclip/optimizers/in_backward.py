@@ -108,15 +108,14 @@ class StepsInBackward:
             gradients = self._joint.of_part(own.among_these(held), len(own.numbers))
             if isinstance(gradients, GradientsWithoutValues):
                 return
-            running = self._pass_with(own.numbers)
             gradients.loss = loss
+            running = self._pass_with(own.numbers)
             running.parts.clip_(
                 gradients,
                 own.indices,
                 lambda part, norms: self._norm_thresholds.at_step(part, norms, running.step),
                 needs_weights=self._needs_weights,
             )
-            running.parts.loss = gradients.loss
 
     def finish(self) -> None:
         """End the pass that is under way, and hand over its record."""

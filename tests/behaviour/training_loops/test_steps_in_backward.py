@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from gradclip import AttachError, GradientClipper, MemorySink
+from gradclip import AttachError, GradientClipper, MemorySink, Threshold
 from gradclip.thresholds import Percentile
 from tests.support.reference import INF, bits_in
 from tests.support.rules import RULES
@@ -167,6 +167,25 @@ def test_parameter_norms_are_logged():
     assert {*first} == {*names[:4]}
     assert {*second} == {*names}
     assert [second[name] for name in names] == pytest.approx(run.clipper.last.norms.tolist())
+
+
+class TenthOfLoss(Threshold):
+    needs_loss = True
+
+    def thresholds(self, norms, context):
+        return torch.full_like(norms, context.loss / 10)
+
+
+def test_the_loss_that_was_given_before(route):
+    """Is that of the pass: rules see it, and its record has it."""
+    run = Released(TenthOfLoss())
+    for step in (1, 2):
+        loss = run.clipper.loss = loss_at(run.net, step)
+        loss.backward()
+        assert run.clipper.last.loss.item() == pytest.approx(loss.item())
+        limits = run.clipper.last.thresholds
+        torch.testing.assert_close(limits, (loss.detach() / 10).expand(6))
+        assert run.clipper.loss is None
 
 
 @pytest.mark.parametrize("nonfinite", ["zero", "propagate"])

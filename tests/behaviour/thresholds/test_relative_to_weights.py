@@ -143,7 +143,7 @@ def add_group(network, optimizer, rule):
 
 
 def replace(network, optimizer, rule):
-    network[1].weight = optimizer.param_groups[0]["params"][2] = nn.Parameter(torch.ones(4, 4))
+    network[2].weight = optimizer.param_groups[0]["params"][4] = nn.Parameter(torch.ones(2, 4))
 
 
 def other_dtype(network, optimizer, rule):
@@ -163,16 +163,18 @@ def test_a_training_may_change_between_two_steps(scope, change):
     )
 
 
-def test_a_parameter_group_keeps_its_own_threshold():
+@pytest.mark.parametrize(("scope", "limit"), [("unit", 0.1 * 2**0.5), ("parameter", 0.2)])
+def test_a_parameter_group_keeps_its_own_threshold(scope, limit):
     weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
     groups = [{"params": [weights[0]]}, {"params": [weights[1]], "max_norm": 0.5}]
     groups.append({"params": [weights[2]], "max_norm": None})
     optimizer = torch.optim.SGD(groups, lr=0.0)
-    with GradientClipper(optimizer, RelativeToWeights(0.1), scope="unit"):
+    with GradientClipper(optimizer, RelativeToWeights(0.1), scope=scope):
         for weight in weights:
             weight.grad = torch.full((2, 2), 3.0)
         optimizer.step()
-    assert weights[0].grad.norm(dim=1).tolist() == pytest.approx([0.1 * 2**0.5] * 2)
+    rows = [*weights[0].grad] if scope == "unit" else [weights[0].grad]
+    assert [norm_of([row]) for row in rows] == pytest.approx([limit] * len(rows))
     assert weights[1].grad.norm().item() == pytest.approx(0.5)
     assert weights[2].grad.tolist() == [[3.0] * 2] * 2
 

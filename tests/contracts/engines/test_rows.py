@@ -247,6 +247,9 @@ def test_weights_of_other_shapes_are_refused(engine, rows):
     for shape in ((3, 5), (2, 6), (6,)):
         pair = TensorList([random(2, 5)]), TensorList([random(*shape)])
         assert engine.prepare_rows(*pair, 2.0, rows=rows) == 0
+    two, one = [random(2, 5), random(2, 5)], [random(2, 5)]
+    for pair in ((two, one), (one, two)):
+        assert engine.prepare_rows(*map(TensorList, pair), 2.0, rows=rows) == 0
 
 
 @pytest.mark.parametrize("flush", [False, True], ids=["denormals", "flushed"])

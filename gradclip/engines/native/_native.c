@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -110,15 +111,33 @@ static double added(const f64v *sums)
 
 static const struct kernels *chosen = kernels_baseline;
 
+#if defined(__x86_64__)
+/* The level that processor and system have: the system must also save the wider registers.
+ * __builtin_cpu_supports would be shorter, but the runtime of zig, which builds the wheels, always
+ * answers no. */
+static int level_of_machine(void)
+{
+    enum { SAVES_AVX = 0x6, SAVES_AVX512 = 0xe6 };
+    const unsigned first = bit_OSXSAVE | bit_AVX | bit_F16C;
+    const unsigned wider = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    unsigned a, b, c, d, saved, more;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first)
+        return 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(more) : "c"(0));
+    if ((saved & SAVES_AVX) != SAVES_AVX || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2))
+        return 0;
+    return (saved & SAVES_AVX512) == SAVES_AVX512 && (b & wider) == wider ? 2 : 1;
+}
+#endif
+
 static const struct kernels *available(int level)
 {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
-        int wider = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        return level >= 2 && wider ? kernels_avx512 : kernels_avx2;
-    }
+    int most = level_of_machine();
+    if (level >= 2 && most >= 2)
+        return kernels_avx512;
+    if (level >= 1 && most >= 1)
+        return kernels_avx2;
 #endif
     (void)level;
     return kernels_baseline;

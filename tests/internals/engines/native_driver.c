@@ -2,12 +2,35 @@
  * are emulated: every verb, around every boundary, in buffers that end where the elements do.
  *
  * Prints a checksum of all results, which no instruction set and no number of threads may change.
+ * With -DSHIPPED it calls a library that was built elsewhere, loaded as ctypes would.
  */
 
 #include "../../../gradclip/engines/native/_native.c"
 
 #include <pthread.h>
 #include <stdio.h>
+
+#ifdef SHIPPED
+#ifdef _WIN32
+extern void *LoadLibraryA(const char *), *GetProcAddress(void *, const char *);
+#define LOAD(path) LoadLibraryA(path)
+#define FIND GetProcAddress
+#else
+#include <dlfcn.h>
+#define LOAD(path) dlopen(path, RTLD_NOW)
+#define FIND dlsym
+#endif
+static void *library;
+#define SHIPPED_FUNCTION(name) (*(__typeof__(&name))FIND(library, #name))
+#define gradclip_abi SHIPPED_FUNCTION(gradclip_abi)
+#define gradclip_choose SHIPPED_FUNCTION(gradclip_choose)
+#define gradclip_clamp SHIPPED_FUNCTION(gradclip_clamp)
+#define gradclip_norm SHIPPED_FUNCTION(gradclip_norm)
+#define gradclip_power_sums SHIPPED_FUNCTION(gradclip_power_sums)
+#define gradclip_scale SHIPPED_FUNCTION(gradclip_scale)
+#define gradclip_use_llvm_threads SHIPPED_FUNCTION(gradclip_use_llvm_threads)
+#define gradclip_use_threads_of SHIPPED_FUNCTION(gradclip_use_threads_of)
+#endif
 
 static const int64_t LENGTHS[] = {
     0, 1, 2, 7, 31, 32, 33, 63, 64, 65, 511, 512, 513, 700, 8191, 8192, 8193, 8800,
@@ -227,6 +250,22 @@ static void run_in_threads(void (*function)(void *), void *data, unsigned count,
         pthread_join(threads[thread], NULL);
 }
 
+#ifdef SHIPPED
+/* The library, and where there is one the OpenMP runtime that serves in place of our threads. */
+static void load(int count, char **paths)
+{
+    library = count > 0 ? LOAD(paths[0]) : NULL;
+    demand(library != NULL, "the library was not loaded", 0, 0, 0);
+    demand(gradclip_abi() == ABI, "the library has another version", 0, 0, 0);
+    if (count < 2)
+        return;
+    void *runtime = LOAD(paths[1]);
+    demand(runtime != NULL, "the runtime was not loaded", 0, 0, 0);
+    gradclip_use_llvm_threads(FIND(runtime, "__kmpc_fork_call"), FIND(runtime, "__kmpc_push_num_threads"),
+                              FIND(runtime, "__kmpc_global_thread_num"));
+}
+#endif
+
 /* An argument leaves out longer lengths: emulated processors are slow. */
 int main(int count, char **arguments)
 {
@@ -235,7 +274,11 @@ int main(int count, char **arguments)
     void (*entry)(void (*)(void *), void *, unsigned, unsigned) = run_in_threads;
     void *pointer;
     memcpy(&pointer, &entry, sizeof pointer);
-    gradclip_use_threads_of(pointer);
+#ifdef SHIPPED
+    load(count - 2, arguments + 2);
+    if (count < 4)
+#endif
+        gradclip_use_threads_of(pointer);
     for (int level = 0; level <= 2; level++)
         for (int threads = 1; threads <= 3; threads += 2) {
             if (gradclip_choose(level) != level)

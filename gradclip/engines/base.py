@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import EngineUnavailableError
+from .shared_memory import scale_once_
 
 CPU = torch.device("cpu")
 INFINITY = math.inf
@@ -51,7 +52,8 @@ class Engine(ABC):
 
     All methods are called with gradient tracking off. Tensors are real floating-point ones of any
     strides and any shape, 0-d and empty ones included. Elements that share memory count one by one
-    in a norm, and each memory location is written once.
+    in a norm, and each memory location is written once: `scale_places_` sees to it where several
+    tensors share one.
     """
 
     name: str
@@ -171,7 +173,8 @@ class Engine(ABC):
             coefficient: In [0, 1].
         """
         dtype = norm_dtype(tensors[0].device)
-        self.scale_(tensors, torch.full((1,), coefficient, dtype=dtype, device="cpu"))
+        number = torch.full((1,), coefficient, dtype=dtype, device="cpu")
+        self.scale_places_(tensors, number)
 
     def host_clip_(self, tensors: TensorList, threshold: float, order: float) -> Tensor:
         """Scale tensors to a threshold in place, if their norm is finite and above it.
@@ -246,6 +249,15 @@ class Engine(ABC):
         """
         raise NotImplementedError
 
+    def scale_places_(
+        self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
+    ) -> None:
+        """Scale as `scale_` does, also tensors that share memory with each other.
+
+        Each place is scaled once, by the smallest coefficient of the tensors that share it.
+        """
+        scale_once_(self.scale_, tensors, coefficients, rows=rows)
+
     @abstractmethod
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
@@ -255,7 +267,7 @@ class Engine(ABC):
         A coefficient of 0 writes zeros, also over NaN and infinity.
 
         Args:
-            tensors: n gradients of one device and dtype.
+            tensors: n gradients of one device and dtype, none of which shares memory with another.
             coefficients: In [0, 1], on the tensors' device, shape (1,) for one that all share or
                 (n,) for one each; with ``rows`` (1,) or (number of all rows,).
             rows: One coefficient for each index of dimension 0. No two rows share memory.

@@ -65,7 +65,7 @@ def writable(tensor: Tensor) -> Iterator[Tensor]:
     if not overlaps(once):
         yield once
         return
-    offsets = _offsets(once)
+    offsets = offsets_of(once)
     span = once.as_strided((int(offsets[-1]) + 1,), (1,), once.storage_offset())
     offsets = offsets.to(once.device, non_blocking=True)
     memory = span[offsets]
@@ -207,7 +207,7 @@ def _without_repeats(tensor: Tensor, first: int = 0) -> Tensor:
     return tensor.as_strided((*tensor.shape[:first], *sizes), tensor.stride())
 
 
-def _offsets(tensor: Tensor) -> Tensor:
+def offsets_of(tensor: Tensor) -> Tensor:
     """Return each distinct offset from the first element, sorted.
 
     Computed on the CPU from strides: a result of unknown size on a device would be a host sync.

@@ -65,7 +65,7 @@ class Bucket:
     def scale_(self, engine: str, coefficients: Tensor) -> None:
         """Multiply each gradient by the coefficient of its norm, in place; shape (k,)."""
         values = self._values(coefficients, 1.0)
-        engine_for(engine, self.device).scale_(self.written, values, rows=self.rows)
+        engine_for(engine, self.device).scale_places_(self.written, values, rows=self.rows)
 
     def clamp_(self, engine: str, bounds: Tensor) -> None:
         """Bound the elements of each gradient in place; shape (k,), a bound for each norm."""

@@ -87,34 +87,63 @@ static int64_t dense_length(const struct description *tensor, int32_t first)
     return length;
 }
 
-/* Whether all addresses of tensors with elements differ; -1 without memory to find out. */
-static int are_distinct(const int64_t *addresses, const int64_t *lengths, int64_t count)
+/* The bytes between which a tensor lies. */
+struct span {
+    int64_t start, end;
+};
+
+/* Merge two sorted runs into one. */
+static void merge(
+    const struct span *one, int64_t ones, const struct span *other, int64_t others, struct span *to)
 {
-    enum { FEW = 32 };
-    if (count <= FEW) {
-        for (int64_t one = 1; one < count; one++)
-            for (int64_t other = 0; other < one; other++)
-                if (lengths[one] && lengths[other] && addresses[one] == addresses[other])
-                    return 0;
-        return 1;
+    while (ones && others)
+        if (other->start < one->start)
+            *to++ = *other++, others--;
+        else
+            *to++ = *one++, ones--;
+    memcpy(to, ones ? one : other, (size_t)(ones + others) * sizeof *to);
+}
+
+/* Sort spans; `room` is for as many. Returns the array that holds the result. */
+static struct span *sorted(struct span *spans, struct span *room, int64_t count)
+{
+    for (int64_t run = 1; run < count; run *= 2) {
+        for (int64_t start = 0; start < count; start += 2 * run) {
+            int64_t ones = run < count - start ? run : count - start;
+            int64_t others = run < count - start - ones ? run : count - start - ones;
+            merge(spans + start, ones, spans + start + ones, others, room + start);
+        }
+        struct span *result = room;
+        room = spans;
+        spans = result;
     }
-    uint64_t size = 2 * FEW;
-    while (size < 4 * (uint64_t)count)
-        size *= 2;
-    uint64_t *seen = calloc(size, sizeof *seen); /* a hash table, a quarter full at most */
-    int distinct = seen ? 1 : -1;
-    for (int64_t tensor = 0; distinct == 1 && tensor < count; tensor++) {
-        uint64_t address = (uint64_t)addresses[tensor];
-        uint64_t place = (address >> 4) * 0x9e3779b97f4a7c15u >> 20 & (size - 1);
-        if (!lengths[tensor])
-            continue;
-        while (seen[place] && seen[place] != address)
-            place = (place + 1) & (size - 1);
-        distinct = !seen[place];
-        seen[place] = address;
+    return spans;
+}
+
+/* Whether no two tensors, or their rows, overlap in memory; -1 without memory to find out. */
+static int are_apart(const struct request *request, int64_t size)
+{
+    enum { FEW = 64 };
+    struct span few[2 * FEW], *spans = few;
+    const int64_t *addresses = request->table, count = request->count;
+    const int64_t *lengths = addresses + count, *rows = lengths + count, *distances = rows + count;
+    if (count > FEW && !(spans = malloc(2 * (size_t)count * sizeof *spans)))
+        return -1;
+    int64_t kept = 0;
+    for (int64_t tensor = 0; tensor < count; tensor++) {
+        int64_t length = lengths[tensor];
+        if (length && request->by_rows)
+            length += (rows[tensor] - 1) * distances[tensor];
+        if (length)
+            spans[kept++] = (struct span){addresses[tensor], addresses[tensor] + length * size};
     }
-    free(seen);
-    return distinct;
+    struct span *ordered = sorted(spans, spans + kept, kept);
+    int apart = 1;
+    for (int64_t place = 1; apart && place < kept; place++)
+        apart = ordered[place - 1].end <= ordered[place].start;
+    if (spans != few)
+        free(spans);
+    return apart;
 }
 
 /* Write a request for the tensors of a list, or for their rows: tensors of less than two dimensions
@@ -159,6 +188,6 @@ EXPORTED int gradclip_walk(
         addresses[place] = address;
         lengths[place] = length;
     }
-    int distinct = are_distinct(addresses, lengths, count);
-    return distinct < 0 ? NO_MEMORY : distinct ? OK : NO_ADDRESS;
+    int apart = are_apart(request, chosen[request->dtype].size);
+    return apart < 0 ? NO_MEMORY : apart ? OK : NO_ADDRESS;
 }

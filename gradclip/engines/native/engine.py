@@ -26,6 +26,7 @@ from ...errors import EngineUnavailableError
 from ..base import INTEGERS, Engine, RelativeLimit, TensorList, rounded_bounds
 from ..layout import addresses_of, flat, flat_view, table, table_view
 from ..operators.engine import OPERATORS
+from ..shared_memory import sharing
 
 ABI = 4
 """The version of the library's functions that this module calls."""
@@ -105,7 +106,7 @@ class NativeEngine(Engine):
         status = LOW_ADDRESS if self._walk is None else self._walked(self._walk, tensors, order)
         if status != LOW_ADDRESS:
             return status == OK or _done(status)
-        if not super().prepare(tensors, order):
+        if not super().prepare(tensors, order) or sharing(tensors):
             return False
         tensors.note, _stored = _request(tensors, False, flat_view, order)
         return tensors.note is not None

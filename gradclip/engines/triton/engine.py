@@ -92,6 +92,16 @@ class TritonEngine(Engine):
         self._measure(request, order, sums=sums, norm=norm)
         return norm, _strip_sums(request, sums, order)
 
+    def scale_places_(
+        self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
+    ) -> None:
+        """See `Engine.scale_places_`. What was measured is known to share nothing, or to share."""
+        note = tensors.note if isinstance(tensors, TensorList) and not rows else None
+        if isinstance(note, Request) and note.is_apart:
+            self.scale_(tensors, coefficients)
+        else:
+            super().scale_places_(tensors, coefficients, rows=rows)
+
     def scale_(
         self, tensors: Sequence[Tensor], coefficients: Tensor, *, rows: bool = False
     ) -> None:
@@ -127,8 +137,7 @@ class TritonEngine(Engine):
         if tensors[0].dtype not in REAL or tensors[0].layout is not torch.strided:
             return None
         request = self._requests.of(tensors, True, _wide_rows if rows else _one_row, divide=False)
-        distinct = request is None or len({*map(Tensor.data_ptr, request.stored)}) == len(tensors)
-        return request if distinct else None
+        return request if request is not None and request.is_apart else None
 
     def clip_rows_(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..base import TensorList
 from ..cuda_graphs import capturing, keep_if_captured
 from ..layout import addresses_of
+from ..shared_memory import sharing
 from .launching import INTERPRETED, not_captured, processors, written_by_kernels
 from .plan import Plan, plan
 
@@ -48,6 +49,8 @@ class Request:
     """The tables of the plan, on the device."""
     stored: Sequence[Tensor]
     """The tensors at these addresses, copies among them, to be kept alive."""
+    is_apart: bool
+    """True if no tensor shares memory with another; found once for each list of addresses."""
 
     def new(self, *shape: int) -> Tensor:
         """Return uninitialised float64 memory on the device."""
@@ -66,7 +69,7 @@ class Requests:
         self._block = block
         self._check_supported = check_supported
         self._plans: Recent[tuple[Plan, Uploaded]] = Recent(KEPT)
-        self._addresses: Recent[Uploaded] = Recent(KEPT)
+        self._addresses: Recent[tuple[Uploaded, bool]] = Recent(KEPT)
         self._scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
     def of(
@@ -97,15 +100,18 @@ class Requests:
         addresses, stored = located
         device = tensors[0].device
         self._check_supported(device)
-        work, tables = self._plan_of(device, *_strips(stored, rows), divide)
+        strips = _strips(stored, rows)
+        work, tables = self._plan_of(device, *strips, divide)
+        table, is_apart = self._uploaded(stored, addresses, strips)
         request = Request(
             device,
             ELEMENTS[tensors[0].dtype],
             self._block,
             work,
-            self._upload(device, addresses),
+            table,
             tables.ready(),
             stored,
+            is_apart,
         )
         if isinstance(tensors, TensorList) and stored is tensors:
             # No reference back to the list: a cycle would keep gradients alive until a collection.
@@ -147,16 +153,21 @@ class Requests:
 
         return self._plans.get(key, make)
 
-    def _upload(self, device: torch.device, addresses: list[int]) -> Tensor:
-        """Return the addresses on the device; upload them unless they are there."""
+    def _uploaded(
+        self, stored: Sequence[Tensor], addresses: list[int], strips: Hashable
+    ) -> tuple[Tensor, bool]:
+        """Return the addresses on the device, uploaded unless they are there, and `is_apart`."""
+        device = stored[0].device
         if capturing():
-            return written_by_kernels(device, addresses)
+            return written_by_kernels(device, addresses), not sharing(stored)
 
-        def upload() -> Uploaded:
-            return Uploaded([torch.tensor(addresses, dtype=torch.int64, device="cpu")], device)
+        def upload() -> tuple[Uploaded, bool]:
+            table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+            return Uploaded([table], device), not sharing(stored)
 
-        [table] = self._addresses.get((device, *addresses), upload).ready()
-        return table
+        uploaded, is_apart = self._addresses.get((device, strips, *addresses), upload)
+        [table] = uploaded.ready()
+        return table, is_apart
 
 
 def _scratch(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:

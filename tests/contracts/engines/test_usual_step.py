@@ -145,7 +145,7 @@ def test_unusual_memory_is_refused_or_served(host, make):
         return
     assert host.host_norm(given, 2.0) == host.norm(twins, 2.0).item()
     host.host_scale_(given, 0.5)
-    host.scale_(twins, torch.tensor([0.5], dtype=torch.float64))
+    host.scale_places_(twins, torch.tensor([0.5], dtype=torch.float64))
     assert all(torch.equal(*pair) for pair in zip(given, twins, strict=True))
 
 

@@ -90,7 +90,8 @@ class JointGradients:
         self._row_plan: RowPlan | None = None
         if isinstance(threshold, RelativeToWeights) and not is_foreign(threshold):
             alone = settings.max_value is None and len(optimizers) == 1
-            self._row_rule = threshold if alone else None
+            measured = not lack_values([*parameters_held(optimizers)])
+            self._row_rule = threshold if alone and measured else None
         self._needs_present = learns(threshold) or is_foreign(threshold)
         self._named: tuple[Sequence[Tensor], Sequence[str]] = (), ()
         """The parameters whose names were asked for last, and these names."""

@@ -152,12 +152,13 @@ class NativeEngine(Engine):
         self, gradients: TensorList, weights: TensorList, order: float, *, rows: bool
     ) -> int:
         """See `Engine.prepare_rows`."""
-        # Inside a transformation of torch.func, new tensors have no memory for results.
-        if self._walk is None or not _address(_FLOAT64.new_empty(1)):
+        if self._walk is None:
             return 0
         for tensors in (gradients, weights):
             if not _done(self._walked(self._walk, tensors, order, rows)):
                 return 0
+        if not _address(_FLOAT64.new_empty(1)):
+            return 0  # inside a transformation of torch.func new tensors have no memory
         return self._library.gradclip_rows(gradients.note, weights.note)  # type: ignore[no-any-return]
 
     def clip_rows_(

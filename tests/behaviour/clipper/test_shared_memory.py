@@ -44,11 +44,11 @@ def memory() -> None:
 
 
 @pytest.fixture(params=["auto", "operators", "reference"])
-def engine(request) -> str:
+def chosen_engine(request) -> str:
     return request.param
 
 
-def scaled_by_hand(tensors: list[Tensor], coefficient: float) -> Tensor:
+def scaled_memory(tensors: list[Tensor], coefficient: float) -> Tensor:
     """Return the memory after every place that a tensor has was scaled once."""
     touched = torch.zeros(24, dtype=torch.bool)
     for tensor in tensors:
@@ -59,10 +59,10 @@ def scaled_by_hand(tensors: list[Tensor], coefficient: float) -> Tensor:
 
 @pytest.mark.parametrize("make", [*SHARING.values(), *APART.values()], ids=[*SHARING, *APART])
 @pytest.mark.parametrize("way", ["hook", "clip_grad_norm_", "clip_gradients_", "two optimizers"])
-def test_each_place_is_scaled_once_and_the_norm_counts_each_gradient(way, make, engine):
+def test_each_place_is_scaled_once_and_the_norm_counts_each_gradient(way, make, chosen_engine):
     tensors = make()
     norm = norm_of([tensor.clone() for tensor in tensors])
-    needed = scaled_by_hand(tensors, 0.5 / norm)
+    needed = scaled_memory(tensors, 0.5 / norm)
     separate = [tensor.clone() * 0.5 / norm for tensor in tensors]
     parameters = [parameter_with(tensor) for tensor in tensors]
     if way == "clip_gradients_":
@@ -71,7 +71,9 @@ def test_each_place_is_scaled_once_and_the_norm_counts_each_gradient(way, make, 
         found = gradclip.clip_grad_norm_(parameters, 0.5)
     else:
         groups = [parameters[:1], parameters[1:]] if way == "two optimizers" else [parameters]
-        clipper = GradientClipper([torch.optim.SGD(g, lr=0.0) for g in groups], 0.5, engine=engine)
+        clipper = GradientClipper(
+            [torch.optim.SGD(g, lr=0.0) for g in groups], 0.5, engine=chosen_engine
+        )
         clipper.step()
         found = clipper.last.norm
     assert found.item() == pytest.approx(norm, rel=1e-6)
@@ -81,18 +83,18 @@ def test_each_place_is_scaled_once_and_the_norm_counts_each_gradient(way, make, 
 
 
 @pytest.mark.parametrize("make", SHARING.values(), ids=SHARING)
-def test_nothing_is_written_within_the_threshold(make, engine):
+def test_nothing_is_written_within_the_threshold(make, chosen_engine):
     tensors = make()
     before, version = buffer().clone(), buffer()._version
     optimizer = torch.optim.SGD([parameter_with(tensor) for tensor in tensors], lr=0.0)
-    GradientClipper(optimizer, 1e3, engine=engine)
+    GradientClipper(optimizer, 1e3, engine=chosen_engine)
     optimizer.step()
     assert torch.equal(buffer(), before)
     assert buffer()._version == version
 
 
 @pytest.mark.parametrize("scope", ["parameter", "unit"])
-def test_of_several_coefficients_the_smallest_holds(scope, engine):
+def test_of_several_coefficients_the_smallest_holds(scope, chosen_engine):
     """No norm is above its threshold, and what shares nothing has its own coefficient."""
     apart = torch.full((2, 2), 7.0)
     tensors = [buffer()[:8].view(2, 4), buffer()[4:12].view(2, 4), apart]
@@ -100,7 +102,7 @@ def test_of_several_coefficients_the_smallest_holds(scope, engine):
         buffer().copy_(torch.arange(24.0))
     before = [tensor.clone() for tensor in tensors]
     optimizer = torch.optim.SGD([parameter_with(tensor) for tensor in tensors], lr=0.0)
-    clipper = GradientClipper(optimizer, 2.0, scope=scope, engine=engine)
+    clipper = GradientClipper(optimizer, 2.0, scope=scope, engine=chosen_engine)
     optimizer.step()
     coefficients = clipper.last.coefficient.tolist()
     if scope == "parameter":
@@ -112,13 +114,13 @@ def test_of_several_coefficients_the_smallest_holds(scope, engine):
         torch.testing.assert_close(tensor, old * torch.tensor(of_rows).float()[:, None])
 
 
-def test_autograd_leaves_such_gradients_behind(engine):
+def test_autograd_leaves_such_gradients_behind(chosen_engine):
     """As the average of several models does."""
     parts = [nn.Parameter(torch.full((3,), 1.0)) for _ in range(4)]
     (torch.stack(parts).sum(0) * 271).sum().backward()
     assert len({part.grad.data_ptr() for part in parts}) == 1
     optimizer = torch.optim.SGD(parts, lr=0.0)
-    clipper = GradientClipper(optimizer, 1.0, engine=engine)
+    clipper = GradientClipper(optimizer, 1.0, engine=chosen_engine)
     optimizer.step()
     assert clipper.last.norm.item() == pytest.approx(271 * 12**0.5)
     assert norm_of([part.grad for part in parts]) == pytest.approx(1.0)

@@ -65,6 +65,9 @@ class GradientClipper:
     devices, or several optimizers share a ``GradScaler``. Across ranks, attaching and every step
     are collective.
 
+    Optimizers may also step inside ``backward()``, with the scopes "parameter", "unit", and "group"
+    where each holds whole groups: the record is that of the whole backward pass.
+
     A CUDA graph can capture steps, after a few eager ones. The training loop then calls `flush`
     from time to time, and eager steps wait for the device.
 

@@ -112,6 +112,10 @@ class StepParts:
         self._values: dict[str, list[Tensor]] = {}
         self._sums: list[ParameterSums] = []
 
+    def __len__(self) -> int:
+        """Return how many parts there are."""
+        return len(self._indices)
+
     def clip_(
         self,
         gradients: StepGradients,

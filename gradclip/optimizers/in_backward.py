@@ -80,8 +80,8 @@ class StepsInBackward:
         # The engine has a thread for each device, and their hooks may run at the same time.
         self._lock = Lock()
         self._known_for: tuple[str, ...] = ()
-        self._checked: dict[Optimizer, list[LabelledParameter]] = {}
-        """Optimizers that may step inside backward, with their parameters of shared norms."""
+        self._shared: dict[Optimizer, list[LabelledParameter]] = {}
+        """The optimizers with norms of their own alone, each with the parameters that share one."""
         self._own_norms: dict[Optimizer, tuple[tuple[int, ...], OwnNorms]] = {}
 
     def awaits_gradients(self, stepping: Optimizer) -> bool:
@@ -100,7 +100,8 @@ class StepsInBackward:
         with self._lock:
             held = self._joint.held_in_backward(stepping)
             if self._known_for is not self._labels.names:
-                self._known_for, self._checked, self._own_norms = self._labels.names, {}, {}
+                self._check_options(stepping)
+                self._known_for, self._shared, self._own_norms = self._labels.names, {}, {}
             self._check(stepping)
             own = self._norms_of(stepping, held)
             if own is None:
@@ -120,8 +121,8 @@ class StepsInBackward:
     def finish(self) -> None:
         """End the pass that is under way, and hand over its record."""
         running, self._running = self._running, None
-        if running is None:
-            return
+        if running is None or not running.parts:
+            return  # or its first step has raised
         parts, step = running.parts, running.step
         norms = parts.norms()
         # Asked again for all norms at once, the rule learns from them, and has the thresholds of
@@ -180,11 +181,9 @@ class StepsInBackward:
                 "optimizers have stepped: step after backward(), or train in bfloat16, which "
                 "needs no scale."
             )
-        shared = self._checked.get(stepping)
-        if shared is None:
-            self._check_options(stepping)
-            shared = self._checked[stepping] = self._checked_norms(stepping)
-        for labelled in shared:
+        if stepping not in self._shared:
+            self._shared[stepping] = self._parameters_that_share(stepping)
+        for labelled in self._shared[stepping]:
             parameter = labelled.parameter
             if parameter.grad is None and _takes_part(parameter):
                 raise AttachError(
@@ -194,6 +193,7 @@ class StepsInBackward:
                 )
 
     def _check_options(self, stepping: Optimizer) -> None:
+        """Refuse what holds for all steps inside backward, until there are other parameters."""
         if self._settings.skips or self._settings.raises:
             raise AttachError(
                 f"{_steps(stepping)}, where other optimizers have stepped already, so that the "
@@ -205,14 +205,14 @@ class StepsInBackward:
                 f"{_steps(stepping)}, and the clipper has ranks=, whose other ranks need not step "
                 "at the same time: step after backward()."
             )
-        if AveragingModules(parameters_of(stepping.param_groups)).replicate:
+        if AveragingModules(parameters_held(self._joint.optimizers)).replicate:
             raise AttachError(
                 f"{_steps(stepping)}, before DistributedDataParallel has averaged its gradients: "
                 "step after backward()."
             )
 
-    def _checked_norms(self, stepping: Optimizer) -> list[LabelledParameter]:
-        """Check that an optimizer has all parameters of its norms; return those of shared norms."""
+    def _parameters_that_share(self, stepping: Optimizer) -> list[LabelledParameter]:
+        """Check that an optimizer has all parameters of its norms; return those that share one."""
         labels = self._labels
         own = {id(parameter) for parameter in parameters_of(stepping.param_groups)}
         inside = [each for each in labels.labelled if id(each.parameter) in own]

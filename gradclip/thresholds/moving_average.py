@@ -24,7 +24,8 @@ class MovingAverage(AdaptiveThreshold):
     It observes clipped norms. A label is in its warm-up until ``warmup`` of its norms were
     observed. Until then ``threshold = warmup_norm norm / total`` where the total, the norm of all
     labels together in the norms' own order, exceeds ``warmup_norm``, and the average is the
-    smallest clipped norm so far.
+    smallest clipped norm so far. A step that is taken inside ``backward()`` knows no norm but its
+    own, which is then the total.
 
     A norm that is 0 after clipping is not observed: an average of 0 would erase its label
     forever.

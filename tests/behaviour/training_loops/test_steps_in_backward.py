@@ -253,6 +253,23 @@ def test_a_pass_that_raises_is_recorded_at_the_next_one():
     assert run.clipper.last.norms.count_nonzero() == 6
 
 
+def test_a_rule_that_raises_at_the_first_step_leaves_no_record():
+    limits = iter([PlannedError, *[0.5] * 20])
+
+    def limit(_: int) -> float:
+        if (found := next(limits)) is PlannedError:
+            raise PlannedError
+        return found
+
+    run = Released(limit)
+    with pytest.raises(PlannedError):
+        run.take(range(1, 2))
+    run.clipper.flush()
+    assert run.clipper.steps == 0
+    run.take(range(1, 2))
+    assert run.clipper.steps == 1
+
+
 @pytest.mark.parametrize("end", ["flush", "detach"])
 def test_a_pass_that_raises_is_recorded_at_the_end(end):
     run = Released()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engines.base import CPU, INFINITY, Engine, TensorList, host_root
 from ..ranks.shards import Parts
-from ..ranks.shared_loss import host_mean_loss, loss_numbers
+from ..ranks.shared_loss import host_loss_numbers, host_mean_loss
 from ..records.parameter_norms import ParameterSums
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import NormIndices, sums_by_norm
@@ -134,13 +134,14 @@ class SharedHostGradients(HostGradients):
         sums, total = _sums_and_total(self._engine, self._parts, order)
         names = self._names
         # Laid out as by `measure_across_ranks`, which serves the ranks without gradients.
-        here = [total]
+        losses = host_loss_numbers(self.loss, order)
+        rest = [1.0, *losses] if self._needs_present else losses
         if names:
-            here.append(sums_by_norm(sums, order, self._parameter_indices, len(names)))
-        if self._needs_present:
-            here.append(torch.ones(1, dtype=torch.float64, device="cpu"))
-        here.append(losses := loss_numbers(self.loss, order, CPU))
-        vector = self._parts.group.reduced_(torch.cat(here), order)
+            of_parameters = sums_by_norm(sums, order, self._parameter_indices, len(names))
+            here = torch.cat((total, of_parameters, total.new_tensor(rest)))
+        else:
+            here = total.new_tensor([total.item(), *rest])
+        vector = self._parts.group.reduced_(here, order)
         numbers = vector.tolist()
         self.loss = host_mean_loss(numbers[-len(losses) :], order)
         norm = host_root(numbers[0], order)

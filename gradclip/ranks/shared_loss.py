@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..engines import norm_dtype
-from ..engines.base import INFINITY
+from ..engines.base import CPU, INFINITY
 from ..errors import AttachError
 from .groups import NormRanks
 
@@ -86,6 +86,13 @@ def loss_numbers(loss: float | Tensor | None, order: float, device: torch.device
     numbers = torch.full((2, ranks), -INFINITY, dtype=dtype, device=device)
     numbers[:, distributed.get_rank()] = own
     return numbers.flatten()
+
+
+def host_loss_numbers(loss: float | Tensor | None, order: float) -> list[float]:
+    """Return the same numbers for a vector that the host makes."""
+    if order == INFINITY:
+        return loss_numbers(loss, order, CPU).tolist()
+    return [0.0, 0.0] if loss is None else [float(loss), 1.0]
 
 
 def sum_and_count(numbers: Tensor, order: float) -> Tensor:

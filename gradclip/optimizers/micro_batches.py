@@ -175,7 +175,7 @@ class MicroBatches:
                 "No gradient was computed within micro_batch(), so that nothing was clipped: call "
                 "backward() inside the block.",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
         skip = self._clip(count, loss)
         if skip is True:

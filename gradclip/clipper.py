@@ -21,7 +21,7 @@ from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, described, options_of
 from .optimizers.attachment import Attachment
 from .optimizers.in_backward import StepsInBackward, running_pass
-from .optimizers.joint import JointGradients
+from .optimizers.joint import AnyGradients, JointGradients
 from .optimizers.micro_batches import MicroBatches
 from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
@@ -197,8 +197,34 @@ class GradientClipper:
             changes: The changes that last until its step ends.
             returned: What the closure of the step returned, after it computed the gradients.
         """
-        loss = self._loss
         captured = capturing()
+        gradients = self._gradients(optimizer, changes, returned, captured)
+        if gradients is None or isinstance(gradients, ClipRecord):
+            return gradients  # an earlier step of this backward pass has clipped these, or nothing
+        norms = gradients.norms()
+        step = self._recorder.next_step(norms, captured=captured)
+        thresholds = self._norm_thresholds.at_step(gradients, norms, step)
+        decision = gradients.decide_(norms, thresholds)
+        gradients.scale_(decision)
+        skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
+        reduction, now, loss = decision.reduction, time.time(), gradients.loss
+        record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, sums, loss)
+        if self._joint.several is not None:
+            self._joint.several.mark_clipped(gradients.tensors, record)
+        # Only a step that is taken counts, and a closure may be evaluated again before.
+        self._pending = record
+        if skip is True:
+            self._refuse_nonfinite(optimizer, record)
+        return record
+
+    def _gradients(
+        self, optimizer: Optimizer, changes: StepChanges, returned: object, captured: bool
+    ) -> AnyGradients | ClipRecord | None:
+        """Return the gradients to clip and their loss, or a record or None as `_clip` does.
+
+        Gradients of a step inside ``backward()`` are clipped here, as a part of all of them.
+        """
+        loss = self._loss
         if captured:
             is_stale = loss is not None and not self._loss_is_captured
             check_capture(self._settings, self._threshold, stale_loss=is_stale)
@@ -210,24 +236,9 @@ class GradientClipper:
             self._in_backward.clip(optimizer, loss)
             return None
         gradients = self._joint.at_step(optimizer, changes)
-        if gradients is None or isinstance(gradients, ClipRecord):
-            return gradients  # an earlier step of this backward pass has clipped these, or nothing
-        gradients.loss = loss
-        norms = gradients.norms()
-        step = self._recorder.next_step(norms, captured=captured)
-        thresholds = self._norm_thresholds.at_step(gradients, norms, step)
-        decision = gradients.decide_(norms, thresholds)
-        gradients.scale_(decision)
-        skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
-        shrinkage, now, loss = decision.reduction, time.time(), gradients.loss
-        record = ClipRecord(step, now, norms, thresholds, shrinkage, skip, overflow, sums, loss)
-        if self._joint.several is not None:
-            self._joint.several.mark_clipped(gradients.tensors, record)
-        # Only a step that is taken counts, and a closure may be evaluated again before.
-        self._pending = record
-        if skip is True:
-            self._refuse_nonfinite(optimizer, record)
-        return record
+        if gradients is not None and not isinstance(gradients, ClipRecord):
+            gradients.loss = loss
+        return gradients
 
     def _refuse_nonfinite(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Raise for a skipped step if the policy is "raise"; the step counts all the same."""

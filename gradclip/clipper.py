@@ -18,7 +18,7 @@ from .engines.no_grad import no_grad
 from .errors import ArgumentError, AttachError
 from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
-from .gradients.policies import Settings, check_capture, described, options_of
+from .gradients.policies import Settings, check_capture, check_rule, described, options_of
 from .optimizers.attachment import Attachment
 from .optimizers.in_backward import StepsInBackward, running_pass
 from .optimizers.joint import AnyGradients, JointGradients
@@ -141,6 +141,7 @@ class GradientClipper:
     ) -> None:
         self._settings = Settings(norm_type, max_value, exceed, nonfinite, skip_limit, engine)
         self._threshold = threshold_from(max_norm)
+        check_rule(self._settings, self._threshold)
         options = options_of(self._settings, self._threshold, scope)
         optimizers = clippable(optimizer, skips=self._settings.skips, ranks=ranks)
         self._given = listed(optimizer)

@@ -202,6 +202,9 @@ class NormThresholds:
             if isinstance(skipped, Tensor):
                 usable = None if context.usable is None else context.usable & ~skipped
                 context = replace(context, present=context.present & ~skipped, usable=usable)
+        if record.overflow is not None and context.loss is not None:
+            # A step of GradScaler's, of which nothing is learned: a NaN is in no window.
+            context = replace(context, loss=torch.where(record.overflow, math.nan, context.loss))
         if not norms.numel():
             return
         if self._foreign:

@@ -115,6 +115,20 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ArgumentError(f"{name} is {value!r}: give one of {', '.join(map(repr, choices))}.")
 
 
+def check_rule(settings: Settings, threshold: Threshold) -> None:
+    """Refuse a rule that does not fit the action on excessive norms.
+
+    Raises:
+        ArgumentError: A rule whose thresholds of 0 are to skip steps would set gradients to 0.
+    """
+    if threshold.needs_skip and settings.exceed == "scale":
+        raise ArgumentError(
+            f"{threshold!r} answers a spike with a threshold of 0, and exceed='scale' would set "
+            "the gradients to 0 and step with them: give exceed='skip', which skips the step, or "
+            "exceed='observe'."
+        )
+
+
 def check_capture(settings: Settings, threshold: Threshold, *, stale_loss: bool = False) -> None:
     """Refuse the capture of a step in a CUDA graph whose replays would not clip rightly.
 

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 from ..clipper import GradientClipper
-from ..gradients.policies import Settings
+from ..gradients.policies import Settings, check_rule
 from ..records.sinks.log_option import check_log
 from ..scopes.scope import scope_from
 from ..thresholds import Threshold, learns, threshold_from
@@ -33,10 +33,12 @@ def checked_options(
     """
     bound = signature(GradientClipper).bind((), max_norm, **options)
     bound.apply_defaults()
-    Settings(**{name: bound.arguments[name] for name in Settings.__dataclass_fields__})
+    settings = Settings(**{name: bound.arguments[name] for name in Settings.__dataclass_fields__})
     scope_from(bound.arguments["scope"])
     check_log(bound.arguments["log"])
-    return threshold_from(max_norm)
+    threshold = threshold_from(max_norm)
+    check_rule(settings, threshold)
+    return threshold
 
 
 def as_new(threshold: Threshold) -> Threshold:

@@ -203,7 +203,9 @@ _COUNT_LIMIT = 2**53
 """A count that no run reaches, far from an overflow of int64."""
 
 
-def checked_state(rule: str, needed: Mapping[str, Tensor], state: object) -> dict[str, Tensor]:
+def checked_state(
+    rule: str, needed: Mapping[str, Tensor], state: object, *, signed: str = ""
+) -> dict[str, Tensor]:
     """Return the tensors of a saved state, on the device and of the dtype of the present ones.
 
     Norms that are too large for a narrower dtype become its largest number. Host sync.
@@ -212,6 +214,7 @@ def checked_state(rule: str, needed: Mapping[str, Tensor], state: object) -> dic
         rule: Name of the rule's class.
         needed: The present state of the rule.
         state: The state that the user gave.
+        signed: The name of a tensor whose numbers may be negative.
 
     Raises:
         StateError: It is not what ``state_dict`` of such a rule returned.
@@ -225,11 +228,12 @@ def checked_state(rule: str, needed: Mapping[str, Tensor], state: object) -> dic
         names = [sorted(map(str, each)) for each in (state, keys)]
         raise _refusal(f"The state of {rule} has the keys {names[0]} and needs {names[1]}")
     return {
-        name: _checked(f"{rule}'s {name!r}", like, state[name]) for name, like in needed.items()
+        name: _checked(f"{rule}'s {name!r}", like, state[name], signed=name == signed)
+        for name, like in needed.items()
     }
 
 
-def _checked(name: str, like: Tensor, value: object) -> Tensor:
+def _checked(name: str, like: Tensor, value: object, *, signed: bool) -> Tensor:
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
         raise _refusal(f"{name} is a {type(value).__name__}, not a dense tensor with values")
     if value.shape != like.shape:
@@ -240,7 +244,9 @@ def _checked(name: str, like: Tensor, value: object) -> Tensor:
     if _kind(value) != _kind(like):
         raise _refusal(f"{name} is of {value.dtype} and needs {like.dtype}")
     counts = not like.is_floating_point()
-    if not bool(((value >= 0) & (value < (_COUNT_LIMIT if counts else math.inf))).all()):
+    magnitude = value.abs() if signed else value
+    most = _COUNT_LIMIT if counts else math.inf
+    if not bool(((magnitude >= 0) & (magnitude < most)).all()):
         raise _refusal(f"{name} holds numbers that are negative, not finite or endless counts")
     converted = value.detach().to(like)
     # From float64 to float32 a large norm became infinity, which would end the rule's limits.

@@ -13,10 +13,12 @@ rule                 threshold                              memory for k norms
 `GrowthLimit`        factor * previous clipped norm         k norms
 `MovingAverage`      factor * average of clipped norms      k norms, k counts
 `ZScore`             mean + z^2 std / z-score               2 k norms, k counts
-`MeanDeviation`      mean + factor * standard deviation     k * window norms, k counts
+`MeanDeviation`      mean + factor * standard deviation     k * window norms, k counts (1)
 `MedianDeviation`    median + factor * absolute deviation   k * window norms, k counts
 `Percentile`         a percentile of recent norms           k * (2 window + 1) norms, k counts
 ===================  =====================================  ====================================
+
+(1) and window losses, with ``loss=True``.
 
 `Threshold` is the protocol, called by the clipper. `Rule` adds a cap and a floor, and
 `AdaptiveThreshold` (in ``adaptive.py``) a state that is learned.
@@ -54,8 +56,9 @@ class StepContext:
     loss: Any = None
     """The loss of the step, 0-d, of the device and dtype of the norms; across ranks the mean over
     those that gave one. None if none was given. It may be NaN or infinite; on a device it is minus
-    infinity where no rank gave one, which the host does not know there. On the CPU the rules of
-    this package get a number."""
+    infinity where no rank gave one, which the host does not know there. To `Threshold.observe` it
+    is NaN at a step that GradScaler skips, if only the device knows. On the CPU the rules of this
+    package get a number."""
     usable: Tensor | None = None
     """Shape (k,), bool: True for norms that are finite and have a gradient; None to a rule that is
     not of this package, and on the CPU."""
@@ -70,6 +73,9 @@ class Threshold(ABC):
 
     needs_weights: bool = False
     """True to get ``context.weight_norms``, which costs a reading of the parameters."""
+    needs_skip: bool = False
+    """True for a rule that answers with a threshold of 0 where a step is to be skipped: it is
+    refused with ``exceed="scale"``, which would set the gradients to 0."""
     needs_loss: bool = False
     """True if a step without a loss is an error, which leaves the gradients as they are."""
     observes_skipped: bool = False
@@ -176,10 +182,10 @@ class Rule(Threshold):
         return clamped(limits, low=self.floor, high=self.cap)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        """Return the call that makes this rule, with cap and floor only where they are given."""
+        """Return the call that makes this rule, with keywords only where they are given."""
         shown: list[str] = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value, keyword = getattr(self, name, None), parameter.kind is parameter.KEYWORD_ONLY
-            if value is not None or not keyword:
+            if not (keyword and (value is None or value is parameter.default)):
                 shown.append(f"{name}={value!r}" if shown or keyword else repr(value))
         return f"{type(self).__name__}({', '.join(shown)})"

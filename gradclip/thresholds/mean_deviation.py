@@ -1,16 +1,19 @@
-"""A threshold above the mean of recent norms by several standard deviations: OLMo."""
+"""A threshold above the mean of recent norms, and losses, by several deviations: OLMo."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_positive
+from ..errors import ArgumentError
 from .adaptive import AdaptiveThreshold
 from .base import StepContext
-from .numbers import NumberOrTensor
+from .loss_window import NAMES, LossWindow
+from .numbers import NumberOrTensor, as_limits, where
 from .window import NormWindow, Row, Rows
 
 
@@ -26,17 +29,26 @@ class MeanDeviation(AdaptiveThreshold):
     `MedianDeviation` does not have this weakness. There is no limit before norm number ``warmup``,
     the current one counted, and never one before the third, since a deviation needs two.
 
-    Memory: ``k window`` norms and ``k`` counts.
+    With ``loss=True`` it is OLMo-core's whole rule: the same limit holds for the losses, and at a
+    step whose loss is above it all thresholds are 0, whatever the floor. ``exceed="skip"`` then
+    skips the step, if one of its norms is above 0; ``exceed="scale"`` is refused, as it would set
+    the gradients to 0. A loss that is NaN or infinite is above every limit, from the first step on,
+    and is not remembered; losses of skipped steps are. Every step needs a loss, assigned as
+    ``clipper.loss`` or returned by the closure. Across ranks their mean decides.
+
+    Memory: ``k window`` norms and ``k`` counts; with ``loss=True`` another ``window`` losses.
 
     Args:
         factor: How many standard deviations above the mean a norm may be, above 0.
         window: How many of the last norms of a label it uses, 2 or more.
         warmup: From which norm of a label on there is a limit; None for half the window.
+        loss: True to skip steps whose loss is above the mean of the last losses by as many
+            standard deviations.
         cap: The threshold is never above it; None for no cap.
         floor: The threshold is never below it; None for no floor.
 
     Raises:
-        ArgumentError: A number is out of its range.
+        ArgumentError: A number is out of its range, or ``loss`` is neither True nor False.
     """
 
     observes_clipped = False
@@ -47,6 +59,7 @@ class MeanDeviation(AdaptiveThreshold):
         window: int = 128,
         warmup: int | None = None,
         *,
+        loss: bool = False,
         cap: float | None = None,
         floor: float | None = None,
     ) -> None:
@@ -54,6 +67,12 @@ class MeanDeviation(AdaptiveThreshold):
         self.factor = checked_positive("factor", factor)
         self.window = checked_count("window", window, least=2)
         self.warmup = window // 2 if warmup is None else checked_count("warmup", warmup)
+        if not isinstance(loss, bool):
+            raise ArgumentError(
+                f"loss is {loss!r}: give True or False, and the loss of each step as clipper.loss."
+            )
+        self.loss = self.needs_loss = self.needs_skip = loss
+        self._losses = LossWindow(self.factor, self.window, self.warmup) if loss else None
         self._ring = NormWindow(self.window)
         self.settles_after = max(self.window, self.warmup)
 
@@ -74,6 +93,43 @@ class MeanDeviation(AdaptiveThreshold):
     ) -> None:
         """See `AdaptiveThreshold.learn`."""
         self._ring.add(norms, observed)
+
+    # The losses
+
+    def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        """See `Threshold.start`. Losses stay where the present labels do."""
+        goes_on = bool(self.state) and tuple(labels[: len(self._labels)]) == self._labels
+        super().start(labels, device, dtype)
+        if self._losses is not None:
+            self._losses.start(device, dtype, goes_on=goes_on)
+
+    def thresholds(self, norms: Any, context: StepContext) -> Any:
+        """See `Threshold.thresholds`."""
+        limits = super().thresholds(norms, context)
+        if self._losses is None:
+            return limits
+        # After cap and floor, which bound norms: a spike of the loss lets none pass.
+        return where(self._losses.allows(context.loss), limits, as_limits(0.0, norms))
+
+    def observe(self, norms: Any, clipped_norms: Any, context: StepContext) -> None:
+        """See `Threshold.observe`."""
+        super().observe(norms, clipped_norms, context)
+        if self._losses is not None:
+            self._losses.add(context.loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Threshold.state_dict`."""
+        losses = {} if self._losses is None else self._losses.state_dict()
+        return {**super().state_dict(), **losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Threshold.load_state_dict`. A state without losses loads; they begin anew."""
+        if self._losses is None or not isinstance(state, Mapping):
+            super().load_state_dict(state)
+            return
+        checked = self._losses.checked(type(self).__name__, state)
+        super().load_state_dict({key: state[key] for key in state if key not in NAMES})
+        self._losses.load(checked)
 
     def _limit(self, recent: Row | Rows) -> Any:
         mean, deviation = recent.mean_and_deviation()

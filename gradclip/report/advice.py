@@ -192,6 +192,13 @@ def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
                 f"The threshold of this run clipped {summary.clip_rate:.0%} of the steps: nearly "
                 "all updates used the same norm, so the learning rate alone set their length."
             )
+    losses = summary.losses
+    if losses is not None and losses.spikes:
+        warnings.append(
+            f"Losses that spiked: {losses.spikes:,}, {losses.spike_rate:.2%} of them. "
+            "GradientClipper(optimizer, gradclip.thresholds.MeanDeviation(6, loss=True), "
+            'exceed="skip"), with clipper.loss = loss before each step, skips such steps.'
+        )
     return tuple(warnings)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import distributed, nn
 
 from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, Ranks, Threshold
+from gradclip.thresholds import MeanDeviation
 from tests.support.clippers import sgd
 from tests.support.device import take_the_device_route
 from tests.support.dtensors import full_gradients, mesh_of, quick, recorded, spread_parameter
@@ -117,6 +118,23 @@ def test_the_mean_over_the_ranks_that_gave_one(ranks, layout, order, scope, on_d
 
 def run_steps(losses: Any, layout: str, on_device: bool, options: Any) -> Any:
     return steps_with(losses, layout, on_device, **options)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_spike_of_one_rank_is_skipped_by_all(ranks, layout, on_device):
+    """What the rule has learned is the same on all, too."""
+    calm = [[2.0 + step % 3 / 10, 2.1] for step in range(6)]
+    given = [*calm, [2.0, 9.0], [2.0, 2.0], [NAN, 2.0]]
+    results = ranks.run(run_rule, given, layout, on_device)
+    assert [skipped for skipped, _ in results[0][0]] == [False] * 6 + [True, False, True]
+    assert all(repr(result) == repr(results[0]) for result in results)
+
+
+def run_rule(losses: Any, layout: str, on_device: bool) -> Any:
+    rule = MeanDeviation(6, 6, loss=True)
+    _, found = steps_with(losses, layout, on_device, max_norm=rule)
+    return found, rule.state_dict()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import gradclip
 from gradclip import JsonlSink, MemorySink
 from gradclip.cli import main
 from tests.support.curves import log_losses, log_run
@@ -102,6 +103,21 @@ def test_a_run_without_losses_says_nothing_of_them(tmp_path, capsys):
     assert "loss spikes" not in printed[0]
     assert "1 (0.20%)" in printed[1]
     assert "largest loss spikes, at step" in printed[1]
+    assert (
+        "Note: Losses that spiked: 1, 0.20% of them. GradientClipper(optimizer, gradc" in printed[1]
+    )
+
+
+def test_the_advised_line_skips_the_spikes(tmp_path):
+    """Those that the report counts, which it reads from a run without that line."""
+    losses = [9.0 if step in (80, 300) else loss for step, loss in enumerate(CALM)]
+    path = tmp_path / "run.jsonl"
+    log_losses(JsonlSink(path), *losses)
+    rule = gradclip.thresholds.MeanDeviation(6, loss=True)
+    log_losses(sink := MemorySink(), *losses, max_norm=rule, exceed="skip")
+    skipped = [step.step for step in sink.steps if step.skipped]
+    found = reported(path)[0]["losses"]["largest_spikes"]
+    assert skipped == sorted(spike["step"] for spike in found) == [80, 300]
 
 
 def test_a_loss_that_is_no_number_is_in_a_foreign_line(tmp_path, capsys):

@@ -15,7 +15,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 FACTOR, WINDOW, WARMUP = 2.0, 6, 4
 
 
-def rule_of(**options):
+def loss_rule(**options):
     return MeanDeviation(FACTOR, WINDOW, WARMUP, loss=True, **options)
 
 
@@ -65,7 +65,7 @@ LOSSES = {
 @pytest.mark.parametrize(("count", "numbers"), [(1, True), (1, False), (3, False)])
 def test_losses_are_allowed_as_by_hand(losses, count, numbers):
     """A spike makes all thresholds 0; else they are those of the norms."""
-    run = Losses(rule_of(), count, numbers=numbers)
+    run = Losses(loss_rule(), count, numbers=numbers)
     plain = Driver(MeanDeviation(FACTOR, WINDOW, WARMUP), count, numbers=numbers)
     without = plain.run([[1.0] * count] * len(losses))
     allowed = allowed_by_hand(losses)
@@ -78,7 +78,7 @@ def test_losses_are_allowed_as_by_hand(losses, count, numbers):
 @pytest.mark.parametrize("numbers", [True, False])
 @pytest.mark.parametrize("bounds", [{"floor": 5.0}, {"floor": 5.0, "cap": 6.0}])
 def test_a_floor_holds_no_spike_back(bounds, numbers):
-    run = Losses(rule_of(**bounds), numbers=numbers)
+    run = Losses(loss_rule(**bounds), numbers=numbers)
     found = [limit for [limit] in run.run_with([*LOSSES["calm"], 100.0])]
     assert min(found[:-1]) >= 5.0
     assert found[-1] == 0.0
@@ -86,7 +86,7 @@ def test_a_floor_holds_no_spike_back(bounds, numbers):
 
 def test_losses_are_learned_where_norms_are_not():
     """At steps whose norm is not finite, or that have no gradient; and the other way round."""
-    run, other = Losses(rule_of()), Losses(rule_of())
+    run, other = Losses(loss_rule()), Losses(loss_rule())
     run.run_with(LOSSES["calm"][:5], norm=NAN)
     run.run_with(LOSSES["calm"][5:8], norm=None)
     other.run_with([NAN] * 8)
@@ -97,7 +97,7 @@ def test_losses_are_learned_where_norms_are_not():
 
 
 def test_added_labels_leave_the_losses_and_other_labels_begin_anew():
-    run = Losses(rule_of(), 2)
+    run = Losses(loss_rule(), 2)
     run.run_with(LOSSES["calm"][:5])
     before = run.rule.state_dict()
     run.rule.start([*run.labels, "new"], CPU, torch.float64)
@@ -112,13 +112,13 @@ def test_added_labels_leave_the_losses_and_other_labels_begin_anew():
 def test_a_state_goes_on_with_the_same_decisions(count):
     """Also of losses below 0, and what was saved stays as it is."""
     losses = LOSSES["below 0"]
-    run = Losses(rule_of(), count)
+    run = Losses(loss_rule(), count)
     run.run_with(losses[:7])
     saved = run.rule.state_dict()
     bits = repr(saved)
     expected = run.run_with(losses[7:])
     assert [0.0] * count in expected
-    other = Losses(rule_of(), count)
+    other = Losses(loss_rule(), count)
     other.rule.load_state_dict(saved)
     assert other.run_with(losses[7:]) == expected
     assert repr(saved) == bits
@@ -128,7 +128,7 @@ def test_a_state_without_losses_loads_and_they_begin_anew():
     """As one that was saved without the option; the other way round is refused."""
     old = Driver(MeanDeviation(FACTOR, WINDOW, WARMUP))
     old.run([[1.0]] * 5)
-    run = Losses(rule_of())
+    run = Losses(loss_rule())
     run.run_with(LOSSES["spikes"])
     run.rule.load_state_dict(old.rule.state_dict())
     state = run.rule.state_dict()
@@ -152,10 +152,10 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "said"), WRONG)
 def test_a_wrong_state_is_refused_whole(wrong, said):
-    run = Losses(rule_of())
+    run = Losses(loss_rule())
     run.run_with(LOSSES["calm"])
     before = repr(run.rule.state_dict())
-    other = Losses(rule_of()).rule.state_dict()
+    other = Losses(loss_rule()).rule.state_dict()
     with pytest.raises(StateError, match=f"MeanDeviation's {said}.*Nothing was loaded"):
         run.rule.load_state_dict({**other, **wrong})
     del other["losses"]
@@ -168,7 +168,7 @@ def test_a_wrong_state_is_refused_whole(wrong, said):
 
 def test_a_state_loads_on_a_device_without_float64_and_back():
     losses = LOSSES["below 0"]
-    whole, narrow = Losses(rule_of()), Losses(rule_of(), 1, torch.float32)
+    whole, narrow = Losses(loss_rule()), Losses(loss_rule(), 1, torch.float32)
     whole.run_with(losses[:3])
     narrow.rule.load_state_dict(whole.rule.state_dict())
     found = [limit for [limit] in narrow.run_with(losses[3:])]
@@ -178,7 +178,7 @@ def test_a_state_loads_on_a_device_without_float64_and_back():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_host_reads_nothing_of_another_device(count):
-    rule = rule_of()
+    rule = loss_rule()
     rule.start([str(index) for index in range(count)], META, torch.float64)
     norms = torch.ones(count, dtype=torch.float64, device=META)
     context = StepContext(0, norms > 0, loss=norms.new_ones(()))

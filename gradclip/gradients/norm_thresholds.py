@@ -70,7 +70,7 @@ class NormThresholds:
         self._order = order
         self._learns, self._foreign = learns(threshold), is_foreign(threshold)
         self._reads_clipped = self._foreign or getattr(threshold, "observes_clipped", True)
-        self._needs_loss = threshold.needs_loss
+        self._reads_loss = self._foreign or threshold.needs_loss
         self._is_fixed, self._rule = type(threshold) is Fixed, cast(Any, threshold)
         self._context: StepContext | None = None
         self._started: tuple[str, ...] = ()
@@ -134,10 +134,10 @@ class NormThresholds:
         weight_norms = None
         if self._threshold.needs_weights and not isinstance(gradients, PRESENT_ALONE):
             weight_norms = gradients.weight_norms()
-        loss = gradients.loss
-        if loss is not None and (self._foreign or self._needs_loss):
+        loss = gradients.loss if self._reads_loss else None
+        if loss is not None:
             loss = _loss_beside(norms, loss)
-        elif self._needs_loss:
+        elif self._threshold.needs_loss:
             raise ArgumentError(
                 f"{self._threshold!r} decides by the loss of the step, and there is none: assign "
                 "clipper.loss = loss before optimizer.step(), or return the loss from the closure."

@@ -1,9 +1,12 @@
-"""Two optimizers for one model, clipped by one joint norm.
+"""Two optimizers for one model, one of which needs no clipping.
 
-Muon updates the matrices of the hidden layers and AdamW everything else. With one clipper each,
-every spike would change the balance between them. One clipper for both scales all gradients of a
-backward pass by one factor. A GradScaler is passed to the clipper as ``grad_scaler=``. The two
-losses of a GAN need two clippers.
+Muon updates the matrices of the hidden layers and AdamW everything else. Muon makes each gradient
+orthogonal, so that its update does not depend on the gradient's scale: it needs no clipping, and in
+a joint norm it would only push its gradients towards the 1e-7 that it adds to their norm
+(https://github.com/NVIDIA/Megatron-LM/issues/5394). Its group therefore has the key ``max_norm``
+with None, and AdamW's gradients alone share the norm. Optimizers of other kinds, such as SGD and
+AdamW, may well share one. A GradScaler is passed to the clipper as ``grad_scaler=``. The two losses
+of a GAN need two clippers.
 
     python examples/two_optimizers.py [LOGS]
 """
@@ -28,7 +31,8 @@ def main(logs: str = "runs/two_optimizers") -> None:
     hidden = model[2].weight
     others = [parameter for parameter in model.parameters() if parameter is not hidden]
     for_matrices = getattr(torch.optim, "Muon", torch.optim.SGD)  # Muon: torch 2.9 and newer
-    optimizers = [for_matrices([hidden], lr=0.02), torch.optim.AdamW(others, lr=0.01)]
+    never_clipped = {"params": [hidden], "max_norm": None}
+    optimizers = [for_matrices([never_clipped], lr=0.02), torch.optim.AdamW(others, lr=0.01)]
     clipper = GradientClipper(optimizers, 1.0, log=logs)
 
     for step in range(100):
@@ -37,7 +41,7 @@ def main(logs: str = "runs/two_optimizers") -> None:
         clipper.zero_grad()  # of both optimizers
         loss.backward()
         for optimizer in optimizers:  # or clipper.step()
-            optimizer.step()  # the first step clips the gradients of both
+            optimizer.step()  # AdamW's gradients are clipped
         if step % 20 == 0:
             norm, after = clipper.last.norm.item(), clipper.last.clipped_norm.item()
             print(f"step {step:2}  loss {loss:.3f}  norm before {norm:.3f}, after {after:.3f}")

@@ -19,6 +19,7 @@ from .errors import ArgumentError, AttachError
 from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, check_rule, described, options_of
+from .optimizers.advice import advising, normalised, warn_of_shared_norms
 from .optimizers.attachment import Attachment
 from .optimizers.in_backward import StepsInBackward, running_pass
 from .optimizers.joint import AnyGradients, JointGradients
@@ -118,7 +119,8 @@ class GradientClipper:
         EngineUnavailableError: The engine is not available in this installation.
 
     Warns:
-        UserWarning: The optimizer also clips by itself.
+        UserWarning: The optimizer also clips by itself; or an optimizer whose update does not
+            depend on the scale of its gradients, such as Muon, shares a norm with another.
     """
 
     @announces_failure
@@ -167,8 +169,14 @@ class GradientClipper:
         self._pending: ClipRecord | None = None
         self._micro_batches: MicroBatches | None = None
         # All that can refuse comes before: a refused clipper leaves no hook behind.
+        clip = self._clip
         self._attachments = [
-            Attachment(each, self._clip, self._finish, self._labels.warn_of_lost_keys)
+            Attachment(
+                each,
+                advising(clip, each) if self._settings.writes else clip,
+                self._finish,
+                self._labels.warn_of_lost_keys,
+            )
             for each in optimizers
         ]
         self._in_backward = StepsInBackward(
@@ -183,6 +191,9 @@ class GradientClipper:
         )
         self._joint.attach()
         self._norm_thresholds.claim()
+        self._recorder.watch(normalised(optimizers, self._labels))
+        if self._settings.writes and len(optimizers) > 1:
+            warn_of_shared_norms(optimizers, self._labels)
         self._recorder.begin(described(options, self.labels, optimizers, self.engine))
 
     # The pipeline

@@ -1,8 +1,9 @@
 """The hooks of a clipper on an optimizer, and everything they do around one step.
 
-``supported.py`` says which optimizers can be clipped. ``attachment.py`` holds the hooks, with
-``closures.py`` for the closure of a step and ``step_changes.py`` for changes of an optimizer that
-last until the step ends; ``parent_steps.py`` finds optimizers whose step calls a parent's.
+``supported.py`` says which optimizers can be clipped, ``advice.py`` which of them need care.
+``attachment.py`` holds the hooks, with ``closures.py`` for the closure of a step and
+``step_changes.py`` for changes of an optimizer that last until the step ends; ``parent_steps.py``
+finds optimizers whose step calls a parent's.
 ``joint.py`` collects the gradients of one step; ``several.py`` chooses among the gradients of
 several optimizers, with ``clipped_already.py`` as its memory.
 ``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and
@@ -36,6 +37,7 @@ Imports: errors, engines, thresholds, scopes, ranks, records, gradients.
 """
 
 __all__ = [
+    "advice",
     "attachment",
     "call_stack",
     "in_backward",

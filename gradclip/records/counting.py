@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .buffer import Batch
-from .incidents import incident_of, loss_incident_of
+from .incidents import incident_of, loss_incident_of, vanishing_incident_of
 from .logged_step import LoggedStep
 from .loss_history import LossHistory
 from .norm_history import SHOWN, NormHistory
@@ -78,6 +78,8 @@ class StepCounter:
         by as many indices."""
         self.forget()
         self._longest_run = 0
+        self.watched: dict[str, int] = {}
+        """Parameters whose optimizer normalises their gradient, with the index of their norm."""
 
     def forget(self) -> None:
         """Forget the norms and losses before, which belong to another part of the training."""
@@ -102,6 +104,14 @@ class StepCounter:
             self._incident(*step)
             for step in zip(steps.indices, steps.totals, by_parameter, losses, strict=True)
         ]
+        if self.watched:
+            coefficients = steps.coefficients.tolist()
+            vanishing = [
+                vanishing_incident_of(*step, self.watched)
+                for step in zip(steps.indices, coefficients, by_parameter, strict=True)
+            ]
+            pairs = zip(incidents, vanishing, strict=True)
+            incidents = [" ".join(filter(None, pair)) or None for pair in pairs]
         clipped, finite, nonfinite_steps, skipped_steps = steps.counts
         columns = (  # in the order of the fields
             steps.indices,

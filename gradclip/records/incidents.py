@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from .norm_history import DEVIATIONS, SHOWN, NormHistory
 from .parameter_norms import ParameterNorms, ParameterSums
 from .record import ClipRecord
 
+VANISHING = 1e-5
+"""Norm below which a normalised gradient is distorted: Muon divides by the norm plus 1e-7, and
+computes in bfloat16."""
 CARRIED = 0.9
 """Share of the power sum that the named parameters have together, if ``SHOWN`` of them do."""
 
@@ -70,6 +73,43 @@ def loss_incident_of(step: int, loss: float, before: LossHistory) -> str | None:
         f"The loss went from {newest} to {loss:.4g} at step {step}, above {before.line():.4g}: the "
         f"mean of the last {len(before)} losses, {before.mean():.4g}, plus "
         f"{loss_history.DEVIATIONS:g} standard deviations."
+    )
+
+
+def vanishing_incident_of(
+    step: int,
+    coefficients: Sequence[float],
+    parameter_norms: Callable[[], ParameterNorms | None],
+    watched: dict[str, int],
+) -> str | None:
+    """Return a sentence about gradients that clipping has left nearly 0; None without any.
+
+    Each parameter is named once, and no longer watched then.
+
+    Args:
+        step: Index of the step.
+        coefficients: The coefficients of the k norms.
+        parameter_norms: Returns the norms of the parameters before clipping, None if unknown.
+        watched: The parameters whose optimizer normalises their gradient, with their norms.
+    """
+    if min(coefficients) >= 1 or (norms := parameter_norms()) is None:
+        return None
+    left = {
+        name: norms[name] * coefficients[index]
+        for name, index in watched.items()
+        if name in norms and coefficients[index] < 1
+    }
+    vanishing = {name: norm for name, norm in left.items() if 0 < norm < VANISHING}
+    if not vanishing:
+        return None
+    for name in vanishing:
+        del watched[name]
+    named = ", ".join(f"{name} ({norm:.2g})" for name, norm in [*vanishing.items()][:SHOWN])
+    return (
+        f"Clipping left gradients with norms below {VANISHING:g} at step {step}: {named}. Their "
+        "optimizer does not depend on the scale of gradients, but divides by their norm plus about "
+        "1e-7, so that their updates shrink: leave them out of the norm by max_norm=None in their "
+        "parameter group, or use scope='group'."
     )
 
 

@@ -55,6 +55,14 @@ class Recorder:
         """Give the sinks the settings of the clipper."""
         self._call_sinks(lambda sink: sink.begin(settings))
 
+    def watch(self, names: Mapping[str, int]) -> None:
+        """Report when clipping leaves one of these parameters a gradient of nearly 0.
+
+        Args:
+            names: The names of the parameters, with the index of their norm.
+        """
+        self._counter.watched = {**names}
+
     @property
     def has_sinks(self) -> bool:
         """Whether any sink is there."""

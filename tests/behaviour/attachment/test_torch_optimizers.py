@@ -186,6 +186,7 @@ def test_twenty_steps(case, call):
 
 # float64, and by hand each step begins where ours does: from differences of gradients LBFGS
 # estimates curvature, so that what is rounded grows tenfold in a step.
+@pytest.mark.filterwarnings("ignore:The gradients of LBFGS were clipped")
 @pytest.mark.parametrize("call", CALLS[1:])
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_every_evaluation_of_lbfgs(search, call):

@@ -166,6 +166,7 @@ def matrix_and_rest() -> list[torch.optim.Optimizer]:
     return [matrix([first], lr=0.02), torch.optim.AdamW([second], lr=0.02)]
 
 
+@pytest.mark.filterwarnings("ignore:Muon shares a norm")
 @either_order
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("set_to_none", [True, False])

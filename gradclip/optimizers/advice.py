@@ -1,0 +1,126 @@
+"""Warnings about optimizers whose updates clipping changes in a way that few expect."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from ..engines.base import has_values
+from ..gradients.held import parameters_of
+from ..records.record import ClipRecord
+from ..scopes.labels import NormLabels
+
+MARK = "ignores_gradient_scale"
+"""Attribute of an optimizer, or of its class, that says whether `ignores_scale`."""
+WORDS = {"lion", "muon", "sign", "signsgd", "signum", "tiger"}
+"""Words in the names of classes whose update does not depend on the scale of the gradient."""
+
+
+def ignores_scale(optimizer: Optimizer) -> bool:
+    """Return whether the update keeps its size when all gradients are multiplied by a factor.
+
+    Muon makes the gradient orthogonal, Lion and signSGD take its signs. Known by the name of the
+    class or of a parent class, wherever it comes from, unless the optimizer says it itself by an
+    attribute ``ignores_gradient_scale``.
+    """
+    mark = getattr(optimizer, MARK, None)
+    if mark is not None:
+        return bool(mark)
+    return not WORDS.isdisjoint(_words_of(optimizer))
+
+
+def warn_of_shared_norms(optimizers: Sequence[Optimizer], labels: NormLabels) -> None:
+    """Warn if an optimizer that ignores the scale of its gradients shares a norm with another."""
+    free = [optimizer for optimizer in optimizers if ignores_scale(optimizer)]
+    others = [optimizer for optimizer in optimizers if optimizer not in free]
+    shared = {*_norms_of(free, labels)}.intersection(_norms_of(others, labels))
+    if shared:
+        name, other = type(free[0]).__name__, type(others[0]).__name__
+        warnings.warn(
+            f"{name} shares a norm with {other}, and its update does not depend on the scale of "
+            f"its gradients: they enlarge the norm by which those of {other} are clipped, and "
+            "clipping only brings them closer to 0, where a normalisation such as Muon's (plus "
+            "1e-7) loses them. Leave them out of the norm by the parameter group "
+            "{'params': ..., 'max_norm': None}, or give each parameter group a norm of its own by "
+            "scope='group'.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def normalised(optimizers: Sequence[Optimizer], labels: NormLabels) -> dict[str, int]:
+    """Return the parameters whose gradient the optimizer divides by its norm, with their norms.
+
+    Muon adds 1e-7 to that norm. The sign of a gradient has no such limit.
+    """
+    dividing = [each for each in optimizers if getattr(each, MARK, "muon" in _words_of(each))]
+    return {
+        entry.name: entry.norm_indices.indices.tolist()[0]
+        for entry in map(labels.of, parameters_of(_groups_of(dividing)))
+        if entry.norm_indices is not None and not entry.norm_indices.rows
+    }
+
+
+def _words_of(optimizer: Optimizer) -> list[str]:
+    """Return the words in the names of its classes: "PagedLion8bit" has "lion", "Million" not."""
+    names = " ".join(kind.__name__ for kind in type(optimizer).__mro__)
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", names)]
+
+
+def _norms_of(optimizers: Sequence[Optimizer], labels: NormLabels) -> Iterator[int]:
+    """Yield the norms that parameters of optimizers are in, other than those of single rows."""
+    for entry in map(labels.of, parameters_of(_groups_of(optimizers))):
+        if entry.norm_indices is not None and not entry.norm_indices.rows:
+            yield entry.norm_indices.indices.tolist()[0]
+
+
+def _groups_of(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+Clip = Callable[..., ClipRecord | None]
+
+
+def advising(clip: Clip, optimizer: Optimizer) -> Clip:
+    """Return a function that clips, and warns once if that is no way to step.
+
+    Args:
+        clip: Clips the gradients of an optimizer and returns the record.
+        optimizer: The optimizer.
+    """
+    lacks_search = isinstance(optimizer, LBFGS) and any(
+        group["line_search_fn"] is None for group in optimizer.param_groups
+    )
+    return _WithLineSearchAdvice(clip) if lacks_search else clip
+
+
+class _WithLineSearchAdvice:
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+        self._has_warned = False
+
+    def __call__(self, *args: object) -> ClipRecord | None:
+        record = self._clip(*args)
+        # LBFGS reads its loss on the host after each evaluation: this waits for nothing more.
+        if not self._has_warned and record is not None and _is_reduced(record.values[2]):
+            self._has_warned = True
+            warnings.warn(
+                "The gradients of LBFGS were clipped, and it has no line search: it infers the "
+                "curvature from differences of gradients, which clipping makes smaller, and may "
+                "take steps that are far too long. Build it with line_search_fn='strong_wolfe', "
+                "which rejects such steps, or leave its gradients unclipped with max_norm=None.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return record
+
+
+def _is_reduced(coefficients: Tensor | float) -> bool:
+    if isinstance(coefficients, float):
+        return coefficients < 1
+    return has_values(coefficients) and bool((coefficients < 1).any())

@@ -44,6 +44,12 @@ class RecordBuffer:
             self._send()
         return bool(self._sent)
 
+    def send(self) -> bool:
+        """Start the copy of what is there. No host sync on CUDA; see `append`."""
+        if self._waiting:
+            self._send()
+        return bool(self._sent)
+
     def take(self, *, wait: bool) -> Iterator[Batch]:
         """Yield the batches that have arrived; with ``wait`` all, after waiting for the device."""
         if wait and self._waiting:

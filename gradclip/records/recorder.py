@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.util import Finalize
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor
@@ -21,8 +23,10 @@ from .logged_step import LoggedStep
 from .norm_history import NormHistory
 from .record import ClipRecord
 from .replays import ReplayedRecords, may_be_captured
-from .sinks.base import Sink
+from .sinks.base import CadencedSink, Sink
 
+SECONDS = 10.0
+"""So often a batch is complete at least, if a step ends then: little is lost after slow steps."""
 UNLOGGED_CAPACITY = 1000
 """Records kept before they are counted if no sink asks for a shorter batch."""
 
@@ -46,13 +50,27 @@ class Recorder:
         self._replayed: ReplayedRecords | None = None
         self._skip_limit = skip_limit
         self._warned: set[int] = set()
+        self._due = time.monotonic() + SECONDS
         self._device_overflows = False
         """Whether GradScaler may have skipped steps of which only the device knows."""
         self.seen = 0
         """Steps that the host knows of, including those that GradScaler skipped."""
 
     def begin(self, settings: Mapping[str, str]) -> None:
-        """Give the sinks the settings of the clipper."""
+        """Give the sinks the settings of the clipper, which is attached now.
+
+        Earlier clippers with the same destinations write what they have: later it would stand
+        among the steps of this one.
+        """
+        places = self._places()
+        for other in [*_open]:
+            if other is not self and places & other._places():
+                other.flush()
+        _open.add(self)
+        count_steps = WeakMethod(self._count_steps)  # a sink may outlive its recorder
+        for sink in self._sinks:
+            if isinstance(sink, CadencedSink):
+                sink.follow(lambda: count() if (count := count_steps()) else 0)
         self._call_sinks(lambda sink: sink.begin(settings))
 
     def watch(self, names: Mapping[str, int]) -> None:
@@ -62,6 +80,15 @@ class Recorder:
             names: The names of the parameters, with the index of their norm.
         """
         self._counter.watched = {**names}
+
+    def _places(self) -> set[str]:
+        """Return the files and directories that other sinks may write to as well."""
+        return {sink.place for sink in self._sinks if isinstance(sink, CadencedSink) and sink.place}
+
+    def _count_steps(self) -> int:
+        """Return the number of steps taken, also in replayed graphs. Waits for the device then."""
+        self._read_replays()
+        return self.seen
 
     @property
     def has_sinks(self) -> bool:
@@ -161,7 +188,12 @@ class Recorder:
             self._replayed = ReplayedRecords(record.norms)
         self.seen += 1
         self._device_overflows |= record.overflow is not None
-        if self._buffer.append(record):
+        arriving = self._buffer.append(record)
+        if self._sinks and (now := time.monotonic()) >= self._due:
+            # After a slow step: a crash during the next one is to lose little.
+            self._due = now + SECONDS
+            arriving = self._buffer.send()
+        if arriving:
             self._deliver(wait=False)
 
     def flush(self) -> None:
@@ -190,6 +222,7 @@ class Recorder:
         finally:
             self._call_sinks(lambda sink: sink.close())
             self._sinks = []
+            _open.discard(self)
 
     def _read_replays(self) -> None:
         if self._replayed is not None:
@@ -239,6 +272,10 @@ class Recorder:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+_open: WeakSet[Recorder] = WeakSet()
+"""The recorders of attached clippers that are not closed."""
 
 
 def _flush_every(sink: Sink) -> int:

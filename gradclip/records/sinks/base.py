@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import nlargest
 from operator import itemgetter
 
@@ -30,7 +30,8 @@ class Sink(ABC):
     """
 
     flush_every: int = 100
-    """Steps per batch: how many a crash may lose. The smallest one of several sinks counts."""
+    """Steps per batch: how many a crash may lose. The smallest one of several sinks counts, and a
+    batch is complete after ten seconds in any case."""
     per_parameter: int | str = 0
     """Whether rows have `LoggedStep.parameter_norms`: all of them if this is not 0."""
 
@@ -72,6 +73,12 @@ class CadencedSink(Sink):
         self.flush_every = checked_count("flush_every", flush_every, 1)
         self.per_parameter = _checked_per_parameter(per_parameter)
         self.per_parameter_every = checked_count("per_parameter_every", per_parameter_every, 1)
+
+    place: str | None = None
+    """The file or directory to which other sinks may write as well."""
+
+    def follow(self, count_steps: Callable[[], int]) -> None:
+        """Take what counts the steps of the clipper, which is attached now."""
 
     def chosen(self, steps: Sequence[LoggedStep], *, incidents: bool = False) -> list[LoggedStep]:
         """Return the steps of a batch that are taken, with the parameter norms that are asked for.

@@ -59,7 +59,7 @@ class JsonlSink(CadencedSink):
             raise ArgumentError(f"path is a {type(path).__name__}: give the path of a file.")
         if not os.fspath(path) or os.path.isdir(path):
             raise ArgumentError(f"path is {os.fspath(path)!r}: give the path of a file.")
-        self.path = os.path.realpath(path)
+        self.path = self.place = os.path.realpath(path)
 
     def __repr__(self) -> str:
         return f"JsonlSink({self.path!r})"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 from ..logged_step import LoggedStep
 from .base import CadencedSink
+from .prefixes import PrefixClaim
 from .tags import scalars
 
 if TYPE_CHECKING:
@@ -76,7 +75,9 @@ class TensorBoardSink(CadencedSink):
 
         super().__init__(every, flush_every, per_parameter, per_parameter_every)
         self._destination = destination_of(where, _LOADED_AT)
-        self._prefix = self._claimed_prefix()
+        self.place = self._destination.directory
+        self._prefix = PrefixClaim(self.place)
+        _open.add(self)
         self._settings: Mapping[str, str] = {}
         self._has_losses = False
 
@@ -87,9 +88,14 @@ class TensorBoardSink(CadencedSink):
         """See `Sink.begin`."""
         self._settings = {**settings}
 
+    def follow(self, count_steps: Callable[[], int]) -> None:
+        """See `Sink.follow`."""
+        self._prefix.begin(count_steps)
+
     def write(self, steps: Sequence[LoggedStep]) -> None:
         """See `Sink.write`. Incidents are written at any cadence."""
-        numbers = {step.step: scalars(self._prefix, step) for step in self.chosen(steps)}
+        prefix = self._prefix.name
+        numbers = {step.step: scalars(prefix, step) for step in self.chosen(steps)}
         points = [
             (step.step, step.wall_time, numbers.get(step.step, ()), step.incident)
             for step in steps
@@ -97,33 +103,22 @@ class TensorBoardSink(CadencedSink):
         ]
         if points:
             self._has_losses = any(step.loss is not None for step in steps)
-            self._destination.write(self._prefix, points, self._opening)
+            self._destination.write(prefix, points, self._opening)
 
     def _opening(self, step: int, wall_time: float) -> list[Event]:
         from .charts import CHARTS, CHARTS_WITH_LOSS, opening_events
 
-        prefixes = sorted(_claimed[self._destination.directory])
+        prefix, prefixes = self._prefix.name, self._prefix.names
         charts = CHARTS_WITH_LOSS if self._has_losses else CHARTS
-        return opening_events(step, wall_time, self._prefix, prefixes, self._settings, charts)
+        return opening_events(step, wall_time, prefix, prefixes, self._settings, charts)
 
     def close(self) -> None:
         """Close the event file with its last sink; a ``SummaryWriter`` stays open."""
-        key = (self._destination.directory, self._prefix)
-        if _open.get(key) is self:  # a later sink may have the name of one that was closed before
-            del _open[key]
-            if all(sink._destination is not self._destination for sink in _open.values()):
-                self._destination.close()
-
-    def _claimed_prefix(self) -> str:
-        directory = self._destination.directory
-        prefixes = itertools.chain(["grad_norm"], (f"grad_norm_{n}" for n in itertools.count(2)))
-        prefix = next(each for each in prefixes if (directory, each) not in _open)
-        _open[directory, prefix] = self
-        _claimed[directory].add(prefix)
-        return prefix
+        self._prefix.release()
+        _open.discard(self)
+        if all(sink._destination is not self._destination for sink in _open):
+            self._destination.close()
 
 
-_claimed: defaultdict[str, set[str]] = defaultdict(set)
-"""Every prefix that a sink of a directory has had, also after its end: the layout shows it."""
-_open: WeakValueDictionary[tuple[str, str], TensorBoardSink] = WeakValueDictionary()
-"""The open sinks, by directory and prefix; a sink that nobody holds frees its prefix."""
+_open: WeakSet[TensorBoardSink] = WeakSet()
+"""The open sinks."""

@@ -24,6 +24,7 @@ from .optimizers.attachment import Attachment
 from .optimizers.in_backward import StepsInBackward, running_pass
 from .optimizers.joint import AnyGradients, JointGradients
 from .optimizers.micro_batches import MicroBatches
+from .optimizers.replaced import close_replaced
 from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
 from .ranks.layout import RankLayout, announces_failure
@@ -169,6 +170,7 @@ class GradientClipper:
         self._pending: ClipRecord | None = None
         self._micro_batches: MicroBatches | None = None
         # All that can refuse comes before: a refused clipper leaves no hook behind.
+        close_replaced(optimizers)
         clip = self._clip
         self._attachments = [
             Attachment(
@@ -176,6 +178,7 @@ class GradientClipper:
                 advising(clip, each) if self._settings.writes else clip,
                 self._finish,
                 self._labels.warn_of_lost_keys,
+                optimizers,
             )
             for each in optimizers
         ]

@@ -1,9 +1,9 @@
 """The hooks of a clipper on an optimizer, and everything they do around one step.
 
-``supported.py`` says which optimizers can be clipped, ``advice.py`` which of them need care.
-``attachment.py`` holds the hooks, with ``closures.py`` for the closure of a step and
-``step_changes.py`` for changes of an optimizer that last until the step ends; ``parent_steps.py``
-finds optimizers whose step calls a parent's.
+``supported.py`` says which optimizers can be clipped, ``advice.py`` which of them need care, and
+``replaced.py`` when a clipper may take the place of another one. ``attachment.py`` holds the hooks,
+with ``closures.py`` for the closure of a step and ``step_changes.py`` for changes of an optimizer
+that last until the step ends; ``parent_steps.py`` finds optimizers whose step calls a parent's.
 ``joint.py`` collects the gradients of one step; ``several.py`` chooses among the gradients of
 several optimizers, with ``clipped_already.py`` as its memory.
 ``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and

@@ -48,6 +48,7 @@ class Attachment:
             whether to skip the step, or None if there was nothing to clip.
         finish: Called with the last record after the step was taken or skipped.
         loaded: Called after the optimizer has loaded a state.
+        optimizers: All optimizers of the clipper.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Attachment:
         clip: Callable[[Optimizer, StepChanges, object], ClipRecord | None],
         finish: Callable[[Optimizer, ClipRecord], None],
         loaded: Callable[[Optimizer], None],
+        optimizers: Sequence[Optimizer] = (),
     ) -> None:
+        self.optimizers = optimizers
         self._optimizer = optimizer
         self._clip = clip
         self._finish = finish
@@ -73,6 +76,11 @@ class Attachment:
             after.id, last=False
         )
         self._hooks = [before, after, optimizer.register_load_state_dict_post_hook(loaded)]
+
+    @property
+    def clipper(self) -> Any:
+        """The clipper that is attached."""
+        return getattr(self._finish, "__self__", None)
 
     def detach(self) -> None:
         """Remove the hooks and restore the optimizer; the second call does nothing."""
@@ -330,7 +338,8 @@ def _uncompiled(hook: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def is_attached(optimizer: Optimizer) -> bool:
-    """Return whether some clipper is attached to the optimizer."""
+def attachment_of(optimizer: Optimizer) -> Attachment | None:
+    """Return the attachment of the clipper that is attached to the optimizer, if any."""
     hooks = map(inspect.unwrap, optimizer._optimizer_step_pre_hooks.values())
-    return any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks)
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, Attachment)), None)

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import ArgumentError, AttachError
 from ..gradients.held import parameters_of
 from ..ranks.ranks import Ranks
-from .attachment import is_attached
+from .replaced import check_replaceable
 
 WRAPPED_AS = ("optimizer", "base_optimizer")
 """The attributes in which wrappers hold the optimizer that they step."""
@@ -45,6 +45,7 @@ def clippable(given: object, *, skips: bool, ranks: object = None) -> list[Optim
                 f"The same {type(optimizer).__name__} was given twice: give each optimizer once."
             )
         _warn_of_own_clipping(optimizer)
+    check_replaceable(optimizers)
     return optimizers
 
 
@@ -85,11 +86,6 @@ def _checked(given: object, *, skips: bool, sharded: bool) -> Optimizer:
         raise AttachError(
             f"{name}.step was replaced after the optimizer was built, and calls no hooks: replace "
             "it before."
-        )
-    if is_attached(optimizer):
-        raise AttachError(
-            f"Another GradientClipper is attached to this {name}: detach() or close() it first, "
-            "or use the one that is there."
         )
     check_groups(optimizer)
     if not sharded:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import pickle
 import weakref
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import ArgumentError, AttachError, GradientClipper, Ranks
+from gradclip import ArgumentError, AttachError, GradientClipper, JsonlSink, Ranks
 from tests.support.clippers import gradient, optimizer_of
 
 
@@ -133,6 +134,50 @@ def test_the_optimizer_inside_is_clipped(wrapper):
     if isinstance(given, Wrapper):
         clipper.zero_grad()
         assert optimizer.param_groups[0]["params"][0].grad is None
+
+
+def test_a_clipper_that_nobody_holds_is_replaced(tmp_path):
+    """As in a cell that is run again; it is closed, and the new one alone clips."""
+    optimizer = optimizer_of()
+    for threshold in (4.0, 3.0, 2.0):
+        GradientClipper(optimizer, threshold, log=JsonlSink(tmp_path / "a.jsonl"))
+        optimizer.step()
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    norms = [json.loads(line)["norm"] for line in lines]
+    assert norms == pytest.approx([5.0, 4.0])  # the third has not written yet
+    assert gradient(optimizer) == pytest.approx([1.2, 1.6])
+    clipper = GradientClipper([optimizer, other := optimizer_of()], 1.0)
+    for held in (clipper, clipper.step, [clipper]):
+        with pytest.raises(AttachError, match="Another GradientClipper is attached"):
+            GradientClipper([optimizer, other], 1.0)
+        del held
+    del clipper
+    with pytest.raises(AttachError, match="Another GradientClipper is attached"):
+        GradientClipper(optimizer, 1.0)  # the other optimizer would be clipped no more
+    with pytest.raises(ArgumentError, match="scope"):
+        GradientClipper([optimizer, other], 1.0, scope=lambda name, parameter: 1.5)
+    optimizer.step()
+    assert gradient(optimizer) == pytest.approx([1.2 / 29**0.5, 1.6 / 29**0.5])  # as before
+    assert GradientClipper([optimizer, other], 1.0).steps == 0
+
+
+def test_a_clipper_that_a_function_holds_is_not_replaced():
+    """Variables of running functions count, and so do those of a with statement."""
+    optimizer = optimizer_of()
+
+    def attach_again():
+        with pytest.raises(AttachError, match="Another GradientClipper is attached"):
+            GradientClipper(optimizer, 2.0)
+
+    def hold():
+        clipper = GradientClipper(optimizer, 1.0)
+        attach_again()
+        clipper.detach()
+
+    hold()
+    with GradientClipper(optimizer, 1.0):
+        attach_again()
+    GradientClipper(optimizer, 2.0)
 
 
 @pytest.mark.parametrize("wrapper", [lambda inner: inner, Wrapper])

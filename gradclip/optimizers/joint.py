@@ -121,6 +121,11 @@ class JointGradients:
             self._overflow.release()
 
     @property
+    def spans_ranks(self) -> bool:
+        """True if other ranks may have gradients that share a norm with those of this one."""
+        return not self._rank_layout.is_alone
+
+    @property
     def device(self) -> torch.device:
         """The device of the norms: that of the first parameter, with values if one has."""
         devices = [parameter.device for parameter in parameters_held(self.optimizers)]

@@ -43,6 +43,16 @@ class Advice:
     warnings: tuple[str, ...]
 
 
+def _reason_without_norms(run: Run) -> str:
+    if run.nonfinite_steps:
+        return "No norm was finite and above 0: first find the parameters that cause this."
+    return (
+        "Every norm was 0: no parameter had a gradient, or all gradients were 0. Give the "
+        "optimizer the parameters that are trained, those with requires_grad=True, and call "
+        "backward() before step()."
+    )
+
+
 def advised(run: Run, summary: Summary) -> Advice:
     """Return the advice for a run."""
     norms = run.norms[run.finite]
@@ -52,7 +62,7 @@ def advised(run: Run, summary: Summary) -> Advice:
             "unknown",
             None,
             'GradientClipper(optimizer, None, nonfinite="raise", model=model)',
-            "No norm was finite and above 0: first find the parameters that cause this.",
+            _reason_without_norms(run),
             math.nan,
             {},
             warnings,

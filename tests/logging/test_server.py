@@ -55,10 +55,12 @@ CURVES = {
 def test_charts_and_settings_of_runs_and_clippers_stay_apart(tmp_path, training, start):
     for name, threshold in (("a", 2.0), ("b", 3.0)):
         one, other, log = training(), training(), tmp_path / "logs" / name
-        with GradientClipper(one.optimizer, threshold, log=log, exceed="skip"):
+        with (
+            GradientClipper(one.optimizer, threshold, log=log, exceed="skip"),
+            GradientClipper(other.optimizer, None, log=log),
+        ):
             one.take(4.0, 1.0)
-            with GradientClipper(other.optimizer, None, log=log):
-                other.take(5.0)
+            other.take(5.0)
     with start(tmp_path / "logs") as server:
         layout = "data/plugin/custom_scalars/layout"
         categories = eventually(lambda: server.ask(layout).get("category", []))

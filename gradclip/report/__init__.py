@@ -1,8 +1,9 @@
 """The report on logged runs: summaries of their norms, and advice on the threshold.
 
-``reading.py`` and ``event_files.py`` read the files, ``run.py`` holds a run in arrays,
-``summary.py`` and ``advice.py`` judge it, ``printing.py`` and ``pictures/`` show it. Nothing here
-imports torch, so that the command starts at once.
+``reading.py`` reads the files, with ``event_files.py`` for those of TensorBoard and
+``trainer_logs.py`` for those of trainers, whose tags ``tags.py`` knows. ``run.py`` holds a run in
+arrays, ``summary.py`` and ``advice.py`` judge it, ``printing.py`` and ``pictures/`` show it.
+Nothing here imports torch, so that the command starts at once.
 
 Called by: records, cli.
 Imports: errors, records.

@@ -122,7 +122,7 @@ def _reason_for_spikes(summary: Summary, threshold: float, share: float) -> str:
 def _reason_for_quiet(summary: Summary, threshold: float) -> str:
     usual = "the norms before it or the usual norm" if summary.spikes else "the norms before it"
     finding = f"Nothing needs clipping: no norm was far above {usual}."
-    if summary.clip_rate:
+    if summary.clip_rate > 0:
         finding = (
             f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
             "its steps; without clipping its norms may be larger."

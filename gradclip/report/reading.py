@@ -1,4 +1,4 @@
-"""Runs read from the paths a user names: files of `JsonlSink`, folders of `TensorBoardSink`."""
+"""Runs read from the paths a user names: logs of this package and of trainers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .run import Run, RunBuilder, as_logged_loss, warn_unreadable
+from .trainer_logs import STATE, newest_states, read_state, read_table
 
 LINES_AT_ONCE = 4096
 """Lines that are parsed as one JSON list, in half the time of parsing each line alone."""
@@ -27,7 +28,8 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     the last entry counts.
 
     Args:
-        paths: Files of `gradclip.JsonlSink`, event files, and directories with such files.
+        paths: Files of `gradclip.JsonlSink`, event files, CSV files of Lightning, states of the
+            Trainer of Transformers, and directories with such files.
 
     Raises:
         ArgumentError: A path does not exist or holds no run, or no path was given.
@@ -50,6 +52,10 @@ def _read(path: Path) -> list[Run]:
     for file in files:
         if "tfevents" in file.name:
             event_files.setdefault(file.parent if path.is_dir() else file, []).append(file)
+        elif file.suffix == ".csv":
+            runs += read_table(file)
+        elif path.is_file() and file.suffix == ".json":
+            runs += read_state(file) or read_jsonl(file)
         elif file.suffix == ".jsonl" or path.is_file():  # a file named by the user has any suffix
             runs += read_jsonl(file)
     if event_files:
@@ -57,13 +63,17 @@ def _read(path: Path) -> list[Run]:
 
         for name, group in sorted(event_files.items()):
             runs += read_event_files(name, group)
+    if not runs:  # a Trainer writes the same to its event files
+        states = newest_states(file for file in files if file.name == STATE)
+        runs += [run for state in states for run in read_state(state)]
     if not runs:
         is_directory = path.is_dir()
         size = f"{len(files)} files" if is_directory else f"{path.stat().st_size} bytes"
         raise ArgumentError(
             f"{path} has no {'run' if is_directory else 'steps'} in it ({size}): give the log= of "
             "a GradientClipper, which is a directory with TensorBoard event files or a file of "
-            "JsonlSink. A run appears there after its first batch of steps, or after close()."
+            "JsonlSink, or the log of a trainer with the tag grad_norm. A run appears there after "
+            "its first batch of steps, or after close()."
         )
     return runs
 

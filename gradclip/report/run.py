@@ -87,7 +87,12 @@ class Run:
 
     @property
     def clip_rate(self) -> float:
-        """Share of the finite norms that were clipped; 0 without a finite norm."""
+        """Share of the finite norms that were clipped; 0 without a finite norm.
+
+        NaN if it is not known: some trainers log the norms before clipping alone.
+        """
+        if len(self) and np.isnan(self.clipped_norms).all() and np.isnan(self.thresholds).all():
+            return math.nan
         return float(self.clipped.sum()) / max(int(self.finite.sum()), 1)
 
 

@@ -1,0 +1,125 @@
+"""Runs put together from numbers under tags, as TensorBoard and the loggers of trainers keep them.
+
+A clipper's curves are ``grad_norm/pre``, ``grad_norm/post`` and so on. A trainer may put a prefix
+before them (``train/grad_norm/pre``) and write each number by itself. Trainers that clip by
+themselves log the norm before clipping alone: ``train/grad_norm`` of Transformers, and
+``grad_2.0_norm_total`` of Lightning.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from .run import Run, RunBuilder, as_logged_loss
+
+PLAIN = "plain"
+"""The name of a norm that a trainer has logged, before it was clipped."""
+_TAG = re.compile(
+    r"(?P<prefix>(?:.+/)?)(?:"
+    r"grad_norm(?P<clipper>_\d+)?/(?P<quantity>pre|post|threshold|skipped_steps|loss)"
+    r"|parameter_norm(?P<its_clipper>_\d+)?/(?P<parameter>.+)"
+    r"|(?P<plain>grad_norm|grad_2\.0_norm_total))",
+    re.DOTALL,
+)
+
+
+class Tag(NamedTuple):
+    """What a tag says."""
+
+    run: str
+    """The clipper or trainer: ``grad_norm``, ``grad_norm_2``, ``train/grad_norm``."""
+    name: str
+    """The quantity, or the name of a parameter."""
+    is_parameter: bool
+
+
+@lru_cache(maxsize=1 << 16)  # the same tags return at every step
+def parsed_tag(tag: str) -> Tag | None:
+    """Return what a tag says; None for a foreign tag."""
+    match = _TAG.fullmatch(tag)
+    if match is None:
+        return None
+    suffix = match["clipper"] or match["its_clipper"] or ""
+    run = f"{match['prefix']}grad_norm{suffix}"
+    if match["parameter"] is not None:
+        return Tag(run, match["parameter"], is_parameter=True)
+    return Tag(run, match["quantity"] or PLAIN, is_parameter=False)
+
+
+class TaggedRuns:
+    """Collects numbers by step, in the order in which they were logged.
+
+    Args:
+        name: Name of the file or directory, which names the runs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._runs: dict[str, _TaggedRun] = {}
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Add numbers of a step by tag; foreign tags are ignored."""
+        for text, number in numbers.items():
+            tag = parsed_tag(text)
+            if tag is not None:
+                run = self._runs.get(tag.run)
+                if run is None:
+                    shown = self._name if tag.run == "grad_norm" else f"{self._name} ({tag.run})"
+                    run = self._runs[tag.run] = _TaggedRun(shown)
+                run.add(step, tag, number)
+
+    def runs(self) -> list[Run]:
+        """Return the runs that have norms, sorted by their tags."""
+        builders = [run.finished() for _, run in sorted(self._runs.items())]
+        return [builder.run() for builder in builders if builder]
+
+
+class _TaggedRun:
+    """The numbers of one clipper, of which those of one step may come one by one."""
+
+    def __init__(self, name: str) -> None:
+        self._builder = RunBuilder(name)
+        self._step = -1
+        self._quantities: dict[str, float] = {}
+        self._parameter_norms: dict[str, float] = {}
+        self._skip_totals = [(-1, 0.0)]
+
+    def add(self, step: int, tag: Tag, number: float) -> None:
+        numbers = self._parameter_norms if tag.is_parameter else self._quantities
+        if step != self._step or tag.name in numbers:
+            self._end_step()
+            self._step = step
+            numbers = self._parameter_norms if tag.is_parameter else self._quantities
+        numbers[tag.name] = number
+
+    def finished(self) -> RunBuilder:
+        self._end_step()
+        return self._builder
+
+    def _end_step(self) -> None:
+        numbers, norms = self._quantities, self._parameter_norms
+        self._quantities, self._parameter_norms = {}, {}
+        norm = numbers.get("pre", numbers.get(PLAIN))
+        if norm is None:
+            return
+        post, threshold = numbers.get("post", math.nan), numbers.get("threshold", math.nan)
+        loss = as_logged_loss(numbers["loss"]) if "loss" in numbers else math.nan
+        skipped = self._is_skipped(self._step, numbers.get("skipped_steps", 0.0))
+        self._builder.add_step((self._step, norm, post, threshold, skipped, loss), norms)
+
+    def _is_skipped(self, step: int, total: float) -> bool:
+        """Return whether the number of skipped steps rose at a step, and remember it.
+
+        Only the running total is logged. A resumed run logs some steps again, so the totals of
+        steps that it replaces are dropped first.
+        """
+        totals = self._skip_totals
+        while totals[-1][0] >= step >= 0:  # a negative step of a damaged file drops nothing
+            totals.pop()
+        rose = total > totals[-1][1]
+        totals.append((step, total))
+        return rose

@@ -153,7 +153,7 @@ class GradClipCallback(_Callback):
         self._model, self._grad_scaler = model, grad_scaler
         self._options = options
         self._stage: str | None = None
-        self._attached = False
+        self._started = False
         self._loaded: list[Mapping[str, Any]] | None = None
         self._trainer: weakref.ref[Any] | None = None
         self._optimizers: list[Any] = []
@@ -176,12 +176,21 @@ class GradClipCallback(_Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach the clippers; called by the trainer, before it loads the optimizers' states."""
-        self._attach(trainer, pl_module, self._states_for(trainer))
-        self._trainer, self._loaded = weakref.ref(trainer), None
+        self._loaded = self._states_for(trainer)
+        self._attach(trainer, pl_module)
+        self._trainer = weakref.ref(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count on from the trainer's step, if no state was loaded; called by the trainer."""
+        """Load a state, or count on from the trainer's step; called by the trainer.
+
+        Only now: after ``on_fit_start`` of this callback, that of another one may have given the
+        optimizers the parameter groups of a checkpoint, as that of ``BaseFinetuning`` does.
+        """
         refuse_own_clipping(trainer)  # another callback may have set it since
+        if self._loaded is not None:
+            _load(self.clippers, self._loaded)
+            self._loaded = None
+        self._started = True
         _count_on(self.clippers, trainer)
 
     def on_train_batch_start(
@@ -196,7 +205,7 @@ class GradClipCallback(_Callback):
             return
         states = self.state_dict().get(STATE, ())
         self._close()
-        self._attach(trainer, pl_module, None)
+        self._attach(trainer, pl_module)
         for clipper, state in zip(self.clippers, states, strict=False):
             try:
                 clipper.load_state_dict(state)
@@ -247,9 +256,7 @@ class GradClipCallback(_Callback):
         """Close the clippers; called by the trainer."""
         self._end()
 
-    def _attach(
-        self, trainer: Any, module: Any, states: Sequence[Mapping[str, Any]] | None
-    ) -> None:
+    def _attach(self, trainer: Any, module: Any) -> None:
         scaler = self._grad_scaler or getattr(trainer.precision_plugin, "scaler", None)
         model = module if self._model is None else self._model
         groups: list[Any] = [[optimizer] for optimizer in trainer.optimizers]
@@ -269,15 +276,13 @@ class GradClipCallback(_Callback):
                     **self._options,
                 )
                 clippers.append(attached.enter_context(clipper))
-            if states is not None:
-                _load(clippers, states)
             attached.pop_all()
-        self.clippers, self._attached = clippers, True
+        self.clippers = clippers
         self._optimizers = [*trainer.optimizers]
         self._watch = ManualClippingWatch(module, scaled=scaler is not None)
 
     def _end(self) -> None:
-        self._stage, self._attached = None, False
+        self._stage, self._started = None, False
         self._close()
 
     def _close(self) -> None:
@@ -307,12 +312,12 @@ class GradClipCallback(_Callback):
         states = _parsed(state_dict)
         if self._stage not in (None, "fit"):
             return
-        if self._attached:
+        if self._started:
             _load(self.clippers, states)
         else:
             self._loaded = states
 
-    def _states_for(self, trainer: Any) -> Sequence[Mapping[str, Any]] | None:
+    def _states_for(self, trainer: Any) -> list[Mapping[str, Any]] | None:
         """Return the states that the clippers of a fit continue; None to begin anew."""
         if self._loaded is None and (self._trainer is None or self._trainer() is not trainer):
             return None
@@ -320,7 +325,7 @@ class GradClipCallback(_Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options and a state that waits: a copy is attached to nothing."""
-        reset = {"clippers": [], "_attached": False, "_trainer": None, "_stage": None}
+        reset = {"clippers": [], "_started": False, "_trainer": None, "_stage": None}
         reset |= {"_optimizers": [], "_watch": None, "_loss_before": None, "_has_stepped": False}
         kept = {name: value for name, value in vars(self).items() if name not in SET_BY_TRAINER}
         return {**kept, **reset}

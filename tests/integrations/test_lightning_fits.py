@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from gradclip import MemorySink, NonFiniteGradientError
 from gradclip.integrations.lightning import GradClipCallback
-from gradclip.thresholds import Schedule
+from gradclip.thresholds import Percentile, Schedule
 from tests.support import lightning, trainings
 from tests.support.lightning import fit
 from tests.support.trainings import BATCHES, THRESHOLD, by_hand, loader
@@ -249,3 +249,54 @@ def test_tuners(tuning, tmp_path):
     fit(straight := lightning.regression(), untuned)
     trainings.assert_close(module.net, straight.net)
     assert lightning.numbers_of(sink) == lightning.numbers_of(expected)
+
+
+# Groups that a callback adds, and adds again before a resumed fit
+
+
+class Unfreezing(pl.callbacks.BaseFinetuning):
+    """Gives the first layer to the optimizer after an epoch; Lightning does it again at a resume."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.02)
+
+
+def finetuned(self: Any) -> Any:
+    trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+
+
+def unfreeze(self: Any) -> None:
+    """Train what the optimizer has: Lightning freezes it anew at a resume."""
+    for group in self.optimizers().param_groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "parameter"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_resumed_fit_with_groups_that_a_callback_added(tmp_path, scope, order):
+    """It goes on exactly, whichever callback comes first."""
+    overrides = {"configure_optimizers": finetuned, "on_train_start": unfreeze}
+
+    def fit_for(epochs: int, resume: Any = None) -> tuple[Any, GradClipCallback, Any]:
+        module = lightning.regression(**overrides)
+        clipping = GradClipCallback(Percentile(50, window=6), scope=scope, log=None)
+        both = [clipping, Unfreezing()]
+        callbacks = both if order == "before" else both[::-1]
+        trainer = fit(module, *callbacks, max_epochs=epochs, resume=resume)
+        return module, clipping, trainer
+
+    needed, clipping, _ = fit_for(4)
+    path = tmp_path / "half.ckpt"
+    fit_for(2)[2].save_checkpoint(path)
+    module, resumed, _ = fit_for(4, resume=path)
+    assert resumed.clippers[0].labels == clipping.clippers[0].labels
+    assert resumed.clippers[0].steps == 4 * BATCHES
+    ours, theirs = (each.clippers[0].state_dict() for each in (resumed, clipping))
+    assert ours["counters"] == theirs["counters"]
+    trainings.assert_close(module.net, needed.net)

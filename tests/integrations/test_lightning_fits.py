@@ -255,7 +255,7 @@ def test_tuners(tuning, tmp_path):
 
 
 class Unfreezing(pl.callbacks.BaseFinetuning):
-    """Gives the first layer to the optimizer after an epoch; Lightning does it again at a resume."""
+    """Gives the optimizer the first layer after an epoch; at a resume Lightning does it again."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
         self.freeze(pl_module.net[0])

@@ -43,6 +43,7 @@ __all__ = [
     "in_backward",
     "joint",
     "micro_batches",
+    "replaced",
     "step_changes",
     "supported",
 ]

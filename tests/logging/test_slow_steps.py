@@ -28,7 +28,7 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def numbers_of(kind: str, path):
+def sink_and_steps(kind: str, path):
     """Return a sink, and what reads the indices of the steps that it has written."""
     if kind == "memory":
         memory = MemorySink()
@@ -53,7 +53,7 @@ KINDS = ["memory", "callable", "own", "jsonl", "directory", "writer"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_half_a_minute_is_written_at_its_end(kind, tmp_path, training, clock):
     """Before the next step, which may crash; quick steps are written in batches."""
-    run, (sink, written) = training(), numbers_of(kind, tmp_path)
+    run, (sink, written) = training(), sink_and_steps(kind, tmp_path)
     clipper = GradientClipper(run.optimizer, 1.0, log=sink)
     for step in range(3):
         clock.now += 30

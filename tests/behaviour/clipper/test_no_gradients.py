@@ -11,7 +11,7 @@ from gradclip.cli import main
 from tests.support.curves import log_run
 
 
-def frozen() -> torch.optim.Optimizer:
+def frozen_layer() -> torch.optim.Optimizer:
     return torch.optim.SGD(nn.Linear(2, 2).requires_grad_(False).parameters(), lr=0.1)
 
 
@@ -28,7 +28,7 @@ def take_quietly(clipper: GradientClipper, steps: int) -> None:
 @pytest.mark.parametrize("count", [1, 2], ids=["one optimizer", "two optimizers"])
 def test_a_warning_at_the_third_step_and_once(options, count):
     """It names the line that steps and says what to look for."""
-    optimizers = [frozen() for _ in range(count)]
+    optimizers = [frozen_layer() for _ in range(count)]
     clipper = GradientClipper(optimizers, 1.0, **options)
     take_quietly(clipper, 2)
     with pytest.warns(UserWarning, match=r"no gradient to clip in the first 3 steps: .* of SGD"):
@@ -49,7 +49,7 @@ def test_no_warning_once_there_was_a_gradient(with_gradient):
 
 
 def test_the_line_that_steps_is_named():
-    optimizer = frozen()
+    optimizer = frozen_layer()
     GradientClipper(optimizer, 1.0)
     optimizer.step()
     optimizer.step()

@@ -14,7 +14,7 @@ NORMS = [3.0, 1.0, 4.0, math.nan, 2.0]
 CLIPPED = [2.0, 1.0, 2.0, math.nan, 2.0]
 
 
-def rows(prefix: str) -> list[dict[str, float]]:
+def rows_behind(prefix: str) -> list[dict[str, float]]:
     """Return what a clipper's callback gives to a logger at each step, and a trainer's loss."""
     return [
         {
@@ -32,7 +32,7 @@ def rows(prefix: str) -> list[dict[str, float]]:
 def write_events(path, prefix: str, *, new_style: bool = False) -> None:
     """Write each number in an event of its own, as `SummaryWriter.add_scalar` does."""
     with SummaryWriter(str(path)) as writer:
-        for step, numbers in enumerate(rows(prefix)):
+        for step, numbers in enumerate(rows_behind(prefix)):
             for tag, number in numbers.items():
                 writer.add_scalar(tag, number, step * 10, new_style=new_style)
 
@@ -40,9 +40,9 @@ def write_events(path, prefix: str, *, new_style: bool = False) -> None:
 def write_table(path, prefix: str) -> None:
     """Write a table as Lightning does: a row for each call of a logger, with empty cells."""
     path.mkdir(exist_ok=True)
-    tags = [*rows(prefix)[0], "epoch", "step"]
+    tags = [*rows_behind(prefix)[0], "epoch", "step"]
     lines = [",".join(tags)]
-    for step, numbers in enumerate(rows(prefix)):
+    for step, numbers in enumerate(rows_behind(prefix)):
         for part in (list(numbers)[:2], list(numbers)[2:]):
             cells = {tag: numbers[tag] for tag in part} | {"step": step * 10, "epoch": 0}
             lines.append(",".join(str(cells.get(tag, "")) for tag in tags))
@@ -52,7 +52,9 @@ def write_table(path, prefix: str) -> None:
 def write_state(path, prefix: str, count: int = 5) -> None:
     """Write a state as the Trainer of Transformers does, in which NaN is no JSON either."""
     path.mkdir(exist_ok=True, parents=True)
-    history = [{"step": step * 10, "epoch": 0.1, **row} for step, row in enumerate(rows(prefix))]
+    history = [
+        {"step": step * 10, "epoch": 0.1, **row} for step, row in enumerate(rows_behind(prefix))
+    ]
     state = {"best_metric": None, "log_history": [*history[:count], {"train_runtime": 1.0}]}
     (path / "trainer_state.json").write_text(json.dumps(state))
 

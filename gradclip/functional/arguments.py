@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..engines.base import has_values
 from ..errors import GradientError
-from ..gradients.differentiable import require_grad
 
 TensorOrTensors = Tensor | Iterable[Tensor]
 
@@ -77,20 +76,6 @@ def refuse_parameters(gradients: Sequence[Tensor]) -> None:
         raise GradientError(
             "Found a parameter among the gradients, whose values would be scaled: give the "
             "gradients, [p.grad for p in parameters], or the parameters to clip_grad_norm_()."
-        )
-
-
-def refuse_graphs(gradients: Sequence[Tensor], name: str) -> None:
-    """Refuse gradients that carry a graph, in which a function would leave out its factors.
-
-    Raises:
-        GradientError: A gradient requires a gradient.
-    """
-    if require_grad(gradients):
-        raise GradientError(
-            f"Found a gradient with a graph, as create_graph=True makes it, in which {name}() "
-            "would write a factor that derivatives leave out: clip out of place with "
-            "gradclip.clip_gradients(tensors, max_norm), or detach() the gradients."
         )
 
 

@@ -28,6 +28,7 @@ from ..gradients.coefficients import clip_coefficients
 from ..gradients.differentiable import (
     clip_tracked_,
     joint_norm,
+    refuse_graphs,
     require_grad,
     transformed,
     write_tracked_,
@@ -43,7 +44,6 @@ from .arguments import (
     listed_gradients,
     listed_parameters,
     listed_tensors,
-    refuse_graphs,
     refuse_parameters,
 )
 from .operators import norm_like, nothing, operator
@@ -213,7 +213,7 @@ def clip_grads_with_norm_(
             "returned."
         )
     gradients = listed_gradients(listed_parameters(parameters))
-    refuse_graphs(gradients, "clip_grads_with_norm_")
+    refuse_graphs(gradients, "clip_grads_with_norm_()")
     _clip_with_norm_(gradients, limit, total_norm)
 
 

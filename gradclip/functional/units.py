@@ -12,10 +12,11 @@ from ..engines import engine_for
 from ..engines.base import RelativeLimit, TensorList, lack_values
 from ..gradients.buckets import buckets_of
 from ..gradients.coefficients import clip_coefficients
+from ..gradients.differentiable import refuse_graphs
 from ..gradients.norms import norms_of
 from ..scopes.norm_indices import NormIndices, present_norms
 from ..thresholds import RelativeToWeights, StepContext
-from .arguments import TensorOrTensors, listed_gradients, listed_parameters, refuse_graphs
+from .arguments import TensorOrTensors, listed_gradients, listed_parameters
 from .operators import norm_like, operator
 
 
@@ -65,7 +66,7 @@ def clip_grad_units_(
     eps = checked_positive("eps", eps)
     listed = listed_parameters(parameters)
     gradients = listed_gradients(listed)
-    refuse_graphs(gradients, "clip_grad_units_")
+    refuse_graphs(gradients, "clip_grad_units_()")
     weights = [p for p in listed if p.grad is not None]
     return _clip_units_(gradients, weights, factor, eps, order)
 

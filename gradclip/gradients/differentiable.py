@@ -94,6 +94,50 @@ def clip_tracked_(gradients: Sequence[Tensor], limit: float, order: float) -> No
             write_tracked_(gradient, product)
 
 
+def scale_tracked_(gradients: Sequence[Tensor], coefficient: Tensor | float, order: float) -> None:
+    """Scale gradients that share one norm, in place and in their graph.
+
+    As `clip_tracked_`: the coefficient is that of a constant threshold, and changes with the norm.
+
+    Args:
+        gradients: Distinct gradients.
+        coefficient: Its value, in [0, 1]; a number or one element.
+        order: p of their norm.
+
+    Raises:
+        GradientError: A gradient cannot be written in its graph.
+    """
+    with torch.enable_grad():
+        copies = [*map(Tensor.clone, gradients)]
+        norm = joint_norm(copies, order)
+        positive = (norm > 0) & (norm < INFINITY)
+        ratio = torch.where(positive, norm.detach() / torch.where(positive, norm, 1.0), 1.0)
+        value = torch.as_tensor(coefficient, dtype=norm.dtype, device=norm.device).reshape(())
+        for gradient, copy in zip(gradients, copies, strict=True):
+            product = _product(copy, ratio * value)
+            # Of gradients that are erased the product with 0 may be NaN.
+            erased = value.to(gradient.device) == 0
+            write_tracked_(gradient, torch.where(erased, torch.zeros_like(copy), product))
+
+
+def refuse_graphs(gradients: Sequence[Tensor], name: str) -> None:
+    """Refuse gradients that carry a graph, in which factors would be written that it leaves out.
+
+    Args:
+        gradients: The gradients.
+        name: What would write the factors.
+
+    Raises:
+        GradientError: A gradient requires a gradient.
+    """
+    if require_grad(gradients):
+        raise GradientError(
+            f"Found a gradient with a graph, as create_graph=True makes it, in which {name} would "
+            "write a factor that derivatives leave out: clip out of place with "
+            "gradclip.clip_gradients(tensors, max_norm), or detach() the gradients."
+        )
+
+
 def write_tracked_(gradient: Tensor, values: Tensor) -> None:
     """Write values to a gradient, whose graph is then theirs. Gradient tracking is on.
 

@@ -21,6 +21,7 @@ from ..records.parameter_norms import ParameterSums
 from ..scopes.naming import describe_nonfinite
 from ..scopes.norm_indices import NormIndices, sums_by_norm
 from .coefficients import clip_coefficient
+from .differentiable import refuse_graphs, require_grad, scale_tracked_
 from .policies import Settings
 from .step import Decision, presence_flag
 
@@ -93,8 +94,15 @@ class HostGradients:
 
     def scale_(self, decision: Decision) -> None:
         """Multiply the gradients by the coefficient; write nothing where it is 1."""
-        if decision.coefficients != 1 and self._settings.writes:
+        if decision.coefficients == 1 or not self._settings.writes:
+            return
+        if require_grad(self._local):
+            self._scale_in_graph_(decision.coefficients)
+        else:
             self._engine.host_scale_(self._local, decision.coefficients)
+
+    def _scale_in_graph_(self, coefficient: float) -> None:
+        scale_tracked_(self._local, coefficient, self._settings.norm_type)
 
 
 class SharedHostGradients(HostGradients):
@@ -127,6 +135,9 @@ class SharedHostGradients(HostGradients):
         self._parts = parts
         self._parameter_indices = parameter_indices
         self._needs_present = needs_present
+
+    def _scale_in_graph_(self, coefficient: float) -> None:
+        refuse_graphs(self._local, "a norm across ranks")
 
     def norms(self) -> Any:
         """Measure the norm together with the other ranks. Collective. Nothing is written."""

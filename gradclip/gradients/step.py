@@ -25,6 +25,7 @@ from .coefficients import (
     ones_if_skipped,
     reduction_of,
 )
+from .differentiable import refuse_graphs, require_grad, scale_tracked_
 from .forms import coalesce_, refuse_unordered
 from .held import Weight
 from .norms import measure_across_ranks, norms_of
@@ -90,6 +91,8 @@ class StepGradients:
     ) -> None:
         if settings.max_value is not None:
             refuse_unordered(tensors)
+            if settings.writes:
+                refuse_graphs(tensors, "max_value")
         self.tensors = tensors
         self.overflow = overflow
         self.partial = partial
@@ -190,8 +193,25 @@ class StepGradients:
         coefficients = decision.coefficients
         if self._count == 1 and host_may_read(coefficients) and coefficients.item() == 1:
             return
+        if require_grad(self.tensors):
+            self._scale_in_graphs_(coefficients)
+            return
         for bucket in self._buckets:
             bucket.scale_(self._settings.engine, coefficients)
+
+    def _scale_in_graphs_(self, coefficients: Tensor) -> None:
+        """Scale gradients that carry a graph, so that what is derived from them later is exact."""
+        by_norm: Sequence[NormIndices | None] = self._norm_indices or [None] * len(self.tensors)
+        if any(indices is not None and indices.rows for indices in by_norm):
+            refuse_graphs(self.tensors, "scope='unit'")
+        if self._norm_ranks:
+            refuse_graphs(self.tensors, "a norm across ranks")
+        members: dict[int, list[Tensor]] = {}
+        for gradient, indices in zip(self.tensors, by_norm, strict=True):
+            index = 0 if indices is None else indices.indices.tolist()[0]
+            members.setdefault(index, []).append(gradient)
+        for index, gradients in members.items():
+            scale_tracked_(gradients, coefficients[index], self._settings.norm_type)
 
     def _skip(self, norms: Tensor, thresholds: Tensor) -> bool | Tensor:
         """Return whether the policies skip this step; 0-d, bool, if only the device knows."""

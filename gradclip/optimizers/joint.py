@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..engines import engine_for
 from ..engines.base import TensorList, host_may_read, lack_values
+from ..gradients.differentiable import require_grad
 from ..gradients.held import (
     GRADIENT,
     HeldGradients,
@@ -294,6 +295,8 @@ class JointGradients:
         engine, order = self._engine, self._settings.norm_type
         gradients = TensorList(map(GRADIENT, plan.parameters))
         weights = TensorList(plan.parameters)
+        if require_grad(gradients):
+            return None  # the pass would write into their graph
         rows = engine.prepare_rows(gradients, weights, order, rows=plan.by_rows)
         if rows != len(self._labels.names):
             return None  # or a parameter was resized, which the general way refuses

@@ -99,6 +99,23 @@ def clipped_as_grad(gradient: Tensor) -> Tensor:
     return parameter.grad
 
 
+def clipped_by_hook(gradient: Tensor, **options: object) -> Tensor:
+    parameter = parameter_with(gradient)
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    gradclip.GradientClipper(optimizer, 1.0, **options)
+    optimizer.step()
+    return parameter.grad
+
+
+def clipped_by_parameter(gradient: Tensor) -> Tensor:
+    """Clip it beside another parameter that has a norm of its own."""
+    parameters = [parameter_with(gradient), parameter_with(torch.ones(2))]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    gradclip.GradientClipper(optimizer, 1.0, scope="parameter")
+    optimizer.step()
+    return parameters[0].grad
+
+
 def outer_loss(
     weight: Tensor,
     clip: Callable[[Tensor], Tensor] = lambda g: gradclip.clip_gradients(g, 1.0)[0][0],
@@ -118,7 +135,9 @@ def difference_quotients(function: Callable[[Tensor], Tensor], at: Tensor) -> li
     return [(ahead - behind) / 2e-6 for ahead, behind in both]
 
 
-@pytest.mark.parametrize("clip", [clipped_in_place, clipped_as_grad])
+@pytest.mark.parametrize(
+    "clip", [clipped_in_place, clipped_as_grad, clipped_by_hook, clipped_by_parameter]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_the_meta_gradient_of_every_way_is_exact(clip, dtype):
     """In place as well: the derivative passes through the coefficient."""
@@ -191,6 +210,15 @@ def with_graph(weight: Tensor = ROWS[0]) -> nn.Parameter:
     return parameter_with(gradient)
 
 
+EYE = torch.eye(2)
+
+
+def agc_by_hook(gradient: Tensor) -> None:
+    optimizer = torch.optim.SGD([parameter_with(gradient)], lr=0.0)
+    gradclip.GradientClipper(optimizer, gradclip.thresholds.RelativeToWeights(), scope="unit")
+    optimizer.step()
+
+
 NORM = torch.tensor(5.0)
 
 
@@ -206,6 +234,15 @@ NORM = torch.tensor(5.0)
         ),
         (lambda: gradclip.clip_grads_with_norm_(with_graph(), 1.0, NORM), r"clip_gradients\("),
         (lambda: gradclip.clip_grad_units_(with_graph()), r"clip_gradients\("),
+        (
+            lambda: clipped_by_hook(with_graph().grad, max_value=0.1),
+            "max_value would write",
+        ),
+        (
+            lambda: clipped_by_hook(with_graph(EYE).grad, scope="unit"),
+            "scope='unit' would",
+        ),
+        (lambda: agc_by_hook(with_graph(EYE).grad), r"clip_gradients\("),
         (lambda: gradclip.clip_gradients(torch.eye(2).to_sparse(), 1.0), "sparse gradient"),
         (lambda: gradclip.clip_gradients(torch.ones(2, dtype=torch.int64), 1.0), "int64"),
         (lambda: gradclip.clip_gradients([3.0], 1.0), "Found a float among"),
@@ -223,4 +260,5 @@ def test_nothing_is_written_within_the_threshold():
     gradient, before = parameter.grad, parameter.grad.grad_fn
     gradclip.clip_grad_norm_(parameter, 10.0)
     gradclip.clip_grad_value_(parameter, 8.0)
+    clipped_by_hook(gradient / 10)
     assert (gradient._version, gradient.grad_fn) == (0, before)

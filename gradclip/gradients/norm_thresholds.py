@@ -172,12 +172,8 @@ class NormThresholds:
             step: Index of the step that they are accumulated for.
             count: Number of the micro-batches.
         """
-        context = self._context
-        try:
-            thresholds: Tensor = self.at_step(gradients, norms * count, step)
-            return thresholds / count
-        finally:
-            self._context = context  # that of a closure's step may still be observed
+        thresholds: Tensor = self.at_step(gradients, norms * count, step)
+        return thresholds / count
 
     def observe(self, record: ClipRecord) -> None:
         """Let the rule learn from a step that was taken or skipped. No host sync."""

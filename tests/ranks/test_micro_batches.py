@@ -147,14 +147,18 @@ def test_gradients_that_fsdp2_keeps_are_refused(within):
     clipper = GradientClipper(optimizer, LIMIT, model=net)
     loss = loss_on(model, 0, distributed.get_rank())
 
+    entered = []
+
     def backward() -> None:
         with clipper.micro_batch(of=2):
+            entered.append(within)
             model.set_requires_gradient_sync(False)
             loss.backward()
 
     model.set_requires_gradient_sync(within)
     with pytest.raises(AttachError, match="FSDP2 keeps the gradients of this backward pass"):
         backward()
+    assert entered == [True] * within
     assert [p.grad for p in net.parameters()] == [None] * 4
 
 

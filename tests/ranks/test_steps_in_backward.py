@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradclip import AttachError, GradientClipper
+from gradclip import AttachError, GradientClipper, Ranks
 from tests.support.dtensors import mesh_of, norms_by_label, whole
 from tests.support.processes import on_ranks
 
@@ -74,3 +74,15 @@ def test_gradients_that_are_averaged_later_are_refused(scope):
     text = "before DistributedDataParallel has av" if scope == "parameter" else "are not there yet"
     with pytest.raises(AttachError, match=text):
         model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+
+
+@on_ranks("two_ranks")
+def test_parameters_that_lie_on_other_ranks_are_refused():
+    """With ranks=, the others need not step at the same time."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([(f"stage{distributed.get_rank()}", weight)], lr=1.0)
+    GradientClipper(optimizer, 1.0, scope="parameter", ranks=Ranks(distributed.group.WORLD))
+    weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(AttachError, match="ranks=, whose other ranks need not step"):
+        (weight * 5).sum().backward()
+    assert weight.tolist() == [1.0, 1.0]

@@ -225,11 +225,16 @@ class GradientClipper:
             return gradients  # an earlier step of this backward pass has clipped these, or nothing
         norms = gradients.norms()
         step = self._recorder.next_step(norms, captured=captured)
-        thresholds = self._norm_thresholds.at_step(gradients, norms, step)
+        factor = changes.own_factor  # of an optimizer that clips in its own step: norms before it
+        before = norms if factor is None else norms / factor
+        thresholds = self._norm_thresholds.at_step(gradients, before, step)
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
         skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
         reduction, now, loss = decision.reduction, time.time(), gradients.loss
+        if factor is not None:
+            norms, reduction = before, reduction * factor
+            sums = sums and sums.divided(factor, self._settings.norm_type)
         record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, sums, loss)
         if self._joint.several is not None:
             self._joint.several.mark_clipped(gradients.tensors, record)

@@ -3,7 +3,8 @@
 ``supported.py`` says which optimizers can be clipped, ``advice.py`` which of them need care, and
 ``replaced.py`` when a clipper may take the place of another one. ``attachment.py`` holds the hooks,
 with ``closures.py`` for the closure of a step and ``step_changes.py`` for changes of an optimizer
-that last until the step ends; ``parent_steps.py`` finds optimizers whose step calls a parent's.
+that last until the step ends; ``parent_steps.py`` finds optimizers whose step calls a parent's, and
+``own_clipping.py`` those that clip before that call.
 ``joint.py`` collects the gradients of one step; ``several.py`` chooses among the gradients of
 several optimizers, with ``clipped_already.py`` as its memory.
 ``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and

@@ -31,6 +31,7 @@ from .grad_scaler import (
     overflows_in_passed_scaler,
     skips_on_device,
 )
+from .own_clipping import GradientsBefore
 from .parent_steps import count_parent_steps, may_call_parents_step, spans_processes
 from .step_changes import GuardedArguments, StepChanges
 
@@ -147,7 +148,10 @@ class Attachment:
         running.waits_for_parent = False
         if running.awaits_closure:  # which is wrapped already
             return None
-        if not running.has_clipped(gradients_held(self._optimizer)):
+        gradients = gradients_held(self._optimizer)
+        if not running.has_clipped(gradients):
+            if running.before is not None:
+                running.step_changes.own_factor = running.before.factor(gradients)
             self._clip_or_skip(running, running.returned)
         elif running.record is not None and running.record.skipped is not False:
             self._skip(running, running.record.skipped)
@@ -272,6 +276,8 @@ class _RunningStep:
     has_closure = False
     waits_for_parent = False
     """True until the innermost step begins, if the code of the outer ones says that it will."""
+    before: GradientsBefore | None = None
+    """The gradients before the outer steps have changed them, unless these average them."""
     awaits_closure = False
     """True until the closure was evaluated for the first time."""
     returned: object = None
@@ -300,6 +306,8 @@ class _RunningStep:
     def wait_for_parent(self) -> None:
         """Remember parameters and groups as they are before the outer step changes them."""
         self.waits_for_parent = True
+        if not spans_processes():
+            self.before = GradientsBefore(gradients_held(self._optimizer))
         self._remember_parameters()
         self.step_changes.remember_groups()
 

@@ -44,6 +44,11 @@ def may_call_parents_step(kind: type[Optimizer]) -> bool:
     return len(owners) > 1 and not owners[0].__module__.startswith("torch.optim")
 
 
+def make_step_hooked(kind: type[Optimizer]) -> None:
+    """Make the step of an optimizer class call the hooks, as building an optimizer of it does."""
+    _make_hooked(_owners(kind)[0])
+
+
 def spans_processes() -> bool:
     """Return whether several processes train together."""
     return (

@@ -31,6 +31,8 @@ class StepChanges:
     _earlier_groups: _Groups = ()
     """The groups before the step, if it may change them before it is known to be skipped."""
     _attributes: Mapping[str, tuple[object, object]] = MappingProxyType({})
+    own_factor: float | Tensor | None = None
+    """The factor by which the optimizer has scaled the gradients itself in this step; 0-d."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer

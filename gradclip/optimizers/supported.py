@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import ArgumentError, AttachError
 from ..gradients.held import parameters_of
 from ..ranks.ranks import Ranks
+from .parent_steps import make_step_hooked
 from .replaced import check_replaceable
 
 WRAPPED_AS = ("optimizer", "base_optimizer")
@@ -81,12 +82,8 @@ def _checked(given: object, *, skips: bool, sharded: bool) -> Optimizer:
             f"{name} has no step hooks, as happens to wrappers that skip Optimizer.__init__: give "
             "the optimizer that it wraps."
         )
-    # Optimizer.__init__ wraps the class's step, so that it calls the hooks.
-    if not getattr(type(optimizer).step, "hooked", False):
-        raise AttachError(
-            f"{name}.step was replaced after the optimizer was built, and calls no hooks: replace "
-            "it before."
-        )
+    # As Optimizer.__init__ does, for a step or a class that was replaced since.
+    make_step_hooked(type(optimizer))
     check_groups(optimizer)
     if not sharded:
         _refuse_flat_shards(optimizer)

@@ -24,6 +24,12 @@ class ParameterSums:
     """Names of the parameters that hold NaN or infinity, with the number of these elements; None
     if the host did not look."""
 
+    def divided(self, factor: float | Tensor, order: float) -> ParameterSums:
+        """Return the power sums of gradients that were multiplied by a factor since."""
+        scale = torch.as_tensor(factor)
+        sums = [rescaled(vector, order, scale) for vector in self.sums]
+        return ParameterSums(self.names, sums, self.nonfinite)
+
 
 def joined_sums(parts: Sequence[ParameterSums]) -> ParameterSums:
     """Return the power sums of a step whose parameters were measured in parts, each in one."""

@@ -40,15 +40,6 @@ class Lookahead(torch.optim.Optimizer):
         return self.base_optimizer.step(closure)
 
 
-def with_replaced_step() -> torch.optim.Optimizer:
-    class Replaced(torch.optim.SGD):
-        pass
-
-    optimizer = optimizer_of(Replaced)
-    Replaced.step = lambda self, closure=None: None
-    return optimizer
-
-
 def with_flat_parameter() -> torch.optim.Optimizer:
     optimizer = optimizer_of()
     optimizer.param_groups[0]["params"][0]._fsdp_flattened = True
@@ -86,7 +77,6 @@ REFUSED = [
     (lambda: iter([]), {}, "Found a list_iterator: give a torch.optim.Optimizer"),
     (scheduler, {}, "Found a StepLR, which holds an optimizer: give its .optimizer"),
     (lambda: Hookless(None), {}, "Hookless has no step hooks.*give the optimizer that it wraps"),
-    (with_replaced_step, {}, "Replaced.step was replaced after the optimizer was built"),
     (twice, {}, "The same SGD was given twice"),
     (lambda: optimizer_of(torch.optim.Adam, differentiable=True), {}, "Adam has differentiable=Tr"),
     (with_differentiable_group, {}, "SGD has differentiable=True"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from .errors import ArgumentError, AttachError
 from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, check_rule, described, options_of
-from .optimizers.advice import advising, normalised, warn_of_shared_norms
+from .optimizers.advice import EmptySteps, advising, normalised, warn_of_shared_norms
 from .optimizers.attachment import Attachment
 from .optimizers.in_backward import StepsInBackward, running_pass
 from .optimizers.joint import AnyGradients, JointGradients
@@ -49,9 +48,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     Log = str | os.PathLike[str] | SummaryWriter | Sink
-
-FIRST_STEPS = 3
-"""A warning tells that so many steps from the first on had no gradient."""
 
 
 class GradientClipper:
@@ -172,9 +168,7 @@ class GradientClipper:
         self._loss_is_captured = False
         self._last: ClipRecord | None = None
         self._pending: ClipRecord | None = None
-        self._last_empty: ClipRecord | None = None
-        """The record of the newest step if no step so far had a gradient."""
-        self._empty_steps = 0
+        self._empty_steps = EmptySteps(type(optimizers[0]).__name__)
         self._micro_batches: MicroBatches | None = None
         # All that can refuse comes before: a refused clipper leaves no hook behind.
         close_replaced(optimizers)
@@ -238,8 +232,8 @@ class GradientClipper:
         record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, sums, loss)
         if self._joint.several is not None:
             self._joint.several.mark_clipped(gradients.tensors, record)
-        if not gradients.tensors:
-            self._note_empty(record)
+        if not gradients.tensors and not self._joint.spans_ranks:
+            self._empty_steps.add(record, self._last)
         # Only a step that is taken counts, and a closure may be evaluated again before.
         self._pending = record
         if skip is True:
@@ -268,22 +262,6 @@ class GradientClipper:
         if gradients is not None and not isinstance(gradients, ClipRecord):
             gradients.loss = loss
         return gradients
-
-    def _note_empty(self, record: ClipRecord) -> None:
-        """Warn if there was nothing to clip at any of the first steps."""
-        if self._last is not self._last_empty or self._joint.spans_ranks:
-            return  # there were gradients before, or there may be some on other ranks
-        self._last_empty = record
-        self._empty_steps += 1
-        if self._empty_steps == FIRST_STEPS:
-            warnings.warn(
-                f"There was no gradient to clip in the first {FIRST_STEPS} steps: the parameters "
-                f"of {type(self._joint.optimizers[0]).__name__} had none. Call backward() before "
-                "step(), and give the optimizer the parameters that are trained, those with "
-                "requires_grad=True.",
-                UserWarning,
-                stacklevel=8,  # the line that steps
-            )
 
     def _refuse_nonfinite(self, optimizer: Optimizer, record: ClipRecord) -> None:
         """Raise for a skipped step if the policy is "raise"; the step counts all the same."""

@@ -1,4 +1,4 @@
-"""Warnings about optimizers whose updates clipping changes in a way that few expect."""
+"""Warnings about optimizers whose updates clipping changes in unexpected ways, or not at all."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ MARK = "ignores_gradient_scale"
 """Attribute of an optimizer, or of its class, that says whether `ignores_scale`."""
 WORDS = {"lion", "muon", "sign", "signsgd", "signum", "tiger"}
 """Words in the names of classes whose update does not depend on the scale of the gradient."""
+
+
+FIRST_STEPS = 3
+"""Steps from the first on that get a warning if none of them has a gradient."""
 
 
 def ignores_scale(optimizer: Optimizer) -> bool:
@@ -124,3 +128,31 @@ def _is_reduced(coefficients: Tensor | float) -> bool:
     if isinstance(coefficients, float):
         return coefficients < 1
     return has_values(coefficients) and bool((coefficients < 1).any())
+
+
+class EmptySteps:
+    """Warns once if there was no gradient to clip at any of the first steps.
+
+    Args:
+        name: Name of the optimizer.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._newest: ClipRecord | None = None
+        self._count = 0
+
+    def add(self, record: ClipRecord, last: ClipRecord | None) -> None:
+        """Take the record of a step without gradients, and that of the step before."""
+        if last is not self._newest:
+            return  # the step before had some
+        self._newest = record
+        self._count += 1
+        if self._count == FIRST_STEPS:
+            warnings.warn(
+                f"There was no gradient to clip in the first {FIRST_STEPS} steps: the parameters "
+                f"of {self._name} had none. Call backward() before step(), and give the optimizer "
+                "the parameters that are trained, those with requires_grad=True.",
+                UserWarning,
+                stacklevel=8,  # the line that steps
+            )

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from .scopes.scope import Scope
     from .thresholds import Threshold
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ArgumentError",

@@ -334,7 +334,10 @@ def _uncompiled(hook: Callable[P, R]) -> Callable[P, R]:
     """
     disabled: Callable[P, R] = torch.compiler.disable(hook)
     frames, decorators = torch._C._dynamo.eval_frame, torch._dynamo.decorators
-    if not (hasattr(frames, "get_eval_frame_callback") and hasattr(decorators, "skip")):
+    # get_eval_frame_callback of torch 2.6 drops a reference at each call, mostly of None, and the
+    # process ends when none is left.
+    usable = torch.__version__ >= "2.9" and hasattr(frames, "get_eval_frame_callback")
+    if not (usable and hasattr(decorators, "skip")):
         return disabled
 
     @wraps(hook)

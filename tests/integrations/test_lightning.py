@@ -31,6 +31,7 @@ def quasi_newton(net: nn.Module) -> Optimizer:
     return LBFGS(net.parameters(), lr=0.1, max_iter=3)
 
 
+@pytest.mark.filterwarnings("ignore:The gradients of LBFGS were clipped")
 def test_lbfgs():
     """Every evaluation is clipped. In float64, as the method makes much of a rounding."""
     module = lightning.regression(configure_optimizers=lambda self: quasi_newton(self.net))

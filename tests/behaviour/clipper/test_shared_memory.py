@@ -93,6 +93,18 @@ def test_nothing_is_written_within_the_threshold(make, chosen_engine):
     assert buffer()._version == version
 
 
+def test_what_is_within_its_own_threshold_is_not_written(chosen_engine):
+    """Though another gradient of the step is scaled."""
+    large = torch.full((3,), 1e3)
+    tensors = [buffer()[:9:2], buffer()[2:], large]
+    version = buffer()._version
+    optimizer = torch.optim.SGD([parameter_with(tensor) for tensor in tensors], lr=0.0)
+    GradientClipper(optimizer, 100.0, scope="parameter", engine=chosen_engine)
+    optimizer.step()
+    assert large.norm().item() == pytest.approx(100.0)
+    assert buffer()._version == version
+
+
 @pytest.mark.parametrize("scope", ["parameter", "unit"])
 def test_of_several_coefficients_the_smallest_holds(scope, chosen_engine):
     """No norm is above its threshold, and what shares nothing has its own coefficient."""

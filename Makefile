@@ -5,6 +5,7 @@ STAMP := .venv/.complete
 NATIVE := .venv/.native
 READY := $(STAMP) $(NATIVE)
 FRAMEWORKS := .venv/.frameworks
+RELEASE := .venv/.release
 INTEGRATIONS := tests/integrations gradclip/integrations
 ENGINES := tests/contracts/engines tests/internals/engines
 
@@ -12,7 +13,8 @@ ENGINES := tests/contracts/engines tests/internals/engines
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types bench bench-cuda bench-thresholds \
-    bench-logging bench-distributed bench-peers bench-spikes bench-micro-batches bench-temporal-order pictures mutants wheel clean
+    bench-logging bench-distributed bench-peers bench-spikes bench-micro-batches bench-temporal-order pictures mutants wheels \
+    trials versions docs clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
@@ -108,9 +110,23 @@ mutants: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 1
 	$(BIN)/python tests/mutation/compare.py
 
-wheel: $(STAMP)
+# The sdist and a wheel for each platform, from any Linux; checked, and built twice.
+wheels: $(RELEASE)
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m release.wheels dist
+	$(BIN)/python -m release.check dist --again
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/release
+
+# Needs qemu-user, libc6-arm64-cross, musl and wine64, of Debian.
+trials: $(RELEASE)
+	$(BIN)/python -m release.trial dist
+
+# Hours: a suite for each version of torch, on wheels that `make wheels` has built.
+versions: $(RELEASE)
+	$(BIN)/python -m release.versions dist --save
+
+docs: $(READY)
+	$(BIN)/python -m pytest -q tests/docs
 
 # Written last, so that an interrupted install is begun again.
 $(STAMP): pyproject.toml constraints.txt
@@ -129,6 +145,10 @@ $(NATIVE): setup.py $(wildcard gradclip/engines/native/_native*.[ch]) | $(STAMP)
 
 $(FRAMEWORKS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[integrations]'
+	touch $@ $(NATIVE)
+
+$(RELEASE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[release]'
 	touch $@ $(NATIVE)
 
 clean:

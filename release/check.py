@@ -1,0 +1,172 @@
+"""Checks wheels before they are published: that their tags are true, and what is in them.
+
+Prints all faults and fails if there are any. Libraries are read with LIEF and not loaded; trial.py
+runs those that can run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import lief
+
+from .platforms import PLATFORMS, Platform
+from .wheels import LIBRARY_PATH, ROOT, digest, write_all
+
+MOST_BYTES = 1_000_000
+GLIBC, MACOS = (2, 17), [11, 0, 0]
+"""The newest versions that a library may need, as its tag promises."""
+ENGINE = (ROOT / LIBRARY_PATH).with_name("engine.py").read_text()
+CALLED = frozenset(re.findall(r"\bgradclip_\w+", ENGINE))
+"""The functions that engine.py calls; a library exports these and no others."""
+LINKERS_OWN = {"_mh_dylib_header", "__dso_handle"}
+ARCHITECTURES = lief.Header.ARCHITECTURES
+PROCESSORS = {"x86_64": ARCHITECTURES.X86_64, "aarch64": ARCHITECTURES.ARM64}
+FORMATS = {
+    "ELF": lief.Binary.FORMATS.ELF,
+    "MachO": lief.Binary.FORMATS.MACHO,
+    "PE": lief.Binary.FORMATS.PE,
+}
+
+lief.logging.disable()
+
+
+def faults_of_library(content: bytes, platform: Platform) -> Iterator[str]:
+    """Yield what is wrong with the library of a platform."""
+    binary = lief.parse(content)
+    if binary is None or binary.format != FORMATS[platform.format]:
+        yield f"the library is no {platform.format} file"
+        return
+    general = binary.abstract
+    if general.header.architecture != PROCESSORS[platform.processor]:
+        yield f"the library is for {general.header.architecture}, not for {platform.processor}"
+    prefix = "_" if platform.format == "MachO" else ""
+    names = {function.name.removeprefix(prefix) for function in general.exported_functions}
+    if names - LINKERS_OWN != CALLED:
+        yield f"the library exports {sorted(names)}, and engine.py calls {sorted(CALLED)}"
+    for library in general.libraries:
+        if not library.startswith((*platform.needs, "@rpath/_native.so")):
+            yield f"the library needs {library}, which not every such system has"
+    if not general.has_nx:
+        yield "the library asks for an executable stack or heap"
+    if b"/tmp/" in content or str(ROOT).encode() in content:
+        yield "the library names a folder in which it was built"
+    yield from {"ELF": _elf_faults, "MachO": _macho_faults, "PE": _pe_faults}[platform.format](
+        binary
+    )
+
+
+def _elf_faults(binary: lief.ELF.Binary) -> Iterator[str]:
+    tags = lief.ELF.DynamicEntry.TAG
+    for tag in (tags.RPATH, tags.RUNPATH, tags.TEXTREL):
+        if binary.has(tag):
+            yield f"the library has {tag.name}"
+    for requirement in binary.symbols_version_requirement:
+        for version in requirement.get_auxiliary_symbols():
+            kind, _, number = version.name.partition("_")
+            if kind != "GLIBC" or tuple(map(int, number.split("."))) > GLIBC:
+                yield f"the library needs {version.name} of {requirement.name}"
+
+
+def _macho_faults(binary: lief.MachO.Binary) -> Iterator[str]:
+    if not binary.has_build_version or binary.build_version.minos > MACOS:
+        yield "the library needs a newer macOS than its tag says"
+    if [*binary.rpaths]:
+        yield "the library has a run path"
+    arm = binary.header.cpu_type == lief.MachO.Header.CPU_TYPE.ARM64
+    if arm and not binary.has_code_signature:
+        yield "the library is not signed, and macOS on arm64 loads none that are not"
+
+
+def _pe_faults(binary: lief.PE.Binary) -> Iterator[str]:
+    kinds = lief.PE.OptionalHeader.DLL_CHARACTERISTICS
+    for kind in (kinds.DYNAMIC_BASE, kinds.HIGH_ENTROPY_VA):
+        if not binary.optional_header.has(kind):
+            yield f"the library lacks {kind.name}"
+
+
+def faults_of_wheel(wheel: Path) -> Iterator[str]:
+    """Yield what is wrong with a wheel."""
+    name, version, tag = wheel.stem.split("-", 2)
+    information = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        files = {entry: archive.read(entry) for entry in archive.namelist()}
+    if wheel.stat().st_size > MOST_BYTES:
+        yield f"{wheel.stat().st_size} bytes, and {MOST_BYTES} are the most"
+    if f"Tag: {tag}\n" not in files[f"{information}/WHEEL"].decode():
+        yield f"WHEEL has other tags than {tag}"
+    rows = [row.split(",") for row in files[f"{information}/RECORD"].decode().splitlines()]
+    for entry, *expected in rows:
+        content = files.get(entry, b"")
+        if expected[0] and expected != [digest(content), str(len(content))]:
+            yield f"{entry} differs from RECORD"
+    if {entry for entry, *_ in rows} != {*files}:
+        yield "RECORD names other files"
+    for needed in ("gradclip/py.typed", f"{information}/licenses/LICENSE"):
+        if needed not in files:
+            yield f"{needed} is missing"
+    for entry in files:
+        if entry.endswith((".c", ".h", ".pyc")) or entry.split("/")[0] not in (name, information):
+            yield f"{entry} does not belong into a wheel"
+    libraries = {entry for entry in files if entry.endswith((".so", ".dll", ".dylib"))}
+    [platform, *_] = [*(one for one in PLATFORMS if one.tag == tag.split("-")[2]), None]
+    if libraries != ({LIBRARY_PATH} if platform else set()):
+        yield f"it has the libraries {sorted(libraries)}"
+    elif platform:
+        yield from faults_of_library(files[LIBRARY_PATH], platform)
+
+
+def faults_of_folder(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the wheels of a release, and which of them are missing."""
+    wheels = sorted(folder.glob("*.whl"))
+    tags = {wheel.stem.split("-")[-1] for wheel in wheels}
+    for missing in {"any", *(platform.tag for platform in PLATFORMS)} - tags:
+        yield f"there is no wheel for {missing}"
+    for wheel in wheels:
+        yield from (f"{wheel.name}: {fault}" for fault in faults_of_wheel(wheel))
+
+
+def faults_of_second_build(folder: Path) -> Iterator[str]:
+    """Build everything again, from a copy in another place, and yield which bytes differ."""
+    with tempfile.TemporaryDirectory() as place:
+        copy, again = Path(place, "a copy"), Path(place, "dist")
+        for path in ("LICENSE", "README.md", "pyproject.toml", "setup.py", "gradclip"):
+            _copy(ROOT / path, copy / path)
+        write_all(again, copy)
+        for built in sorted(again.iterdir()):
+            if built.read_bytes() != (folder / built.name).read_bytes():
+                yield f"{built.name}: another build gives other bytes"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy what git knows, so without what was built."""
+    if source.is_dir():
+        for child in source.iterdir():
+            if child.name != "__pycache__" and child.suffix != ".so":
+                _copy(child, target / child.name)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+
+
+def main() -> None:
+    """Check a folder."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "dist")
+    parser.add_argument("--again", action="store_true", help="build again and compare the bytes")
+    given = parser.parse_args()
+    faults = [*faults_of_folder(given.folder)]
+    if given.again:
+        faults += faults_of_second_build(given.folder)
+    print("\n".join(faults) or f"{len([*given.folder.iterdir()])} files, no fault")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,10 @@ from tests.models.machine import Machine
 from tests.models.rules import NAN, RULES
 from tests.support.reference import bits_in
 
+# In the first steps of a life, too, there may be none.
+pytestmark = pytest.mark.filterwarnings("ignore:There was no gradient to clip")
 
-@pytest.mark.filterwarnings("ignore:There was no gradient to clip")  # in its first steps
+
 def test_any_life_goes_as_the_model_has_it():
     run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=30))
 

@@ -106,10 +106,10 @@ class NativeEngine(Engine):
         status = LOW_ADDRESS if self._walk is None else self._walked(self._walk, tensors, order)
         if status != LOW_ADDRESS:
             return status == OK or _done(status)
-        if not super().prepare(tensors, order) or sharing(tensors):
+        if not super().prepare(tensors, order):
             return False
         tensors.note, _stored = _request(tensors, False, flat_view, order)
-        return tensors.note is not None
+        return tensors.note is not None and not sharing(tensors)
 
     def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
         """See `Engine.host_norm`."""

@@ -40,7 +40,7 @@ from .records.sinks.log_option import sinks_from
 from .records.state import counters_in_state, parsed_state
 from .scopes.labels import NormLabels
 from .scopes.scope import Labelling, Scope, scope_from
-from .thresholds import Threshold, threshold_from
+from .thresholds import Threshold, measures_only, threshold_from
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -196,7 +196,7 @@ class GradientClipper:
         self._joint.attach()
         self._norm_thresholds.claim()
         self._recorder.watch(normalised(optimizers, self._labels))
-        if self._settings.writes and len(optimizers) > 1:
+        if self._settings.writes and not measures_only(self._threshold):
             warn_of_shared_norms(optimizers, self._labels)
         self._recorder.begin(described(options, self.labels, optimizers, self.engine))
 

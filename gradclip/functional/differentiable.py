@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..checks import checked_bound, checked_order
 from ..gradients.differentiable import clipped
-from .arguments import TensorOrTensors, listed_tensors
+from .arguments import TensorOrTensors, listed_tensors, refuse_parameters
 
 
 def clip_gradients(
@@ -47,7 +47,10 @@ def clip_gradients(
 
     Raises:
         ArgumentError: ``max_norm`` or ``norm_type`` is invalid.
-        GradientError: A tensor is sparse or a DTensor, or has a dtype that cannot be clipped.
+        GradientError: A tensor is sparse or a DTensor, has a dtype that cannot be clipped, or is a
+            parameter that has a gradient.
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
-    return clipped(listed_tensors(tensors), limit, order)
+    listed = listed_tensors(tensors)
+    refuse_parameters(listed)
+    return clipped(listed, limit, order)

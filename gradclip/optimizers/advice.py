@@ -19,32 +19,46 @@ MARK = "ignores_gradient_scale"
 """Attribute of an optimizer, or of its class, that says whether `ignores_scale`."""
 WORDS = {"lion", "muon", "sign", "signsgd", "signum", "tiger"}
 """Words in the names of classes whose update does not depend on the scale of the gradient."""
-
+MUON_KEY = "use_muon"
+"""Key of the parameter groups of an optimizer that serves some by Muon and others by Adam, as
+MuonWithAuxAdam of Keller Jordan's package does."""
 
 FIRST_STEPS = 3
 """Steps from the first on that get a warning if none of them has a gradient."""
 
 
-def ignores_scale(optimizer: Optimizer) -> bool:
+def ignores_scale(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Return whether the update keeps its size when all gradients are multiplied by a factor.
 
     Muon makes the gradient orthogonal, Lion and signSGD take its signs. Known by the name of the
     class or of a parent class, wherever it comes from, unless the optimizer says it itself by an
-    attribute ``ignores_gradient_scale``.
+    attribute ``ignores_gradient_scale``, or its groups by a key ``use_muon``.
+
+    Args:
+        optimizer: The optimizer.
+        group: One of its parameter groups.
     """
     mark = getattr(optimizer, MARK, None)
     if mark is not None:
         return bool(mark)
-    return not WORDS.isdisjoint(_words_of(optimizer))
+    return not WORDS.isdisjoint(_words_of(optimizer)) and bool(group.get(MUON_KEY, True))
 
 
 def warn_of_shared_norms(optimizers: Sequence[Optimizer], labels: NormLabels) -> None:
-    """Warn if an optimizer that ignores the scale of its gradients shares a norm with another."""
-    free = [optimizer for optimizer in optimizers if ignores_scale(optimizer)]
-    others = [optimizer for optimizer in optimizers if optimizer not in free]
-    shared = {*_norms_of(free, labels)}.intersection(_norms_of(others, labels))
+    """Warn if parameters whose update ignores the scale of the gradient share a norm with others.
+
+    Args:
+        optimizers: The optimizers of a clipper.
+        labels: The labels of their norms.
+    """
+    owners: dict[bool, dict[int, str]] = {True: {}, False: {}}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            names = owners[ignores_scale(optimizer, group)]
+            names.update(dict.fromkeys(_norms_of([group], labels), _name_of(optimizer, group)))
+    shared = owners[True].keys() & owners[False].keys()
     if shared:
-        name, other = type(free[0]).__name__, type(others[0]).__name__
+        name, other = (owners[free][min(shared)] for free in (True, False))
         warnings.warn(
             f"{name} shares a norm with {other}, and its update does not depend on the scale of "
             f"its gradients: they enlarge the norm by which those of {other} are clipped, and "
@@ -62,10 +76,16 @@ def normalised(optimizers: Sequence[Optimizer], labels: NormLabels) -> dict[str,
 
     Muon adds 1e-7 to that norm. The sign of a gradient has no such limit.
     """
-    dividing = [each for each in optimizers if getattr(each, MARK, "muon" in _words_of(each))]
+    dividing = [
+        group
+        for optimizer in optimizers
+        if getattr(optimizer, MARK, "muon" in _words_of(optimizer))
+        for group in optimizer.param_groups
+        if ignores_scale(optimizer, group)
+    ]
     return {
         entry.name: entry.norm_indices.indices.tolist()[0]
-        for entry in map(labels.of, parameters_of(_groups_of(dividing)))
+        for entry in map(labels.of, parameters_of(dividing))
         if entry.norm_indices is not None and not entry.norm_indices.rows
     }
 
@@ -76,15 +96,16 @@ def _words_of(optimizer: Optimizer) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", names)]
 
 
-def _norms_of(optimizers: Sequence[Optimizer], labels: NormLabels) -> Iterator[int]:
-    """Yield the norms that parameters of optimizers are in, other than those of single rows."""
-    for entry in map(labels.of, parameters_of(_groups_of(optimizers))):
+def _name_of(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    name = type(optimizer).__name__
+    return f"{name} with {MUON_KEY}={group[MUON_KEY]}" if MUON_KEY in group else name
+
+
+def _norms_of(groups: Sequence[dict[str, Any]], labels: NormLabels) -> Iterator[int]:
+    """Yield the norms that parameters of groups are in, other than those of single rows."""
+    for entry in map(labels.of, parameters_of(groups)):
         if entry.norm_indices is not None and not entry.norm_indices.rows:
             yield entry.norm_indices.indices.tolist()[0]
-
-
-def _groups_of(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 Clip = Callable[..., ClipRecord | None]

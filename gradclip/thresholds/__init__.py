@@ -79,6 +79,11 @@ def threshold_from(max_norm: object) -> Threshold:
     return Fixed(max_norm)  # type: ignore[arg-type]  # checked there
 
 
+def measures_only(threshold: Threshold) -> bool:
+    """Return whether a rule allows every norm, as ``max_norm=None`` does."""
+    return isinstance(threshold, Fixed) and threshold.max_norm is None
+
+
 def learns(threshold: Threshold) -> bool:
     """Return whether a rule learns from norms."""
     return type(threshold).observe is not Threshold.observe

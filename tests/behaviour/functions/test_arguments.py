@@ -63,12 +63,13 @@ def test_parameters_without_gradients_are_none(call, given):
     assert result is None or result.item() == 0.0
 
 
-def test_parameters_where_gradients_are_wanted_are_an_error():
+@pytest.mark.parametrize("clip", [gradclip.clip_gradients_, gradclip.clip_gradients])
+def test_parameters_where_gradients_are_wanted_are_an_error(clip):
     """Their values would be scaled."""
     weight = nn.Parameter(torch.tensor([3.0, 4.0]))
     weight.grad = torch.ones(2)
     with pytest.raises(GradientError, match="Found a parameter among the gradients"):
-        gradclip.clip_gradients_([weight], 1.0)
+        clip([weight], 1.0)
     assert weight.tolist() == [3.0, 4.0]
 
 

@@ -66,6 +66,15 @@ def matrix() -> nn.Parameter:
     return parameter
 
 
+class MuonWithAuxAdam(SGD):
+    """As in Keller Jordan's package: Muon for some groups, Adam for the others."""
+
+
+def two_in_one(**keys: Any) -> Optimizer:
+    first = {"params": [matrix()], "use_muon": True, **keys}
+    return MuonWithAuxAdam([first, {"params": [matrix()], "use_muon": False}], lr=0.1)
+
+
 @pytest.fixture
 def no_warning() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -121,3 +130,33 @@ def test_a_matrix_that_clipping_leaves_near_0_is_an_incident(make, scope):
     else:
         assert incidents[0] is None
     assert incidents[1:] == [None] * 2
+
+
+def test_groups_of_one_optimizer_that_share_a_norm_are_warned_of():
+    """One group is served by Muon and the other by Adam."""
+    text = (
+        r"MuonWithAuxAdam with use_muon=True shares a norm with MuonWithAuxAdam with use_muon=False"
+    )
+    with pytest.warns(UserWarning, match=text):
+        GradientClipper(two_in_one(), 1.0)
+
+
+@pytest.mark.usefixtures("no_warning")
+def test_groups_with_norms_of_their_own_are_not_warned_of():
+    GradientClipper(two_in_one(max_norm=None), 1.0)
+    GradientClipper(two_in_one(), 1.0, scope="group")
+
+
+@pytest.mark.usefixtures("no_warning")
+def test_measuring_alone_is_not_warned_of():
+    GradientClipper(beside_adamw(of_kind(Lion)), None)
+
+
+@pytest.mark.filterwarnings("ignore:MuonWithAuxAdam with use_muon=True shares a norm")
+def test_only_groups_of_muon_are_named_where_clipping_leaves_them_near_zero():
+    sink = MemorySink()
+    with GradientClipper(optimizer := two_in_one(), 1e-6, log=sink):
+        optimizer.step()
+    incident = sink.steps[0].incident
+    assert "group 0" in incident, incident
+    assert "group 1" not in incident

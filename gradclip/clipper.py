@@ -161,7 +161,7 @@ class GradientClipper:
             optimizers, grad_scaler, self._settings, self._labels, rank_layout, self._threshold
         )
         self._norm_thresholds = NormThresholds(
-            self._threshold, self._labels, self._joint.device, order
+            self._threshold, self._labels, rank_layout, self._joint.device, order
         )
         self._recorder.close_after(self)
         self._loss: float | Tensor | None = None
@@ -338,7 +338,8 @@ class GradientClipper:
             optimizer.step()
 
         Nothing is learned from a micro-batch: a rule is asked for the threshold of a step whose
-        micro-batches are all like this one. The policies hold for it alone: with "zero" the
+        micro-batches are all like this one. If it reads the loss, assign `loss` within the context,
+        not divided by ``of``. The policies hold for it alone: with "zero" the
         gradients of a norm that is not finite become 0 before they are added, with "skip" the
         micro-batch is left out, with "raise" it is left out and raises, with "observe" or
         "propagate" it is added as it is. Under a ``GradScaler``, given as ``grad_scaler=``, the

@@ -7,7 +7,8 @@ for one step, and ``host_step.py`` does the same in numbers for the usual step: 
 the CPU that share one norm. ``row_step.py`` does it in one pass for thresholds that follow from the
 weights. ``parts.py`` puts together a step whose norms are measured one after the other, inside
 ``backward()``. ``differentiable.py`` serves gradients that carry a graph,
-``without_values.py`` meta and fake ones.
+``without_values.py`` meta and fake ones. ``foreign_context.py`` has what a user's own rule may know
+of a step.
 
 Called by: optimizers, functional, clipper, integrations.
 Imports: errors, checks, engines, thresholds, scopes, ranks, records.
@@ -17,6 +18,7 @@ __all__ = [
     "buckets",
     "coefficients",
     "differentiable",
+    "foreign_context",
     "forms",
     "held",
     "host_step",

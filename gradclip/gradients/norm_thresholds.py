@@ -18,10 +18,12 @@ from ..engines import norm_dtype
 from ..engines.base import CPU, has_values, host_may_read
 from ..engines.cuda_graphs import capturing, keep_if_captured
 from ..errors import ArgumentError
+from ..ranks.layout import RankLayout
 from ..ranks.shared_loss import mean_loss
 from ..records.record import ClipRecord, as_vector, clipped_norms
 from ..scopes.labels import NormLabels
 from ..thresholds import Fixed, StepContext, Threshold, is_foreign, learns
+from .foreign_context import foreign_context
 from .host_step import HostGradients
 from .parts import StepPart, StepParts
 from .row_step import RowGradients
@@ -54,6 +56,7 @@ class NormThresholds:
     Args:
         threshold: The clipper's rule.
         labels: The labels of the norms, with the thresholds of parameter groups.
+        rank_layout: The ranks that the norms span.
         device: The device of the norms.
         order: p of the norms.
 
@@ -62,10 +65,16 @@ class NormThresholds:
     """
 
     def __init__(
-        self, threshold: Threshold, labels: NormLabels, device: torch.device, order: float
+        self,
+        threshold: Threshold,
+        labels: NormLabels,
+        rank_layout: RankLayout,
+        device: torch.device,
+        order: float,
     ) -> None:
         self._threshold = threshold
         self._labels = labels
+        self._rank_layout = rank_layout
         self._device = device
         self._order = order
         self._learns, self._foreign = learns(threshold), is_foreign(threshold)
@@ -99,6 +108,7 @@ class NormThresholds:
         gradients: AnyNorms,
         norms: Tensor | float,
         step: int,
+        when: str = "before optimizer.step(), or return the loss from the closure",
     ) -> Any:
         """Return the thresholds of all norms.
 
@@ -108,6 +118,7 @@ class NormThresholds:
             gradients: The gradients of the step.
             norms: Their norms, shape (k,), or the one norm as a number.
             step: Index of the step.
+            when: When to assign a loss, for the error.
 
         Returns:
             Shape (k,), on the device of the norms; or a number.
@@ -115,6 +126,7 @@ class NormThresholds:
         Raises:
             ArgumentError: The rule needs a loss, and there is none; or it returned no float tensor,
                 another shape or device, or, on the CPU, a number that is no threshold.
+            AttachError: A user's own rule reads a loss that other ranks do not share.
         """
         if self._labels.names is not self._started:
             self.follow_labels()
@@ -140,7 +152,7 @@ class NormThresholds:
         elif self._threshold.needs_loss:
             raise ArgumentError(
                 f"{self._threshold!r} decides by the loss of the step, and there is none: assign "
-                "clipper.loss = loss before optimizer.step(), or return the loss from the closure."
+                f"clipper.loss = loss {when}."
             )
         context = StepContext(step, gradients.present(), self._order, weight_norms, loss)
         if isinstance(norms, Tensor):
@@ -172,7 +184,11 @@ class NormThresholds:
             step: Index of the step that they are accumulated for.
             count: Number of the micro-batches.
         """
-        thresholds: Tensor = self.at_step(gradients, norms * count, step)
+        when = (
+            "within the block of micro_batch(), before it ends, of the scale of a step's loss (not "
+            "divided by the number of micro-batches)"
+        )
+        thresholds: Tensor = self.at_step(gradients, norms * count, step, when)
         return thresholds / count
 
     def observe(self, record: ClipRecord) -> None:
@@ -186,7 +202,7 @@ class NormThresholds:
         if record.is_number:
             if self._foreign:
                 norms, clipped_norms = as_vector(norms), as_vector(clipped_norms)
-                context = _copied(context)
+                context = self._given(context)
             rule.observe(norms, clipped_norms, context)
             return
         if self._rule_indices is not None:
@@ -204,7 +220,7 @@ class NormThresholds:
         if not norms.numel():
             return
         if self._foreign:
-            norms, context = norms.clone(), _copied(context)
+            norms, context = norms.clone(), self._given(context)
         elif _is_number(norms):
             norms, clipped_norms = norms.item(), clipped_norms.item()
         rule.observe(norms, clipped_norms, context)
@@ -230,12 +246,16 @@ class NormThresholds:
         if self._foreign:
             # A user's own rule may write to its arguments, which the record keeps: it gets copies.
             vector = as_vector(norms)
-            found = _checked(rule, rule.thresholds(vector.clone(), _copied(context)), vector)
+            found = _checked(rule, rule.thresholds(vector.clone(), self._given(context)), vector)
             return found.item() if isinstance(norms, float) else found
         # The rules of this package take one norm as a number, which is ten times as fast.
         if isinstance(norms, Tensor) and _is_number(norms):
             return torch.full_like(norms, rule.thresholds(norms.item(), context))
         return rule.thresholds(norms, context)
+
+    def _given(self, context: StepContext) -> StepContext:
+        """Return the context that a user's own rule gets."""
+        return foreign_context(context, self._threshold, self._rank_layout.norm_ranks)
 
     def follow_labels(self) -> None:
         """Start the rule, and again whenever there are new labels."""
@@ -251,14 +271,6 @@ class NormThresholds:
             self._rule_indices = torch.tensor(ruled, dtype=torch.int64, device=self._device)
         self._threshold.start(tuple(names[i] for i in ruled), self._device, dtype)
         self._started = names
-
-
-def _copied(context: StepContext) -> StepContext:
-    """Return a context of tensors that a user's own rule may write to."""
-    loss = context.loss
-    if loss is not None:
-        loss = as_vector(loss).squeeze(0) if isinstance(loss, float) else loss.clone()
-    return replace(context, present=context.present.clone(), loss=loss)
 
 
 def _loss_beside(norms: Tensor | float, loss: Tensor | float) -> Tensor | float:

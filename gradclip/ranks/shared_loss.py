@@ -38,16 +38,14 @@ def check_reach(rule: str, norm_ranks: NormRanks) -> None:
     Warns:
         UserWarning: ``ranks=`` does not span all ranks.
     """
-    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-    widest, across = norm_ranks.widest, norm_ranks.across
-    reached = (1 if widest is None else len(widest.ranks)) * len(across.ranks if across else "1")
-    if reached >= ranks:
+    if reaches_all(norm_ranks):
         return
+    reached, ranks = _reached(norm_ranks), distributed.get_world_size()
     found = (
         f"{rule} decides by the loss, which is averaged over {reached} of {ranks} ranks, so that "
         "ranks would decide differently"
     )
-    if across is None:
+    if norm_ranks.across is None:
         raise AttachError(
             f'{found}: give ranks=Ranks(replicated="*") where each rank has the whole model, as '
             "with DistributedDataParallel, else Ranks with all ranks that train it. The step's "
@@ -58,6 +56,18 @@ def check_reach(rule: str, norm_ranks: NormRanks) -> None:
         UserWarning,
         stacklevel=6,
     )
+
+
+def reaches_all(norm_ranks: NormRanks) -> bool:
+    """Return whether the loss is averaged over all ranks that there are."""
+    in_group = distributed.is_available() and distributed.is_initialized()
+    return not in_group or _reached(norm_ranks) >= distributed.get_world_size()
+
+
+def _reached(norm_ranks: NormRanks) -> int:
+    """Return the number of ranks that the loss is averaged over."""
+    widest, across = norm_ranks.widest, norm_ranks.across
+    return (1 if widest is None else len(widest.ranks)) * len(across.ranks if across else "1")
 
 
 def numbers_per_loss(order: float) -> int:

@@ -58,7 +58,7 @@ class StepContext:
     those that gave one. None if none was given. It may be NaN or infinite; on a device it is minus
     infinity where no rank gave one, which the host does not know there. To `Threshold.observe` it
     is NaN at a step that GradScaler skips, if only the device knows. On the CPU the rules of this
-    package get a number."""
+    package get a number. Reading it raises `AttachError` where ranks would see different losses."""
     usable: Tensor | None = None
     """Shape (k,), bool: True for norms that are finite and have a gradient; None to a rule that is
     not of this package, and on the CPU."""

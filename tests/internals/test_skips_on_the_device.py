@@ -8,6 +8,7 @@ from gradclip import ClipRecord, Threshold
 from gradclip.gradients.norm_thresholds import NormThresholds
 from gradclip.gradients.policies import Settings
 from gradclip.gradients.step import StepGradients
+from gradclip.ranks.layout import RankLayout
 from gradclip.scopes.labels import NormLabels
 from gradclip.scopes.scope import Scope
 
@@ -57,7 +58,7 @@ def test_what_a_rule_observes(asks, flags, partial, observed):
     rule.observes_skipped = asks
     labels = NormLabels([torch.optim.SGD([nn.Parameter(torch.ones(1))])], Scope())
     gradients = StepGradients([torch.ones(1)], None, Settings(), 1, CPU, partial=partial)
-    thresholds = NormThresholds(rule, labels, CPU, 2.0)
+    thresholds = NormThresholds(rule, labels, RankLayout(None, labels, {}, False), CPU, 2.0)
     found = thresholds.at_step(gradients, norms, 0)
     thresholds.observe(ClipRecord(0, 0.0, norms, found, torch.full_like(norms, 0.5), **flags))
     assert rule.observed == observed

@@ -41,6 +41,13 @@ class Looking(Lowering):
         return super().thresholds(norms, context)
 
 
+class Halving(Threshold):
+    """Reads no loss."""
+
+    def thresholds(self, norms, context):
+        return norms / 2
+
+
 def place_of() -> tuple[int, int]:
     """Return the rank of this process and the number of ranks."""
     return distributed.get_rank(), distributed.get_world_size()
@@ -177,6 +184,48 @@ def test_ranks_that_would_decide_by_different_losses_are_refused():
     groups = [distributed.new_group([each]) for each in range(2)]
     with pytest.warns(UserWarning, match="averaged over 1 of 2 ranks, so .* if the others train"):
         GradientClipper(sgd([3.0, 4.0]), Lowering(), ranks=Ranks(groups[rank])).close()
+
+
+class Peeking(Looking):
+    """Reads the loss when it learns, or when it decides as well."""
+
+    def __init__(self, decides: bool) -> None:
+        self.decides = decides
+
+    def thresholds(self, norms, context):
+        return super().thresholds(norms, context) if self.decides else norms / 2
+
+    def observe(self, norms, clipped_norms, context):
+        assert context.loss is None or not self.decides
+
+
+@pytest.mark.parametrize("decides", [True, False])
+@on_ranks("two_ranks")
+def test_a_rule_that_reads_the_loss_of_a_rank_alone_is_refused(decides):
+    """When it reads it, if it does not say before that it does; a step without one passes."""
+    optimizer = sgd([3.0, 4.0])
+    clipper = GradientClipper(optimizer, Peeking(decides))
+    optimizer.step()
+    gradient = optimizer.param_groups[0]["params"][0].grad
+    before = gradient.clone()
+    clipper.loss = 2.0 + distributed.get_rank()
+    needed = r'is averaged over 1 of 2 ranks, so .*: give ranks=Ranks\(replicated="\*"\) where each'
+    with pytest.raises(AttachError, match=needed):
+        optimizer.step()
+    assert torch.equal(gradient, before) or not decides
+
+
+@on_ranks("two_ranks")
+def test_a_rank_that_is_said_to_train_alone_reads_its_own_loss():
+    """And an own rule that reads no loss clips as ever, beside losses of the ranks."""
+    groups = [distributed.new_group([each]) for each in range(2)]
+    own = Ranks(groups[distributed.get_rank()])
+    for rule, ranks in ((Looking(), own), (Halving(), None)):
+        clipper = GradientClipper(sgd([3.0, 4.0]), rule, ranks=ranks)
+        clipper.loss = 2.0 + 2 * distributed.get_rank()
+        clipper.step()
+        above = distributed.get_rank() == 1
+        assert clipper.last.threshold.item() == ((0.0 if above else 1e9) if ranks else 2.5)
 
 
 @on_ranks("two_ranks")

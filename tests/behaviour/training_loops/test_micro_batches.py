@@ -23,7 +23,7 @@ from gradclip import (
     TensorBoardSink,
     Threshold,
 )
-from gradclip.thresholds import Percentile
+from gradclip.thresholds import MeanDeviation, Percentile
 from tests.support.curves import lines_in, steps_in
 from tests.support.dtensors import SCOPES, SHAPES, oracle
 from tests.support.reference import INF, bits_in, norm_of
@@ -187,6 +187,32 @@ def test_rules_see_the_loss_that_was_given_last():
             run.backward(random_gradients(0, 30.0))
             run.clipper.loss = loss
     assert norm_of(run.sums.values()) == pytest.approx(2.0)
+
+
+def test_a_micro_batch_without_a_loss_is_refused():
+    """The error says where to give it; the gradients are those from before."""
+    run = Accumulation(MeanDeviation(6, loss=True), exceed="skip")
+    needed = r"there is none: assign clipper.loss = loss within the block .* \(not divided by"
+    with pytest.raises(ArgumentError, match=needed), run.clipper.micro_batch(of=2):
+        run.backward(random_gradients(0))
+    assert not run.sums
+
+
+def test_the_loss_of_a_micro_batch_is_compared_with_those_of_steps():
+    """Undivided, and not learned."""
+    run = Accumulation(MeanDeviation(6, 8, loss=True), exceed="skip")
+    for step in range(8):
+        run.clipper.loss = 2.0 + step % 3 / 10
+        run.backward(random_gradients(step))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    state = run.clipper.state_dict()
+    for loss in (2.1, 9.0):
+        with run.clipper.micro_batch(of=2):
+            run.backward(random_gradients(0), 0.5)
+            run.clipper.loss = loss
+    assert norm_of(run.sums.values()) == norm_of(g * 0.5 for g in random_gradients(0).values())
+    assert bits_in(run.clipper.state_dict()["threshold"]) == bits_in(state["threshold"])
 
 
 def test_a_learned_threshold_is_that_of_the_moment():

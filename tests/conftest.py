@@ -12,8 +12,10 @@ from hypothesis import settings
 import gradclip
 
 pytest_plugins = [
-    f"tests.support.{name}" for name in ("clippers", "device", "engines", "forks", "report")
-]  # fixtures
+    f"tests.support.{name}"
+    for name in ("clippers", "device", "engines", "forks", "older_torch", "report")
+]  # fixtures, and what is skipped with an older torch
+
 
 for _name in gradclip.__all__:  # tests replace functions in every module that has imported them
     getattr(gradclip, _name)

@@ -11,6 +11,10 @@ from torch.nn.functional import cross_entropy
 from gradclip import GradientClipper, Ranks
 from tests.support.dtensors import norms_by_label, quick, recorded
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="a pipeline of this torch waits for ever on gloo"
+)
+
 LETTERS, WIDTH, BLOCKS, BATCH, MICROBATCHES, STEPS = 11, 6, 8, 8, 4, 6
 TIED, HEAD = "embed.weight", "head.weight"
 LIMITS = {"global": 5.0, "parameter": 0.7}

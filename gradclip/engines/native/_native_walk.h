@@ -146,6 +146,13 @@ static int are_apart(const struct request *request, int64_t size)
     return apart;
 }
 
+/* OK if no two tensors of a request, or their rows, overlap in memory; else NO_ADDRESS. */
+EXPORTED int gradclip_apart(const struct request *request)
+{
+    int apart = are_apart(request, chosen[request->dtype].size);
+    return apart < 0 ? NO_MEMORY : apart ? OK : NO_ADDRESS;
+}
+
 /* Write a request for the tensors of a list, or for their rows: tensors of less than two dimensions
  * have one. NO_ADDRESS, or LOW_ADDRESS, unless they are plain tensors of one dtype on the CPU, each
  * with memory of its own and without gaps in it, or in its rows. `request` has room for `count`. */
@@ -188,6 +195,5 @@ EXPORTED int gradclip_walk(
         addresses[place] = address;
         lengths[place] = length;
     }
-    int apart = are_apart(request, chosen[request->dtype].size);
-    return apart < 0 ? NO_MEMORY : apart ? OK : NO_ADDRESS;
+    return gradclip_apart(request);
 }

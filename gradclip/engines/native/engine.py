@@ -26,9 +26,8 @@ from ...errors import EngineUnavailableError
 from ..base import INTEGERS, Engine, RelativeLimit, TensorList, rounded_bounds
 from ..layout import addresses_of, flat, flat_view, table, table_view
 from ..operators.engine import OPERATORS
-from ..shared_memory import sharing
 
-ABI = 4
+ABI = 5
 """The version of the library's functions that this module calls."""
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -109,7 +108,7 @@ class NativeEngine(Engine):
         if not super().prepare(tensors, order):
             return False
         tensors.note, _stored = _request(tensors, False, flat_view, order)
-        return tensors.note is not None and not sharing(tensors)
+        return tensors.note is not None and _done(self._library.gradclip_apart(tensors.note))
 
     def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
         """See `Engine.host_norm`."""
@@ -346,6 +345,7 @@ def load() -> ctypes.CDLL:
     request = numbers = ctypes.c_void_p
     library.gradclip_power_sums.argtypes = (request, numbers)
     library.gradclip_norm.argtypes = (request, numbers, numbers)
+    library.gradclip_apart.argtypes = (request,)
     library.gradclip_scale.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
     library.gradclip_clip.argtypes = (request, ctypes.c_double, numbers, ctypes.c_char_p)
     library.gradclip_rows.argtypes = (request, request)

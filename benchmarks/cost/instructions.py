@@ -2,9 +2,9 @@
 
     python -m benchmarks.cost.instructions [--calls 64]
 
-Counts repeat exactly. This needs valgrind (Debian: apt-get install valgrind) and a few minutes,
-because it emulates a processor, one without AVX-512. Only warm calls on one thread are counted,
-without the loop around them.
+Counts repeat to within 2 %. This needs valgrind (Debian: apt-get install valgrind) and a few
+minutes, because it emulates a processor, one without AVX-512. Only warm calls on one thread are
+counted, without the loop around them.
 """
 
 from __future__ import annotations

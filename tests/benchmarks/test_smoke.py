@@ -56,10 +56,10 @@ def test_clip(printed_by, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not instructions.available(), reason="there is no valgrind")
-def test_instructions_repeat_exactly_and_are_fewer_than_torchs():
+def test_instructions_repeat_and_are_fewer_than_torchs():
     counted = instructions.count(calls=32)
     assert counted["function"] < counted["function, torch operators"] < counted["torch"]
-    assert instructions.count(calls=32)["function"] == counted["function"]
+    assert instructions.count(calls=32) == pytest.approx(counted, rel=2e-2)
 
 
 def test_bandwidth(monkeypatch):

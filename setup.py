@@ -29,7 +29,7 @@ class BuildLibrary(build_ext):
     """Builds without Python's part in the name, and says so where it cannot build."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the path beside engine.py, which loads it."""
+        """Return the path beside loading.py, which loads it."""
         return os.path.join(*fullname.split(".")) + ".so"
 
     def warn(self, message: str) -> None:

@@ -22,9 +22,11 @@ from .wheels import LIBRARY_PATH, ROOT, digest, write_all
 MOST_BYTES = 1_000_000
 GLIBC, MACOS = (2, 17), [11, 0, 0]
 """The newest versions that a library may need, as its tag promises."""
-ENGINE = (ROOT / LIBRARY_PATH).with_name("engine.py").read_text()
-CALLED = frozenset(re.findall(r"\bgradclip_\w+", ENGINE))
-"""The functions that engine.py calls; a library exports these and no others."""
+MODULES = sorted((ROOT / LIBRARY_PATH).parent.glob("*.py"))
+CALLED = frozenset(
+    name for module in MODULES for name in re.findall(r"\bgradclip_\w+", module.read_text())
+)
+"""The functions that the engine calls; a library exports these and no others."""
 LINKERS_OWN = {"_mh_dylib_header", "__dso_handle"}
 ARCHITECTURES = lief.Header.ARCHITECTURES
 PROCESSORS = {"x86_64": ARCHITECTURES.X86_64, "aarch64": ARCHITECTURES.ARM64}
@@ -49,7 +51,7 @@ def faults_of_library(content: bytes, platform: Platform) -> Iterator[str]:
     prefix = "_" if platform.format == "MachO" else ""
     names = {function.name.removeprefix(prefix) for function in general.exported_functions}
     if names - LINKERS_OWN != CALLED:
-        yield f"the library exports {sorted(names)}, and engine.py calls {sorted(CALLED)}"
+        yield f"the library exports {sorted(names)}, and the engine calls {sorted(CALLED)}"
     for library in general.libraries:
         if not library.startswith((*platform.needs, "@rpath/_native.so")):
             yield f"the library needs {library}, which not every such system has"

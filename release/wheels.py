@@ -27,7 +27,7 @@ from .platforms import PLATFORMS, Platform
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY_PATH = LIBRARY.name.replace(".", "/") + ".so"
-"""Its place in a wheel, on every platform: engine.py asks for this name."""
+"""Its place in a wheel, on every platform: loading.py asks for this name."""
 TIME = (1980, 1, 1, 0, 0, 0)
 """Of every file in a wheel: the first that a zip archive can hold."""
 

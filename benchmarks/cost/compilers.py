@@ -17,18 +17,19 @@ from benchmarks.common import shapes
 from benchmarks.common.gradients import Gradients
 from benchmarks.common.markdown import table
 from benchmarks.common.timing import by_thread, interleaved_medians
-from gradclip.engines.native import engine as native
+from gradclip.engines.native import loading
+from gradclip.engines.native.engine import NativeEngine
 
 SETS = {"small": shapes.small, "lstm": shapes.lstm, "resnet50": shapes.resnet50}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Engines = Mapping[str, native.NativeEngine]
-Verb = Callable[[native.NativeEngine], object]
+Engines = Mapping[str, NativeEngine]
+Verb = Callable[[NativeEngine], object]
 
 
-def engine_of(library: Path) -> native.NativeEngine:
+def engine_of(library: Path) -> NativeEngine:
     """Return an engine over one library."""
-    native.LIBRARY = library.resolve()
-    return native.NativeEngine(native.load())
+    loading.LIBRARY = library.resolve()
+    return NativeEngine(loading.load())
 
 
 def ratio(call: Verb, engines: Engines, gradients: Gradients, seconds: float) -> list[str]:

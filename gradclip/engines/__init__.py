@@ -17,7 +17,8 @@ import torch
 
 from ..errors import ArgumentError, EngineUnavailableError
 from .base import Engine, norm_dtype
-from .native import engine as native
+from .native.engine import NativeEngine
+from .native.loading import load
 from .operators.engine import OPERATORS
 from .reference import ReferenceEngine
 
@@ -113,7 +114,7 @@ def _load_triton() -> str | None:
 def _load_native() -> str | None:
     """Add the native engine; return why this installation lacks it, or None."""
     try:
-        _ENGINES["native"] = _BEST["cpu"] = native.NativeEngine(native.load())
+        _ENGINES["native"] = _BEST["cpu"] = NativeEngine(load())
     except EngineUnavailableError as error:
         return str(error)
     return None

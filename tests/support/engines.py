@@ -14,12 +14,12 @@ from gradclip.engines import _ENGINES as REGISTRY
 from gradclip.engines import _load_triton as load_triton
 from gradclip.engines import layout
 from gradclip.engines.base import INTEGERS
-from gradclip.engines.native import engine as native
+from gradclip.engines.native.loading import BEST
 from gradclip.engines.operators import host
 from tests.support.device import DeviceEngine
 
 ORDERS = [1.0, 2.0, math.inf, 0.5, 3.0]
-LEVELS = {"native": native.BEST, "native with AVX2": 1, "native for any processor": 0}
+LEVELS = {"native": BEST, "native with AVX2": 1, "native for any processor": 0}
 """Instruction sets of the native engine; where the processor lacks one, the next lower serves."""
 OLDER = [*LEVELS][1:]
 """Slow: test_native.py shows quickly that their bits are those of the best level."""
@@ -103,7 +103,7 @@ def engine(request, monkeypatch):
             library = request.getfixturevalue("native_engine")._library
             library.gradclip_choose(LEVELS[request.param])
             yield REGISTRY[name]
-            library.gradclip_choose(native.BEST)
+            library.gradclip_choose(BEST)
         elif name == "triton":
             yield request.getfixturevalue("triton_engine")
         elif request.param.endswith(OFF_CPU):

@@ -1,6 +1,6 @@
 /* The native engine: power sums, scaling and clamping on the CPU, over addresses and lengths.
  *
- * Plain C, loaded by engine.py through ctypes and linked neither to Python nor to torch. The loops
+ * Plain C, loaded by loading.py through ctypes and linked neither to Python nor to torch. The loops
  * over elements are in _native_kernels.h, the division of a call among threads in _native_work.h,
  * the clipping of rows in _native_rows.h, and the reading of a list of tensors in _native_walk.h.
  * Functions return OK, or an error before they have written anything.
@@ -28,7 +28,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 5 }; /* increase it with every change of a function that engine.py calls */
+enum { ABI = 5 }; /* increase it with every change of a function that Python calls */
 enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2, LOW_ADDRESS = -3 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 

@@ -1,6 +1,6 @@
 /* Addresses and lengths of a list of torch tensors, in one call.
  *
- * Nothing is linked to Python or torch: engine.py hands over the functions of the interpreter's
+ * Nothing is linked to Python or torch: loading.py hands over the functions of the interpreter's
  * stable interface, and torch's own description of a tensor (DLPack's exchange interface, torch
  * 2.10 and later). Called with the interpreter's lock held.
  */
@@ -16,7 +16,7 @@ struct description {
 };
 enum { ON_CPU = 1, IS_FLOAT = 2, IS_BFLOAT = 4 };
 
-/* Filled by engine.py, in this order. */
+/* Filled by loading.py, in this order. */
 struct interpreter {
     int64_t (*list_size)(void *list);
     void *(*list_item)(void *list, int64_t index); /* borrowed */

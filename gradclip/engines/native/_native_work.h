@@ -173,7 +173,7 @@ static void add_up_long_rows(struct job *job)
     }
 }
 
-/* Runs a function in a number of threads of the OpenMP runtime that torch uses, found by engine.py.
+/* Runs a function in a number of threads of the OpenMP runtime that torch uses, found by loading.py.
  * They do not survive a fork, and a child process would wait for them for ever, so it works in one
  * thread. */
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gradclip import EngineUnavailableError
 from gradclip.engines.base import INTEGERS
 from gradclip.engines.native import engine as native
+from gradclip.engines.native import loading
 from gradclip.engines.operators import host
 from gradclip.engines.reference import ReferenceEngine
 from tests.support.engines import LEVELS, bits, denormals_flushed, vector
@@ -36,7 +37,7 @@ def c_engine(native_engine):
     threads = torch.get_num_threads()
     with torch.no_grad():
         yield native_engine
-    native_engine._library.gradclip_choose(native.BEST)
+    native_engine._library.gradclip_choose(loading.BEST)
     torch.set_num_threads(threads)
 
 
@@ -63,7 +64,7 @@ def test_sums_are_right_and_their_bits_depend_on_values_alone(c_engine, sizes, s
     given = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     moved = [torch.empty(start + len(one), dtype=dtype)[start:].copy_(one) for one in given]
     for order in ORDERS:
-        c_engine._library.gradclip_choose(native.BEST)
+        c_engine._library.gradclip_choose(loading.BEST)
         torch.set_num_threads(2)
         sums = c_engine.power_sums(given, order)
         needed = REFERENCE.power_sums(given, order)
@@ -288,24 +289,24 @@ def test_a_damaged_or_foreign_library_is_told(kind, monkeypatch, tmp_path, nativ
     """Linux itself would load one that is cut off, and the process ends with it."""
     content, reason = NO_LIBRARIES[kind]
     library, load = tmp_path / "_native.so", ctypes.CDLL
-    library.write_bytes(content(native.LIBRARY.read_bytes()))
-    monkeypatch.setattr(native, "LIBRARY", library)
+    library.write_bytes(content(loading.LIBRARY.read_bytes()))
+    monkeypatch.setattr(loading, "LIBRARY", library)
     if "cut off" in reason:
         monkeypatch.setattr(ctypes, "CDLL", lambda *given, **options: pytest.fail("it was loaded"))
     else:
         monkeypatch.setattr(ctypes, "CDLL", load)
     with pytest.raises(EngineUnavailableError, match=reason):
-        native.load()
+        loading.load()
 
 
 def test_a_missing_library_or_one_of_another_version_is_told(monkeypatch, tmp_path, native_engine):
     with monkeypatch.context() as patch:
-        patch.setattr(native, "LIBRARY", tmp_path / "none.so")
+        patch.setattr(loading, "LIBRARY", tmp_path / "none.so")
         with pytest.raises(EngineUnavailableError, match="without its library.*'pip install .*gcc"):
-            native.load()
-    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+            loading.load()
+    monkeypatch.setattr(loading, "ABI", loading.ABI + 1)
     with pytest.raises(EngineUnavailableError, match="of another version"):
-        native.load()
+        loading.load()
 
 
 # Threads
@@ -376,7 +377,7 @@ def test_threads_that_have_to_wait_are_seldom_asked(c_engine, seconds, calls):
     try:
         norms = [c_engine.norm([large], 2.0) for _ in range(20)]
     finally:
-        native._give_threads(library)
+        loading._give_threads(library)
     assert all(torch.equal(norm, needed) for norm in norms)
     assert len(started) in calls
 
@@ -418,18 +419,18 @@ def threads_of(c_engine, monkeypatch):
 
     def norms_with(runtime, platform=sys.platform):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_runtime_of_torch", runtime)
+            patch.setattr(loading, "_runtime_of_torch", runtime)
             patch.setattr(sys, "platform", platform)
-            native._give_threads(c_engine._library)
+            loading._give_threads(c_engine._library)
         torch.set_num_threads(3)
         return c_engine.norm([torch.arange(500_000.0)], 2.0).item()
 
     yield norms_with
-    native._give_threads(c_engine._library)
+    loading._give_threads(c_engine._library)
 
 
 def test_threads_of_intels_runtime_give_the_same_bits(threads_of):
-    runtime, needed = OtherRuntime(), threads_of(native._runtime_of_torch)
+    runtime, needed = OtherRuntime(), threads_of(loading._runtime_of_torch)
     assert threads_of(lambda: runtime) == needed
     assert runtime.asked == [(7, 3)]
 
@@ -441,13 +442,13 @@ def test_on_windows_the_runtime_is_the_one_that_torch_has_loaded(threads_of, mon
     def handle_of(name):
         return 4096 if loaded and name == "libiomp5md.dll" else None
 
-    runtime, needed = OtherRuntime(), threads_of(native._runtime_of_torch)
+    runtime, needed = OtherRuntime(), threads_of(loading._runtime_of_torch)
     kernel = SimpleNamespace(GetModuleHandleW=handle_of)
     by_handle = {("libiomp5md.dll", 4096): runtime}
     with monkeypatch.context() as patch:
         patch.setattr(ctypes, "WinDLL", lambda name: kernel, raising=False)
         patch.setattr(ctypes, "CDLL", lambda name, handle: by_handle[name, handle])
-        assert threads_of(native._runtime_of_torch, "win32") == needed
+        assert threads_of(loading._runtime_of_torch, "win32") == needed
     assert runtime.asked == ([(7, 3)] if loaded else [])
 
 
@@ -458,7 +459,7 @@ def test_no_runtime_is_no_error(threads_of, runtime):
             raise runtime
         return runtime
 
-    assert threads_of(found) == threads_of(native._runtime_of_torch)
+    assert threads_of(found) == threads_of(loading._runtime_of_torch)
 
 
 # The C code alone

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..engines import engine_for
-from ..engines.base import TensorList, host_may_read, lack_values
+from ..engines.base import CPU, TensorList, host_may_read, lack_values
 from ..gradients.differentiable import require_grad
 from ..gradients.held import (
     GRADIENT,
@@ -129,9 +129,12 @@ class JointGradients:
     @property
     def device(self) -> torch.device:
         """The device of the norms: that of the first parameter, with values if one has."""
-        devices = [parameter.device for parameter in parameters_held(self.optimizers)]
-        real = (device for device in devices if device.type != "meta")
-        return next(real, devices[0] if devices else torch.device("cpu"))
+        device = CPU
+        for parameter in parameters_held(self.optimizers):
+            device = parameter.device
+            if device.type != "meta":
+                break
+        return device
 
     @property
     def devices(self) -> list[torch.device]:

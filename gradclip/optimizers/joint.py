@@ -162,8 +162,9 @@ class JointGradients:
         """
         for optimizer in self.optimizers:
             check_groups(optimizer)
+        # `_refresh` written out: a usual step makes as few calls as possible.
         self._labels.refresh()
-        if self._labels.names is not self._planned_for:  # made anew whenever parameters are added
+        if self._labels.names is not self._planned_for:
             self._plan()
         scale = overflow = None
         if heeds_marks(stepping):
@@ -200,17 +201,13 @@ class JointGradients:
             scale: The factor by which GradScaler has multiplied the gradients, one element; None
                 for unscaled gradients.
         """
-        self._labels.refresh()
-        if self._labels.names is not self._planned_for:
-            self._plan()
+        self._refresh()
         return self._step_gradients(self._held_by(self.optimizers), settings, scale=scale)
 
     def held_in_backward(self, stepping: Optimizer) -> HeldGradients:
         """Return the gradients that an optimizer holds when it steps inside ``backward()``."""
         check_groups(stepping)
-        self._labels.refresh()
-        if self._labels.names is not self._planned_for:
-            self._plan()
+        self._refresh()
         return self._held_by([stepping])
 
     def of_part(self, held: HeldGradients, count: int) -> StepGradients | GradientsWithoutValues:
@@ -221,6 +218,12 @@ class JointGradients:
             count: The number of these norms.
         """
         return self._step_gradients(held, count=count)
+
+    def _refresh(self) -> None:
+        """Label the parameters that were added since the last step, and plan anew if some were."""
+        self._labels.refresh()
+        if self._labels.names is not self._planned_for:  # made anew whenever parameters are added
+            self._plan()
 
     def _plan(self) -> None:
         """Choose what serves a step, until parameters are added."""

@@ -152,7 +152,7 @@ class Attachment:
         if not running.has_clipped(gradients):
             if running.before is not None:
                 running.step_changes.own_factor = running.before.factor(gradients)
-            self._clip_or_skip(running, running.returned)
+            self._clip_or_skip(running)
         elif running.record is not None and running.record.skipped is not False:
             self._skip(running, running.record.skipped)
         if not running.step_changes:
@@ -171,15 +171,15 @@ class Attachment:
             loss = closure(*args, **kwargs)
             running.awaits_closure, running.returned = False, loss
             if not running.waits_for_parent:
-                self._clip_in_closure(running, loss)
+                self._clip_in_closure(running)
             return loss
 
         return clipping_closure
 
-    def _clip_or_skip(self, running: _RunningStep, returned: object = None) -> None:
+    def _clip_or_skip(self, running: _RunningStep) -> None:
         """Clip the gradients that are there, and carry out the decision to skip."""
         try:
-            running.record = self._clip(self._optimizer, running.step_changes, returned)
+            running.record = self._clip(self._optimizer, running.step_changes, running.returned)
         except BaseException:
             self._abandon()
             raise
@@ -281,7 +281,7 @@ class _RunningStep:
     awaits_closure = False
     """True until the closure was evaluated for the first time."""
     returned: object = None
-    """What the closure returned last."""
+    """What the closure returned last; None without one."""
     record: ClipRecord | None = None
     _clipped: TensorVersions | None = None
     _parameters: Sequence[Tensor] = ()

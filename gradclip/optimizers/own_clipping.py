@@ -48,8 +48,8 @@ class GradientsBefore:
         expected, found = self._sample * factor, _sample_of(gradients)
         if expected.shape != found.shape:
             return None
-        dtype = min((g.dtype for g in gradients), key=lambda kind: -torch.finfo(kind).eps)
-        allowed = ROUNDINGS * torch.finfo(dtype).eps * expected.abs()
+        rounding = max(torch.finfo(gradient.dtype).eps for gradient in gradients)
+        allowed = ROUNDINGS * rounding * expected.abs()
         is_scaled = ((found - expected).abs() <= allowed).all() & (factor < 1)
         if not host_may_read(factor):
             return torch.where(is_scaled, factor, 1.0)
@@ -70,4 +70,4 @@ def _sample_of(gradients: Sequence[Tensor]) -> Tensor:
     """Return some elements of every gradient as a copy in float64."""
     flat = [gradient.detach().reshape(-1) for gradient in gradients]
     parts = [values[:: max(1, len(values) // SAMPLE)].double() for values in flat]
-    return torch.cat([part.to(parts[0].device) for part in parts]).clone()
+    return torch.cat([part.to(parts[0].device) for part in parts])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -54,8 +54,9 @@ def warn_of_shared_norms(optimizers: Sequence[Optimizer], labels: NormLabels) ->
     owners: dict[bool, dict[int, str]] = {True: {}, False: {}}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            norms = _norms_of([group], labels).values()
             names = owners[ignores_scale(optimizer, group)]
-            names.update(dict.fromkeys(_norms_of([group], labels), _name_of(optimizer, group)))
+            names.update(dict.fromkeys(norms, _name_of(optimizer, group)))
     shared = owners[True].keys() & owners[False].keys()
     if shared:
         name, other = (owners[free][min(shared)] for free in (True, False))
@@ -83,11 +84,7 @@ def normalised(optimizers: Sequence[Optimizer], labels: NormLabels) -> dict[str,
         for group in optimizer.param_groups
         if ignores_scale(optimizer, group)
     ]
-    return {
-        entry.name: entry.norm_indices.indices.tolist()[0]
-        for entry in map(labels.of, parameters_of(dividing))
-        if entry.norm_indices is not None and not entry.norm_indices.rows
-    }
+    return _norms_of(dividing, labels)
 
 
 def _words_of(optimizer: Optimizer) -> list[str]:
@@ -101,11 +98,13 @@ def _name_of(optimizer: Optimizer, group: dict[str, Any]) -> str:
     return f"{name} with {MUON_KEY}={group[MUON_KEY]}" if MUON_KEY in group else name
 
 
-def _norms_of(groups: Sequence[dict[str, Any]], labels: NormLabels) -> Iterator[int]:
-    """Yield the norms that parameters of groups are in, other than those of single rows."""
-    for entry in map(labels.of, parameters_of(groups)):
-        if entry.norm_indices is not None and not entry.norm_indices.rows:
-            yield entry.norm_indices.indices.tolist()[0]
+def _norms_of(groups: Sequence[dict[str, Any]], labels: NormLabels) -> dict[str, int]:
+    """Return the norm of each parameter of groups, but of those whose rows have norms."""
+    return {
+        entry.name: entry.norm_indices.indices.tolist()[0]
+        for entry in map(labels.of, parameters_of(groups))
+        if entry.norm_indices is not None and not entry.norm_indices.rows
+    }
 
 
 Clip = Callable[..., ClipRecord | None]

@@ -23,7 +23,7 @@ from ..engines.cuda_graphs import capturing
 from ..engines.no_grad import no_grad
 from ..errors import AttachError
 from ..gradients.coefficients import are_finite
-from ..gradients.held import parameters_held
+from ..gradients.held import gradients_of, parameters_held
 from ..gradients.norm_thresholds import NormThresholds
 from ..gradients.policies import Settings
 from ..gradients.step import Decision
@@ -169,7 +169,7 @@ class MicroBatches:
         """Clip the gradients that are there, and add them to those that were put aside."""
         self._modules.refuse_hidden()
         self._check_average(accumulated=bool(aside))
-        gradients = [g for parameter in self._parameters() if (g := parameter.grad) is not None]
+        gradients = gradients_of(self._parameters())
         if not gradients:
             warnings.warn(
                 "No gradient was computed within micro_batch(), so that nothing was clipped: call "

@@ -109,19 +109,19 @@ def _innermost(given: Any) -> Any:
 
 def _wrapped(given: object) -> tuple[str, Optimizer] | None:
     """Return the optimizer that an object wraps, after the name of its attribute."""
-    for name in WRAPPED_AS:
+    for name in (*WRAPPED_AS, *MAY_BE_WRAPPED_AS):
         inner = getattr(given, name, None)
-        if isinstance(inner, Optimizer) and inner is not given:
-            return name, inner
-    for name in () if _is_zero(given) else MAY_BE_WRAPPED_AS:
-        inner = getattr(given, name, None)
-        if isinstance(inner, Optimizer) and inner is not given and _has_same(given, inner):
+        if not isinstance(inner, Optimizer) or inner is given:
+            continue
+        if name in WRAPPED_AS or _has_same(given, inner):
             return name, inner
     return None
 
 
 def _has_same(wrapper: Any, inner: Optimizer) -> bool:
-    """Return whether two optimizers have the same parameters."""
+    """Return whether two optimizers have the same parameters, here and on other ranks."""
+    if _is_zero(wrapper):
+        return False  # it shares the parameters out to ranks
     groups = getattr(wrapper, "param_groups", ())
     return {*map(id, parameters_of(groups))} == {*map(id, parameters_of(inner.param_groups))}
 

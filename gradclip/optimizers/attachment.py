@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..engines.cuda_graphs import capturing
 from ..errors import AttachError
 from ..gradients.held import gradients_held, parameters_of
+from ..ranks.groups import world_size
 from ..records.record import ClipRecord
 from .call_stack import count_running_steps, making_state, running_scaler, step_running
 from .clipped_already import TensorVersions, versions_of
@@ -32,7 +33,7 @@ from .grad_scaler import (
     skips_on_device,
 )
 from .own_clipping import GradientsBefore
-from .parent_steps import count_parent_steps, may_call_parents_step, spans_processes
+from .parent_steps import count_parent_steps, may_call_parents_step
 from .step_changes import GuardedArguments, StepChanges
 
 P = ParamSpec("P")
@@ -117,7 +118,7 @@ class Attachment:
         closure = None if plain else self._closures.find(args, kwargs)
         # Each evaluation of a closure is clipped, as a search may use it, but where it may first
         # have to be averaged over processes.
-        if self._parent_steps and (closure is None or spans_processes()):
+        if self._parent_steps and (closure is None or world_size() > 1):
             running.wait_for_parent()
             if closure is None:
                 return None
@@ -306,7 +307,7 @@ class _RunningStep:
     def wait_for_parent(self) -> None:
         """Remember parameters and groups as they are before the outer step changes them."""
         self.waits_for_parent = True
-        if not spans_processes():
+        if world_size() == 1:
             self.before = GradientsBefore(gradients_held(self._optimizer))
         self._remember_parameters()
         self.step_changes.remember_groups()

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import distributed
 from torch.optim import Optimizer
 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
@@ -47,15 +46,6 @@ def may_call_parents_step(kind: type[Optimizer]) -> bool:
 def make_step_hooked(kind: type[Optimizer]) -> None:
     """Make the step of an optimizer class call the hooks, as building an optimizer of it does."""
     _make_hooked(_owners(kind)[0])
-
-
-def spans_processes() -> bool:
-    """Return whether several processes train together."""
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
 
 
 def _owners(kind: type[Optimizer]) -> list[Any]:

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import AttachError
+from .groups import in_process_group
 
 
 class AveragingModules:
@@ -33,7 +34,7 @@ class AveragingModules:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._replicas: WeakSet[Any] = WeakSet()
         self._shards: WeakSet[Any] = WeakSet()
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not in_process_group():
             return
         listed = [*parameters]
         if any(getattr(parameter, "_fsdp_flattened", False) for parameter in listed):

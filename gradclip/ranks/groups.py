@@ -168,8 +168,17 @@ def in_order(groups: Iterable[RankGroup]) -> tuple[RankGroup, ...]:
 
 def is_first() -> bool:
     """Return whether this process is rank 0, or not distributed."""
-    in_group = distributed.is_available() and distributed.is_initialized()
-    return not in_group or distributed.get_rank() == 0
+    return not in_process_group() or distributed.get_rank() == 0
+
+
+def in_process_group() -> bool:
+    """Return whether this process has joined the process group of torch.distributed."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def world_size() -> int:
+    """Return the number of all ranks; 1 without a process group."""
+    return distributed.get_world_size() if in_process_group() else 1
 
 
 @cache  # one of the caches that the room's docstring explains

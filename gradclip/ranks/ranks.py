@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 from ..errors import ArgumentError, AttachError
 from ..scopes.naming import ParameterChoice, ParameterSelection
-from .groups import RankGroup
+from .groups import RankGroup, in_process_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,7 +71,7 @@ class Ranks:
         Raises:
             AttachError: There is no process group.
         """
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not in_process_group():
             raise AttachError(
                 "ranks= was given and there is no process group: call "
                 "torch.distributed.init_process_group() first, or leave ranks at None."

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from ..engines import norm_dtype
 from ..engines.base import CPU, INFINITY
 from ..errors import AttachError
-from .groups import NormRanks
+from .groups import NormRanks, world_size
 
 NO_LOSS = -math.inf
 """Stands for a missing loss where only the device knows that it is missing: across ranks of which
@@ -40,7 +40,7 @@ def check_reach(rule: str, norm_ranks: NormRanks) -> None:
     """
     if reaches_all(norm_ranks):
         return
-    reached, ranks = _reached(norm_ranks), distributed.get_world_size()
+    reached, ranks = _reached(norm_ranks), world_size()
     found = (
         f"{rule} decides by the loss, which is averaged over {reached} of {ranks} ranks, so that "
         "ranks would decide differently"
@@ -60,14 +60,13 @@ def check_reach(rule: str, norm_ranks: NormRanks) -> None:
 
 def reaches_all(norm_ranks: NormRanks) -> bool:
     """Return whether the loss is averaged over all ranks that there are."""
-    in_group = distributed.is_available() and distributed.is_initialized()
-    return not in_group or _reached(norm_ranks) >= distributed.get_world_size()
+    return _reached(norm_ranks) >= world_size()
 
 
 def _reached(norm_ranks: NormRanks) -> int:
     """Return the number of ranks that the loss is averaged over."""
-    widest, across = norm_ranks.widest, norm_ranks.across
-    return (1 if widest is None else len(widest.ranks)) * len(across.ranks if across else "1")
+    groups = (norm_ranks.widest, norm_ranks.across)
+    return math.prod(len(group.ranks) for group in groups if group is not None)
 
 
 def numbers_per_loss(order: float) -> int:

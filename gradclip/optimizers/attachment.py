@@ -59,7 +59,7 @@ class Attachment:
         clip: Callable[[Optimizer, StepChanges, object], ClipRecord | None],
         finish: Callable[[Optimizer, ClipRecord], None],
         loaded: Callable[[Optimizer], None],
-        optimizers: Sequence[Optimizer] = (),
+        optimizers: Sequence[Optimizer],
     ) -> None:
         self.optimizers = optimizers
         self._optimizer = optimizer

@@ -100,18 +100,9 @@ class StepCounter:
         if steps.taken is not None:
             taken = steps.taken.tolist()
             by_parameter, losses = [*compress(by_parameter, taken)], [*compress(losses, taken)]
-        incidents = [
-            self._incident(*step)
-            for step in zip(steps.indices, steps.totals, by_parameter, losses, strict=True)
-        ]
-        if self.watched:
-            coefficients = steps.coefficients.tolist()
-            vanishing = [
-                vanishing_incident_of(*step, self.watched)
-                for step in zip(steps.indices, coefficients, by_parameter, strict=True)
-            ]
-            pairs = zip(incidents, vanishing, strict=True)
-            incidents = [" ".join(filter(None, pair)) or None for pair in pairs]
+        coefficients = steps.coefficients.tolist() if self.watched else [()] * len(losses)
+        seen = (steps.indices, steps.totals, coefficients, by_parameter, losses)
+        incidents = [self._incident(*step) for step in zip(*seen, strict=True)]
         clipped, finite, nonfinite_steps, skipped_steps = steps.counts
         columns = (  # in the order of the fields
             steps.indices,
@@ -136,17 +127,20 @@ class StepCounter:
         self,
         step: int,
         norm: float,
+        coefficients: Sequence[float],
         parameter_norms: Callable[[], ParameterNorms | None],
         loss: float | None,
     ) -> str | None:
         """Return the sentences about a step that stands out, and remember its norm and loss."""
-        incident = incident_of(step, norm, parameter_norms, self.history)
+        sentences = [incident_of(step, norm, parameter_norms, self.history)]
         self.history.add(norm)  # only now: a spike is compared with the norms before it
-        if loss is None:
-            return incident
-        of_loss = loss_incident_of(step, loss, self._losses)
-        self._losses.add(loss)
-        return f"{incident} {of_loss}" if incident and of_loss else incident or of_loss
+        if loss is not None:
+            sentences.append(loss_incident_of(step, loss, self._losses))
+            self._losses.add(loss)
+        if self.watched:
+            vanishing = vanishing_incident_of(step, coefficients, parameter_norms, self.watched)
+            sentences.append(vanishing)
+        return " ".join(filter(None, sentences)) or None
 
     def count(self, batch: Batch) -> None:
         """Count the steps of a batch that no sink wants. Waits for the copy of the batch."""

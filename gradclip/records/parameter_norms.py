@@ -33,13 +33,13 @@ class ParameterSums:
 
 def joined_sums(parts: Sequence[ParameterSums]) -> ParameterSums:
     """Return the power sums of a step whose parameters were measured in parts, each in one."""
+    sums = [vector for part in parts for vector in part.sums]
     nonfinite = ", ".join(part.nonfinite for part in parts if part.nonfinite) or None
-    if all(part.names is parts[0].names for part in parts):
+    names = parts[0].names
+    if all(part.names is names for part in parts):
         # Across ranks each part has all parameters, 0 for those of other parts.
-        [*sums] = (vector for part in parts for vector in part.sums)
-        return ParameterSums(parts[0].names, [torch.stack(sums).sum(0)], nonfinite)
-    names = [name for part in parts for name in part.names]
-    return ParameterSums(names, [vector for part in parts for vector in part.sums], nonfinite)
+        return ParameterSums(names, [torch.stack(sums).sum(0)], nonfinite)
+    return ParameterSums([name for part in parts for name in part.names], sums, nonfinite)
 
 
 class ParameterNorms(Mapping[str, float]):

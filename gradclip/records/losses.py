@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 from ..engines import norm_dtype
@@ -61,7 +62,7 @@ def _check_tensor(loss: Tensor) -> None:
             f"loss is a {kind} of shape {shape}: give the one number of the step, such as "
             "loss.mean()."
         )
-    if loss.is_complex() or str(dtype) == "torch.bool":
+    if loss.is_complex() or dtype == torch.bool:
         raise ArgumentError(f"loss is a tensor of {dtype}: give a real number, such as loss.abs().")
 
 

@@ -66,6 +66,9 @@ class CadencedSink(Sink):
         ArgumentError: An option is invalid.
     """
 
+    place: str | None = None
+    """The file or directory to which other sinks may write as well."""
+
     def __init__(
         self, every: int, flush_every: int, per_parameter: int | str, per_parameter_every: int
     ) -> None:
@@ -73,9 +76,6 @@ class CadencedSink(Sink):
         self.flush_every = checked_count("flush_every", flush_every, 1)
         self.per_parameter = _checked_per_parameter(per_parameter)
         self.per_parameter_every = checked_count("per_parameter_every", per_parameter_every, 1)
-
-    place: str | None = None
-    """The file or directory to which other sinks may write as well."""
 
     def follow(self, count_steps: Callable[[], int]) -> None:
         """Take what counts the steps of the clipper, which is attached now."""

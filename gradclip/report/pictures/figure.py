@@ -80,6 +80,7 @@ def _draw_panels(
     shown_maps = [heat_map for heat_map in maps if heat_map is not None]
     colors = color_range(shown_maps) if shown_maps else (0.0, 1.0)
     limits, range_ = norm_limits(runs), distribution_limits(runs, advice)
+    limits_of_losses = loss_limits(runs)
     most = max(int(counts_of(run, range_)[0].max()) for run in runs)
     characters = 70 if len(runs) == 1 else 40
     names = short_names([run.name for run in runs], characters, os.sep)
@@ -90,7 +91,7 @@ def _draw_panels(
         draw_norms(norms, run, limits)
         _add_legend(norms, drawable(names[column]))
         if run.losses is not None:
-            draw_losses(of_run[LOSSES], run, loss_limits(runs))
+            draw_losses(of_run[LOSSES], run, limits_of_losses)
             set_steps(of_run[LOSSES], run)
             of_run[LOSSES].tick_params(labelbottom=False)
             _add_legend(of_run[LOSSES])

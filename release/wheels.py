@@ -49,9 +49,8 @@ def compiled(platform: Platform, root: Path = ROOT) -> bytes:
         return library.read_bytes()
 
 
-def built(root: Path = ROOT) -> tuple[Path, dict[str, bytes]]:
-    """Build the sdist and the pure wheel; return the sdist's path and the wheel's files."""
-    folder = Path(tempfile.mkdtemp())
+def built(folder: Path, root: Path) -> tuple[Path, dict[str, bytes]]:
+    """Build both into an empty folder; return the sdist's path and the pure wheel's files."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, root]
     no_compiler = {**os.environ, "CC": "false"}
     done = subprocess.run(command, env=no_compiler, capture_output=True, text=True)
@@ -114,8 +113,9 @@ def write_wheel(folder: Path, files: Mapping[str, bytes], platform: str = "any")
 def write_all(folder: Path, root: Path = ROOT) -> None:
     """Write the sdist, the pure wheel and a wheel for each platform."""
     folder.mkdir(parents=True, exist_ok=True)
-    sdist, files = built(root)
-    write_sdist(sdist, folder / sdist.name)
+    with tempfile.TemporaryDirectory() as place:
+        sdist, files = built(Path(place), root)
+        write_sdist(sdist, folder / sdist.name)
     write_wheel(folder, files)
     for platform in PLATFORMS:
         with_library = {**files, LIBRARY_PATH: compiled(platform, root)}

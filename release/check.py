@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -138,23 +139,16 @@ def faults_of_second_build(folder: Path) -> Iterator[str]:
     """Build everything again, from a copy in another place, and yield which bytes differ."""
     with tempfile.TemporaryDirectory() as place:
         copy, again = Path(place, "a copy"), Path(place, "dist")
-        for path in ("LICENSE", "README.md", "pyproject.toml", "setup.py", "gradclip"):
-            _copy(ROOT / path, copy / path)
+        built = shutil.ignore_patterns("__pycache__", "*.so")
+        # Contents alone, so that the copy has other times.
+        package = (ROOT / "gradclip", copy / "gradclip")
+        shutil.copytree(*package, ignore=built, copy_function=shutil.copyfile)
+        for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
+            shutil.copyfile(ROOT / name, copy / name)
         write_all(again, copy)
-        for built in sorted(again.iterdir()):
-            if built.read_bytes() != (folder / built.name).read_bytes():
-                yield f"{built.name}: another build gives other bytes"
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy what git knows, so without what was built."""
-    if source.is_dir():
-        for child in source.iterdir():
-            if child.name != "__pycache__" and child.suffix != ".so":
-                _copy(child, target / child.name)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
+        for file in sorted(again.iterdir()):
+            if file.read_bytes() != (folder / file.name).read_bytes():
+                yield f"{file.name}: another build gives other bytes"
 
 
 def main() -> None:

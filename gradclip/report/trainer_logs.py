@@ -20,7 +20,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 def read_table(path: Path) -> list[Run]:
     """Return the runs in a CSV file with a column ``step``, as Lightning's CSVLogger writes it.
 
-    An empty list if it has no such column and none of a norm. Cells that are empty or no numbers
+    An empty list if it has no such column, or none of a norm. Cells that are empty or no numbers
     are left out: each call of a logger has written a row of its own.
     """
     runs = TaggedRuns(str(path))

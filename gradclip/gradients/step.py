@@ -155,7 +155,7 @@ class StepGradients:
     def weight_norms(self) -> Tensor:
         """Measure the norms of the parameters instead of their gradients; shape (k,)."""
         if self._weight_norms is None:
-            return self._measured(self._weight_buckets())
+            self._weight_norms = self._measured(self._weight_buckets())
         return self._weight_norms
 
     # Decision

@@ -80,3 +80,14 @@ def test_a_row_that_is_not_finite_is_counted_before_it_is_erased(asked, log):
 )
 def test_other_gradients_take_the_way_of_all(asked, make):
     assert "clip_rows_" not in calls_of_a_step(asked, make(), scope="unit")
+
+
+def test_a_step_inside_backward_reads_its_weights_once(asked):
+    """Their norms are for the threshold of the step, and for the rule after the whole pass."""
+    network = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
+    optimizers = [torch.optim.SGD([parameter], lr=0.0) for parameter in network.parameters()]
+    for parameter, optimizer in zip(network.parameters(), optimizers, strict=True):
+        parameter.register_post_accumulate_grad_hook(lambda _, step=optimizer.step: step())
+    with GradientClipper(optimizers, RelativeToWeights(), scope="unit"):
+        network(torch.ones(3)).sum().backward()
+    assert asked == NOT * 2

@@ -44,8 +44,8 @@ class LossWindow:
             state[name].copy_(kept)
         self._state = state
         self._ring.follow(state)
-        if dtype is torch.float64:
-            self._warm_up = WarmUp(max(self._ring.length, self._warmup))
+        length = max(self._ring.length, self._warmup)
+        self._warm_up = WarmUp(length) if dtype is torch.float64 else None
 
     def allows(self, loss: Any) -> Any:
         """Return whether a loss is finite and not above the limit; during a warm-up, if finite.
@@ -58,8 +58,9 @@ class LossWindow:
         Returns:
             True or False; or shape (1,), bool.
         """
-        over = self._warm_up is not None and isinstance(loss, Tensor)
-        full = over and self._warm_up.is_over(self._ring.counts)  # type: ignore[union-attr]
+        full = False
+        if self._warm_up is not None and isinstance(loss, Tensor):
+            full = self._warm_up.is_over(self._ring.counts)
         limit = self._ring.limits(loss, self._warmup, self._limit, full=full)
         return (loss <= limit) & (loss < math.inf)  # False for NaN
 

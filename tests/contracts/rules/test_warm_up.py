@@ -140,6 +140,14 @@ def test_a_device_without_answers_stays_in_its_warm_up():
     assert rule._warm_up is None
 
 
+def test_losses_that_go_on_without_float64_stay_in_their_warm_up():
+    rule = thresholds.MeanDeviation(window=2, loss=True)
+    rule.start(["a", "b"], CPU, torch.float64)
+    assert rule._losses._warm_up is not None
+    rule.start(["a", "b"], CPU, torch.float32)
+    assert rule._losses._warm_up is None
+
+
 def settled_rule(**options):
     """Return a rule with two labels past its warm-up."""
     rule = thresholds.ZScore(warmup=2, **options)

@@ -16,7 +16,7 @@ from ..engines import norm_dtype
 from ..records.parameter_norms import ParameterSums, joined_sums
 from ..scopes.norm_indices import NOWHERE, NormIndices
 from .held import HeldGradients
-from .step import Decision, StepGradients
+from .step import StepGradients
 
 
 class OwnNorms(NamedTuple):
@@ -137,20 +137,19 @@ class StepParts:
         thresholds = thresholds_of(part, part.among_all(norms))[indices]
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
-        self._add(norms, thresholds, decision, gradients.present())
+        self._add(
+            norms=norms,
+            thresholds=thresholds,
+            coefficients=decision.reduction,
+            present=gradients.present(),
+        )
         if needs_weights:
-            self._values.setdefault("weight_norms", []).append(gradients.weight_norms())
+            self._add(weight_norms=gradients.weight_norms())
         self._indices.append(indices)
         if gradients.parameter_sums is not None:
             self._sums.append(gradients.parameter_sums)
 
-    def _add(self, norms: Tensor, thresholds: Tensor, decision: Decision, present: Tensor) -> None:
-        values = {
-            "norms": norms,
-            "thresholds": thresholds,
-            "coefficients": decision.reduction,
-            "present": present,
-        }
+    def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
 

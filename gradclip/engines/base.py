@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 INFINITY = math.inf
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of tensors that engines take."""
-_FACTS = attrgetter("dtype", "layout")
+_FACTS = attrgetter("dtype", "device", "layout")
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype of an element size. Magnitudes are ordered as their bits without the sign."""
 
@@ -134,10 +134,7 @@ class Engine(ABC):
         """
         if {*map(type, tensors)} != {Tensor} or len({*map(id, tensors)}) < len(tensors):
             return False
-        facts = {*map(_FACTS, tensors)}
-        dtype, layout = next(iter(facts))
-        plain = len(facts) == 1 and dtype in REAL and layout is torch.strided
-        return plain and all(map(host_may_read, tensors))
+        return are_alike(tensors) and all(map(host_may_read, tensors))
 
     def host_norm(self, tensors: TensorList, order: float, sums: Tensor | None = None) -> float:
         """Return the norm of all tensors together as a number.
@@ -301,6 +298,15 @@ def host_root(power_sum: float, order: float) -> float:
         return math.sqrt(power_sum)  # rounded as IEEE 754 says, as torch's is
     number: float = root(torch.tensor([power_sum], dtype=torch.float64, device="cpu"), order).item()
     return number
+
+
+def are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Return whether n >= 1 tensors are real and dense, of one dtype and one device."""
+    facts = {*map(_FACTS, tensors)}
+    if len(facts) != 1:
+        return False
+    [(dtype, _device, layout)] = facts
+    return dtype in REAL and layout is torch.strided
 
 
 def host_may_read(tensor: Tensor) -> bool:

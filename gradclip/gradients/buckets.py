@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..engines import engine_for
-from ..engines.base import REAL, TensorList
+from ..engines.base import REAL, TensorList, are_alike
 from ..engines.layout import rows_overlap
 from ..errors import GradientError
 from ..ranks.groups import RankGroup
@@ -29,8 +29,6 @@ from .held import PLAIN
 
 HERE = None, True
 """Rank group of a gradient that is on no other rank, and that this rank counts it."""
-
-_FACTS = attrgetter("dtype", "device", "layout")
 
 
 @dataclass(slots=True)
@@ -147,14 +145,10 @@ def _bucket_of_all(gradients: Sequence[Tensor]) -> Bucket | None:
             return None
         group, counts, gradients = shard.group, shard.counts, [*map(LOCAL, gradients)]
         types = {*map(type, gradients)}
-    if types != PLAIN:
-        return None
-    facts = {*map(_FACTS, gradients)}
-    dtype, device, layout = next(iter(facts))
-    if len(facts) > 1 or dtype not in REAL or layout is not torch.strided:
+    if types != PLAIN or not are_alike(gradients):
         return None
     batch = TensorList(gradients)
-    return Bucket(device, batch, batch, group=group, counts=counts)
+    return Bucket(gradients[0].device, batch, batch, group=group, counts=counts)
 
 
 def copies_of(buckets: Iterable[Bucket]) -> list[Bucket]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..base import REAL, Engine, RelativeLimit, TensorList, rounded_bounds
+from ..base import Engine, RelativeLimit, TensorList, are_alike, rounded_bounds
 from ..layout import (
     PLAIN_TYPES,
     as_stored,
@@ -32,8 +31,6 @@ from . import launching
 from .launching import launch
 from .plan import BLOCK
 from .requests import Request, Requests
-
-_FACTS = attrgetter("dtype", "device", "layout")
 
 
 class TritonEngine(Engine):
@@ -132,9 +129,7 @@ class TritonEngine(Engine):
 
     def _located(self, tensors: TensorList, rows: bool) -> Request | None:
         """Return the request for the rows of plain tensors; None for others."""
-        if not PLAIN_TYPES.issuperset(map(type, tensors)) or len({*map(_FACTS, tensors)}) != 1:
-            return None
-        if tensors[0].dtype not in REAL or tensors[0].layout is not torch.strided:
+        if not PLAIN_TYPES.issuperset(map(type, tensors)) or not are_alike(tensors):
             return None
         request = self._requests.of(tensors, True, _wide_rows if rows else _one_row, divide=False)
         return request if request is not None and request.is_apart else None

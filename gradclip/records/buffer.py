@@ -8,9 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ranks.shared_loss import host_mean_loss
 from .parameter_norms import ParameterNorms
-from .record import ClipRecord, flag_per_norm
+from .record import ClipRecord, flag_per_norm, loss_on_host
 
 MOST_NORMS = 1 << 18
 """Norms per batch, including those of parameters: records then take at most about 10 MB."""
@@ -128,9 +127,9 @@ class Batch:
         if self._losses is not None:
             self._arrived()
             sizes = [loss.numel() for loss in losses if isinstance(loss, Tensor)]
-            arrived = iter(map(_as_number, self._losses.split(sizes)))
+            arrived = iter(self._losses.split(sizes))
             losses = [next(arrived) if isinstance(loss, Tensor) else loss for loss in losses]
-        return losses  # type: ignore[return-value]  # no tensor is left
+        return [*map(loss_on_host, losses)]
 
     def micro_batches(self) -> Tensor | None:
         """Return `ClipRecord.micro_batches` of each step, shape (steps, 3); None for none at all.
@@ -167,11 +166,6 @@ class Batch:
         if self._event is not None:
             self._event.synchronize()
         return self._host.to(torch.float64)
-
-
-def _as_number(loss: Tensor) -> float | None:
-    """Return a loss that has arrived, None if no rank gave one."""
-    return host_mean_loss(loss.tolist(), 1.0) if loss.numel() == 2 else loss.item()
 
 
 def _unknown() -> None:

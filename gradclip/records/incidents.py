@@ -13,7 +13,7 @@ from . import loss_history
 from .loss_history import LossHistory
 from .norm_history import DEVIATIONS, SHOWN, NormHistory
 from .parameter_norms import ParameterNorms, ParameterSums
-from .record import ClipRecord
+from .record import ClipRecord, loss_on_host
 
 VANISHING = 1e-5
 """Norm below which a normalised gradient is distorted: Muon divides by the norm plus 1e-7, and
@@ -126,10 +126,11 @@ def nonfinite_error(record: ClipRecord, before: object) -> NonFiniteGradientErro
         before: The norms just before, for the message.
     """
     names = record.parameter_sums and record.parameter_sums.nonfinite
-    loss = "" if record.loss is None else f" The loss was {record.loss.item():.4g}."
+    loss = loss_on_host(record.given_loss)
+    of_loss = "" if loss is None else f" The loss was {loss:.4g}."
     return NonFiniteGradientError(
         f"The norm of the gradients is {_value_of(record.norms)} at step {record.step}, from these "
-        f"parameters: {names}.{loss} The norms before: {before}. The step was not taken and the "
+        f"parameters: {names}.{of_loss} The norms before: {before}. The step was not taken and the "
         "gradients are unchanged. Lower the learning rate or look at the batch of that step; "
         "nonfinite='zero' or 'skip' would go on."
     )

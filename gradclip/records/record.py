@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engines import norm_dtype
 from ..engines.base import CPU
-from ..ranks.shared_loss import mean_loss
+from ..ranks.shared_loss import host_mean_loss, mean_loss
 from .parameter_norms import ParameterSums
 
 _set = object.__setattr__
@@ -158,6 +158,13 @@ class ClipRecord:
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         self.__init__(*state)  # type: ignore[misc]
+
+
+def loss_on_host(given: float | Tensor | None) -> float | None:
+    """Return the number of `ClipRecord.given_loss`, None if no rank gave one. Host sync."""
+    if not isinstance(given, Tensor):
+        return given
+    return host_mean_loss(given.tolist(), 1.0) if given.numel() == 2 else given.item()
 
 
 def add_micro_batches(record: ClipRecord, micro_batches: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """The loss of a step across ranks: a mean in the collective of the norms, the same on all."""
 
 import math
+import re
 from itertools import product
 from typing import Any
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, Ranks, Threshold
+from gradclip import (
+    ArgumentError,
+    AttachError,
+    GradientClipper,
+    MemorySink,
+    NonFiniteGradientError,
+    Ranks,
+    Threshold,
+)
 from gradclip.thresholds import MeanDeviation
 from tests.support.clippers import sgd
 from tests.support.device import take_the_device_route
@@ -163,6 +172,22 @@ def test_a_step_for_which_no_rank_gave_a_loss(layout, on_device):
     losses, found = steps_with(given, layout, on_device, max_norm=Looking(), exceed="skip")
     assert losses == [None, 2.0, 5.0]
     assert [skipped for skipped, _ in found[1:]] == [False, True]
+
+
+@pytest.mark.parametrize("given", [[None, 5.0], [None, None]])
+@pytest.mark.parametrize("on_device", [False, True])
+@on_ranks("two_ranks")
+def test_the_error_for_a_norm_names_a_loss_that_was_given(given, on_device):
+    """It names none where no rank gave one, though the device alone may know."""
+    own = given[distributed.get_rank()]
+    with pytest.MonkeyPatch.context() as patch:
+        if on_device:
+            take_the_device_route(patch)
+        clipper = GradientClipper(sgd([NAN]), 1.0, nonfinite="raise", ranks=Ranks())
+        clipper.loss = None if own is None else torch.tensor(own)
+        with pytest.raises(NonFiniteGradientError) as error:
+            clipper.step()
+    assert re.findall(r"The loss was (\S+)\. ", str(error.value)) == (["5"] if any(given) else [])
 
 
 @pytest.mark.parametrize("layout", ["one mesh", "stages", "all on the first"])

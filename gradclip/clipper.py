@@ -15,7 +15,7 @@ from .checks import checked_count
 from .engines import engine_for
 from .engines.cuda_graphs import capturing
 from .engines.no_grad import no_grad
-from .errors import ArgumentError, AttachError
+from .errors import AttachError
 from .gradients.coefficients import are_finite
 from .gradients.norm_thresholds import NormThresholds
 from .gradients.policies import Settings, check_capture, check_rule, described, options_of
@@ -25,6 +25,7 @@ from .optimizers.in_backward import StepsInBackward, running_pass
 from .optimizers.joint import AnyGradients, JointGradients
 from .optimizers.micro_batches import MicroBatches
 from .optimizers.replaced import close_replaced
+from .optimizers.several import step_each
 from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
 from .ranks.layout import RankLayout, announces_failure
@@ -33,7 +34,7 @@ from .ranks.ranks import Ranks
 from .records.counting import MicroBatchCounts
 from .records.incidents import nonfinite_error, skip_limit_error
 from .records.losses import checked_loss, loss_or_none
-from .records.record import ClipRecord
+from .records.record import ClipRecord, before_own_clipping
 from .records.recorder import Recorder
 from .records.sinks.base import Sink
 from .records.sinks.log_option import sinks_from
@@ -219,17 +220,16 @@ class GradientClipper:
             return gradients  # an earlier step of this backward pass has clipped these, or nothing
         norms = gradients.norms()
         step = self._recorder.next_step(norms, captured=captured)
-        factor = changes.own_factor  # of an optimizer that clips in its own step: norms before it
-        before = norms if factor is None else norms / factor
+        own_factor = changes.own_factor  # of an optimizer that clips in its own step as well
+        before = norms if own_factor is None else norms / own_factor
         thresholds = self._norm_thresholds.at_step(gradients, before, step)
         decision = gradients.decide_(norms, thresholds)
         gradients.scale_(decision)
         skip, overflow, sums = decision.skip, gradients.overflow, gradients.parameter_sums
         reduction, now, loss = decision.reduction, time.time(), gradients.loss
-        if factor is not None:
-            norms, reduction = before, reduction * factor
-            sums = sums and sums.divided(factor, self._settings.norm_type)
         record = ClipRecord(step, now, norms, thresholds, reduction, skip, overflow, sums, loss)
+        if own_factor is not None:
+            record = before_own_clipping(record, own_factor, self._settings.norm_type)
         if self._joint.several is not None:
             self._joint.several.mark_clipped(gradients.tensors, record)
         if not gradients.tensors and not self._joint.spans_ranks:
@@ -310,18 +310,7 @@ class GradientClipper:
             ArgumentError: A closure was given for several optimizers, each of which would
                 evaluate it again.
         """
-        if len(self._given) > 1:
-            if closure is not None:
-                raise ArgumentError(
-                    f"step() was given a closure, and the clipper has {len(self._given)} "
-                    "optimizers, each of which would evaluate it again: call backward() and then "
-                    "step() without a closure, or give the closure to one optimizer's own step()."
-                )
-            for optimizer in self._given:
-                optimizer.step()
-            return None
-        [optimizer] = self._given
-        return optimizer.step() if closure is None else optimizer.step(closure)
+        return step_each(self._given, closure)
 
     def micro_batch(self, of: int) -> AbstractContextManager[None]:
         """Return a context in which the gradients of one micro-batch are clipped by themselves.

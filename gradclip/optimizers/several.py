@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import compress
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ..errors import AttachError
+from ..errors import ArgumentError, AttachError
 from ..gradients.held import HeldGradients, gradients_held
 from ..records.record import ClipRecord
 from .clipped_already import ClippedGradients
@@ -161,3 +161,23 @@ class SeveralOptimizers:
 def _newest(records: Sequence[ClipRecord | None]) -> ClipRecord | None:
     """Return the newest record; None without records."""
     return max({*records}, key=attrgetter("step"), default=None)
+
+
+def step_each(optimizers: Sequence[Optimizer], closure: Callable[[], Any] | None) -> Any:
+    """Take a step of each optimizer in turn; return what a single one returns, else None.
+
+    Raises:
+        ArgumentError: A closure was given for several optimizers, each of which would evaluate it.
+    """
+    if len(optimizers) == 1:
+        [optimizer] = optimizers
+        return optimizer.step() if closure is None else optimizer.step(closure)
+    if closure is not None:
+        raise ArgumentError(
+            f"step() was given a closure, and the clipper has {len(optimizers)} "
+            "optimizers, each of which would evaluate it again: call backward() and then "
+            "step() without a closure, or give the closure to one optimizer's own step()."
+        )
+    for optimizer in optimizers:
+        optimizer.step()
+    return None

@@ -172,6 +172,28 @@ def add_micro_batches(record: ClipRecord, micro_batches: Tensor | None) -> None:
     _set(record, "micro_batches", micro_batches)
 
 
+def before_own_clipping(record: ClipRecord, factor: float | Tensor, order: float) -> ClipRecord:
+    """Return the record of a step whose optimizer clips as well, with the norms before that.
+
+    Args:
+        record: The record, with the norms that the optimizer has left.
+        factor: By which the optimizer has multiplied all gradients before.
+        order: p of the norms.
+    """
+    norms, thresholds, coefficients = record.values
+    return ClipRecord(
+        record.step,
+        record.wall_time,
+        norms / factor,
+        thresholds,
+        coefficients * factor,
+        record.skipped,
+        record.overflow,
+        record.parameter_sums and record.parameter_sums.divided(factor, order),
+        record.given_loss,
+    )
+
+
 def clipped_norms(norms: Any, coefficients: Any) -> Any:
     """Return the norms after scaling: 0 where a coefficient is 0, even if the norm is infinite.
 

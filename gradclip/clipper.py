@@ -185,14 +185,7 @@ class GradientClipper:
             for each in optimizers
         ]
         self._in_backward = StepsInBackward(
-            self._joint,
-            self._labels,
-            rank_layout,
-            self._norm_thresholds,
-            self._recorder,
-            self._settings,
-            self._count,
-            needs_weights=self._threshold.needs_weights,
+            self._joint, self._norm_thresholds, self._recorder, self._settings, self._count
         )
         self._joint.attach()
         self._norm_thresholds.claim()
@@ -376,6 +369,7 @@ class GradientClipper:
         rule as `StepContext.loss`. It is detached and copied; no host sync on CUDA. If batches are
         accumulated, the last value assigned before the step counts, and so does that of the last
         evaluation of a closure. What a closure returns counts by itself, unless a loss is assigned.
+        A step that GradScaler skips has no record: the loss stays for the next step.
 
         In a captured CUDA graph, assign the loss within the capture.
 

@@ -45,6 +45,7 @@ __all__ = [
     "joint",
     "micro_batches",
     "replaced",
+    "several",
     "step_changes",
     "supported",
 ]

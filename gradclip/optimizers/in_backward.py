@@ -29,11 +29,10 @@ from ..gradients.parts import OwnNorms, StepParts
 from ..gradients.policies import Settings
 from ..gradients.without_values import GradientsWithoutValues
 from ..ranks.averaging import AveragingModules
-from ..ranks.layout import RankLayout
 from ..ranks.shards import is_dtensor
 from ..records.record import ClipRecord
 from ..records.recorder import Recorder
-from ..scopes.labels import LabelledParameter, NormLabels
+from ..scopes.labels import LabelledParameter
 from ..scopes.norm_indices import NOWHERE
 from .call_stack import running_scaler
 from .joint import JointGradients
@@ -47,35 +46,26 @@ class StepsInBackward:
 
     Args:
         joint: The gradients of the optimizers.
-        labels: The labels of their norms.
-        rank_layout: The other ranks.
-        norm_thresholds: The thresholds of the norms.
+        norm_thresholds: The thresholds of their norms.
         recorder: Knows the index of a step.
         settings: The options of the clipper.
         count: Takes the record of a whole backward pass.
-        needs_weights: True if the rule reads the norms of parameters.
     """
 
     def __init__(
         self,
         joint: JointGradients,
-        labels: NormLabels,
-        rank_layout: RankLayout,
         norm_thresholds: NormThresholds,
         recorder: Recorder,
         settings: Settings,
         count: Callable[[ClipRecord], None],
-        *,
-        needs_weights: bool,
     ) -> None:
         self._joint = joint
-        self._labels = labels
-        self._rank_layout = rank_layout
+        self._labels = joint.labels
         self._norm_thresholds = norm_thresholds
         self._recorder = recorder
         self._settings = settings
         self._count = count
-        self._needs_weights = needs_weights
         self._running: _BackwardPass | None = None
         # The engine has a thread for each device, and their hooks may run at the same time.
         self._lock = Lock()
@@ -115,7 +105,7 @@ class StepsInBackward:
                 gradients,
                 own.indices,
                 lambda part, norms: self._norm_thresholds.at_step(part, norms, running.step),
-                needs_weights=self._needs_weights,
+                needs_weights=self._joint.needs_weights,
             )
 
     def finish(self) -> None:
@@ -200,7 +190,7 @@ class StepsInBackward:
                 "whole step can no longer be skipped: set exceed to 'scale' and nonfinite to "
                 "'zero', or step after backward()."
             )
-        if self._rank_layout.across is not None:
+        if self._joint.rank_layout.across is not None:
             raise AttachError(
                 f"{_steps(stepping)}, and the clipper has ranks=, whose other ranks need not step "
                 "at the same time: step after backward()."

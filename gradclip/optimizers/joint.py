@@ -77,9 +77,9 @@ class JointGradients:
     ) -> None:
         self.optimizers = optimizers
         self._settings = settings
-        self._labels = labels
-        self._rank_layout = rank_layout
-        self._needs_weights = threshold.needs_weights
+        self.labels = labels
+        self.rank_layout = rank_layout
+        self.needs_weights = threshold.needs_weights
         self._threshold = threshold
         self._may_be_usual = (
             settings.max_value is None
@@ -112,7 +112,7 @@ class JointGradients:
 
     def attach(self) -> None:
         """Let the ranks share the overflows of the GradScaler until `detach`."""
-        scaler, across = self.grad_scaler, self._rank_layout.across
+        scaler, across = self.grad_scaler, self.rank_layout.across
         if scaler is not None and across is not None:
             self._overflow = SharedOverflow(scaler, self.optimizers, across, self.device)
 
@@ -124,7 +124,7 @@ class JointGradients:
     @property
     def spans_ranks(self) -> bool:
         """True if other ranks may have gradients that share a norm with those of this one."""
-        return not self._rank_layout.is_alone
+        return not self.rank_layout.is_alone
 
     @property
     def device(self) -> torch.device:
@@ -163,13 +163,13 @@ class JointGradients:
         for optimizer in self.optimizers:
             check_groups(optimizer)
         # `_refresh` written out: a usual step makes as few calls as possible.
-        self._labels.refresh()
-        if self._labels.names is not self._planned_for:
+        self.labels.refresh()
+        if self.labels.names is not self._planned_for:
             self._plan()
         scale = overflow = None
         if heeds_marks(stepping):
             scale, overflow = mark_of(stepping, "grad_scale"), mark_of(stepping, "found_inf")
-        if self._rank_layout.across is not None:
+        if self.rank_layout.across is not None:
             refuse_unshared_overflow(self._overflow)
         if overflow is not None:
             overflow = overflow > 0
@@ -221,19 +221,19 @@ class JointGradients:
 
     def _refresh(self) -> None:
         """Label the parameters that were added since the last step, and plan anew if some were."""
-        self._labels.refresh()
-        if self._labels.names is not self._planned_for:  # made anew whenever parameters are added
+        self.labels.refresh()
+        if self.labels.names is not self._planned_for:  # made anew whenever parameters are added
             self._plan()
 
     def _plan(self) -> None:
         """Choose what serves a step, until parameters are added."""
-        labels, rank_layout = self._labels, self._rank_layout
+        labels, rank_layout = self.labels, self.rank_layout
         if rank_layout.count != labels.count:
             rank_layout.refresh(parameters_held(self.optimizers))
         if self._threshold.needs_loss:
             check_reach(repr(self._threshold), rank_layout.norm_ranks)
         self._planned_for = labels.names
-        self._one_norm_for_all = labels.is_global and not self._needs_weights
+        self._one_norm_for_all = labels.is_global and not self.needs_weights
         self._host_route = None
         if self._may_be_usual and labels.is_global:
             if rank_layout.is_alone:
@@ -253,7 +253,7 @@ class JointGradients:
     def _usual(self, route: HostRoute, optimizer: Optimizer) -> HostGradients | None:
         """Return the gradients of the usual step; None if some are no plain ones on the CPU."""
         parameters = [*parameters_of(optimizer.param_groups)]
-        named = self._rank_layout.wants_parameter_norms
+        named = self.rank_layout.wants_parameter_norms
         gradients = TensorList(map(GRADIENT, parameters))
         usual = route(gradients, self._names(parameters, gradients) if named else ())
         if usual is None:
@@ -275,7 +275,7 @@ class JointGradients:
         self, gradients: TensorList, names: Sequence[str], partial: bool = False
     ) -> HostGradients | None:
         """Do the same for gradients whose norm spans the ranks of one collective."""
-        engine, settings, rank_layout = self._engine, self._settings, self._rank_layout
+        engine, settings, rank_layout = self._engine, self._settings, self.rank_layout
         parts = parts_in(rank_layout.norm_ranks, gradients)
         if parts is None or not engine.prepare(parts.tensors, settings.norm_type):
             return None
@@ -294,9 +294,9 @@ class JointGradients:
         """Return gradients to clip in one pass by row; None if norms or gradients are not such."""
         parameters = [*parameters_of(optimizer.param_groups)]
         plan = self._row_plan
-        if plan is None or not plan.fits(parameters, self._labels):
-            plan = self._row_plan = RowPlan(parameters, self._labels)
-        if not (plan.is_possible and self._rank_layout.is_alone):
+        if plan is None or not plan.fits(parameters, self.labels):
+            plan = self._row_plan = RowPlan(parameters, self.labels)
+        if not (plan.is_possible and self.rank_layout.is_alone):
             return None
         engine, order = self._engine, self._settings.norm_type
         gradients = TensorList(map(GRADIENT, plan.parameters))
@@ -304,9 +304,9 @@ class JointGradients:
         if require_grad(gradients):
             return None  # the pass would write into their graph
         rows = engine.prepare_rows(gradients, weights, order, rows=plan.by_rows)
-        if rows != len(self._labels.names):
+        if rows != len(self.labels.names):
             return None  # or a parameter was resized, which the general way refuses
-        names = plan.names if self._rank_layout.wants_parameter_norms else None
+        names = plan.names if self.rank_layout.wants_parameter_norms else None
         limit, settings = rule.relative_limit, self._settings
         return RowGradients(engine, gradients, weights, plan.norm_indices, limit, settings, names)
 
@@ -317,7 +317,7 @@ class JointGradients:
         count: int | None = None,
         **options: Any,
     ) -> StepGradients | GradientsWithoutValues:
-        labels, rank_layout = self._labels, self._rank_layout
+        labels, rank_layout = self.labels, self.rank_layout
         one_norm = self._one_norm_for_all or labels.has_one_norm
         if count is None:
             count = len(labels.names)
@@ -332,7 +332,7 @@ class JointGradients:
             settings or self._settings,
             count,
             self.device,
-            weights=held.weights if self._needs_weights else None,
+            weights=held.weights if self.needs_weights else None,
             names=names,
             norm_ranks=rank_layout.norm_ranks,
             counts_here=() if labels.all_count else held.counts_here,
@@ -346,7 +346,7 @@ class JointGradients:
         parameters = [*parameters_held(optimizers)]
         if self._one_norm_for_all:
             gradients = gradients_of(parameters)
-            asked = self._rank_layout.wants_parameter_norms
+            asked = self.rank_layout.wants_parameter_norms
             return HeldGradients(
                 gradients, names=self._names(parameters, gradients) if asked else ()
             )
@@ -354,15 +354,15 @@ class JointGradients:
         held, ids = HeldGradients(names=names), set()
         # The threshold of a parameter's own norm follows from its weights, also on a rank that has
         # no gradient of it, because another rank has one.
-        weights_alone = self._needs_weights and self._labels.kind in SCOPES_BY_NAME
+        weights_alone = self.needs_weights and self.labels.kind in SCOPES_BY_NAME
         for parameter in parameters:
             gradient = parameter.grad
             if id(gradient) in ids or (gradient is None and not weights_alone):
                 continue
-            labelled = self._labels.of(parameter)
+            labelled = self.labels.of(parameter)
             if labelled.norm_indices is None:
                 continue
-            if self._needs_weights:
+            if self.needs_weights:
                 held.weights.append(Weight(parameter, labelled.norm_indices, labelled.counts))
             if gradient is not None:
                 ids.add(id(gradient))
@@ -377,10 +377,10 @@ class JointGradients:
         if len(gradients) < len(parameters):
             # Reversed, so that of several parameters with one gradient the first names it.
             by_id = {id(parameter.grad): parameter for parameter in reversed(parameters)}
-            return [self._labels.of(by_id[id(gradient)]).name for gradient in gradients]
+            return [self.labels.of(by_id[id(gradient)]).name for gradient in gradients]
         # The usual case: the same parameters as at the last step, all of them with a gradient.
         named, names = self._named
         if len(named) != len(parameters) or not all(map(is_, named, parameters)):
-            names = [self._labels.of(parameter).name for parameter in parameters]
+            names = [self.labels.of(parameter).name for parameter in parameters]
             self._named = parameters, names
         return names

@@ -28,6 +28,7 @@ from .optimizers.replaced import close_replaced
 from .optimizers.several import step_each
 from .optimizers.step_changes import StepChanges
 from .optimizers.supported import clippable, listed
+from .optimizers.weight_changes import WeightChanges
 from .ranks.layout import RankLayout, announces_failure
 from .ranks.messages import comparable_options
 from .ranks.ranks import Ranks
@@ -156,7 +157,11 @@ class GradientClipper:
         self._recorder = Recorder(sinks_from(log), order, skip_limit)
         same = comparable_options(options, self._threshold, grad_scaler, optimizers)
         rank_layout = RankLayout(
-            ranks, self._labels, same, self._recorder.has_sinks or self._settings.raises
+            ranks,
+            self._labels,
+            same,
+            self._recorder.has_sinks or self._settings.raises,
+            self._recorder.weights_every,
         )
         self._joint = JointGradients(
             optimizers, grad_scaler, self._settings, self._labels, rank_layout, self._threshold
@@ -171,6 +176,9 @@ class GradientClipper:
         self._pending: ClipRecord | None = None
         self._empty_steps = EmptySteps(type(optimizers[0]).__name__)
         self._micro_batches: MicroBatches | None = None
+        self._weight_changes: WeightChanges | None = None
+        if rank_layout.weights_every:
+            self._weight_changes = WeightChanges(self._joint, self._recorder, self._settings)
         # All that can refuse comes before: a refused clipper leaves no hook behind.
         close_replaced(optimizers)
         clip = self._clip
@@ -184,6 +192,8 @@ class GradientClipper:
             )
             for each in optimizers
         ]
+        if self._weight_changes is not None:
+            self._weight_changes.attach(self._attachments)
         self._in_backward = StepsInBackward(
             self._joint, self._norm_thresholds, self._recorder, self._settings, self._count
         )
@@ -284,6 +294,8 @@ class GradientClipper:
         self._last, self._pending, self._loss = record, None, None
         if self._micro_batches is not None:
             self._micro_batches.move_counts_to(record)
+        if self._weight_changes is not None:
+            self._weight_changes.move_to(record)
         self._recorder.add(record)
         self._norm_thresholds.observe(record)
         self._recorder.check_skips()
@@ -472,6 +484,8 @@ class GradientClipper:
             attachment.detach()
         self._attachments = []
         self._in_backward.finish()
+        if self._weight_changes is not None:
+            self._weight_changes.detach()
         self._joint.detach()
         self._norm_thresholds.release()
 

@@ -10,6 +10,7 @@ several optimizers, with ``clipped_already.py`` as its memory.
 ``grad_scaler.py`` reads a GradScaler, ``joint_scaling.py`` unscales several optimizers, and
 ``shared_overflow.py`` lets ranks skip a step together. ``micro_batches.py`` clips gradients before
 they are accumulated, and ``in_backward.py`` at steps that are taken inside ``backward()``.
+``weight_changes.py`` measures the parameters before and after a step, if a sink asks for it.
 
 Where torch has no hook
     A step pre-hook is given the optimizer and the arguments of the step, a post-hook the same
@@ -48,4 +49,5 @@ __all__ = [
     "several",
     "step_changes",
     "supported",
+    "weight_changes",
 ]

@@ -70,8 +70,8 @@ class Attachment:
         self._may_nest = may_call_parents_step(type(optimizer))
         self._parent_steps = count_parent_steps(type(optimizer)) if self._may_nest else 0
         self._clip_in_closure = torch.compiler.disable(self._clip_or_skip)
-        before = optimizer.register_step_pre_hook(_uncompiled(self._before))
-        after = optimizer.register_step_post_hook(_uncompiled(self._after))
+        before = optimizer.register_step_pre_hook(uncompiled(self._before))
+        after = optimizer.register_step_post_hook(uncompiled(self._after))
         # Before all other post-hooks, which are to find the optimizer restored. The pre-hook comes
         # after the earlier ones, which may still change the gradients.
         cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(
@@ -83,6 +83,11 @@ class Attachment:
     def clipper(self) -> Any:
         """The clipper that is attached."""
         return getattr(self._finish, "__self__", None)
+
+    @property
+    def running_record(self) -> ClipRecord | None:
+        """The record of the step that is running; None before it is known."""
+        return None if self._running is None else self._running.record
 
     def detach(self) -> None:
         """Remove the hooks and restore the optimizer; the second call does nothing."""
@@ -327,7 +332,7 @@ class _RunningStep:
         return bool(self._parameters) and versions_of(self._parameters) != self._versions
 
 
-def _uncompiled(hook: Callable[P, R]) -> Callable[P, R]:
+def uncompiled(hook: Callable[P, R]) -> Callable[P, R]:
     """Return a hook that ``torch.compile`` neither traces nor compiles.
 
     ``torch.compile(optimizer.step)`` would trace it, and compile it anew for every step index.

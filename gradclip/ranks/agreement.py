@@ -44,6 +44,8 @@ class Agreement:
     """Names of the parameters of all ranks, in a norm or not."""
     wants_parameter_norms: bool
     """True if one of the ranks needs the norm of each parameter."""
+    weights_every: frozenset[int]
+    """The numbers of steps after which one of the ranks needs the norms of the weights."""
     thresholds: GroupThresholds = field(default_factory=dict)
     """The norms of all ranks in order, with the thresholds of parameter groups."""
     originals: dict[str, Original] = field(default_factory=dict)
@@ -133,7 +135,7 @@ def confirm_alike(message: ClipperMessage, groups: Iterable[RankGroup]) -> Clipp
         groups: The groups that its DTensors are spread over, in the order of their collectives.
 
     Returns:
-        The message, in which parameter norms are wanted if another rank wants them.
+        The message, in which norms of gradients and weights are wanted if another rank wants them.
 
     Raises:
         AttachError: The ranks of one group differ.
@@ -148,7 +150,8 @@ def confirm_alike(message: ClipperMessage, groups: Iterable[RankGroup]) -> Clipp
             error = error or raised
             message = replace(message, error=str(error))
         wanted = any(other.wants_parameter_norms for other in messages.values())
-        message = replace(message, wants_parameter_norms=wanted)
+        every = _weights_every(messages.values())
+        message = replace(message, wants_parameter_norms=wanted, weights_every=every)
     if error is not None:
         raise error
     check_elsewhere({distributed.get_rank(): message})
@@ -176,7 +179,7 @@ def agreement_across(message: ClipperMessage, group: RankGroup, ranks: Ranks) ->
     if message.scope in SCOPES_BY_NAME:
         check_names(messages, message.scope)
     wanted = any(other.wants_parameter_norms for other in messages.values())
-    agreement = Agreement(all_names, wanted)
+    agreement = Agreement(all_names, wanted, _weights_every(messages.values()))
     for rank, other in messages.items():
         indices = agreement.add(rank, other, {*messages})
         if rank == group.rank:
@@ -186,6 +189,11 @@ def agreement_across(message: ClipperMessage, group: RankGroup, ranks: Ranks) ->
     check_uncopied(messages)
     agreement.settle()
     return agreement
+
+
+def _weights_every(messages: Iterable[ClipperMessage]) -> frozenset[int]:
+    """Return the numbers of steps after which any rank needs the norms of the weights."""
+    return frozenset[int]().union(*(message.weights_every for message in messages))
 
 
 def _words(_: bool, label: str) -> list[str | int]:

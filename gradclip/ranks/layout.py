@@ -29,6 +29,7 @@ class RankLayout:
         labels: The labels of the norms, which become those of all ranks.
         options: The options from `comparable_options`; ranks that differ in them are refused.
         wants_parameter_norms: Whether the norms of parameters are needed on this rank.
+        weights_every: The numbers of steps after which the norms of weights are needed on it.
 
     Raises:
         AttachError: There is no process group.
@@ -40,12 +41,15 @@ class RankLayout:
         labels: NormLabels,
         options: Mapping[str, str],
         wants_parameter_norms: bool,
+        weights_every: frozenset[int] = frozenset(),
     ) -> None:
         self.norm_ranks = NormRanks()
         self.across = None if ranks is None else ranks.joined()
         """The group of the ``ranks=`` option."""
         self.wants_parameter_norms = wants_parameter_norms
         """True if one of the ranks needs the norms of parameters; all of them then measure."""
+        self.weights_every = weights_every
+        """The numbers of steps after which one of the ranks needs the norms of weights."""
         self._ranks = ranks
         self._labels = labels
         self._options = options
@@ -98,19 +102,20 @@ class RankLayout:
             self._options,
             across=self.across is not None,
             wants_parameter_norms=self.wants_parameter_norms,
+            weights_every=self.weights_every,
         )
         if not (norm_ranks or message.elsewhere):
             return
         message = confirm_alike(message, norm_ranks.groups)
         names = [parameter.name for parameter in message.parameters]
         indices = {name: index for index, name in enumerate(names)}
-        wanted = message.wants_parameter_norms
+        wanted, every = message.wants_parameter_norms, message.weights_every
         if self._ranks is not None and norm_ranks.across is not None:
             agreement = agreement_across(message, norm_ranks.across, self._ranks)
             agreement.apply_to(self._labels, norm_ranks.across.rank)
             names, indices = [*agreement.parameters], agreement.local_parameters
-            wanted = agreement.wants_parameter_norms
-        self.wants_parameter_norms = wanted
+            wanted, every = agreement.wants_parameter_norms, agreement.weights_every
+        self.wants_parameter_norms, self.weights_every = wanted, every
         self._names = tuple(names) if wanted else None
         self._indices = {name: _one_index(index) for name, index in indices.items()}
 

@@ -50,6 +50,8 @@ class ClipperMessage:
     """Names of DTensors that have no shard on the rank and that no ``ranks=`` accounts for."""
     wants_parameter_norms: bool
     """True if a sink or an error of the rank may need the norm of each parameter."""
+    weights_every: frozenset[int]
+    """The numbers of steps after which sinks of the rank ask for the norms of the weights."""
     error: str | None = None
     """The reason why the clipper cannot attach, once there is one."""
 
@@ -85,7 +87,12 @@ def comparable_options(
 
 
 def message_of(
-    labels: NormLabels, options: Mapping[str, str], *, across: bool, wants_parameter_norms: bool
+    labels: NormLabels,
+    options: Mapping[str, str],
+    *,
+    across: bool,
+    wants_parameter_norms: bool,
+    weights_every: frozenset[int],
 ) -> ClipperMessage:
     """Return the message of this rank about its clipper.
 
@@ -94,6 +101,7 @@ def message_of(
         options: Its options, from `comparable_options`.
         across: Whether it has ``ranks=``: DTensors may then lie on other ranks alone.
         wants_parameter_norms: Whether the norms of parameters are needed on this rank.
+        weights_every: The numbers of steps after which the norms of weights are needed on it.
     """
     elsewhere = [] if across else [p.name for p in labels.parameters if is_elsewhere(p.parameter)]
     messages = (_parameter_message(entry, labels.kind) for entry in labels.labelled)
@@ -105,6 +113,7 @@ def message_of(
         labels.all_names,
         elsewhere,
         wants_parameter_norms,
+        weights_every,
     )
 
 

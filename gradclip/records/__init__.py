@@ -25,6 +25,7 @@ __all__ = [
     "recorder",
     "sinks",
     "state",
+    "weight_sums",
 ]
 
 

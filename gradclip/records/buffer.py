@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .parameter_norms import ParameterNorms
 from .record import ClipRecord, flag_per_norm, loss_on_host
+from .weight_sums import WeightNorms, weight_norms_of
 
 MOST_NORMS = 1 << 18
 """Norms per batch, including those of parameters: records then take at most about 10 MB."""
@@ -25,6 +26,7 @@ class RecordBuffer:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._waiting: list[ClipRecord] = []
+        self._is_full = False
         self._sent: list[Batch] = []
 
     def append(self, record: ClipRecord) -> bool:
@@ -33,19 +35,22 @@ class RecordBuffer:
         Returns:
             True if a batch is on its way, which `take` may yield.
         """
-        if self._waiting and not _can_share_batch(self._waiting[-1], record):
+        if self._is_full or (self._waiting and not _can_share_batch(self._waiting[-1], record)):
             self._send()
         self._waiting.append(record)
         count, numbers, sums = len(self._waiting), record.count, record.parameter_sums
         if sums is not None:
             numbers += len(sums.names)
-        if count >= self._capacity or count * numbers >= MOST_NORMS:
+        if record.weight_sums is not None:
+            numbers += 2 * len(record.weight_sums.names)
+        self._is_full = count >= self._capacity or count * numbers >= MOST_NORMS
+        if self._is_full and not _is_open(record):
             self._send()
         return bool(self._sent)
 
     def send(self) -> bool:
-        """Start the copy of what is there. No host sync on CUDA; see `append`."""
-        if self._waiting:
+        """Start the copy of what is complete. No host sync on CUDA; see `append`."""
+        if self._waiting and not _is_open(self._waiting[-1]):
             self._send()
         return bool(self._sent)
 
@@ -58,7 +63,7 @@ class RecordBuffer:
             yield self._sent.pop(0)
 
     def _send(self) -> None:
-        batch, self._waiting = self._waiting, []
+        batch, self._waiting, self._is_full = self._waiting, [], False
         self._sent.append(Batch(batch))
 
 
@@ -81,12 +86,17 @@ class Batch:
         values = _stacked(records, self.has_device_flags)
         measured = [sums for record in records if (sums := record.parameter_sums) is not None]
         vectors = [vector.to(values.device) for sums in measured for vector in sums.sums]
+        self._weights = [record.weight_sums for record in records]
+        of_weights = [v for each in self._weights if each for v in each.vectors]
         self._given_losses = [record.given_loss for record in records]
         held = [loss.reshape(-1) for loss in self._given_losses if isinstance(loss, Tensor)]
         # Losses may lie on another device than norms on the CPU, which would wait for them here.
         device = held[0].device if held and not values.is_cuda else values.device
         self._host = _on_host(values)
         self._sums = _on_host(torch.cat(vectors)) if vectors else None
+        self._weight_sums = None
+        if of_weights:
+            self._weight_sums = _on_host(torch.cat([v.to(values.device) for v in of_weights]))
         self._losses = _on_host(torch.cat([loss.to(device) for loss in held])) if held else None
         counts = [record.micro_batches for record in records]
         taken = [count for count in counts if count is not None]
@@ -162,6 +172,19 @@ class Batch:
                 end += len(of_step.names)
         return norms
 
+    def weight_norms(self, order: float) -> list[WeightNorms | None]:
+        """Return the norms of the parameters at each step, None if it was not one to measure them.
+
+        Waits for the copy.
+
+        Args:
+            order: p of the norms.
+        """
+        if self._weight_sums is None:
+            return [None] * len(self.records)
+        self._arrived()
+        return weight_norms_of(self._weights, self._weight_sums.to(torch.float64), order)
+
     def _arrived(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
@@ -214,6 +237,11 @@ def _stacked(records: Sequence[ClipRecord], flags: bool) -> Tensor:
     # One operator, since a device's host pays for each.
     vectors = [vector for row in rows for vector in row]
     return torch.stack(vectors).view(len(rows), len(records), -1)
+
+
+def _is_open(record: ClipRecord) -> bool:
+    """Return whether other optimizers may still add to the record, which is the newest one."""
+    return record.weight_sums is not None and record.weight_sums.is_open
 
 
 def _can_share_batch(one: ClipRecord, other: ClipRecord) -> bool:

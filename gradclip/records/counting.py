@@ -97,9 +97,11 @@ class StepCounter:
         if steps is None:
             return []
         by_parameter, losses = batch.parameter_norms(self._order), batch.losses()
+        weight_norms = batch.weight_norms(self._order)
         if steps.taken is not None:
             taken = steps.taken.tolist()
             by_parameter, losses = [*compress(by_parameter, taken)], [*compress(losses, taken)]
+            weight_norms = [*compress(weight_norms, taken)]
         coefficients = steps.coefficients.tolist() if self.watched else [()] * len(losses)
         seen = (steps.indices, steps.totals, coefficients, by_parameter, losses)
         incidents = [self._incident(*step) for step in zip(*seen, strict=True)]
@@ -120,6 +122,8 @@ class StepCounter:
             incidents,
             losses,
             *_micro_batch_columns(steps.micro_batches),
+            weight_norms,
+            [None if norms is None else norms.update_ratios for norms in weight_norms],
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
 

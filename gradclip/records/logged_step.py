@@ -42,3 +42,8 @@ class LoggedStep(NamedTuple):
     """Share of the micro-batches so far that were clipped by themselves; None before the first."""
     nonfinite_micro_batches: int | None = None
     """Micro-batches so far with a norm that was not finite; None before the first."""
+    weight_norms: Mapping[str, float] | None = None
+    """Norm of each parameter before the step; None where `Sink.weights_every` leaves it out."""
+    update_ratios: Mapping[str, float] | None = None
+    """Norm of each parameter's change in the step, divided by its norm before; without parameters
+    whose norm was 0. None as ``weight_norms``."""

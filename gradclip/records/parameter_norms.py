@@ -36,7 +36,7 @@ def joined_sums(parts: Sequence[ParameterSums]) -> ParameterSums:
     sums = [vector for part in parts for vector in part.sums]
     nonfinite = ", ".join(part.nonfinite for part in parts if part.nonfinite) or None
     names = parts[0].names
-    if all(part.names is names for part in parts):
+    if len(parts) > 1 and all(part.names is names for part in parts):
         # Across ranks each part has all parameters, 0 for those of other parts.
         return ParameterSums(names, [torch.stack(sums).sum(0)], nonfinite)
     return ParameterSums([name for part in parts for name in part.names], sums, nonfinite)

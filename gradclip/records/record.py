@@ -12,6 +12,7 @@ from ..engines import norm_dtype
 from ..engines.base import CPU
 from ..ranks.shared_loss import host_mean_loss, mean_loss
 from .parameter_norms import ParameterSums
+from .weight_sums import WeightSums
 
 _set = object.__setattr__
 
@@ -53,9 +54,11 @@ class ClipRecord:
     given_loss: float | Tensor | None
     """The loss as given: a number; or 0-d; or a sum and a count, shape (2,)."""
     micro_batches: Tensor | None
+    weight_sums: WeightSums | None
+    """The power sums of the parameters and of their changes, at steps that log them."""
     __slots__ = (
         *("count", "given_loss", "is_number", "micro_batches", "overflow", "parameter_sums"),
-        *("skipped", "step", "values", "wall_time"),
+        *("skipped", "step", "values", "wall_time", "weight_sums"),
     )
 
     def __init__(
@@ -82,6 +85,7 @@ class ClipRecord:
         _set(self, "parameter_sums", parameter_sums)
         _set(self, "given_loss", loss)
         _set(self, "micro_batches", micro_batches)
+        _set(self, "weight_sums", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"A ClipRecord cannot be changed: found a new {name}.")
@@ -170,6 +174,11 @@ def loss_on_host(given: float | Tensor | None) -> float | None:
 def add_micro_batches(record: ClipRecord, micro_batches: Tensor | None) -> None:
     """Complete a record by the micro-batches of its step; see `ClipRecord`."""
     _set(record, "micro_batches", micro_batches)
+
+
+def add_weight_sums(record: ClipRecord, weight_sums: WeightSums) -> None:
+    """Complete a record by the parameters of its step; see `ClipRecord`."""
+    _set(record, "weight_sums", weight_sums)
 
 
 def before_own_clipping(record: ClipRecord, factor: float | Tensor, order: float) -> ClipRecord:

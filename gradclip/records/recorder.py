@@ -24,6 +24,7 @@ from .norm_history import NormHistory
 from .record import ClipRecord
 from .replays import ReplayedRecords, may_be_captured
 from .sinks.base import CadencedSink, Sink
+from .weight_sums import is_due
 
 SECONDS = 10.0
 """So often a batch is complete at least, if a step ends then: little is lost after slow steps."""
@@ -40,11 +41,14 @@ class Recorder:
         skip_limit: So many skipped steps in a row raise; None for no limit.
 
     Raises:
-        ArgumentError: The ``flush_every`` of a sink is not a whole number >= 1.
+        ArgumentError: The ``flush_every`` of a sink is not a whole number >= 1, or its
+            ``weights_every`` not one >= 0.
     """
 
     def __init__(self, sinks: Sequence[Sink], order: float, skip_limit: int | None = None) -> None:
         self._sinks = list(sinks)
+        self.weights_every = frozenset(filter(None, map(_weights_every, self._sinks)))
+        """The numbers of steps after which sinks ask for the norms of the parameters."""
         self._counter = StepCounter(order)
         self._buffer = RecordBuffer(min(map(_flush_every, sinks), default=UNLOGGED_CAPACITY))
         self._replayed: ReplayedRecords | None = None
@@ -282,11 +286,20 @@ def _flush_every(sink: Sink) -> int:
     return checked_count(f"{type(sink).__name__}.flush_every", sink.flush_every, 1)
 
 
+def _weights_every(sink: Sink) -> int:
+    return checked_count(f"{type(sink).__name__}.weights_every", sink.weights_every, 0)
+
+
 def _rows_for(sink: Sink, rows: Sequence[LoggedStep]) -> tuple[LoggedStep, ...]:
-    """Return the rows, without the norms of parameters if another sink asks for them.
+    """Return the rows, without the norms of parameters and weights that other sinks ask for.
 
     A tuple: no sink can change what the next one gets.
     """
-    if sink.per_parameter:
-        return tuple(rows)
-    return tuple(row._replace(parameter_norms=None) if row.parameter_norms else row for row in rows)
+    if not sink.per_parameter:
+        rows = [row._replace(parameter_norms=None) if row.parameter_norms else row for row in rows]
+    return tuple(
+        row
+        if row.weight_norms is None or is_due(row.weight_norms, sink.weights_every)
+        else row._replace(weight_norms=None, update_ratios=None)
+        for row in rows
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ArgumentError
+from ..records.sinks.tags import PARAMETER_TAGS
 from .run import Run, RunBuilder, as_logged_loss, warn_unreadable
 from .trainer_logs import STATE, newest_states, read_state, read_table
 
@@ -110,23 +111,26 @@ def _add_lines(lines: Sequence[bytes], builder: RunBuilder) -> bool:
         losses = [as_logged_loss(step["loss"]) if "loss" in step else math.nan for step in steps]
         fields = [(*_STEP_FIELDS(step), loss) for step, loss in zip(steps, losses, strict=True)]
         rows = np.array(fields, dtype=np.float64)  # null becomes NaN
-        parameter_norms = {
-            row: _norms_by_name(norms)
-            for row, step in enumerate(steps)
-            if (norms := step.get("parameter_norms")) is not None
+        by_field = {
+            field: {
+                row: _numbers_by_name(numbers)
+                for row, step in enumerate(steps)
+                if (numbers := step.get(field)) is not None
+            }
+            for field in PARAMETER_TAGS
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return False
-    builder.add(rows, parameter_norms)
+    builder.add(rows, by_field)
     return True
 
 
-def _norms_by_name(norms: dict[str, float | None]) -> dict[str, float]:
-    """Return norms as floats, null as NaN.
+def _numbers_by_name(numbers: dict[str, float | None]) -> dict[str, float]:
+    """Return numbers as floats, null as NaN.
 
     Raises:
-        AttributeError: ``norms`` is not a JSON object.
-        TypeError: A norm is not a number.
-        ValueError: A norm is a text that is not a number.
+        AttributeError: ``numbers`` is not a JSON object.
+        TypeError: One is not a number.
+        ValueError: One is a text that is not a number.
     """
-    return {name: math.nan if norm is None else float(norm) for name, norm in norms.items()}
+    return {name: math.nan if each is None else float(each) for name, each in numbers.items()}

@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records.logged_step import LoggedStep
+from ..records.sinks.tags import PARAMETER_TAGS
 
-NormsByName: TypeAlias = Mapping[str, float | None]
-"""Norms of the parameters of one step by name; None for a norm that is not a number."""
+NumbersByName: TypeAlias = Mapping[str, float | None]
+"""Numbers of the parameters of one step by name; None for one that is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class LoggedParameterNorms:
-    """Norms of single parameters: one entry per logged norm, in the order of the steps.
+    """Numbers of single parameters: one entry per logged number, in the order of the steps.
 
     This is a list of entries and not a table: only some steps log norms of parameters, and not
     always those of the same parameters. What was not logged takes no memory.
@@ -35,7 +36,8 @@ class LoggedParameterNorms:
     name_indices: NDArray[np.int32]
     """Index into ``names`` of each entry."""
     norms: NDArray[np.float64]
-    """Norms before clipping; NaN or infinite where they were logged so."""
+    """The numbers: norms of gradients before clipping or of weights before the step, or ratios of
+    updates; NaN or infinite where they were logged so."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,14 @@ class Run:
     skipped: NDArray[np.bool_]
     """True at skipped steps."""
     parameter_norms: LoggedParameterNorms | None = None
-    """Norms of single parameters; None if none were logged."""
+    """Gradient norms of single parameters; None if none were logged."""
     losses: NDArray[np.float64] | None = None
     """Losses; infinite where they were logged as not finite, NaN at steps without one; None if no
     step has one."""
+    weight_norms: LoggedParameterNorms | None = None
+    """Norms of the weights of single parameters, at the steps that log them; None without any."""
+    update_ratios: LoggedParameterNorms | None = None
+    """Norms of the updates of single parameters, divided by those of their weights before."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -115,18 +121,15 @@ class RunBuilder:
         self._packed_rows: list[NDArray[np.float64]] = []
         self._packed_count = 0
         self._single_rows: list[tuple[float, ...]] = []
-        # One entry per norm of a parameter: row of its step, index of its name, norm. Typed
-        # arrays, because a list of Python numbers would take four times the memory.
-        self._entry_rows, self._entry_names, self._entry_norms = array("q"), array("i"), array("d")
-        self._name_indices: dict[str, int] = {}
+        self._entries = {field: _Entries() for field in PARAMETER_TAGS}
 
     def __bool__(self) -> bool:
         return bool(self._packed_rows or self._single_rows)
 
-    def add_step(self, row: Sequence[float], parameter_norms: NormsByName | None = None) -> None:
-        """Add one step: a row as `add` takes it, and the norms of its parameters."""
-        if parameter_norms:
-            self._add_entries(self._packed_count + len(self._single_rows), parameter_norms)
+    def add_step(self, row: Sequence[float], by_field: Mapping[str, NumbersByName]) -> None:
+        """Add one step: a row as `add` takes it, and by field the numbers of its parameters."""
+        for field, numbers in by_field.items():
+            self._entries[field].add(self._packed_count + len(self._single_rows), numbers)
         self._single_rows.append(tuple(row))
         if len(self._single_rows) == STEPS_AS_TUPLES:
             self._pack()
@@ -134,25 +137,21 @@ class RunBuilder:
     def add(
         self,
         rows: Sequence[Sequence[float]] | NDArray[np.float64],
-        parameter_norms: Mapping[int, NormsByName] | None = None,
+        by_field: Mapping[str, Mapping[int, NumbersByName]],
     ) -> None:
         """Add several steps.
 
         Args:
             rows: One row per step: index, norm, clipped norm, threshold, 1 if it was skipped,
                 and the loss as in `Run.losses`.
-            parameter_norms: Norms of parameters by the index of their row.
+            by_field: Numbers of parameters by the field of a `LoggedStep` that has them, and by
+                the index of their row.
         """
         self._pack()
-        for row, norms in (parameter_norms or {}).items():
-            self._add_entries(self._packed_count + row, norms)
+        for field, by_row in by_field.items():
+            for row, numbers in by_row.items():
+                self._entries[field].add(self._packed_count + row, numbers)
         self._append(np.asarray(rows, dtype=np.float64))
-
-    def _add_entries(self, row: int, norms: NormsByName) -> None:
-        indices = [self._name_indices.setdefault(name, len(self._name_indices)) for name in norms]
-        self._entry_rows.extend([row] * len(indices))
-        self._entry_names.extend(indices)
-        self._entry_norms.extend(math.nan if norm is None else norm for norm in norms.values())
 
     def _pack(self) -> None:
         if self._single_rows:
@@ -173,7 +172,9 @@ class RunBuilder:
         smallest_later = np.minimum.accumulate(rows[::-1, 0])[::-1]
         kept = np.ones(len(rows), dtype=bool)
         kept[:-1] = rows[:-1, 0] < smallest_later[1:]
-        parameter_norms = self._parameter_norms(rows[:, 0], kept) if self._name_indices else None
+        by_field = {
+            field: entries.logged(rows[:, 0], kept) for field, entries in self._entries.items()
+        }
         steps, norms, clipped_norms, thresholds, skipped, losses = rows[kept].T
         return Run(
             self._name,
@@ -182,28 +183,54 @@ class RunBuilder:
             clipped_norms,
             thresholds,
             skipped.astype(bool),
-            parameter_norms,
-            None if np.isnan(losses).all() else losses,
+            losses=None if np.isnan(losses).all() else losses,
+            **by_field,
         )
 
-    def _parameter_norms(
+
+class _Entries:
+    """Numbers of single parameters: row of the step, index of the name, number.
+
+    Typed arrays, because a list of Python numbers would take four times the memory.
+    """
+
+    def __init__(self) -> None:
+        self._rows, self._names, self._numbers = array("q"), array("i"), array("d")
+        self._name_indices: dict[str, int] = {}
+
+    def add(self, row: int, numbers: NumbersByName) -> None:
+        """Add the numbers of the parameters of a step."""
+        known = self._name_indices
+        indices = [known.setdefault(name, len(known)) for name in numbers]
+        self._rows.extend([row] * len(indices))
+        self._names.extend(indices)
+        self._numbers.extend(math.nan if each is None else each for each in numbers.values())
+
+    def logged(
         self, steps: NDArray[np.float64], kept: NDArray[np.bool_]
     ) -> LoggedParameterNorms | None:
-        """Return the norms of parameters in the rows that count; None if there are none."""
-        entry_rows = np.frombuffer(self._entry_rows, np.int64)
-        entries = kept[entry_rows]
+        """Return the numbers in the rows that count; None if there are none.
+
+        Args:
+            steps: The step of each row.
+            kept: True for the rows that count.
+        """
+        if not self._rows:
+            return None
+        rows = np.frombuffer(self._rows, np.int64)
+        entries = kept[rows]
         if not entries.any():
             return None
         # A name that occurs only in replaced rows is dropped.
         logged_names, name_indices = np.unique(
-            np.frombuffer(self._entry_names, np.int32)[entries], return_inverse=True
+            np.frombuffer(self._names, np.int32)[entries], return_inverse=True
         )
         names = [*self._name_indices]
         return LoggedParameterNorms(
             tuple(names[index] for index in logged_names),
-            steps[entry_rows[entries]].astype(np.int64),
+            steps[rows[entries]].astype(np.int64),
             name_indices.astype(np.int32),
-            np.frombuffer(self._entry_norms)[entries],
+            np.frombuffer(self._numbers)[entries],
         )
 
 
@@ -219,7 +246,8 @@ def run_of(steps: Iterable[LoggedStep], name: str) -> Run:
         threshold = math.nan if step.threshold is None else step.threshold
         loss = math.nan if step.loss is None else as_logged_loss(step.loss)
         row = (step.step, step.norm, step.clipped_norm, threshold, step.skipped, loss)
-        builder.add_step(row, step.parameter_norms)
+        fields = ((field, getattr(step, field)) for field in PARAMETER_TAGS)
+        builder.add_step(row, {field: numbers for field, numbers in fields if numbers})
     return builder.run()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..records.sinks.tags import PARAMETER_TAGS
 from .run import Run, RunBuilder, as_logged_loss
 
 PLAIN = "plain"
@@ -21,10 +22,13 @@ PLAIN = "plain"
 _TAG = re.compile(
     r"(?P<prefix>(?:.+/)?)(?:"
     r"grad_norm(?P<clipper>_\d+)?/(?P<quantity>pre|post|threshold|skipped_steps|loss)"
-    r"|parameter_norm(?P<its_clipper>_\d+)?/(?P<parameter>.+)"
+    rf"|(?P<kind>{'|'.join(PARAMETER_TAGS.values())})(?P<its_clipper>_\d+)?/(?P<parameter>.+)"
     r"|(?P<plain>grad_norm|grad_2\.0_norm_total))",
     re.DOTALL,
 )
+
+
+_FIELDS = {tag: field for field, tag in PARAMETER_TAGS.items()}
 
 
 class Tag(NamedTuple):
@@ -34,7 +38,8 @@ class Tag(NamedTuple):
     """The clipper or trainer: ``grad_norm``, ``grad_norm_2``, ``train/grad_norm``."""
     name: str
     """The quantity, or the name of a parameter."""
-    is_parameter: bool
+    field: str | None = None
+    """For a parameter, the field of a `LoggedStep` that holds such numbers."""
 
 
 @lru_cache(maxsize=1 << 16)  # the same tags return at every step
@@ -46,8 +51,8 @@ def parsed_tag(tag: str) -> Tag | None:
     suffix = match["clipper"] or match["its_clipper"] or ""
     run = f"{match['prefix']}grad_norm{suffix}"
     if match["parameter"] is not None:
-        return Tag(run, match["parameter"], is_parameter=True)
-    return Tag(run, match["quantity"] or PLAIN, is_parameter=False)
+        return Tag(run, match["parameter"], _FIELDS[match["kind"]])
+    return Tag(run, match["quantity"] or PLAIN)
 
 
 class TaggedRuns:
@@ -85,31 +90,35 @@ class _TaggedRun:
         self._builder = RunBuilder(name)
         self._step = -1
         self._quantities: dict[str, float] = {}
-        self._parameter_norms: dict[str, float] = {}
+        self._by_field: dict[str, dict[str, float]] = {}
         self._skip_totals = [(-1, 0.0)]
 
     def add(self, step: int, tag: Tag, number: float) -> None:
-        numbers = self._parameter_norms if tag.is_parameter else self._quantities
-        if step != self._step or tag.name in numbers:
+        if step != self._step or tag.name in self._numbers(tag):
             self._end_step()
             self._step = step
-            numbers = self._parameter_norms if tag.is_parameter else self._quantities
-        numbers[tag.name] = number
+        self._numbers(tag)[tag.name] = number
+
+    def _numbers(self, tag: Tag) -> dict[str, float]:
+        """Return the numbers of the step so far to which a tag belongs."""
+        if tag.field is None:
+            return self._quantities
+        return self._by_field.setdefault(tag.field, {})
 
     def finished(self) -> RunBuilder:
         self._end_step()
         return self._builder
 
     def _end_step(self) -> None:
-        numbers, norms = self._quantities, self._parameter_norms
-        self._quantities, self._parameter_norms = {}, {}
+        numbers, by_field = self._quantities, self._by_field
+        self._quantities, self._by_field = {}, {}
         norm = numbers.get("pre", numbers.get(PLAIN))
         if norm is None:
             return
         post, threshold = numbers.get("post", math.nan), numbers.get("threshold", math.nan)
         loss = as_logged_loss(numbers["loss"]) if "loss" in numbers else math.nan
         skipped = self._is_skipped(self._step, numbers.get("skipped_steps", 0.0))
-        self._builder.add_step((self._step, norm, post, threshold, skipped, loss), norms)
+        self._builder.add_step((self._step, norm, post, threshold, skipped, loss), by_field)
 
     def _is_skipped(self, step: int, total: float) -> bool:
         """Return whether the number of skipped steps rose at a step, and remember it.

@@ -4,12 +4,13 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.common.timing import interleaved_medians
-from benchmarks.cost import bandwidth, clip, distributed, instructions, logging, thresholds
+from benchmarks.cost import bandwidth, clip, distributed, instructions, logging, thresholds, weights
 from benchmarks.cuda import check
 from benchmarks.cuda import run as cuda
 from benchmarks.experiments import micro_batches
@@ -52,6 +53,15 @@ def test_clip(printed_by, tmp_path):
         assert part in printed
     assert "Clipping small by its inf-norm takes" in printed
     assert "| 60 of 4,096 |" in printed
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells memory")
+def test_weights(printed_by):
+    """The memory of a copy of the weights, within a few pages."""
+    printed = printed_by(weights, "--sets LSTM --seconds 0.1")
+    [row] = [line for line in printed.splitlines() if "LSTM" in line]
+    held, added = map(float, re.findall(r"\d+\.\d+", row)[-2:])
+    assert added == pytest.approx(held, rel=0.2)
 
 
 @pytest.mark.slow

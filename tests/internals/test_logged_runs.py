@@ -31,9 +31,12 @@ def test_records_are_framed_as_by_tensorboards_writer(lengths):
     assert [*map(tfrecord.header_of, lengths)] == [*map(header_of, lengths)]
 
 
-def entries_of_run(run):
-    """Return the norms of parameters by step and name."""
-    logged = run.parameter_norms
+FIELDS = ("parameter_norms", "weight_norms", "update_ratios")
+
+
+def entries_of_run(run, field="parameter_norms"):
+    """Return the numbers of parameters by step and name."""
+    logged = getattr(run, field)
     names = [logged.names[index] for index in logged.name_indices]
     return dict(zip(zip(logged.steps.tolist(), names, strict=True), logged.norms, strict=True))
 
@@ -59,7 +62,7 @@ def read_events(path, *events):
 
 
 def test_every_sink_writes_the_same_run(tmp_path):
-    net, wanted = net_of(), {"per_parameter": "all", "per_parameter_every": 2}
+    net, wanted = net_of(), {"per_parameter": "all", "per_parameter_every": 2, "weights_every": 3}
     optimizer, memory = momentum(net), MemorySink(**wanted)
     others = JsonlSink(tmp_path / "a.jsonl", **wanted), TensorBoardSink(tmp_path / "a", **wanted)
     with GradientClipper(optimizer, 0.5, nonfinite="skip", model=net, log=[memory, *others]):
@@ -74,6 +77,9 @@ def test_every_sink_writes_the_same_run(tmp_path):
     assert {*first.parameter_norms.steps.tolist()} == {0, 2, 3, 4, 6}  # 3: not finite
     entries, names = entries_of_run(first), dict(net.named_parameters())
     assert math.hypot(*(entries[2, name] for name in names)) == pytest.approx(first.norms[2])
+    for field in FIELDS[1:]:
+        assert {*getattr(first, field).steps.tolist()} == {0, 3, 6}
+        assert {*getattr(first, field).names} == {*names}
     assert len(others) == 2
     for run in others:
         for field in ("steps", "skipped", "thresholds"):
@@ -81,7 +87,9 @@ def test_every_sink_writes_the_same_run(tmp_path):
         for field in ("norms", "clipped_norms"):
             found, expected = getattr(run, field), getattr(first, field)
             assert found[first.finite] == pytest.approx(expected[first.finite], rel=1e-6)
-        assert entries_of_run(run) == pytest.approx(entries, rel=1e-6, nan_ok=True)
+        for field in FIELDS:
+            entries = entries_of_run(first, field)
+            assert entries_of_run(run, field) == pytest.approx(entries, rel=1e-6, nan_ok=True)
 
 
 def test_lines_name_any_parameters_at_any_steps(tmp_path):

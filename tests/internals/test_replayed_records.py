@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradclip import thresholds
+from gradclip import AttachError, GradientClipper, MemorySink, thresholds
 from gradclip.records import replays
 from gradclip.records.record import ClipRecord
+from tests.support.device import take_the_device_route
 from tests.support.graphs import WARM_UP, GraphTraining, replay_batches
+from tests.support.reference import parameter_with
 
 
 @pytest.mark.parametrize("count", [1, 10, 11, 300, 9_999, 50_000])
@@ -63,6 +65,16 @@ def test_norm_indices_are_kept_for_a_graph(scope, tape, captured, kept):
     tables = [thing.dtype for thing in kept.values() if isinstance(thing, torch.Tensor)]
     assert torch.bool in tables  # which norms have a gradient behind them
     assert (torch.int64 in tables) == (scope != "parameter")  # which sums belong to which norm
+
+
+def test_weights_that_no_replay_could_measure_are_refused(captured, monkeypatch):
+    take_the_device_route(monkeypatch)
+    parameter = parameter_with(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    with GradientClipper(optimizer, 1.0, log=MemorySink(weights_every=9)):
+        optimizer.step()
+        with captured(), pytest.raises(AttachError, match="have weights_every=0"):
+            optimizer.step()
 
 
 def test_an_incident_of_a_graph_names_no_parameter(tape, captured):

@@ -3,11 +3,14 @@
 import sys
 
 import pytest
+import torch
 
-from gradclip import ArgumentError, LoggedStep, MemorySink
+from gradclip import ArgumentError, GradientClipper, LoggedStep, MemorySink
+from tests.support.clippers import weights_of
 from tests.support.curves import log_run
 
-COLUMNS = [name for name in LoggedStep._fields[1:] if name != "parameter_norms"]
+BY_PARAMETER = ("parameter_norms", "weight_norms", "update_ratios")
+COLUMNS = [name for name in LoggedStep._fields[1:] if name not in BY_PARAMETER]
 
 
 def kept_steps(*norms, **options):
@@ -25,6 +28,18 @@ def test_table_has_a_row_for_each_step_and_a_column_for_each_parameter():
     table = kept_steps(5.0, 3.0, 4.0, per_parameter=1, per_parameter_every=2).to_pandas()
     assert list(table.columns) == [*COLUMNS, "parameter_norm/group 0, parameter 0"]
     assert table.iloc[:, -1].fillna(-1).tolist() == [5.0, -1, 4.0]
+
+
+def test_table_has_columns_for_weights(training):
+    run, sink = training(), MemorySink(weights_every=2)
+    weight = weights_of(run.optimizer)[0]
+    torch.nn.init.constant_(weight, 3.0)
+    with GradientClipper(run.optimizer, 2.0, log=sink):
+        run.take(1.0, 1.0, 1.0)
+    table = sink.to_pandas().iloc[:, -2:]
+    name = "group 0, parameter 0"
+    assert list(table.columns) == [f"weight_norm/{name}", f"update_ratio/{name}"]
+    assert table.fillna(-1).to_numpy().tolist() == [[18**0.5, 0.0], [-1, -1], [18**0.5, 0.0]]
 
 
 def test_picture_shows_the_steps_with_parameter_norms(tmp_path):

@@ -59,10 +59,16 @@ class Kept(Sink):
     """Keeps the steps that it gets and the methods that are called; some of them act first."""
 
     def __init__(
-        self, act: Any = int, *methods: str, flush_every: int = 100, per_parameter: int = 0
+        self,
+        act: Any = int,
+        *methods: str,
+        flush_every: int = 100,
+        per_parameter: int = 0,
+        weights_every: int = 0,
     ) -> None:
         self.act, self.methods = act, methods or ("write",)
         self.flush_every, self.per_parameter = flush_every, per_parameter
+        self.weights_every = weights_every
         self.settings: Mapping[str, str] = {}
         self.calls: list[str] = []
         self.batches: list[list[int]] = []

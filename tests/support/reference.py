@@ -48,6 +48,15 @@ def parameter_with(gradient: Tensor | None, *, value: Tensor | float = 0.0) -> n
     return parameter
 
 
+def norms_and_ratios(
+    before: dict[str, Tensor], after: dict[str, Tensor], order: float = 2.0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the norms of tensors and of their differences from later ones, as shares."""
+    norms = {name: norm_of([tensor], order) for name, tensor in before.items()}
+    changes = {name: norm_of([after[name] - tensor], order) for name, tensor in before.items()}
+    return norms, {name: changes[name] / norm for name, norm in norms.items() if norm}
+
+
 def bits_of(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor's elements, so that NaN equals itself and 0 is not -0."""
     copy = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)

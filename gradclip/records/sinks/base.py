@@ -34,6 +34,9 @@ class Sink(ABC):
     batch is complete after ten seconds in any case."""
     per_parameter: int | str = 0
     """Whether rows have `LoggedStep.parameter_norms`: all of them if this is not 0."""
+    weights_every: int = 0
+    """Rows have `LoggedStep.weight_norms` and `LoggedStep.update_ratios` at each step whose index
+    is a multiple of this; 0 for none. See `CadencedSink`."""
 
     def begin(self, settings: Mapping[str, str]) -> None:  # noqa: B027  # few sinks use it
         """Take the settings of the clipper, by name, before its first step."""
@@ -53,7 +56,7 @@ ALL = "all"
 
 
 class CadencedSink(Sink):
-    """A sink that takes each step whose index is a multiple of a number.
+    """A sink that takes each step whose index is a multiple of a number, or that has weight norms.
 
     Args:
         every: That number.
@@ -61,6 +64,9 @@ class CadencedSink(Sink):
         per_parameter: How many parameter norms a step has, the largest of the step; "all" for all.
         per_parameter_every: Parameter norms are taken at each step whose index is a multiple of
             this, and at steps with an incident.
+        weights_every: The norms of the parameters, and of their changes, are measured and taken at
+            each step whose index is a multiple of this; 0 for never. The optimizer's step then
+            needs memory for a copy of the parameters.
 
     Raises:
         ArgumentError: An option is invalid.
@@ -70,12 +76,18 @@ class CadencedSink(Sink):
     """The file or directory to which other sinks may write as well."""
 
     def __init__(
-        self, every: int, flush_every: int, per_parameter: int | str, per_parameter_every: int
+        self,
+        every: int,
+        flush_every: int,
+        per_parameter: int | str,
+        per_parameter_every: int,
+        weights_every: int,
     ) -> None:
         self.every = checked_count("every", every, 1)
         self.flush_every = checked_count("flush_every", flush_every, 1)
         self.per_parameter = _checked_per_parameter(per_parameter)
         self.per_parameter_every = checked_count("per_parameter_every", per_parameter_every, 1)
+        self.weights_every = checked_count("weights_every", weights_every, 0)
 
     def follow(self, count_steps: Callable[[], int]) -> None:
         """Take what counts the steps of the clipper, which is attached now."""
@@ -90,7 +102,9 @@ class CadencedSink(Sink):
         return [
             step._replace(parameter_norms=self._largest_norms(step))
             for step in steps
-            if step.step % self.every == 0 or (incidents and step.incident)
+            if step.step % self.every == 0
+            or step.weight_norms is not None
+            or (incidents and step.incident)
         ]
 
     def _largest_norms(self, step: LoggedStep) -> dict[str, float] | None:

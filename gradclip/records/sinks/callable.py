@@ -17,7 +17,7 @@ class CallableSink(CadencedSink):
     and some loggers, such as Weights & Biases, drop points that are older than their newest step.
     For them the dict also has the index of the step, ``grad_norm/step``::
 
-        for names in ("grad_norm/*", "parameter_norm/*"):
+        for names in ("grad_norm/*", "parameter_norm/*", "weight_norm/*", "update_ratio/*"):
             run.define_metric(names, step_metric="grad_norm/step")
         sink = gradclip.CallableSink(lambda numbers, step: run.log(numbers))
 
@@ -38,6 +38,9 @@ class CallableSink(CadencedSink):
             of the step; "all" for all of them.
         per_parameter_every: Parameter norms are logged at each step whose index is a multiple of
             this, and at steps with an incident.
+        weights_every: The norms of the parameters before the step, and of their changes in it as
+            shares of these, are logged at each step whose index is a multiple of this; 0 for
+            never. The optimizer's step then needs memory for a copy of the parameters.
 
     Raises:
         ArgumentError: ``log`` is not callable, or a number is not positive.
@@ -51,8 +54,9 @@ class CallableSink(CadencedSink):
         prefix: str = "grad_norm",
         per_parameter: int | str = 0,
         per_parameter_every: int = 1,
+        weights_every: int = 0,
     ) -> None:
-        super().__init__(every, flush_every, per_parameter, per_parameter_every)
+        super().__init__(every, flush_every, per_parameter, per_parameter_every, weights_every)
         if not callable(log) or isinstance(log, type):
             raise ArgumentError(
                 f"log is {log!r}: give a function of a dict of numbers and the index of a step."

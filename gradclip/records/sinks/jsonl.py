@@ -12,6 +12,7 @@ from io import FileIO
 from ...errors import ArgumentError
 from ..logged_step import LoggedStep
 from .base import CadencedSink
+from .tags import PARAMETER_TAGS
 
 try:
     import fcntl
@@ -41,6 +42,9 @@ class JsonlSink(CadencedSink):
             of the step; "all" for all of them.
         per_parameter_every: Parameter norms are written at each step whose index is a multiple of
             this, and at steps with an incident.
+        weights_every: The norms of the parameters before the step, and of their changes in it as
+            shares of these, are written at each step whose index is a multiple of this; 0 for
+            never. The optimizer's step then needs memory for a copy of the parameters.
 
     Raises:
         ArgumentError: ``path`` is not the path of a file, or a number is not positive.
@@ -53,8 +57,9 @@ class JsonlSink(CadencedSink):
         flush_every: int = 100,
         per_parameter: int | str = 0,
         per_parameter_every: int = 1,
+        weights_every: int = 0,
     ) -> None:
-        super().__init__(every, flush_every, per_parameter, per_parameter_every)
+        super().__init__(every, flush_every, per_parameter, per_parameter_every, weights_every)
         if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
             raise ArgumentError(f"path is a {type(path).__name__}: give the path of a file.")
         if not os.fspath(path) or os.path.isdir(path):
@@ -92,10 +97,9 @@ def _locked(file: FileIO) -> Iterator[None]:
 
 def _fields(step: LoggedStep) -> dict[str, object]:
     fields = {name: _json_number(value) for name, value in step._asdict().items()}
-    if step.parameter_norms is not None:
-        fields["parameter_norms"] = {
-            k: _json_number(norm) for k, norm in step.parameter_norms.items()
-        }
+    for name in PARAMETER_TAGS:
+        if (numbers := getattr(step, name)) is not None:
+            fields[name] = {key: _json_number(number) for key, number in numbers.items()}
     for name in ABSENT_IF_NONE:
         if getattr(step, name) is None:
             del fields[name]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...errors import ArgumentError
 from ..logged_step import LoggedStep
 from .base import CadencedSink
-from .tags import OF_PARAMETER
+from .tags import PARAMETER_TAGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +37,9 @@ class MemorySink(CadencedSink):
             of the step; "all" for all of them.
         per_parameter_every: Parameter norms are kept at each step whose index is a multiple of
             this, and at steps with an incident.
+        weights_every: The norms of the parameters before the step, and of their changes in it as
+            shares of these, are kept at each step whose index is a multiple of this; 0 for
+            never. The optimizer's step then needs memory for a copy of the parameters.
 
     Raises:
         ArgumentError: A number is not positive.
@@ -48,8 +51,9 @@ class MemorySink(CadencedSink):
         flush_every: int = 100,
         per_parameter: int | str = 0,
         per_parameter_every: int = 1,
+        weights_every: int = 0,
     ) -> None:
-        super().__init__(every, flush_every, per_parameter, per_parameter_every)
+        super().__init__(every, flush_every, per_parameter, per_parameter_every, weights_every)
         self.steps: list[LoggedStep] = []
         """The steps so far, in the order in which they were taken."""
 
@@ -63,18 +67,20 @@ class MemorySink(CadencedSink):
     def to_pandas(self) -> DataFrame:
         """Return the steps as a table: a row for each step, indexed by ``step``, a column a field.
 
-        Parameter norms have columns of their own, ``parameter_norm/<name>``, NaN at steps without
-        them.
+        What is known of each parameter has columns of its own, ``parameter_norm/<name>``,
+        ``weight_norm/<name>`` and ``update_ratio/<name>``, NaN at steps without it.
 
         Raises:
             ImportError: pandas is not installed.
         """
-        from pandas import DataFrame
+        from pandas import DataFrame, concat
 
         table = DataFrame(self.steps, columns=LoggedStep._fields).set_index("step")
-        norms = [step.parameter_norms or {} for step in self.steps]
-        by_name = DataFrame(norms, index=table.index).add_prefix(f"{OF_PARAMETER}/")
-        return table.drop(columns="parameter_norms").join(by_name)
+        tables = [table.drop(columns=[*PARAMETER_TAGS])]
+        for field, tag in PARAMETER_TAGS.items():
+            rows = [getattr(step, field) or {} for step in self.steps]
+            tables.append(DataFrame(rows, index=table.index).add_prefix(f"{tag}/"))
+        return concat(tables, axis=1)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Return a picture of the steps, as ``gradclip report --plot`` draws it; notebooks show it.

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from ..logged_step import LoggedStep
 
-TOTAL, OF_PARAMETER = "grad_norm", "parameter_norm"
-"""Prefixes of the tags of a clipper and of its parameters."""
+TOTAL = "grad_norm"
+"""Prefix of the tags of a clipper."""
+PARAMETER_TAGS = {
+    "parameter_norms": "parameter_norm",
+    "weight_norms": "weight_norm",
+    "update_ratios": "update_ratio",
+}
+"""Prefixes of the tags of its parameters, by the field of a step that holds the numbers."""
 
 
 def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
@@ -27,18 +33,19 @@ def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
         (f"{prefix}/nonfinite_micro_batches", step.nonfinite_micro_batches),
     ]
     numbers = [(name, number) for name, number in values if number is not None]
-    if step.parameter_norms:
-        of_parameter = parameter_prefix(prefix)
-        numbers += [(f"{of_parameter}/{name}", norm) for name, norm in step.parameter_norms.items()]
+    for field, tag in PARAMETER_TAGS.items():
+        if by_name := getattr(step, field):
+            start = parameter_prefix(prefix, tag)
+            numbers += [(f"{start}/{name}", number) for name, number in by_name.items()]
     return numbers
 
 
-def parameter_prefix(prefix: str) -> str:
-    """Return the prefix of the tags of parameter norms that goes with a prefix of a clipper.
+def parameter_prefix(prefix: str, tag: str) -> str:
+    """Return the prefix of the tags of parameters that goes with a prefix of a clipper.
 
-    >>> parameter_prefix("grad_norm_2"), parameter_prefix("generator")
-    ('parameter_norm_2', 'generator/parameter_norm')
+    >>> parameter_prefix("grad_norm_2", "weight_norm"), parameter_prefix("generator", "weight_norm")
+    ('weight_norm_2', 'generator/weight_norm')
     """
     if prefix.startswith(TOTAL):
-        return prefix.replace(TOTAL, OF_PARAMETER, 1)
-    return f"{prefix}/{OF_PARAMETER}"
+        return prefix.replace(TOTAL, tag, 1)
+    return f"{prefix}/{tag}"

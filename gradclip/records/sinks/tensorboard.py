@@ -38,7 +38,8 @@ class TensorBoardSink(CadencedSink):
     whose norm was not finite, or above the median of the last 100 norms plus ten median deviations,
     with the parameters to blame and the norms before; and for each step whose loss was not finite,
     or above the mean of the last 128 losses plus six standard deviations. With ``per_parameter``,
-    parameter norms are in ``parameter_norm/<name>``.
+    parameter norms are in ``parameter_norm/<name>``; with ``weights_every``, norms of weights and
+    the shares by which they change are in ``weight_norm/<name>`` and ``update_ratio/<name>``.
 
     A directory shows one run. A resumed run continues its curves, and a run that begins again at
     step 0 replaces them: from its first step on, TensorBoard no longer shows the curves that an
@@ -58,6 +59,9 @@ class TensorBoardSink(CadencedSink):
             of the step; "all" for all of them.
         per_parameter_every: Parameter norms are written at each step whose index is a multiple of
             this, and at steps with an incident.
+        weights_every: The norms of the parameters before the step, and of their changes in it as
+            shares of these, are written at each step whose index is a multiple of this; 0 for
+            never. The optimizer's step then needs memory for a copy of the parameters.
 
     Raises:
         ArgumentError: ``where`` is no local directory or writer, or a number is not positive.
@@ -70,10 +74,11 @@ class TensorBoardSink(CadencedSink):
         flush_every: int = 100,
         per_parameter: int | str = 0,
         per_parameter_every: int = 1,
+        weights_every: int = 0,
     ) -> None:
         from .event_files import destination_of  # not at the top: it imports TensorBoard
 
-        super().__init__(every, flush_every, per_parameter, per_parameter_every)
+        super().__init__(every, flush_every, per_parameter, per_parameter_every, weights_every)
         self._destination = destination_of(where, _LOADED_AT)
         self.place = self._destination.directory
         self._prefix = PrefixClaim(self.place)

@@ -169,6 +169,22 @@ def test_parameter_norms_are_logged():
     assert [second[name] for name in names] == pytest.approx(run.clipper.last.norms.tolist())
 
 
+def test_parameter_norms_of_two_dtypes_are_logged():
+    """An optimizer that steps once with all of its gradients is a step of one part."""
+    half, full = (nn.Parameter(torch.ones(1, dtype=d)) for d in (torch.bfloat16, torch.float32))
+    optimizer, sink = SGD([("half", half), ("full", full)], lr=0.1), MemorySink(per_parameter="all")
+
+    def step_with_both(_: Tensor) -> None:
+        if half.grad is not None and full.grad is not None:
+            optimizer.step()
+
+    for parameter in (half, full):
+        parameter.register_post_accumulate_grad_hook(step_with_both)
+    with GradientClipper(optimizer, 1.0, scope="parameter", log=sink):
+        (2 * half.float() + 3 * full).backward()
+    assert [step.parameter_norms for step in sink.steps] == [{"full": 3.0, "half": 2.0}]
+
+
 class TenthOfLoss(Threshold):
     needs_loss = True
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 
 import pytest
+import torch
 
 from gradclip import (
     ArgumentError,
@@ -14,6 +15,7 @@ from gradclip import (
     TensorBoardSink,
 )
 from tests.support.curves import Kept, curves_in, lines_in, log_named, log_run, texts_in
+from tests.support.reference import parameter_with
 
 STEPS = [(1.0, 2.0, 3.0), (5.0, 4.0, 3.0), (0.0, 1.0, 0.5), (7.0, 8.0, 9.0)]
 SPIKE = [*[(1.0, 1.0 + step % 3 / 10, 0.0) for step in range(33)], (1.0, 50.0, 2.0)]
@@ -21,12 +23,15 @@ SPIKE = [*[(1.0, 1.0 + step % 3 / 10, 0.0) for step in range(33)], (1.0, 50.0, 2
 
 TAGS = {"pre": "norm", "post": "clipped_norm", "clip_rate": "clip_rate"}
 OF_PARAMETER = "parameter_norm/"
+FIELDS = {OF_PARAMETER: "parameter_norms", "weight_norm/": "weight_norms"}
+FIELDS["update_ratio/"] = "update_ratios"
 
 
 def as_tags(row):
-    norms = row.get("parameter_norms") or {}
     numbers = {f"grad_norm/{tag}": row[field] for tag, field in TAGS.items()}
-    return numbers | {f"{OF_PARAMETER}{name}": norm for name, norm in norms.items()}
+    for start, field in FIELDS.items():
+        numbers |= {f"{start}{name}": number for name, number in (row.get(field) or {}).items()}
+    return numbers
 
 
 class Log:
@@ -58,10 +63,10 @@ class Log:
     def values(self, tag):
         return {step: numbers[f"grad_norm/{tag}"] for step, numbers in self.numbers().items()}
 
-    def parameter_norms(self):
-        """Return the parameter norms of each step that was written."""
+    def parameter_norms(self, start=OF_PARAMETER):
+        """Return the numbers of parameters of each step that was written."""
         return [
-            {tag.removeprefix(OF_PARAMETER): n for tag, n in numbers.items() if OF_PARAMETER in tag}
+            {tag.removeprefix(start): n for tag, n in numbers.items() if tag.startswith(start)}
             for numbers in self.numbers().values()
         ]
 
@@ -123,6 +128,25 @@ def test_parameter_norms_before_clipping(make_log, options, needed):
     assert made.parameter_norms() == needed
 
 
+def test_norms_of_weights_and_ratios_of_updates(make_log):
+    """A step that has them is written at any cadence; a parameter of zeros has no ratio."""
+    made, weights = make_log(every=5, weights_every=2), [torch.tensor([3.0, 4.0]), torch.zeros(1)]
+    named = [*zip("ab", map(parameter_with, weights), strict=True)]
+    optimizer = torch.optim.SGD(named, lr=1.0)
+    for _, parameter in named:
+        torch.nn.init.constant_(parameter, 5.0 if parameter.numel() == 2 else 0.0)
+    with GradientClipper(optimizer, None, log=made.sink):
+        for _ in range(3):
+            optimizer.step()
+    assert [*made.numbers()] == [0, 2]
+    first, second = made.parameter_norms("weight_norm/")
+    assert first == pytest.approx({"a": math.hypot(5, 5), "b": 0.0})
+    assert second == pytest.approx({"a": math.hypot(1, 3), "b": 0.0})
+    first, second = made.parameter_norms("update_ratio/")
+    assert first == pytest.approx({"a": 5 / math.hypot(5, 5)})
+    assert second == pytest.approx({"a": 5 / math.hypot(1, 3)})
+
+
 def test_incidents_at_any_cadence(make_log):
     """A text in TensorBoard, a step of its own in files and memory; functions get numbers alone."""
     made = make_log(every=100)
@@ -141,7 +165,8 @@ def test_parameter_norms_of_incidents_at_any_cadence(make_log):
     assert norms == [{"a": 1.0}, *[{}] * 32, {"b": 50.0}]
 
 
-COUNTS = {"every": 1, "flush_every": 1, "per_parameter_every": 1, "per_parameter": 0}
+COUNTS = {"every": 1, "flush_every": 1, "per_parameter_every": 1}
+COUNTS |= {"per_parameter": 0, "weights_every": 0}
 
 
 @pytest.mark.parametrize(

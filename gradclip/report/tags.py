@@ -1,9 +1,10 @@
 """Runs put together from numbers under tags, as TensorBoard and the loggers of trainers keep them.
 
 A clipper's curves are ``grad_norm/pre``, ``grad_norm/post`` and so on. A trainer may put a prefix
-before them (``train/grad_norm/pre``) and write each number by itself. Trainers that clip by
-themselves log the norm before clipping alone: ``train/grad_norm`` of Transformers, and
-``grad_2.0_norm_total`` of Lightning.
+before them (``train/grad_norm/pre``, or ``train-grad_norm/pre`` by a ``prefix=`` of Lightning's
+loggers) and write each number by itself. Trainers that clip by themselves log the norm before
+clipping alone: ``train/grad_norm`` of Transformers, and what Lightning's ``grad_norm`` returns,
+``grad_2.0_norm_total`` with ``grad_2.0_norm/<name>`` for each parameter.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from .run import Run, RunBuilder, as_logged_loss
 PLAIN = "plain"
 """The name of a norm that a trainer has logged, before it was clipped."""
 _TAG = re.compile(
-    r"(?P<prefix>(?:.+/)?)(?:"
+    r"(?P<prefix>(?:.+[/-])?)(?:"
     r"grad_norm(?P<clipper>_\d+)?/(?P<quantity>pre|post|threshold|skipped_steps|loss)"
     rf"|(?P<kind>{'|'.join(PARAMETER_TAGS.values())})(?P<its_clipper>_\d+)?/(?P<parameter>.+)"
-    r"|(?P<plain>grad_norm|grad_2\.0_norm_total))",
+    r"|grad_(?:[\d.]+|inf)_norm/(?P<its_gradient>.+)"
+    r"|(?P<plain>grad_norm|grad_(?:[\d.]+|inf)_norm_total))",
     re.DOTALL,
 )
 
@@ -52,6 +54,8 @@ def parsed_tag(tag: str) -> Tag | None:
     run = f"{match['prefix']}grad_norm{suffix}"
     if match["parameter"] is not None:
         return Tag(run, match["parameter"], _FIELDS[match["kind"]])
+    if match["its_gradient"] is not None:
+        return Tag(run, match["its_gradient"], "parameter_norms")
     return Tag(run, match["quantity"] or PLAIN)
 
 

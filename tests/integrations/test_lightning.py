@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -19,6 +20,7 @@ from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, St
 from gradclip.integrations.lightning import GradClipCallback
 from gradclip.thresholds import StepContext, Threshold
 from tests.support import lightning, trainings
+from tests.support.curves import runs_in
 from tests.support.lightning import fit
 from tests.support.trainings import BATCHES, NUMBERS, THRESHOLD, by_hand, loader
 
@@ -131,6 +133,62 @@ def test_loggers(tmp_path):
     assert (curves["grad_norm/pre"], curves["grad_norm/post"]) == (pre, post)
     table = [(int(row["step"]), float(row["grad_norm/pre"])) for row in rows]
     assert table == [(step.step, step.norm) for step in expected]
+
+
+def kept_run(sink: MemorySink, every: int = 1) -> Any:
+    """Return the norms before and after, and the losses, of every so many steps."""
+    steps = sink.steps[::every]
+    names = ("step", "norm", "clipped_norm", "loss")
+    return [pytest.approx([getattr(step, name) for step in steps], rel=1e-6) for name in names]
+
+
+def read_run(run: Any) -> Any:
+    columns = (run.steps, run.norms, run.clipped_norms, run.losses)
+    return [column.tolist() for column in columns]
+
+
+@pytest.mark.parametrize("prefix", ["", "train", "a/b"])
+def test_reports_read_the_loggers(tmp_path, prefix):
+    """The loggers of the trainer have the run that the clipper's own sink has."""
+    callback = GradClipCallback(THRESHOLD, log=[True, sink := MemorySink()])
+    loggers = [
+        TensorBoardLogger(tmp_path / "board", prefix=prefix),
+        CSVLogger(tmp_path / "table", prefix=prefix),
+    ]
+    fit(lightning.regression(), callback, logger=loggers, log_every_n_steps=2, max_epochs=2)
+    [board], [table] = runs_in(tmp_path / "board"), runs_in(tmp_path / "table")
+    assert read_run(board) == kept_run(sink, 2)
+    assert read_run(table) == kept_run(sink, 2)
+    assert table.name.endswith(f" ({prefix}-grad_norm)") == bool(prefix)
+    assert len(runs_in(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("order", [2, "inf"])
+def test_reports_read_the_norms_that_lightning_measures(tmp_path, order):
+    """Those of `grad_norm`, which a module logs before Lightning clips."""
+    norms: list[dict[str, float]] = []
+
+    def log_norms(self: Any, *_: Any) -> None:
+        norms.append({name: float(norm) for name, norm in grad_norm(self.net, order).items()})
+        self.log_dict(norms[-1])
+
+    module = lightning.regression(on_before_optimizer_step=log_norms)
+    loggers = [
+        TensorBoardLogger(tmp_path / "board", prefix="a"),
+        CSVLogger(tmp_path / "table", prefix="a"),
+    ]
+    options = {"gradient_clip_val": THRESHOLD, "log_every_n_steps": 1}
+    fit(module, logger=loggers, **options)
+    start = f"grad_{float(order)}_norm"
+    for run in (*runs_in(tmp_path / "board"), *runs_in(tmp_path / "table")):
+        needed = [each[f"{start}_total"] for each in norms]
+        assert run.norms.tolist() == pytest.approx(needed, rel=1e-6)
+        logged = run.parameter_norms
+        assert {f"{start}/{name}" for name in logged.names} == {*norms[0]} - {f"{start}_total"}
+        found = [f"{start}/{logged.names[index]}" for index in logged.name_indices]
+        values = [norms[step][name] for step, name in zip(logged.steps, found, strict=True)]
+        assert logged.norms.tolist() == pytest.approx(values, rel=1e-6)
+        assert len(values) == BATCHES * (len(norms[0]) - 1)
 
 
 def heard(losses: list[float], overflows: int | None = None, **overrides: Any) -> Any:

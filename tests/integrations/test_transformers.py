@@ -16,7 +16,7 @@ from gradclip import ArgumentError, AttachError, MemorySink, SkipLimitError
 from gradclip.integrations.transformers import GradClipCallback
 from gradclip.thresholds import Percentile
 from tests.support import trainings
-from tests.support.curves import curves_in, steps_in
+from tests.support.curves import curves_in, runs_in, steps_in
 from tests.support.trainings import BATCHES, NUMBERS, THRESHOLD, assert_free, by_hand, values
 from tests.support.transformers import (
     InOrder,
@@ -78,6 +78,33 @@ def test_the_history(tmp_path, monkeypatch):
     needed = {entry["step"]: entry["grad_norm/pre"] for entry in logged}
     assert points == pytest.approx(needed, rel=1e-6)
     assert {f"train/{name}" for name in NUMBERS} <= {*curves}
+
+
+def test_reports_read_the_board_and_the_state(tmp_path, monkeypatch):
+    """Both have the steps that the Trainer logs."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    options = {"report_to": ["tensorboard"], "save_strategy": "steps", "save_steps": BATCHES}
+    trainer = trained_trainer(tmp_path / "out", GradClipCallback(THRESHOLD), **options)
+    entries = log_entries(trainer)
+    [board], [state] = runs_in(tmp_path / "runs"), runs_in(tmp_path / "out")
+    for run in (board, state):
+        assert run.steps.tolist() == [entry["step"] for entry in entries]
+        columns = {"pre": run.norms, "post": run.clipped_norms, "loss": run.losses}
+        for name, column in columns.items():
+            needed = [entry[f"grad_norm/{name}"] for entry in entries]
+            assert column.tolist() == pytest.approx(needed, rel=1e-6)
+
+
+def test_reports_read_the_norms_of_a_trainer_that_clips_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    options = {"report_to": ["tensorboard"], "max_grad_norm": THRESHOLD}
+    trainer = trained_trainer(tmp_path / "out", **options)
+    [board] = runs_in(tmp_path / "runs")
+    entries = log_entries(trainer)
+    assert board.steps.tolist() == [entry["step"] for entry in entries]
+    needed = [entry["grad_norm"] for entry in entries]
+    assert board.norms.tolist() == pytest.approx(needed, rel=1e-6)
+    assert board.name.endswith(" (train/grad_norm)")
 
 
 @pytest.mark.parametrize("batches", [1, 3])

@@ -2,10 +2,11 @@
 
 ``reading.py`` reads the files, with ``event_files.py`` for those of TensorBoard and
 ``trainer_logs.py`` for those of trainers, whose tags ``tags.py`` knows. ``run.py`` holds a run in
-arrays, ``summary.py`` and ``advice.py`` judge it, ``printing.py`` and ``pictures/`` show it.
+arrays; ``summary.py``, ``losses.py``, ``incidents.py`` and ``advice.py`` judge it; ``printing.py``
+and ``pictures/`` show it.
 Nothing here imports torch, so that the command starts at once.
 
-Called by: records, cli.
+Called by: records, view, cli.
 Imports: errors, records.
 """
 
@@ -14,4 +15,15 @@ from __future__ import annotations
 from .reading import read_runs
 from .run import Run
 
-__all__ = ["Run", "pictures", "printing", "read_runs", "run"]
+__all__ = [
+    "Run",
+    "advice",
+    "clip_rate",
+    "incidents",
+    "pictures",
+    "printing",
+    "read_runs",
+    "run",
+    "shares",
+    "summary",
+]

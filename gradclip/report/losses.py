@@ -50,14 +50,8 @@ def losses_summarized(run: Run) -> LossSummary | None:
     """Return the facts of a run's losses; None if no step has one."""
     if run.losses is None:
         return None
-    finite = np.isfinite(run.losses)
-    losses = run.losses[finite]
-    is_spike, means = _spikes(losses)
-    steps = run.steps[finite]
-    found = [
-        LossSpike(int(steps[index]), float(losses[index]), float(means[index]))
-        for index in np.flatnonzero(is_spike)
-    ]
+    losses = run.losses[np.isfinite(run.losses)]
+    found = loss_spikes_of(run)
     by_height = sorted(found, key=lambda spike: spike.loss - spike.usual, reverse=True)
     return LossSummary(
         steps=int((~np.isnan(run.losses)).sum()),
@@ -69,13 +63,17 @@ def losses_summarized(run: Run) -> LossSummary | None:
     )
 
 
-def loss_spikes(run: Run) -> NDArray[np.bool_]:
-    """Return which steps have a loss that is a spike."""
-    spikes = np.zeros(len(run), dtype=bool)
-    if run.losses is not None:
-        finite = np.isfinite(run.losses)
-        spikes[finite] = _spikes(run.losses[finite])[0]
-    return spikes
+def loss_spikes_of(run: Run) -> list[LossSpike]:
+    """Return the losses far above those before them, in the order of the steps."""
+    if run.losses is None:
+        return []
+    finite = np.isfinite(run.losses)
+    steps, losses = run.steps[finite], run.losses[finite]
+    is_spike, means = _spikes(losses)
+    return [
+        LossSpike(int(steps[index]), float(losses[index]), float(means[index]))
+        for index in np.flatnonzero(is_spike)
+    ]
 
 
 def _spikes(losses: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:

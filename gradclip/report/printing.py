@@ -28,8 +28,7 @@ def print_report(runs: Sequence[Run], stream: TextIO, *, as_json: bool = False) 
     reports = [(summary := summarized(run), advised(run, summary)) for run in runs]
     if as_json:
         content = [
-            _json_value({**asdict(summary), "advice": asdict(advice)})
-            for summary, advice in reports
+            json_value({**asdict(summary), "advice": asdict(advice)}) for summary, advice in reports
         ]
         print(json.dumps(content, indent=2, allow_nan=False), file=stream)
     else:
@@ -91,12 +90,12 @@ def _facts_of_losses(losses: LossSummary | None) -> dict[str, str]:
     }
 
 
-def _json_value(value: object) -> object:
+def json_value(value: object) -> object:
     """Return a value as JSON can hold it: keys as text, numbers that are not finite as None."""
     if isinstance(value, dict):
-        return {str(key): _json_value(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return [*map(_json_value, value)]
+        return [*map(json_value, value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

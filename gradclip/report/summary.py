@@ -67,9 +67,8 @@ class Summary:
 def summarized(run: Run) -> Summary:
     """Return the facts of a run."""
     norms = run.norms[run.finite]
-    has_gradient = run.finite & (run.norms > 0)
-    positive_norms = run.norms[has_gradient]
-    spikes = _spikes(run.steps[has_gradient], positive_norms)
+    positive_norms = run.norms[run.finite & (run.norms > 0)]
+    spikes = spikes_of(run)
     spikes_by_height = sorted(spikes, key=lambda spike: spike.norm / spike.usual, reverse=True)
     levels = np.percentile(norms, QUANTILES) if len(norms) else [math.nan] * len(QUANTILES)
     return Summary(
@@ -108,8 +107,10 @@ def _trend(norms: NDArray[np.float64]) -> float:
     return last / first if first else math.nan
 
 
-def _spikes(steps: NDArray[np.int64], norms: NDArray[np.float64]) -> list[Spike]:
+def spikes_of(run: Run) -> list[Spike]:
     """Return the norms far above the window before their block, in the order of the steps."""
+    has_gradient = run.finite & (run.norms > 0)
+    steps, norms = run.steps[has_gradient], run.norms[has_gradient]
     spikes: list[Spike] = []
     for first, windows in _windows(norms):
         medians = np.median(windows, axis=1)

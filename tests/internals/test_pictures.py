@@ -15,10 +15,11 @@ from matplotlib.text import Annotation, Text
 from gradclip import ArgumentError
 from gradclip.report import Run
 from gradclip.report.advice import advised
+from gradclip.report.clip_rate import running_clip_rate, window_of
 from gradclip.report.pictures import heat_map
 from gradclip.report.pictures.distribution import percent, separated
 from gradclip.report.pictures.heat_map import color_range, heat_map_of
-from gradclip.report.pictures.panels import COLUMNS, envelope, running_clip_rate, thinned, window_of
+from gradclip.report.pictures.panels import COLUMNS, envelope, thinned
 from gradclip.report.pictures.picture import draw, figure_of
 from gradclip.report.pictures.style import drawable, log_limits, log_tick_label, log_ticks
 from gradclip.report.pictures.style import short_names as shortened

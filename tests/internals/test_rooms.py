@@ -16,8 +16,8 @@ PACKAGE = Path(gradclip.__file__).parent
 FLOORS = "errors checks engines thresholds scopes ranks records gradients optimizers functional "
 FLOORS = (FLOORS + "clipper integrations report view cli").split()
 """The rooms from below: each imports those before it alone."""
-LOWER = {"report": {"errors", "records"}}
-"""Rooms that import less than what lies below them: a report needs no torch."""
+LOWER = {"report": {"errors", "records"}, "view": {"errors", "report"}}
+"""Rooms that import less than what lies below them: a report and its page need no torch."""
 DOORS = {("records.sinks.memory", "report")}
 """Imports that go up, made when a method is called: `MemorySink.plot` draws what a report draws."""
 ENTRIES = {*FLOORS, "__init__", "__main__", "py"}

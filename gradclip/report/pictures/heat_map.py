@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from ..run import LoggedParameterNorms, Run
+from ..shares import mean_shares
 from .style import (
     NOT_LOGGED,
     SMALL,
@@ -57,7 +58,7 @@ class HeatMap:
 def heat_map_of(run: Run, logged: LoggedParameterNorms) -> HeatMap:
     """Return the map of a run, of the parameters with the largest share of its norm."""
     steps, step_indices = np.unique(logged.steps, return_inverse=True)
-    shares = _shares(run, logged, step_indices, len(steps))
+    shares = mean_shares(run, logged)
     chosen = np.argsort(-shares, kind="stable")[:MOST_ROWS]
     chosen.sort()  # back to the order of the log, which is that of the model
     row_of_name = np.full(len(logged.names), -1)
@@ -82,29 +83,6 @@ def heat_map_of(run: Run, logged: LoggedParameterNorms) -> HeatMap:
         np.where(largest >= 0, largest, np.nan),
         nonfinite,
     )
-
-
-def _shares(
-    run: Run, logged: LoggedParameterNorms, step_indices: NDArray[np.int64], steps: int
-) -> NDArray[np.float64]:
-    """Return each parameter's mean share of the total norm, raised if it broke steps.
-
-    A parameter broke a step if its norm was not finite there. It gets up to 1 more: the fewer
-    parameters share the blame, the more.
-    """
-    totals = run.norms[np.searchsorted(run.steps, logged.steps)]
-    broken = ~np.isfinite(logged.norms)
-    broken_in_step = np.bincount(step_indices, weights=broken, minlength=steps)[step_indices]
-    measurable = ~broken & np.isfinite(totals) & (totals > 0)
-    shares = np.zeros(len(broken))
-    # Logs round each norm by itself: a denormal part may exceed its total.
-    parts = np.minimum(logged.norms[measurable], totals[measurable])
-    shares[measurable] = parts / totals[measurable]
-    names = len(logged.names)
-    means = np.bincount(logged.name_indices, weights=shares, minlength=names) / steps
-    blame = np.zeros(names)
-    np.maximum.at(blame, logged.name_indices[broken], 1 / broken_in_step[broken])
-    return means + blame
 
 
 def color_range(maps: Sequence[HeatMap]) -> tuple[float, float]:

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from ..losses import loss_spikes
+from ..clip_rate import running_clip_rate, window_of
+from ..losses import loss_spikes_of
 from ..printing import number
 from ..run import Run
 from .style import (
@@ -87,7 +88,13 @@ def draw_losses(axes: Axes, run: Run, limits: tuple[float, float]) -> None:
         _draw_curve(axes, run, losses, color=BLUE, label="loss")
         for is_marked, height, marker, color, label in (
             (np.isinf(run.losses), 0.94, "x", VERMILION, "not finite"),
-            (loss_spikes(run), 0.85, "v", ORANGE, "spike"),
+            (
+                np.isin(run.steps, [each.step for each in loss_spikes_of(run)]),
+                0.85,
+                "v",
+                ORANGE,
+                "spike",
+            ),
         ):
             _mark(axes, run.steps[is_marked], height, marker, color, label)
     finish(axes)
@@ -240,28 +247,3 @@ def thinned(steps: NDArray[np.int64]) -> NDArray[np.int64]:
     columns = (steps - steps[0]).astype(np.float64) * (COLUMNS / float(steps[-1] - steps[0]))
     begins: NDArray[np.bool_] = np.diff(columns.astype(np.int64), prepend=-1) > 0
     return steps[begins]
-
-
-def window_of(run: Run) -> int:
-    """Return the window of the clip rate: a hundredth of the steps, round, and at least 20."""
-    wanted = max(len(run) / 100, 20.0)
-    scale = int(10 ** (len(str(int(wanted))) - 1))
-    rounded = next(digit * scale for digit in (1, 2, 5, 10) if digit * scale >= wanted)
-    return min(rounded, len(run))
-
-
-def running_clip_rate(run: Run, window: int) -> NDArray[np.float64]:
-    """Return at each step the share of clipped norms among the finite ones of the last steps.
-
-    Args:
-        run: The run.
-        window: Number of steps; the first steps have fewer before them.
-    """
-    clipped, finite = _running_sums(run.clipped, window), _running_sums(run.finite, window)
-    return np.where(finite > 0, clipped / np.maximum(finite, 1), np.nan)
-
-
-def _running_sums(flags: NDArray[np.bool_], window: int) -> NDArray[np.int64]:
-    sums = np.cumsum(flags, dtype=np.int64)
-    sums[window:] -= sums[:-window].copy()  # a copy: the slices overlap
-    return sums

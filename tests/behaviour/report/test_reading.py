@@ -10,6 +10,7 @@ from gradclip import GradientClipper, JsonlSink
 from gradclip.cli import main
 from tests.support.curves import framed, log_run
 from tests.support.report import log_line, reported
+from tests.support.runs import quiet
 
 NORMS = (4.0, 1.0, math.nan, 8.0, 2.0)
 
@@ -110,10 +111,6 @@ def test_a_file_without_a_run_is_refused(capsys, tmp_path, content, name):
     ):
         assert main(["report", str(given)]) == 2
         assert message in capsys.readouterr().err
-
-
-def quiet(count):
-    return 1 + 0.05 * np.random.default_rng(0).standard_normal(count)
 
 
 def test_quantiles_mean_and_largest_are_those_of_the_finite_norms(summary):

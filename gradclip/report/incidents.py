@@ -1,0 +1,169 @@
+"""The incidents of a run: episodes of norms and losses that stand out, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .losses import LossSpike, loss_spikes_of
+from .printing import number
+from .run import Run
+from .summary import spikes_of
+
+MOST = 100
+"""Incidents that are listed, of a run that has more."""
+NEAR = 10
+"""Logged steps between two events that belong to one incident, at most."""
+LEADING = 5
+"""Parameters that an incident names."""
+
+
+@dataclass(frozen=True)
+class Incident:
+    """An episode of steps that stand out for the same reason."""
+
+    kind: str
+    """What stands out: "nonfinite" or "spike" for norms, "loss" for losses."""
+    first_step: int
+    last_step: int
+    step: int
+    """The step to look at: the highest, or the first that is not finite."""
+    text: str
+    parameters: tuple[tuple[str, float], ...]
+    """Names and gradient norms of the parameters that led at the step; empty if unknown."""
+
+
+class _Event(NamedTuple):
+    row: int
+    """Place of the step in the run."""
+    step: int
+    value: float
+    usual: float
+    height: float
+    """How far it stands out, to compare events of one kind."""
+
+
+def incidents_of(run: Run) -> tuple[list[Incident], int]:
+    """Return the incidents of a run in the order of its steps, and how many more it has.
+
+    Of more than a hundred the highest are kept, those that are not finite first.
+    """
+    found = [
+        (episode[0].height, kind, episode, words)
+        for kind, events, words in _kinds(run)
+        for episode in _episodes(events)
+    ]
+    found.sort(key=lambda entry: entry[0], reverse=True)
+    incidents = [_incident(run, *entry[1:]) for entry in found[:MOST]]
+    incidents.sort(key=lambda incident: incident.first_step)
+    return incidents, max(len(found) - MOST, 0)
+
+
+_Words = Callable[[Sequence[_Event]], str]
+
+
+def _kinds(run: Run) -> Iterator[tuple[str, list[_Event], _Words]]:
+    broken = [
+        _Event(int(row), int(run.steps[row]), float(run.norms[row]), np.nan, np.inf)
+        for row in np.flatnonzero(~run.finite)
+    ]
+    yield "nonfinite", broken, _words_for_nonfinite
+    spikes = spikes_of(run)
+    rows = np.searchsorted(run.steps, [spike.step for spike in spikes])
+    yield (
+        "spike",
+        [
+            _Event(int(row), spike.step, spike.norm, spike.usual, spike.norm / spike.usual)
+            for row, spike in zip(rows, spikes, strict=True)
+        ],
+        _words_for_spikes,
+    )
+    losses = loss_spikes_of(run)
+    rows = np.searchsorted(run.steps, [spike.step for spike in losses])
+    yield (
+        "loss",
+        [
+            _Event(int(row), spike.step, spike.loss, spike.usual, _excess(spike))
+            for row, spike in zip(rows, losses, strict=True)
+        ],
+        _words_for_losses,
+    )
+
+
+def _excess(spike: LossSpike) -> float:
+    """Return how far a loss spikes, in the scale of the heights of norms."""
+    return 1 + (spike.loss - spike.usual) / (abs(spike.usual) or 1.0)
+
+
+def _episodes(events: Sequence[_Event]) -> Iterator[list[_Event]]:
+    """Yield events near each other together, the highest first, otherwise in their order."""
+    begin = 0
+    for index, event in enumerate(events):
+        is_last = index + 1 == len(events) or events[index + 1].row - event.row > NEAR
+        if is_last:
+            episode = [*events[begin : index + 1]]
+            highest = max(range(len(episode)), key=lambda place: episode[place].height)
+            yield [episode[highest], *episode[:highest], *episode[highest + 1 :]]
+            begin = index + 1
+
+
+def _incident(run: Run, kind: str, episode: list[_Event], words: _Words) -> Incident:
+    steps = [event.step for event in episode]
+    step = episode[0].step
+    leading = leading_parameters(run, step)
+    return Incident(kind, min(steps), max(steps), step, words(episode), leading)
+
+
+def leading_parameters(run: Run, step: int) -> tuple[tuple[str, float], ...]:
+    """Return the largest norms of parameters at a step, those that are not finite first."""
+    logged = run.parameter_norms
+    if logged is None:
+        return ()
+    part = slice(*np.searchsorted(logged.steps, [step, step + 1]))
+    norms = logged.norms[part]
+    heights = np.where(np.isnan(norms), np.inf, norms)
+    order = np.argsort(-heights, kind="stable")[:LEADING]
+    names = logged.name_indices[part]
+    return tuple((logged.names[names[index]], float(norms[index])) for index in order)
+
+
+def _span(episode: Sequence[_Event]) -> tuple[str, int]:
+    steps = [event.step for event in episode]
+    return f"{min(steps):,} to {max(steps):,}", len(steps)
+
+
+def _words_for_nonfinite(episode: Sequence[_Event]) -> str:
+    if len(episode) == 1:
+        return f"The norm was {episode[0].value} at step {episode[0].step:,}."
+    span, count = _span(episode)
+    return (
+        f"The norm was not finite at {count:,} steps from {span}: {episode[0].value} at step "
+        f"{episode[0].step:,}."
+    )
+
+
+def _words_for_spikes(episode: Sequence[_Event]) -> str:
+    highest = episode[0]
+    height = (
+        f"{number(highest.value)} at step {highest.step:,}, {highest.height:.3g} times the median "
+        f"of those before it ({number(highest.usual)})."
+    )
+    if len(episode) == 1:
+        return f"The norm was {height}"
+    span, count = _span(episode)
+    return f"At {count:,} steps from {span} the norm was far above usual: {height}"
+
+
+def _words_for_losses(episode: Sequence[_Event]) -> str:
+    highest = episode[0]
+    height = (
+        f"{number(highest.value)} at step {highest.step:,}; the mean of those before it was "
+        f"{number(highest.usual)}."
+    )
+    if len(episode) == 1:
+        return f"The loss was {height}"
+    span, count = _span(episode)
+    return f"At {count:,} steps from {span} the loss was far above usual: {height}"

@@ -1,0 +1,68 @@
+"""The incidents of a logged run: episodes in plain words, with the parameters that led."""
+
+import math
+
+import numpy as np
+
+from gradclip.report.incidents import LEADING, MOST, incidents_of
+from gradclip.report.run import LoggedParameterNorms
+from tests.support.runs import quiet, run_with
+
+NAN, INF = math.nan, math.inf
+
+
+def test_a_quiet_run_has_no_incident():
+    assert incidents_of(run_with(quiet(500))) == ([], 0)
+
+
+def test_incidents_come_in_the_order_of_the_steps_in_plain_words():
+    norms, losses = quiet(1000), 2 + 0.1 * quiet(1000)
+    norms[300], norms[700], losses[500] = 50, NAN, 9
+    incidents, more = incidents_of(run_with(norms, losses=losses))
+    assert [(each.kind, each.step) for each in incidents] == [
+        ("spike", 300),
+        ("loss", 500),
+        ("nonfinite", 700),
+    ]
+    assert more == 0
+    spike, loss, broken = (each.text for each in incidents)
+    usual = np.median(norms[200:300])
+    assert spike.startswith(f"The norm was 50 at step 300, {50 / usual:.3g} times the median of")
+    assert loss == "The loss was 9 at step 500; the mean of those before it was 2.1."
+    assert broken == "The norm was nan at step 700."
+
+
+def test_events_near_each_other_are_one_incident_at_its_highest_step():
+    norms = quiet(1000)
+    norms[[400, 405, 411]] = 20, 80, 30
+    norms[[800, 801, 802]] = INF, NAN, NAN
+    spikes, broken = incidents_of(run_with(norms))[0]
+    assert (spikes.first_step, spikes.last_step, spikes.step) == (400, 411, 405)
+    assert spikes.text.startswith("At 3 steps from 400 to 411 the norm was far above usual: 80 at")
+    assert (broken.first_step, broken.last_step, broken.step) == (800, 802, 800)
+    assert broken.text == "The norm was not finite at 3 steps from 800 to 802: inf at step 800."
+
+
+def test_an_incident_names_the_parameters_that_led():
+    """The largest norms at its step, those that are not finite first."""
+    norms = quiet(300)
+    norms[200] = NAN
+    names = tuple("abcdefg")
+    values = np.array([1.0, NAN, 3.0, INF, 5.0, 0.5, 0.1])
+    steps = np.full(7, 200)
+    parameters = LoggedParameterNorms(names, steps, np.arange(7, dtype=np.int32), values)
+    [incident] = incidents_of(run_with(norms, parameters=parameters))[0]
+    assert [name for name, _ in incident.parameters] == ["b", "d", "e", "c", "a"]
+    assert len(incident.parameters) == LEADING
+    assert incident.parameters[2] == ("e", 5.0)
+
+
+def test_of_many_incidents_the_highest_are_kept():
+    norms = quiet(6000)
+    spikes = np.arange(200, 6000, 40)
+    norms[spikes] = np.linspace(20, 90, len(spikes))
+    norms[30] = NAN
+    incidents, more = incidents_of(run_with(norms))
+    assert len(incidents) == MOST
+    assert more == len(spikes) + 1 - MOST
+    assert [each.step for each in incidents] == [30, *spikes[more:]]

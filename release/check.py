@@ -28,6 +28,11 @@ CALLED = frozenset(
     name for module in MODULES for name in re.findall(r"\bgradclip_\w+", module.read_text())
 )
 """The functions that the engine calls; a library exports these and no others."""
+DATA = [
+    "gradclip/py.typed",
+    *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "gradclip/view/page").iterdir())),
+]
+"""The files of the package that are no modules."""
 LINKERS_OWN = {"_mh_dylib_header", "__dso_handle"}
 ARCHITECTURES = lief.Header.ARCHITECTURES
 PROCESSORS = {"x86_64": ARCHITECTURES.X86_64, "aarch64": ARCHITECTURES.ARM64}
@@ -111,7 +116,7 @@ def faults_of_wheel(wheel: Path) -> Iterator[str]:
             yield f"{entry} differs from RECORD"
     if {entry for entry, *_ in rows} != {*files}:
         yield "RECORD names other files"
-    for needed in ("gradclip/py.typed", f"{information}/licenses/LICENSE"):
+    for needed in (*DATA, f"{information}/licenses/LICENSE"):
         if needed not in files:
             yield f"{needed} is missing"
     for entry in files:

@@ -4,7 +4,7 @@
 needs them, so that ``--help`` and ``report`` start at once.
 
 Called by: no other room.
-Imports: errors, records, clipper, report.
+Imports: errors, records, clipper, report, view.
 """
 
 from .main import main

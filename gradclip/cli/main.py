@@ -71,7 +71,10 @@ def _report(arguments: argparse.Namespace) -> int:
     from ..report import read_runs  # not at the top: it imports NumPy
     from ..report.pictures.picture import check_picture, check_runs, draw
     from ..report.printing import print_report
+    from ..view.html import check_page, write_page
 
+    if arguments.html is not None:
+        check_page(arguments.html)
     if arguments.plot is not None:
         try:
             check_picture(arguments.plot)
@@ -88,6 +91,9 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         draw(runs, arguments.plot, advice)
         print(f"Picture: {arguments.plot}", file=sys.stderr)  # stdout may be JSON for a program
+    if arguments.html is not None:
+        write_page(runs, arguments.html)
+        print(f"Page: {arguments.html}, to be opened in a browser", file=sys.stderr)
     return DONE
 
 
@@ -147,6 +153,9 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     report.add_argument(
         "--plot", metavar="FILE", help="draw the runs side by side into a .png or .svg file"
+    )
+    report.add_argument(
+        "--html", metavar="FILE", help="write an interactive page of the runs into an .html file"
     )
 
 

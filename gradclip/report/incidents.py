@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from .losses import LossSpike, loss_spikes_of
-from .printing import number
 from .run import Run
 from .summary import spikes_of
 
@@ -18,7 +17,9 @@ MOST = 100
 NEAR = 10
 """Logged steps between two events that belong to one incident, at most."""
 LEADING = 5
-"""Parameters that an incident names."""
+"""Parameters that an incident names, at most."""
+CARRIED = 0.9
+"""Share of the squares of all norms that the named parameters have together."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,22 @@ def _incident(run: Run, kind: str, episode: list[_Event], words: _Words) -> Inci
 
 
 def leading_parameters(run: Run, step: int) -> tuple[tuple[str, float], ...]:
-    """Return the largest norms of parameters at a step, those that are not finite first."""
+    """Return the parameters that led at a step, the largest norms first, five at most.
+
+    Those that are not finite if there are any, else as few as have most of the norm together.
+    """
     logged = run.parameter_norms
     if logged is None:
         return ()
     part = slice(*np.searchsorted(logged.steps, [step, step + 1]))
-    norms = logged.norms[part]
-    heights = np.where(np.isnan(norms), np.inf, norms)
-    order = np.argsort(-heights, kind="stable")[:LEADING]
-    names = logged.name_indices[part]
-    return tuple((logged.names[names[index]], float(norms[index])) for index in order)
+    names, norms = logged.name_indices[part], logged.norms[part]
+    leading = np.flatnonzero(~np.isfinite(norms))
+    if not len(leading):
+        leading = np.argsort(-norms, kind="stable")
+        scale = norms.max(initial=0) or 1.0  # squares of large norms overflow
+        squares = np.cumsum((norms[leading] / scale) ** 2)
+        leading = leading[: np.searchsorted(squares, CARRIED * squares[-1:].sum()) + 1]
+    return tuple((logged.names[names[index]], float(norms[index])) for index in leading[:LEADING])
 
 
 def _span(episode: Sequence[_Event]) -> tuple[str, int]:
@@ -148,8 +155,8 @@ def _words_for_nonfinite(episode: Sequence[_Event]) -> str:
 def _words_for_spikes(episode: Sequence[_Event]) -> str:
     highest = episode[0]
     height = (
-        f"{number(highest.value)} at step {highest.step:,}, {highest.height:.3g} times the median "
-        f"of those before it ({number(highest.usual)})."
+        f"{_number(highest.value)} at step {highest.step:,}, {highest.height:.3g} times the median "
+        f"of those before it ({_number(highest.usual)})."
     )
     if len(episode) == 1:
         return f"The norm was {height}"
@@ -160,10 +167,15 @@ def _words_for_spikes(episode: Sequence[_Event]) -> str:
 def _words_for_losses(episode: Sequence[_Event]) -> str:
     highest = episode[0]
     height = (
-        f"{number(highest.value)} at step {highest.step:,}; the mean of those before it was "
-        f"{number(highest.usual)}."
+        f"{_number(highest.value)} at step {highest.step:,}; the mean of those before it was "
+        f"{_number(highest.usual)}."
     )
     if len(episode) == 1:
         return f"The loss was {height}"
     span, count = _span(episode)
     return f"At {count:,} steps from {span} the loss was far above usual: {height}"
+
+
+def _number(value: float) -> str:
+    """Return a number with four digits, as sentences about single steps have it."""
+    return f"{value:.4g}"

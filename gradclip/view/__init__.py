@@ -1,14 +1,16 @@
-"""The interactive page of logged runs, and the answers that it asks for.
+"""The interactive page of logged runs: zoom, thresholds to try, incidents, parameters.
 
-``run_view.py`` answers what the page asks about a run, as JSON: its overview, curves reduced to the
-smallest and largest value of each bucket of steps (``series.py``), norms of parameters
-(``parameters.py``), and the share of the steps that any threshold would have clipped
-(``distribution.py``); ``arrays.py`` packs the numbers. Nothing here imports torch.
+``page/`` is the page: ES modules that ``assets.py`` joins to one script, and a style sheet.
+``html.py`` writes it with runs into one file. ``run_view.py`` answers what the page asks about a
+run, as JSON: curves reduced to the smallest and largest value of each bucket of steps
+(``series.py``), numbers of parameters (``parameters.py``), the share of the steps that any
+threshold would have clipped (``distribution.py``), packed by ``arrays.py``. Nothing here imports
+torch.
 
-Called by: no other room.
+Called by: cli.
 Imports: errors, report.
 """
 
 from .run_view import RunView
 
-__all__ = ["RunView"]
+__all__ = ["RunView", "html"]

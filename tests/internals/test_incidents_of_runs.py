@@ -3,10 +3,10 @@
 import math
 
 import numpy as np
+import pytest
 
 from gradclip.report.incidents import LEADING, MOST, incidents_of
-from gradclip.report.run import LoggedParameterNorms
-from tests.support.runs import quiet, run_with
+from tests.support.runs import norms_by_name, quiet, run_with
 
 NAN, INF = math.nan, math.inf
 
@@ -43,18 +43,42 @@ def test_events_near_each_other_are_one_incident_at_its_highest_step():
     assert broken.text == "The norm was not finite at 3 steps from 800 to 802: inf at step 800."
 
 
-def test_an_incident_names_the_parameters_that_led():
-    """The largest norms at its step, those that are not finite first."""
+def leading(norms_of_parameters):
+    """Return what the incident of a step names, of parameters a, b, and so on."""
     norms = quiet(300)
     norms[200] = NAN
-    names = tuple("abcdefg")
-    values = np.array([1.0, NAN, 3.0, INF, 5.0, 0.5, 0.1])
-    steps = np.full(7, 200)
-    parameters = LoggedParameterNorms(names, steps, np.arange(7, dtype=np.int32), values)
-    [incident] = incidents_of(run_with(norms, parameters=parameters))[0]
-    assert [name for name, _ in incident.parameters] == ["b", "d", "e", "c", "a"]
-    assert len(incident.parameters) == LEADING
-    assert incident.parameters[2] == ("e", 5.0)
+    entries = [
+        (200, name, norm) for name, norm in zip("abcdefg", norms_of_parameters, strict=False)
+    ]
+    [incident] = incidents_of(run_with(norms, parameters=norms_by_name(entries)))[0]
+    return incident.parameters
+
+
+def test_an_incident_names_the_parameters_that_are_not_finite():
+    names = [name for name, _ in leading([1.0, NAN, 3.0, INF, 5.0])]
+    assert names == ["b", "d"]
+    assert len(leading([NAN] * 7)) == LEADING
+
+
+@pytest.mark.parametrize(
+    ("norms", "names"),
+    [
+        ([1.0, 9.0, 0.1], ["b"]),
+        ([3.0, 1.0, 4.0], ["c", "a"]),
+        ([1.0] * 7, ["a", "b", "c", "d", "e"]),
+        ([1e300, 1e-300], ["a"]),
+        ([0.0, 0.0], ["a"]),
+    ],
+)
+def test_else_it_names_those_that_have_most_of_the_norm(norms, names):
+    assert leading(norms) == tuple((name, norms["abcdefg".index(name)]) for name in names)
+
+
+def test_steps_without_norms_of_parameters_name_none():
+    norms = quiet(300)
+    norms[200] = 90
+    [incident] = incidents_of(run_with(norms, parameters=norms_by_name([(100, "a", 1.0)])))[0]
+    assert incident.parameters == ()
 
 
 def test_of_many_incidents_the_highest_are_kept():

@@ -17,7 +17,7 @@ from release.platforms import PLATFORMS  # noqa: E402
 
 FILES = {
     "gradclip/__init__.py": b"",
-    "gradclip/py.typed": b"",
+    **dict.fromkeys(check.DATA, b""),
     "gradclip-1.0.dist-info/METADATA": b"Name: gradclip\n",
     "gradclip-1.0.dist-info/licenses/LICENSE": b"MIT",
     "gradclip-1.0.dist-info/RECORD": b"of another wheel",
@@ -73,6 +73,7 @@ def test_an_sdist_depends_on_its_files_alone(tmp_path):
         ("gradclip/__init__.py", b"other", "__init__.py differs from RECORD"),
         ("gradclip/added.py", b"", "RECORD names other files"),
         ("gradclip/py.typed", None, "py.typed is missing"),
+        ("gradclip/view/page/page.css", None, "page.css is missing"),
         ("gradclip-1.0.dist-info/licenses/LICENSE", None, "LICENSE is missing"),
         ("gradclip/engines/native/_native.c", b"", "_native.c does not belong"),
         ("tests/test_all.py", b"", "tests/test_all.py does not belong"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,16 @@ def charts_in(browser: Chrome) -> dict[str, dict[str, Curve]]:
     }
 
 
+def requests_of(browser: Chrome) -> list[str]:
+    """Return the addresses that pages asked for since this was last called."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+
+
 @contextmanager
 def chromium() -> Iterator[Chrome]:
     """Start the browser that the system has; download nothing."""
@@ -88,6 +99,7 @@ def chromium() -> Iterator[Chrome]:
     options.binary_location = shutil.which(PROGRAMS[0])
     for flag in FLAGS:
         options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = Chrome(options=options, service=Service(shutil.which(PROGRAMS[1])))
     try:
         yield driver

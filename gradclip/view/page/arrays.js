@@ -7,8 +7,18 @@ const TYPES = {
   u1: Uint8Array,
 };
 
+const DAMAGED = "These numbers cannot be read: they are damaged, or of another version of gradclip.";
+
 /** Return the values of a packed array as a typed array. */
 export async function unpacked(packed) {
+  try {
+    return await values(packed);
+  } catch {
+    throw new Error(DAMAGED);
+  }
+}
+
+async function values(packed) {
   if (packed.data === undefined) {
     return Float64Array.from({ length: packed.length }, (_, index) => packed.first + packed.distance * index);
   }

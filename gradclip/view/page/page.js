@@ -165,7 +165,12 @@ class Page {
   _watch() {
     this._setTheme(this.isDark);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) => this._setTheme(matches));
-    new ResizeObserver(() => this._changed()).observe(this.root);
+    let width = 0;
+    new ResizeObserver(([{ contentRect }]) => {
+      if (contentRect.width === width) return;
+      width = contentRect.width;
+      this._changed();
+    }).observe(this.root);
     // Paper is white, and a printer has more points than a screen.
     let wasDark = false;
     const print = (isPrinting) => {

@@ -87,6 +87,10 @@ export class NumberTable {
 
   draw() {
     if (!this.element.open) return;
+    const shown = this.page.runs.shown.flatMap((run) => [run.series, run.colour]);
+    // A reader in the middle of a table is not to lose the place.
+    if (shown.length === this._drawn?.length && shown.every((each, index) => each === this._drawn[index])) return;
+    this._drawn = shown;
     refill(this.body, this.page.runs.shown.filter((run) => run.series).map((run) => this._table(run)));
   }
 

@@ -1,0 +1,315 @@
+"""The page in one file, in a browser: it draws what was logged, and asks for nothing."""
+
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from selenium.webdriver import ActionChains, Keys
+
+from tests.support.browser import chromium, missing, requests_of
+from tests.support.page import Page, written
+from tests.support.report import log_line, log_norms
+from tests.support.runs import quiet
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+ARTEFACTS = Path(__file__).parents[2] / "build" / "artefacts"
+HOSTILE = "<img src=x onerror=alert(1)>"
+ENDING = "</script><script>alert(2)</script>"
+STEPS = 6000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Return a function that opens the page of some logs; it complained of nothing in the end."""
+
+    def opened(*runs):
+        requests_of(browser)
+        file = written(runs, tmp_path)
+        browser.get(file.as_uri())
+        page = Page(browser)
+        page.settled()
+        return page
+
+    yield opened
+    assert Page(browser).complaints() == []
+
+
+def spiky(count=STEPS):
+    norms = quiet(count) * np.geomspace(4, 1, count)
+    norms[[count // 3, count // 2]] = 50, 4e7
+    return norms
+
+
+def with_parameters(path, norms, names):
+    """Write a log of steps with norms of parameters, each the same share of the total."""
+    shares = np.arange(len(names), 0, -1.0)
+    shares /= np.linalg.norm(shares)
+    path.write_text(
+        "\n".join(
+            log_line(step, norm, parameter_norms=dict(zip(names, norm * shares, strict=True)))
+            for step, norm in enumerate(norms.tolist())
+        )
+    )
+    return path
+
+
+def test_what_is_drawn_is_what_was_logged_at_every_zoom(opened, tmp_path):
+    """Each column of pixels has the smallest and the largest value of its steps."""
+    norms = spiky()
+    broken = [100, 2500, 2501]
+    logged = norms.copy()
+    logged[broken] = math.nan
+    page = opened(log_norms(tmp_path / "run.jsonl", logged, 2.0))
+    for first, last in ((0, STEPS - 1), (1000, 3500), (1990, 2010), (2995, 3005)):
+        page.show(first - 0.5, last + 0.5)
+        drawn = page.drawn()
+        assert [drawn["range"]["first"], drawn["range"]["last"]] == [first - 0.5, last + 0.5]
+        for name, values in (("norm", logged), ("clipped_norm", np.minimum(logged, 2.0))):
+            curve = page.curve(name)
+            seen = np.zeros(STEPS, dtype=bool)
+            for begin, end, low, high in zip(
+                *(curve[key] for key in ("first", "last", "low", "high")), strict=True
+            ):
+                part = values[begin : end + 1]
+                assert (low, high) == (np.nanmin(part), np.nanmax(part))
+                seen[begin : end + 1] = True
+            assert seen[first : last + 1][np.isfinite(values[first : last + 1])].all()
+    assert len(page.curve("norm")["at"]) >= 10
+    page.show(-1, STEPS)
+    assert max(page.curve("norm")["high"]) == 4e7
+
+
+def test_the_share_of_a_threshold_is_that_of_numpy(opened, tmp_path):
+    """Typed, dragged with the mouse, and moved with keys."""
+    norms = spiky()
+    page = opened(log_norms(tmp_path / "run.jsonl", norms))
+
+    def is_right():
+        threshold = float(page.all(".trial input[type=text]")[0].get_property("value"))
+        [sentence] = page.texts(".shares li")
+        above = int((norms > threshold).sum())
+        share = float(re.search(r"([\d.e-]+) %", sentence)[1])
+        assert share == pytest.approx(100 * above / STEPS, rel=0.05)
+        assert f"({above:,} of {STEPS:,})" in sentence
+        return threshold
+
+    field = page.all(".trial input[type=text]")[0]
+    for typed in ("1.23", "0.5", "3e7", "1e9", "2,5"):
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(typed, Keys.TAB)
+        page.settled()
+        assert is_right() == float(typed.replace(",", "."))
+    handle = page.all(".grabbable")[0]
+    for place in (-60, -10, 75):
+        moves = ActionChains(page.browser).move_to_element_with_offset(handle, 0, 0)
+        moves.click_and_hold().move_by_offset(place, 5).release().perform()
+        page.settled()
+        dragged = is_right()
+    page.all(".trial input[type=range]")[0].send_keys(Keys.ARROW_RIGHT)
+    page.settled()
+    assert dragged < is_right() <= dragged * 1.011
+    assert page.drawn()["threshold"] == is_right()
+    page.press("Clear")
+    assert page.drawn()["threshold"] is None
+
+
+def test_the_file_asks_for_nothing(opened, browser, tmp_path):
+    """It opens from disk, and every address that is loaded is its own."""
+    page = opened(log_norms(tmp_path / "run.jsonl", spiky()))
+    page.press("Copy")
+    assert requests_of(browser) == [(tmp_path / "page.html").as_uri()]
+
+
+def test_names_stay_text(opened, tmp_path):
+    """Names of runs and parameters that are HTML are shown as they are."""
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    names = [f"{HOSTILE}.weight", f"{ENDING}.bias", "__proto__"]
+    norms = quiet(300)
+    norms[200] = 90
+    run = with_parameters(folder / "a.jsonl", norms, names)
+    page = opened(run, log_norms(folder / "b.jsonl", quiet(300)))
+    assert page.all("img") == []
+    assert len(page.all("script")) == 2
+    assert page.texts(".runs .name") == ["a.jsonl", "b.jsonl"]
+    assert HOSTILE in page.all(".run")[0].get_attribute("title")
+    assert page.drawn()["map"]["names"] == names
+    [led] = page.texts(".led")
+    assert HOSTILE in led
+    assert ENDING in led
+    assert page.browser.title.startswith("Gradients of ")
+
+
+def test_the_map_shows_the_largest_norm_of_each_parameter(opened, tmp_path):
+    norms = spiky(1000)
+    names = [f"layer{index}.weight" for index in range(30)]
+    page = opened(with_parameters(tmp_path / "run.jsonl", norms, names))
+    drawn = page.drawn()["map"]
+    assert drawn["names"] == names[:24]
+    steps = np.array(drawn["steps"])
+    shares = np.arange(30, 0, -1.0) / np.linalg.norm(np.arange(30, 0, -1.0))
+    largest = np.maximum.reduceat(norms, steps)
+    expected = np.outer(shares[:24], largest).astype(np.float32)
+    assert np.allclose(np.reshape(drawn["high"], (24, -1)), expected, rtol=1e-6)
+    page.all("input[type=search]")[0].send_keys("LAYER2")
+    page.settled()
+    assert page.drawn()["map"]["names"] == [f"layer{i}.weight" for i in (2, *range(20, 30))]
+    page.all("input[type=search]")[0].send_keys("nothing")
+    page.settled()
+    assert page.texts(".found") == ["No parameter has such a name."]
+
+
+def test_an_incident_shows_its_steps_in_all_panels(opened, tmp_path):
+    norms = quiet(3000)
+    norms[2000] = 70
+    names = ["body.weight", "head.weight"]
+    page = opened(with_parameters(tmp_path / "run.jsonl", norms, names))
+    [incident] = page.all(".incident")
+    assert "The norm was 70 at step 2,000" in incident.text
+    incident.click()
+    drawn = page.drawn()
+    assert drawn["range"] == {"first": 1960, "last": 2040}
+    assert {*drawn["map"]["steps"]} <= {*range(1945, 2045)}
+    assert page.texts(".runs caption") == ["At step 2,000"]
+    assert page.texts(".runs td")[0] == "70"
+
+
+def test_keys_move_the_crosshair_and_the_range(opened, tmp_path):
+    norms = spiky(500)
+    page = opened(log_norms(tmp_path / "run.jsonl", norms, 2.0))
+    chart = page.all(".frame[role=application]")[0]
+    chart.send_keys(Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    page.settled()
+    [spoken] = [each.get_property("textContent") for each in page.all(".spoken")]
+    assert spoken.startswith(f"Step 2: before {float(f'{norms[2]:.4g}'):g}, after 2, threshold 2")
+    chart.send_keys("+", "+")
+    first = page.drawn()["range"]
+    assert first["last"] - first["first"] == pytest.approx(125)
+    chart.send_keys(Keys.PAGE_DOWN)
+    assert page.drawn()["range"]["first"] == pytest.approx(first["first"] + 62.5)
+    chart.send_keys("0", Keys.ESCAPE)
+    assert page.drawn()["range"] == {"first": -0.5, "last": 499.5}
+    assert page.texts(".runs caption") == ["At the last step of each run"]
+
+
+def test_dragging_zooms_and_a_double_click_shows_all_steps(opened, tmp_path):
+    page = opened(log_norms(tmp_path / "run.jsonl", spiky()))
+    chart = page.all(".frame[role=application]")[0]
+    drag = ActionChains(page.browser).move_to_element_with_offset(chart, -200, 0)
+    drag.click_and_hold().move_by_offset(300, 0).release().perform()
+    first, last = page.drawn()["range"].values()
+    assert 0 < first < STEPS / 2 < last < STEPS - 1
+    drag = ActionChains(page.browser).key_down(Keys.SHIFT)
+    drag.move_to_element_with_offset(chart, 100, 0).click_and_hold().move_by_offset(-50, 0)
+    drag.release().key_up(Keys.SHIFT).perform()
+    moved = page.drawn()["range"]
+    assert moved["last"] - moved["first"] == pytest.approx(last - first)
+    assert moved["first"] > first
+    ActionChains(page.browser).double_click(chart).perform()
+    assert page.drawn()["range"] == {"first": -0.5, "last": STEPS - 0.5}
+
+
+def test_runs_are_shown_side_by_side_and_one_by_one(opened, tmp_path):
+    names = [f"{name}.jsonl" for name in "abc"]
+    runs = [log_norms(tmp_path / name, quiet(100 * (n + 1))) for n, name in enumerate(names)]
+    page = opened(*runs)
+    assert page.texts(".runs .name") == names
+    assert page.drawn()["range"]["last"] == 299.5
+    page.all(".run")[2].click()
+    drawn = page.drawn()
+    assert {curve["run"] for curve in drawn["curves"]} == {str(run) for run in runs[:2]}
+    assert drawn["range"]["last"] == 199.5
+
+
+def test_panels_without_numbers_are_not_there(opened, tmp_path):
+    """Of a run of norms alone the page has neither losses nor parameters."""
+    page = opened(log_norms(tmp_path / "run.jsonl", quiet(300)))
+    shown = [title for title in page.texts(".panel h2") if title]
+    assert shown == ["Gradient norm", "Clipped steps", "Try a threshold", "Advice", "Incidents"]
+    assert "None: every norm was finite" in page.texts(".incidents")[0]
+
+
+def test_numbers_can_be_read_in_a_table(opened, tmp_path):
+    norms = spiky(500)
+    page = opened(log_norms(tmp_path / "run.jsonl", norms, 2.0))
+    page.show(-0.5, 9.5)
+    page.all("summary")[0].click()
+    page.settled()
+    rows = [row.split() for row in page.texts(".numbers tbody tr")]
+    expected = [[str(n), f"{float(f'{norms[n]:.4g}'):g}", "2", "2"] for n in range(10)]
+    assert [row[:4] for row in rows] == expected
+
+
+@pytest.mark.parametrize("width", [400, 1000])
+def test_the_page_fits_and_follows_the_theme(opened, browser, tmp_path, width):
+    media = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        names = [f"model.layers.{n}.attention.weight" for n in range(9)]
+        run = with_parameters(tmp_path / "a run with a rather long name.jsonl", spiky(500), names)
+        page = opened(run, log_norms(tmp_path / "another run.jsonl", quiet(300)))
+        extent = "return [document.documentElement.scrollWidth, innerWidth]"
+        scrolled, inner = browser.execute_script(extent)
+        assert scrolled <= inner
+        root = page.all("#gradclip")[0]
+        assert root.get_attribute("data-theme") == "dark"
+        folder = Path(os.environ.get("GRADCLIP_ARTEFACTS") or ARTEFACTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        assert browser.save_screenshot(folder / f"page_{width}.png")
+        page.press("Dark")
+        assert root.get_attribute("data-theme") == "light"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_axis_is_logarithmic_or_linear(opened, tmp_path):
+    """The switch changes the picture and no value."""
+    page = opened(log_norms(tmp_path / "run.jsonl", spiky(500)))
+    [canvas, *_] = page.all(".frame canvas")
+    first, curve = canvas.screenshot_as_png, page.curve("norm")
+    page.press("Log axis")
+    assert canvas.screenshot_as_png != first
+    assert page.curve("norm") == curve
+
+
+def test_paper_is_white(opened, browser, tmp_path):
+    page = opened(log_norms(tmp_path / "run.jsonl", spiky(500)))
+    page.press("Dark")
+    script = "window.themes = []; const root = document.getElementById('gradclip');"
+    script += "addEventListener('beforeprint', () => window.themes.push(root.dataset.theme));"
+    browser.execute_script(script)
+    assert len(browser.print_page()) > 10_000
+    assert browser.execute_script("return window.themes") == ["light"]
+    assert page.all("#gradclip")[0].get_attribute("data-theme") == "dark"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"format": 1', '"format": 2', "written for another version of gradclip's page"),
+        ('"format": 1', '"format": 1, ', "cannot be read: it is damaged"),
+        ('"data": "', '"data": "AAAA', "These numbers cannot be read"),
+        ('"runs": [', '"runs": [], "other": [', "There is no run to show"),
+    ],
+)
+def test_a_damaged_file_says_so(browser, tmp_path, old, new, sentence):
+    file = written([log_norms(tmp_path / "run.jsonl", spiky(500))], tmp_path)
+    content = file.read_text()
+    assert old in content
+    file.write_text(content.replace(old, new))
+    browser.get(file.as_uri())
+    Page(browser).awaited("await new Promise((done) => setTimeout(done, 300))")
+    assert sentence in browser.find_element("tag name", "body").text

@@ -7,9 +7,10 @@ import warnings
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,15 @@ class LoggedParameterNorms:
 
 
 @dataclass(frozen=True)
+class LoggedScalar:
+    """Another number that was logged beside a run, such as the loss of a trainer."""
+
+    steps: NDArray[np.int64]
+    """Indices of the steps that log it, rising."""
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Run:
     """The steps of a run, in arrays of equal length, in the order of the steps."""
 
@@ -65,6 +75,8 @@ class Run:
     """Norms of the weights of single parameters, at the steps that log them; None without any."""
     update_ratios: LoggedParameterNorms | None = None
     """Norms of the updates of single parameters, divided by those of their weights before."""
+    scalars: Mapping[str, LoggedScalar] = dataclass_field(default_factory=dict)
+    """Other numbers in the same files, by tag."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -167,11 +179,7 @@ class RunBuilder:
         self._pack()
         rows = np.concatenate(self._packed_rows)
         self._packed_rows = [rows]  # frees the pieces: both would double the peak of memory
-        # A row counts unless a later row has the same or a smaller step: then a resumed run
-        # started again at or before this step.
-        smallest_later = np.minimum.accumulate(rows[::-1, 0])[::-1]
-        kept = np.ones(len(rows), dtype=bool)
-        kept[:-1] = rows[:-1, 0] < smallest_later[1:]
+        kept = not_replaced(rows[:, 0])
         by_field = {
             field: entries.logged(rows[:, 0], kept) for field, entries in self._entries.items()
         }
@@ -183,9 +191,25 @@ class RunBuilder:
             clipped_norms,
             thresholds,
             skipped.astype(bool),
-            losses=None if np.isnan(losses).all() else losses,
-            **by_field,
+            by_field["parameter_norms"],
+            None if np.isnan(losses).all() else losses,
+            by_field["weight_norms"],
+            by_field["update_ratios"],
         )
+
+
+def not_replaced(steps: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which rows count: those with no later row of the same or a smaller step.
+
+    Such a row means that a resumed run started again at or before this step.
+
+    Args:
+        steps: The step of each row, in the order in which they were logged.
+    """
+    smallest_later = np.minimum.accumulate(steps[::-1])[::-1]
+    kept = np.ones(len(steps), dtype=bool)
+    kept[:-1] = steps[:-1] < smallest_later[1:]
+    return kept
 
 
 class _Entries:

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from ..records.sinks.tags import PARAMETER_TAGS
-from .run import Run, RunBuilder, as_logged_loss
+from .run import LoggedScalar, Run, RunBuilder, as_logged_loss, not_replaced
 
 PLAIN = "plain"
 """The name of a norm that a trainer has logged, before it was clipped."""
@@ -30,6 +34,7 @@ _TAG = re.compile(
 )
 
 
+_OWN = re.compile(r"(?:.+[/-])?grad_norm(?:_\d+)?/", re.DOTALL)
 _FIELDS = {tag: field for field, tag in PARAMETER_TAGS.items()}
 
 
@@ -59,6 +64,12 @@ def parsed_tag(tag: str) -> Tag | None:
     return Tag(run, match["quantity"] or PLAIN)
 
 
+@lru_cache(maxsize=1 << 16)
+def _is_own(tag: str) -> bool:
+    """Return whether a clipper wrote a tag that says nothing of a run, such as its clip rate."""
+    return _OWN.match(tag) is not None
+
+
 class TaggedRuns:
     """Collects numbers by step, in the order in which they were logged.
 
@@ -69,12 +80,16 @@ class TaggedRuns:
     def __init__(self, name: str) -> None:
         self._name = name
         self._runs: dict[str, _TaggedRun] = {}
+        self._scalars: dict[str, _Scalar] = {}
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add numbers of a step by tag; foreign tags are ignored."""
+        """Add numbers of a step by tag; those of foreign tags become scalars of all the runs."""
         for text, number in numbers.items():
             tag = parsed_tag(text)
-            if tag is not None:
+            if tag is None:
+                if not _is_own(text):
+                    self._scalars.setdefault(text, _Scalar()).add(step, number)
+            else:
                 run = self._runs.get(tag.run)
                 if run is None:
                     shown = self._name if tag.run == "grad_norm" else f"{self._name} ({tag.run})"
@@ -84,7 +99,24 @@ class TaggedRuns:
     def runs(self) -> list[Run]:
         """Return the runs that have norms, sorted by their tags."""
         builders = [run.finished() for _, run in sorted(self._runs.items())]
-        return [builder.run() for builder in builders if builder]
+        scalars = {tag: scalar.logged() for tag, scalar in sorted(self._scalars.items())}
+        return [replace(builder.run(), scalars=scalars) for builder in builders if builder]
+
+
+class _Scalar:
+    """The values of a foreign tag, in typed arrays for the same reason as in `run.py`."""
+
+    def __init__(self) -> None:
+        self._steps, self._values = array("q"), array("d")
+
+    def add(self, step: int, value: float) -> None:
+        self._steps.append(step)
+        self._values.append(value)
+
+    def logged(self) -> LoggedScalar:
+        steps, values = np.array(self._steps), np.array(self._values)
+        kept = not_replaced(steps)
+        return LoggedScalar(steps[kept], values[kept])
 
 
 class _TaggedRun:
@@ -98,10 +130,12 @@ class _TaggedRun:
         self._skip_totals = [(-1, 0.0)]
 
     def add(self, step: int, tag: Tag, number: float) -> None:
-        if step != self._step or tag.name in self._numbers(tag):
+        numbers = self._numbers(tag)
+        if step != self._step or tag.name in numbers:
             self._end_step()
             self._step = step
-        self._numbers(tag)[tag.name] = number
+            numbers = self._numbers(tag)
+        numbers[tag.name] = number
 
     def _numbers(self, tag: Tag) -> dict[str, float]:
         """Return the numbers of the step so far to which a tag belongs."""

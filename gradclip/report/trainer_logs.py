@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,9 +26,9 @@ def read_table(path: Path) -> list[Run]:
     runs = TaggedRuns(str(path))
     with suppress(UnicodeDecodeError, csv.Error), path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        tags = [name for name in reader.fieldnames or () if parsed_tag(name)]
-        if tags:
-            _add_rows(reader, tags, runs)
+        names = reader.fieldnames or ()
+        if any(map(parsed_tag, names)):
+            _add_rows(reader, names, runs)
     return runs.runs()
 
 
@@ -40,7 +40,9 @@ def read_state(path: Path) -> list[Run]:
         history = content.get("log_history") if isinstance(content, dict) else None
         history = history if isinstance(history, list) else []
         entries = [entry for entry in history if isinstance(entry, dict)]
-        _add_rows(entries, {tag for entry in entries for tag in entry if parsed_tag(tag)}, runs)
+        names = {name for entry in entries for name in entry}
+        if any(map(parsed_tag, names)):
+            _add_rows(entries, names, runs)
     return runs.runs()
 
 
@@ -56,8 +58,9 @@ def newest_states(files: Iterable[Path]) -> list[Path]:
     return [file for _, file in newest.values()]
 
 
-def _add_rows(rows: Iterable[Mapping[str, object]], tags: Iterable[str], runs: TaggedRuns) -> None:
-    wanted: Sequence[str] = [*tags]
+def _add_rows(rows: Iterable[Mapping[str, object]], names: Iterable[str], runs: TaggedRuns) -> None:
+    """Add the numbers of rows under the names of their columns, all but the step itself."""
+    wanted = sorted({*names} - {"step"})
     for row in rows:
         step = _number(row.get("step"))
         numbers = {tag: number for tag in wanted if (number := _number(row.get(tag))) is not None}

@@ -6,6 +6,7 @@ import html
 import json
 import os
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 from ..errors import ArgumentError
@@ -18,6 +19,8 @@ MOST_BYTES = 2_400_000
 """Size of the runs in a file; longer runs are kept by the extremes of buckets of steps."""
 MAP_VALUES = 400_000
 """Values of parameters in a file, of all maps."""
+SCALAR_VALUES = 100_000
+"""Values of other scalars in a file, of all runs."""
 MOST_MAP_COLUMNS, FEWEST_MAP_COLUMNS = 256, 16
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -88,7 +91,14 @@ def page_of(runs: Sequence[Run]) -> str:
 def _embedded(runs: Sequence[Run]) -> str:
     """Return the runs' answers as JSON that may stand in a script element."""
     views = [RunView(run) for run in runs]
-    fixed = [{"overview": view.overview, "parameters": _maps(view, len(views))} for view in views]
+    fixed = [
+        {
+            "overview": view.overview,
+            "parameters": _maps(view, len(views)),
+            "scalars": _scalars(view, len(views)),
+        }
+        for view in views
+    ]
     room = MOST_BYTES - len(json.dumps(fixed))
     series = _series_within(views, max(room, MOST_BYTES // 4))
     content = {
@@ -109,10 +119,17 @@ def _series_within(views: Sequence[RunView], room: int) -> list[Json]:
     while buckets > 1024 and 2 * len(views) * buckets > room:
         buckets //= 2
     while True:
-        series = [view.series(-1, float("inf"), buckets) for view in views]
+        series = [view.series(-inf, inf, buckets) for view in views]
         if buckets <= 1024 or len(json.dumps(series)) <= room:
             return series
         buckets //= 2
+
+
+def _scalars(view: RunView, runs: int) -> dict[str, Json]:
+    """Return the other scalars of a run, in fewer buckets the more there are."""
+    tags = view.overview["scalars"]
+    buckets = max(SCALAR_VALUES // (2 * max(len(tags), 1) * runs), 64)
+    return {tag: view.scalar(tag, -inf, inf, buckets) for tag in tags}
 
 
 def _maps(view: RunView, runs: int) -> dict[str, Json]:
@@ -124,5 +141,5 @@ def _maps(view: RunView, runs: int) -> dict[str, Json]:
         columns = MAP_VALUES // (max(rows, 1) * len(quantities) * runs)
         columns = min(max(columns, FEWEST_MAP_COLUMNS), MOST_MAP_COLUMNS)
         most = MAP_VALUES // (columns * len(quantities) * runs)
-        maps[quantity] = view.parameters(quantity, -1, float("inf"), columns, most=max(most, 24))
+        maps[quantity] = view.parameters(quantity, -inf, inf, columns, most=max(most, 24))
     return maps

@@ -75,7 +75,7 @@ class RunView:
             "incidents": [_json_of(asdict(incident)) for incident in incidents],
             "more_incidents": more,
             "distribution": distribution_of(run),
-            "scalars": [],
+            "scalars": [*run.scalars],
             "quantities": [*self._tables],
         }
 
@@ -96,6 +96,27 @@ class RunView:
         """
         _check(buckets)
         return curves(Buckets(self.run.steps, first, last, buckets), self._columns, self._flags)
+
+    def scalar(self, tag: str, first: float, last: float, buckets: int) -> Json:
+        """Return another scalar that was logged beside the run, as the column "value".
+
+        Args:
+            tag: One of ``overview["scalars"]``.
+            first: First step of the range.
+            last: Last step of the range, included.
+            buckets: Most buckets; two or three more may come.
+
+        Raises:
+            ArgumentError: The run has no such scalar, or there is to be no bucket.
+        """
+        _check(buckets)
+        if tag not in self.run.scalars:
+            raise ArgumentError(
+                f"{self.run.name} has no scalar {tag!r}: ask for one of {[*self.run.scalars]}."
+            )
+        logged = self.run.scalars[tag]
+        found = Buckets(logged.steps, first, last, buckets)
+        return curves(found, {"value": logged.values}, {})
 
     def parameters(
         self,
@@ -153,17 +174,15 @@ class RunView:
     @cached_property
     def _tables(self) -> Mapping[str, ParameterTable]:
         run = self.run
-        quantities: dict[str, LoggedParameterNorms | None] = {
-            "parameter_norm": run.parameter_norms,
-        }
-        return {
-            name: ParameterTable(
-                logged,
-                mean_shares(run, logged) if name == "parameter_norm" else mean_values(logged),
-            )
-            for name, logged in quantities.items()
-            if logged is not None
-        }
+        tables = {}
+        if run.parameter_norms is not None:
+            shares = mean_shares(run, run.parameter_norms)
+            tables["parameter_norms"] = ParameterTable(run.parameter_norms, shares)
+        for name in ("weight_norms", "update_ratios"):
+            logged: LoggedParameterNorms | None = getattr(run, name)
+            if logged is not None:
+                tables[name] = ParameterTable(logged, mean_values(logged))
+        return tables
 
 
 def _check(buckets: int) -> None:

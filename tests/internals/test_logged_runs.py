@@ -160,3 +160,32 @@ def test_a_million_steps_are_summed_up_in_little_memory():
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 100e6
+
+
+def test_other_scalars_of_a_directory_belong_to_its_runs(tmp_path):
+    """Those of a resumed run replace older ones; a clipper's own curves are none of them."""
+    [run] = read_events(
+        tmp_path / "run",
+        *((step, {"grad_norm/pre": 1.0, "loss": 3.0 - step}) for step in range(3)),
+        (1, {"grad_norm/clip_rate": 0.5, "loss": 9.0, "train/lr": 0.1}),
+    )
+    assert {*run.scalars} == {"loss", "train/lr"}
+    assert run.scalars["loss"].steps.tolist() == [0, 1]
+    assert run.scalars["loss"].values.tolist() == [3.0, 9.0]
+
+
+@pytest.mark.parametrize("length", [1, 511, 512, 513, 1300])
+def test_a_damaged_record_ends_a_file_of_any_length(tmp_path, length):
+    """Checksums are compared for many records at once."""
+    contents = [
+        Event(step=step, summary={"value": [{"tag": "grad_norm/pre", "simple_value": 1.0}]})
+        for step in range(length)
+    ]
+    records = [framed([content.SerializeToString()]) for content in contents]
+    file = tmp_path / "events.out.tfevents.1.x"
+    file.write_bytes(b"".join(records))
+    assert len(read_runs([file])[0]) == length
+    for damaged in {1, length // 2, length - 1} - {0, length}:
+        file.write_bytes(b"".join([*records[:damaged], b"?" + records[damaged], *records]))
+        with pytest.warns(UserWarning, match="cut short or damaged"):
+            assert len(read_runs([file])[0]) == damaged

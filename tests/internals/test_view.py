@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from subprocess import run as run_process
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from gradclip import ArgumentError
 from gradclip.report import Run
+from gradclip.report.run import LoggedScalar
 from gradclip.view import RunView
 from gradclip.view.arrays import packed
 from gradclip.view.distribution import distribution_of
@@ -133,34 +135,59 @@ def test_parameters_come_by_their_share_with_the_largest_value_of_each_bucket():
         for name, norm in (("a.weight", 1.0), ("b.Weight", 2.0 + step), ("b.bias", 0.5))
     ]
     view = RunView(run_with(np.full(10, 20.0), parameters=norms_by_name(entries)))
-    assert view.overview["quantities"] == ["parameter_norm"]
-    found = view.parameters("parameter_norm", 0, 9, 5)
+    assert view.overview["quantities"] == ["parameter_norms"]
+    found = view.parameters("parameter_norms", 0, 9, 5)
     assert found["names"] == ["b.Weight", "a.weight", "b.bias"]
     assert (found["matching"], found["end"]) == (3, 9)
     assert unpacked(found["steps"]).tolist() == [0, 2, 4, 6, 8]
     high = unpacked(found["high"]).reshape(3, 5)
     assert high.tolist() == [[3.0, 5.0, 7.0, 9.0, 11.0], [1.0] * 5, [0.5] * 5]
     assert not unpacked(found["nonfinite"]).any()
-    some = view.parameters("parameter_norm", 3, 4, 5, search="WEIGHT", most=1)
+    some = view.parameters("parameter_norms", 3, 4, 5, search="WEIGHT", most=1)
     assert (some["names"], some["matching"]) == (["b.Weight"], 2)
     assert unpacked(some["high"]).tolist() == [5.0, 6.0]
-    assert view.parameters("parameter_norm", 50, 60, 5)["end"] is None
+    assert view.parameters("parameter_norms", 50, 60, 5)["end"] is None
 
 
 def test_a_parameter_that_is_not_finite_is_marked():
     run = run_with(
         [1.0, NAN], parameters=norms_by_name([(0, "a", 1.0), (1, "b", NAN), (1, "a", 2.0)])
     )
-    found = RunView(run).parameters("parameter_norm", 0, 1, 10)
+    found = RunView(run).parameters("parameter_norms", 0, 1, 10)
     assert found["names"] == ["b", "a"]
     assert unpacked(found["nonfinite"]).tolist() == [0, 1, 0, 0]
     assert np.array_equal(unpacked(found["high"]), [NAN, NAN, 1.0, 2.0], equal_nan=True)
 
 
+def test_weights_and_their_updates_come_the_largest_first():
+    weights = norms_by_name([(0, "a", 1.0), (0, "b", 2.0), (5, "a", 9.0)])
+    ratios = norms_by_name([(0, "a", 0.01), (0, "b", NAN)])
+    run = replace(run_with([1.0] * 6), weight_norms=weights, update_ratios=ratios)
+    view = RunView(run)
+    assert view.overview["quantities"] == ["weight_norms", "update_ratios"]
+    found = view.parameters("weight_norms", 0, 5, 2)
+    assert found["names"] == ["a", "b"]
+    assert np.array_equal(unpacked(found["high"]), [1.0, 9.0, 2.0, NAN], equal_nan=True)
+    assert view.parameters("update_ratios", 0, 5, 2)["names"] == ["a", "b"]
+
+
+def test_another_scalar_comes_in_buckets():
+    """It has steps of its own."""
+    scalar = LoggedScalar(np.array([0, 10, 20]), np.array([3.0, 1.0, 2.0]))
+    view = RunView(replace(run_with([1.0] * 30), scalars={"train/loss": scalar}))
+    assert view.overview["scalars"] == ["train/loss"]
+    found = view.scalar("train/loss", 0, 29, 2)
+    assert unpacked(found["steps"]).tolist() == [0, 20]
+    assert unpacked(found["columns"]["value"]["low"]).tolist() == [1.0, 2.0]
+    assert unpacked(found["columns"]["value"]["high"]).tolist() == [3.0, 2.0]
+    with pytest.raises(ArgumentError, match=r"has no scalar 'lr': ask for one of \['train/loss'\]"):
+        view.scalar("lr", 0, 1, 10)
+
+
 def test_what_cannot_be_asked_is_refused():
     view = RunView(run_with([1.0]))
-    with pytest.raises(ArgumentError, match="has no 'weight_norm' of parameters"):
-        view.parameters("weight_norm", 0, 1, 10)
+    with pytest.raises(ArgumentError, match="has no 'weight_norms' of parameters"):
+        view.parameters("weight_norms", 0, 1, 10)
     with pytest.raises(ArgumentError, match="buckets is 0"):
         view.series(0, 1, 0)
 

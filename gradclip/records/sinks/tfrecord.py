@@ -24,16 +24,7 @@ _BLOCK = 1024
 
 def framed(contents: Sequence[bytes]) -> bytes:
     """Return a record for each content, joined. Many at a time cost a fraction of one by one."""
-    checksums: list[bytes] = [b""] * len(contents)
-    by_length: dict[int, list[int]] = {}
-    for index, content in enumerate(contents):
-        by_length.setdefault(len(content), []).append(index)
-    for length, indices in by_length.items():
-        joined = b"".join(contents[index] for index in indices)
-        values = np.frombuffer(joined, np.uint8).reshape(len(indices), length)
-        for index, crc in zip(indices, crc32c(values).tolist(), strict=True):
-            checksums[index] = _masked(crc)
-    records = zip(contents, checksums, strict=True)
+    records = zip(contents, checksums_of(contents), strict=True)
     return b"".join(header_of(len(content)) + content + checksum for content, checksum in records)
 
 
@@ -46,8 +37,22 @@ def header_of(length: int) -> bytes:
 
 def checksum_of(content: bytes) -> bytes:
     """Return the checksum of a content, masked as the format asks for."""
-    [crc] = crc32c(np.frombuffer(content, np.uint8)[None]).tolist()
-    return _masked(crc)
+    [checksum] = checksums_of([content])
+    return checksum
+
+
+def checksums_of(contents: Sequence[bytes]) -> list[bytes]:
+    """Return the masked checksum of each content; contents of one length are computed together."""
+    checksums = [b""] * len(contents)
+    by_length: dict[int, list[int]] = {}
+    for index, content in enumerate(contents):
+        by_length.setdefault(len(content), []).append(index)
+    for length, indices in by_length.items():
+        joined = b"".join(contents[index] for index in indices)
+        values = np.frombuffer(joined, np.uint8).reshape(len(indices), length)
+        for index, crc in zip(indices, crc32c(values).tolist(), strict=True):
+            checksums[index] = _masked(crc)
+    return checksums
 
 
 def _masked(crc: int) -> bytes:

@@ -7,9 +7,9 @@ import { number, whole } from "./scales.js";
 import { heat } from "./styles.js";
 
 const QUANTITIES = {
-  parameter_norm: "gradient norm before clipping",
-  weight_norm: "norm of the weights",
-  update_ratio: "update / weights",
+  parameter_norms: "gradient norm before clipping",
+  weight_norms: "norm of the weights",
+  update_ratios: "norm of the update / norm of the weights",
 };
 const FEW = 24; // rows before all are asked for
 const MOST = 2000;

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "page"
-_MODULES = [
+MODULES = [
     *("arrays", "source", "scales", "elements", "styles", "runs", "chart", "curves"),
     *("heat_map", "distribution", "incidents", "tables", "page"),
 ]
@@ -26,7 +26,7 @@ def script() -> str:
     """
     offers: dict[str, str] = {}
     parts = []
-    for module in _MODULES:
+    for module in MODULES:
         source = _IMPORT.sub(r"const \1 = $\2;", (PAGE / f"{module}.js").read_text("utf-8"))
         names = [match[2] for match in _EXPORT.finditer(source)]
         offers.update(dict.fromkeys(names, module))

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from selenium.webdriver import ActionChains, Keys
+from torch.utils.tensorboard import SummaryWriter
 
 from tests.support.browser import chromium, missing, requests_of
+from tests.support.curves import log_run
 from tests.support.page import Page, written
 from tests.support.report import log_line, log_norms
 from tests.support.runs import quiet
@@ -229,6 +231,23 @@ def test_runs_are_shown_side_by_side_and_one_by_one(opened, tmp_path):
     drawn = page.drawn()
     assert {curve["run"] for curve in drawn["curves"]} == {str(run) for run in runs[:2]}
     assert drawn["range"]["last"] == 199.5
+
+
+def test_another_scalar_of_a_run_can_be_shown_as_its_loss(opened, tmp_path):
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        log_run(writer, *[1.0] * 40)
+        for step in range(0, 40, 5):
+            writer.add_scalar("train/loss", 3.0 - step / 64, step)
+    page = opened(tmp_path / "run")
+    [choice] = page.all(".choice select")
+    assert choice.text.split("\n") == ["logged with the norms", "train/loss"]
+    choice.send_keys("train")
+    curve = page.curve("value")
+    assert curve["first"] == [*range(0, 40, 5)]
+    assert curve["high"] == curve["low"] == [3.0 - step / 64 for step in range(0, 40, 5)]
+    page.show(9.5, 10.5)
+    page.all(".frame[role=application]")[0].send_keys(Keys.HOME)
+    assert page.texts(".runs td")[3] == f"{3 - 10 / 64:.4g}"
 
 
 def test_panels_without_numbers_are_not_there(opened, tmp_path):

@@ -129,7 +129,7 @@ class Page {
     const sizes = [...new Set(shown.map((run) => run.series?.size ?? 1).filter((size) => size > 1))];
     const sampled = shown.filter((run) => run.overview.sampled).map((run) => `${run.name}: a sample of the logged steps is shown.`);
     const kept = source.live ? "zoom in to see every step." : "this file keeps no more of a run this long.";
-    const extremes = sizes.map((size) => `Curves show the smallest and the largest value of every ${whole(size)} steps; ${kept}`);
+    const extremes = sizes.map((size) => `Curves show the smallest and the largest value of every ${whole(size)} logged steps; ${kept}`);
     const all = [...notes, ...sampled, ...extremes];
     const key = all.join("\n");
     if (key !== this._notes) refill(this.notes, all.map((note) => element("li", {}, note)));

@@ -13,7 +13,7 @@ ENGINES := tests/contracts/engines tests/internals/engines
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types bench bench-cuda bench-thresholds \
-    bench-logging bench-weights bench-distributed bench-peers bench-spikes bench-micro-batches bench-temporal-order pictures mutants wheels \
+    bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-micro-batches bench-temporal-order pictures mutants wheels \
     trials versions docs clean
 
 demo: $(READY)
@@ -97,6 +97,10 @@ bench-logging: $(READY)
 
 bench-weights: $(READY)
 	$(BIN)/python -m benchmarks.cost.weights
+
+# Opens it too, where there are chromium and chromedriver.
+bench-page: $(READY)
+	$(BIN)/python -m benchmarks.cost.page
 
 bench-distributed: $(READY)
 	$(BIN)/python -m benchmarks.cost.distributed --save benchmarks/results/distributed.md

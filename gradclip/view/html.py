@@ -17,6 +17,8 @@ from .run_view import FORMAT, RunView
 
 MOST_BYTES = 2_400_000
 """Size of the runs in a file; longer runs are kept by the extremes of buckets of steps."""
+BYTES_OF_BUCKET = 16
+"""Bytes that the curves of a bucket take at least, of numbers that are not all alike."""
 MAP_VALUES = 400_000
 """Values of parameters in a file, of all maps."""
 SCALAR_VALUES = 100_000
@@ -115,8 +117,8 @@ def _embedded(runs: Sequence[Run]) -> str:
 def _series_within(views: Sequence[RunView], room: int) -> list[Json]:
     """Return the curves of the runs in the smallest buckets that fit into a number of bytes."""
     buckets = max(len(view.run) for view in views)
-    # More numbers than bytes never fit: these sizes need not be tried.
-    while buckets > 1024 and 2 * len(views) * buckets > room:
+    # Packing takes a second for a million numbers: sizes that will not fit are not tried.
+    while buckets > 1024 and BYTES_OF_BUCKET * len(views) * buckets > room:
         buckets //= 2
     while True:
         series = [view.series(-inf, inf, buckets) for view in views]

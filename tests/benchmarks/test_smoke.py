@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from benchmarks.common.timing import interleaved_medians
-from benchmarks.cost import bandwidth, clip, distributed, instructions, logging, thresholds, weights
+from benchmarks.cost import (
+    bandwidth,
+    clip,
+    distributed,
+    instructions,
+    logging,
+    page,
+    thresholds,
+    weights,
+)
 from benchmarks.cuda import check
 from benchmarks.cuda import run as cuda
 from benchmarks.experiments import micro_batches
@@ -21,6 +30,7 @@ from benchmarks.experiments.temporal_order import training as temporal_training
 from benchmarks.peers import run as peers
 from benchmarks.peers.packages import PEERS
 from benchmarks.peers.ways import adaptive_ways, fixed_ways
+from tests.support.browser import missing
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +72,14 @@ def test_weights(printed_by):
     [row] = [line for line in printed.splitlines() if "LSTM" in line]
     held, added = map(float, re.findall(r"\d+\.\d+", row)[-2:])
     assert added == pytest.approx(held, rel=0.2)
+
+
+def test_page(printed_by):
+    """A toy page is written and, where there is a browser, opened."""
+    printed = printed_by(page, "--steps 3000 --runs 2 --each 500")
+    assert "3,000 steps from event files" in printed
+    assert "2 runs of 500 steps" in printed
+    assert ("first picture" in printed) != bool(missing())
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ __all__ = [
     "Run",
     "advice",
     "clip_rate",
+    "event_files",
     "incidents",
     "pictures",
     "printing",
@@ -26,4 +27,5 @@ __all__ = [
     "run",
     "shares",
     "summary",
+    "tags",
 ]

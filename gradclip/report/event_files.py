@@ -17,6 +17,9 @@ from .run import Run, warn_unreadable
 from .tags import TaggedRuns
 
 RECORDS_AT_ONCE = 512
+"""Records whose checksums are computed together, in a tenth of the time."""
+CUT_SHORT = "it is cut short or damaged, and was read up to that point"
+FOREIGN = "it holds records that are not events of TensorBoard"
 
 
 def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
@@ -31,13 +34,21 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
     """
     runs = TaggedRuns(str(directory))
     for path in sorted(files):
-        for event in _events(path):
-            numbers = {}
-            for value in event.summary.value:
-                if (number := _number(value)) is not None:
-                    numbers[value.tag] = number
-            runs.add(event.step, numbers)
+        stream = EventStream(path)
+        for event in stream:
+            runs.add(event.step, numbers_of(event))
+        if stream.trouble is not None or stream.offset < stream.size:
+            warn_unreadable(path, stream.trouble or CUT_SHORT)
     return runs.runs()
+
+
+def numbers_of(event: Event) -> dict[str, float]:
+    """Return the numbers of an event by tag."""
+    numbers = {}
+    for value in event.summary.value:
+        if (number := _number(value)) is not None:
+            numbers[value.tag] = number
+    return numbers
 
 
 def _number(value: Summary.Value) -> float | None:
@@ -51,44 +62,77 @@ def _number(value: Summary.Value) -> float | None:
     return None
 
 
-def _events(path: Path) -> Iterator[Event]:
-    """Yield the events of a file up to its end, or up to the first damaged one."""
-    with path.open("rb") as file:
-        for content in _contents(file):
-            if content is None:
-                warn_unreadable(path, "it is cut short or damaged, and was read up to that point")
-                return
-            try:
-                yield Event.FromString(content)
-            except DecodeError:
-                warn_unreadable(path, "it holds records that are not events of TensorBoard")
-                return
+class EventStream:
+    """The events of a file that may grow: each iteration goes on where the last one ended.
 
+    It ends before an event that is not whole yet, and for good at a damaged one.
 
-def _contents(file: BinaryIO) -> Iterator[bytes | None]:
-    """Yield the contents of the records of a file, and None in place of a damaged one and its rest.
-
-    Checksums of many records at once take a tenth of the time.
+    Args:
+        path: The file.
     """
-    size = os.fstat(file.fileno()).st_size
-    is_whole = True
-    while is_whole:
-        contents: list[bytes] = []
-        checksums: list[bytes] = []
-        while is_whole and len(contents) < RECORDS_AT_ONCE and (header := file.read(12)):
-            [length] = struct.unpack_from("<Q", header.ljust(8))
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        """Number of bytes of the events so far."""
+        self.size = 0
+        """Size of the file when the last iteration began."""
+        self._identity: tuple[int, int] | None = None
+        self.trouble: str | None = None
+        """The reason why the rest of the file cannot be read; None if there is none."""
+
+    def __iter__(self) -> Iterator[Event]:
+        """Yield the events that are new.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        with self.path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            self.size, self._identity = facts.st_size, _identity_of(facts)
+            file.seek(self.offset)
+            while self.trouble is None and (records := self._whole_records(file)):
+                found = checksums_of([content for content, _ in records])
+                for (content, checksum), needed in zip(records, found, strict=True):
+                    if checksum != needed:
+                        self.trouble = CUT_SHORT
+                        return
+                    try:
+                        event = Event.FromString(content)
+                    except DecodeError:
+                        self.trouble = FOREIGN
+                        return
+                    self.offset += len(content) + 16
+                    yield event
+
+    def was_replaced(self) -> bool:
+        """Return whether the file that was read is gone, is another one or has become shorter."""
+        try:
+            facts = self.path.stat()
+        except FileNotFoundError:
+            return True
+        is_other = self._identity not in (None, _identity_of(facts))
+        return is_other or facts.st_size < self.offset
+
+    def _whole_records(self, file: BinaryIO) -> list[tuple[bytes, bytes]]:
+        """Return the contents and checksums of the next records that the file has in full."""
+        records: list[tuple[bytes, bytes]] = []
+        end = self.offset
+        while len(records) < RECORDS_AT_ONCE and end + 12 <= self.size:
+            header = file.read(12)
+            [length] = struct.unpack_from("<Q", header)
+            if header != header_of(length):
+                # Reported once the records before it are read.
+                self.trouble = None if records else CUT_SHORT
+                break
+            end += length + 16
             # Damaged bytes may claim any length: never read more than the file holds.
-            is_whole = length <= size and header == header_of(length)
-            if is_whole:
-                contents.append(file.read(length))
-                checksums.append(file.read(4))
-        for content, checksum, found in zip(
-            contents, checksums, checksums_of(contents), strict=True
-        ):
-            if checksum != found:
-                yield None
-                return
-            yield content
-        if not contents and is_whole:
-            return
-    yield None
+            if end > self.size:
+                break
+            records.append((file.read(length), file.read(4)))
+        file.seek(self.offset + sum(len(content) + 16 for content, _ in records))
+        return records
+
+
+def _identity_of(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino

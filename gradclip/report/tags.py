@@ -97,8 +97,8 @@ class TaggedRuns:
                 run.add(step, tag, number)
 
     def runs(self) -> list[Run]:
-        """Return the runs that have norms, sorted by their tags."""
-        builders = [run.finished() for _, run in sorted(self._runs.items())]
+        """Return the runs that have norms so far, sorted by their tags."""
+        builders = [run.so_far() for _, run in sorted(self._runs.items())]
         scalars = {tag: scalar.logged() for tag, scalar in sorted(self._scalars.items())}
         return [replace(builder.run(), scalars=scalars) for builder in builders if builder]
 
@@ -127,15 +127,17 @@ class _TaggedRun:
         self._step = -1
         self._quantities: dict[str, float] = {}
         self._by_field: dict[str, dict[str, float]] = {}
+        self._is_added = True
         self._skip_totals = [(-1, 0.0)]
 
     def add(self, step: int, tag: Tag, number: float) -> None:
         numbers = self._numbers(tag)
         if step != self._step or tag.name in numbers:
-            self._end_step()
-            self._step = step
+            self._add_step()
+            self._step, self._quantities, self._by_field = step, {}, {}
             numbers = self._numbers(tag)
         numbers[tag.name] = number
+        self._is_added = False
 
     def _numbers(self, tag: Tag) -> dict[str, float]:
         """Return the numbers of the step so far to which a tag belongs."""
@@ -143,20 +145,21 @@ class _TaggedRun:
             return self._quantities
         return self._by_field.setdefault(tag.field, {})
 
-    def finished(self) -> RunBuilder:
-        self._end_step()
+    def so_far(self) -> RunBuilder:
+        """Return the steps so far; of a step that goes on, the last entry counts."""
+        self._add_step()
         return self._builder
 
-    def _end_step(self) -> None:
-        numbers, by_field = self._quantities, self._by_field
-        self._quantities, self._by_field = {}, {}
+    def _add_step(self) -> None:
+        numbers = self._quantities
         norm = numbers.get("pre", numbers.get(PLAIN))
-        if norm is None:
+        if self._is_added or norm is None:
             return
+        self._is_added = True
         post, threshold = numbers.get("post", math.nan), numbers.get("threshold", math.nan)
         loss = as_logged_loss(numbers["loss"]) if "loss" in numbers else math.nan
         skipped = self._is_skipped(self._step, numbers.get("skipped_steps", 0.0))
-        self._builder.add_step((self._step, norm, post, threshold, skipped, loss), by_field)
+        self._builder.add_step((self._step, norm, post, threshold, skipped, loss), self._by_field)
 
     def _is_skipped(self, step: int, total: float) -> bool:
         """Return whether the number of skipped steps rose at a step, and remember it.

@@ -4,13 +4,13 @@
 ``html.py`` writes it with runs into one file. ``run_view.py`` answers what the page asks about a
 run, as JSON: curves reduced to the smallest and largest value of each bucket of steps
 (``series.py``), numbers of parameters (``parameters.py``), the share of the steps that any
-threshold would have clipped (``distribution.py``), packed by ``arrays.py``. Nothing here imports
-torch.
+threshold would have clipped (``distribution.py``), packed by ``arrays.py``.
+``plugin.py`` serves the page and its answers as a tab of TensorBoard (``served_runs.py``): from
+event files that it follows (``local_runs.py``), or from a sample of TensorBoard's own
+(``provided_runs.py``). Nothing here imports torch.
 
 Called by: cli.
 Imports: errors, report.
 """
 
-from .run_view import RunView
-
-__all__ = ["RunView", "html"]
+__all__ = ["html"]

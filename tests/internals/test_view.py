@@ -12,9 +12,9 @@ import pytest
 from gradclip import ArgumentError
 from gradclip.report import Run
 from gradclip.report.run import LoggedScalar
-from gradclip.view import RunView
 from gradclip.view.arrays import packed
 from gradclip.view.distribution import distribution_of
+from gradclip.view.run_view import RunView
 from tests.support.packed import unpacked
 from tests.support.runs import norms_by_name, run_with
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+CHECKOUT = Path(__file__).parents[2]
 WAIT = 90.0
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -43,18 +45,33 @@ class Server:
             return json.load(got)
 
 
+def installed_in(folder: Path) -> dict[str, str]:
+    """Return an environment in which this very checkout is installed, with its entry points."""
+    project = (CHECKOUT / "pyproject.toml").read_text()
+    [plugins] = re.findall(r"^\[project.entry-points.(\w+)\]\n((?:.+\n)+)", project, re.M)
+    info = folder / "gradclip-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gradclip\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[{}]\n{}".format(*plugins).replace('"', ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, CHECKOUT)))}
+
+
 @contextmanager
-def tensorboard(directory: Path, messages: Path, *options: str) -> Iterator[Server]:
+def tensorboard(directory: Path | None, messages: Path, *options: str) -> Iterator[Server]:
     """Start TensorBoard on a free port of the loopback interface."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(directory)]
-    command += ["--host", "127.0.0.1", "--port", "0", *options]
+    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0"]
+    command += [*options] if directory is None else ["--logdir", str(directory), *options]
+    folder = tempfile.TemporaryDirectory()
+    environment = installed_in(Path(folder.name))
     with messages.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, start_new_session=True, env=environment
+        )
     try:
 
         def address() -> str | None:
             assert process.poll() is None, messages.read_text()
-            found = re.search(r"http://127\.0\.0\.1:\d+/", messages.read_text())
+            found = re.search(r"http://127\.0\.0\.1:\d+/\S*", messages.read_text())
             return found[0] if found else None
 
         yield Server(eventually(address))
@@ -62,3 +79,4 @@ def tensorboard(directory: Path, messages: Path, *options: str) -> Iterator[Serv
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its data server is in the same group
         process.wait(timeout=30)
+        folder.cleanup()

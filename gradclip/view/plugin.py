@@ -1,0 +1,157 @@
+"""TensorBoard's tab "Gradients", which it finds by the entry point of this package.
+
+TensorBoard imports this module when it starts. All else is imported when somebody opens the tab.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from tensorboard.plugins import base_plugin
+
+from ..errors import ArgumentError
+
+Environment = dict[str, Any]
+StartResponse = Callable[..., Any]
+App = Callable[[Environment, StartResponse], Iterable[bytes]]
+
+MOST_BUCKETS = 1 << 16
+"""Buckets of an answer: many more than a screen has columns."""
+RENDER = """
+export function render() {
+  const sheet = document.createElement("link");
+  sheet.rel = "stylesheet";
+  sheet.href = "./page.css";
+  document.head.append(sheet);
+  document.documentElement.lang = "en";
+  document.body.style.margin = "0";
+  const root = document.createElement("div");
+  document.body.append(root);
+  window.gradclipPage = show(root, new ServedSource("./"));
+}
+"""
+"""The function that TensorBoard calls in the frame of the tab."""
+
+
+class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard has no annotations
+    """The tab: the page's files, and the answers of its `ServedSource` (``page/source.js``).
+
+    Args:
+        context: What TensorBoard tells its plugins.
+    """
+
+    plugin_name = "gradients"
+
+    def __init__(self, context: base_plugin.TBContext) -> None:
+        self._context = context
+        self._runs: Any = None
+        self._is_active = False
+
+    def get_plugin_apps(self) -> dict[str, App]:
+        """Return what is served, by path."""
+        answers = ("runs", "overview", "series", "scalar", "parameters")
+        return {
+            "/page.js": self._script,
+            "/page.css": self._style,
+            **{f"/{name}": partial(self._answer, name) for name in answers},
+        }
+
+    def frontend_metadata(self) -> base_plugin.FrontendMetadata:
+        """Return the name of the tab and its module; the page looks for new steps by itself."""
+        return base_plugin.FrontendMetadata(
+            es_module_path="/page.js", tab_name="Gradients", disable_reload=True
+        )
+
+    def is_active(self) -> bool:
+        """Return whether TensorBoard shows the tab: whether it knows of a run with norms."""
+        if not self._is_active and self._context.data_provider is not None:
+            from .provided_runs import has_norms
+
+            self._is_active = has_norms(self._context.data_provider)
+        return self._is_active
+
+    def _script(self, environment: Environment, start: StartResponse) -> Iterable[bytes]:
+        from .assets import script
+
+        content = (script() + RENDER).encode()
+        return _respond(environment, start, content, "text/javascript")
+
+    def _style(self, environment: Environment, start: StartResponse) -> Iterable[bytes]:
+        from .assets import style
+
+        return _respond(environment, start, style().encode(), "text/css")
+
+    def _answer(self, name: str, environment: Environment, start: StartResponse) -> Iterable[bytes]:
+        """Answer a question of the page; if it cannot be answered, with a sentence."""
+        from werkzeug.wrappers import Request
+
+        question = {**Request(environment).args}
+        code = 200
+        try:
+            answer = self._answer_of(name, question, environment)
+        except ArgumentError as error:
+            answer, code = {"error": str(error)}, 400
+        except Exception as error:  # noqa: BLE001  # the page shows it
+            answer = {"error": f"The runs cannot be read: {type(error).__name__}: {error}."}
+            code = 500
+        content = json.dumps(answer, allow_nan=False).encode()
+        return _respond(environment, start, content, "application/json", code)
+
+    def _answer_of(
+        self, name: str, question: Mapping[str, str], environment: Environment
+    ) -> dict[str, Any]:
+        from .run_view import FORMAT
+
+        if self._runs is None:
+            from .served_runs import runs_of
+
+            self._runs = runs_of(self._context)
+        if name == "runs":
+            views, notes = self._runs.refreshed(environment)
+            listed = [{"id": key, **view.listed} for key, view in views.items()]
+            return {"format": FORMAT, "runs": listed, "notes": notes}
+        key = question.get("run", "")
+        view = self._runs.views.get(key)
+        if view is None:
+            raise ArgumentError(f"{key} is no longer there.")
+        if name == "overview":
+            overview: dict[str, Any] = view.overview
+            return overview
+        first, last = (_number_in(question, bound) for bound in ("first", "last"))
+        buckets = min(int(_number_in(question, "buckets")), MOST_BUCKETS)
+        if name == "series":
+            return view.series(first, last, buckets)  # type: ignore[no-any-return]
+        if name == "scalar":
+            return view.scalar(question.get("tag", ""), first, last, buckets)  # type: ignore[no-any-return]
+        quantity, search = question.get("quantity", ""), question.get("search", "")
+        most = int(_number_in(question, "most"))
+        return view.parameters(quantity, first, last, buckets, search, most)  # type: ignore[no-any-return]
+
+
+def _number_in(question: Mapping[str, str], name: str) -> float:
+    """Return a number of a question.
+
+    Raises:
+        ArgumentError: It is missing or none.
+    """
+    try:
+        number = float(question[name])
+        int(number) if name in ("buckets", "most") else None
+    except (KeyError, ValueError, OverflowError):
+        number = float("nan")
+    if number != number:  # it is NaN
+        raise ArgumentError(f"{name} is {question.get(name)!r}: ask with a number.")
+    return number
+
+
+def _respond(
+    environment: Environment, start: StartResponse, content: bytes, kind: str, code: int = 200
+) -> Iterable[bytes]:
+    from tensorboard.backend import http_util
+    from werkzeug.wrappers import Request
+
+    response = http_util.Respond(Request(environment), content, kind, code=code)
+    return response(environment, start)  # type: ignore[no-any-return]

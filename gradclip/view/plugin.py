@@ -22,10 +22,9 @@ MOST_BUCKETS = 1 << 16
 """Buckets of an answer: many more than a screen has columns."""
 RENDER = """
 export function render() {
-  const sheet = document.createElement("link");
-  sheet.rel = "stylesheet";
-  sheet.href = "./page.css";
-  document.head.append(sheet);
+  const style = document.createElement("style");
+  style.textContent = STYLE;
+  document.head.append(style);
   document.documentElement.lang = "en";
   document.body.style.margin = "0";
   const root = document.createElement("div");
@@ -55,7 +54,6 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         answers = ("runs", "overview", "series", "scalar", "parameters")
         return {
             "/page.js": self._script,
-            "/page.css": self._style,
             **{f"/{name}": partial(self._answer, name) for name in answers},
         }
 
@@ -74,15 +72,11 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         return self._is_active
 
     def _script(self, environment: Environment, start: StartResponse) -> Iterable[bytes]:
-        from .assets import script
+        from .assets import script, style
 
-        content = (script() + RENDER).encode()
-        return _respond(environment, start, content, "text/javascript")
-
-    def _style(self, environment: Environment, start: StartResponse) -> Iterable[bytes]:
-        from .assets import style
-
-        return _respond(environment, start, style().encode(), "text/css")
+        # The style sheet is in the module: the page reads its colours when it begins.
+        parts = (script(), f"const STYLE = {json.dumps(style())};", RENDER)
+        return _respond(environment, start, "\n".join(parts).encode(), "text/javascript")
 
     def _answer(self, name: str, environment: Environment, start: StartResponse) -> Iterable[bytes]:
         """Answer a question of the page; if it cannot be answered, with a sentence."""

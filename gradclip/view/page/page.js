@@ -74,7 +74,12 @@ class Page {
   /** Read the runs and draw them; of a source that lives, again and again. */
   async start() {
     await this._load();
-    if (this.runs.source.live) setInterval(() => { if (!document.hidden) this._load(); }, PATIENCE);
+    if (this.runs.source.live) setInterval(() => { if (this._isSeen()) this._load(); }, PATIENCE);
+  }
+
+  /** Tell whether anybody may look: another tab of TensorBoard hides the frame alone. */
+  _isSeen() {
+    return !document.hidden && this.root.getClientRects().length > 0;
   }
 
   async _load() {

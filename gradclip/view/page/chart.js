@@ -2,7 +2,7 @@
 
 import { element } from "./elements.js";
 import { middleOf, stepsOf } from "./runs.js";
-import { Scale, linearTicks, tickLabel, whole } from "./scales.js";
+import { Scale, linearTicks, number, tickLabel, whole } from "./scales.js";
 
 const HELP = "Drag to zoom, drag with Shift to move, Ctrl and wheel to zoom, double-click for all steps. "
   + "Keys: left and right move the crosshair, + and − zoom, Page Up and Page Down move, 0 shows all steps.";
@@ -133,7 +133,7 @@ export class StepChart {
   }
 
   /** Draw an axis of values with its labels, at round values. */
-  drawValues(context, scale, label = tickLabel, most = Math.max(2, Math.floor(this.height / 34))) {
+  drawValues(context, scale, label = scale.logarithmic ? tickLabel : number, most = Math.max(2, Math.floor(this.height / 34))) {
     const { area } = this;
     const { palette } = this.page;
     context.font = `12px ${palette.font}`;

@@ -20,7 +20,7 @@ class CurveChart extends StepChart {
 
   paint(context) {
     const { area } = this;
-    this.drawn = this.curves().filter(({ column }) => column !== undefined)
+    this.drawn = this.curves().filter(({ column, isNeeded = true }) => column !== undefined && isNeeded)
       .map((curve) => ({ ...curve, columns: envelope(curve.series, curve.column, this.x) }));
     const visible = this.drawn.map((curve) => ({ ...curve, extremes: extremesIn(curve.columns, this.x) }));
     const y = this.scaleOf(visible);
@@ -28,7 +28,13 @@ class CurveChart extends StepChart {
     context.beginPath();
     context.rect(area.left, area.top - 4, area.right - area.left, area.bottom - area.top + 4);
     context.clip();
-    for (const curve of this.drawn) drawCurve(context, this.visiblePart(curve), y, curve.style);
+    const { focus } = this.page.runs;
+    const isBehind = ({ run }) => focus !== null && run !== focus;
+    const inOrder = [...this.drawn.filter(isBehind), ...this.drawn.filter((curve) => !isBehind(curve))];
+    for (const curve of inOrder) {
+      const alpha = (curve.style.alpha ?? 1) * (isBehind(curve) ? 0.15 : 1);
+      drawCurve(context, this.visiblePart(curve), y, { ...curve.style, alpha });
+    }
     if (this.page.runs.shown.length > 1) this._drawMarkers(context, y);
     this._drawMarks(context);
     this._showLegend(visible);
@@ -42,8 +48,9 @@ class CurveChart extends StepChart {
 
   /** Draw the markers of the runs along their first curve, at distances. */
   _drawMarkers(context, y) {
+    const { focus } = this.page.runs;
     for (const { run, columns, hasMarkers } of this.drawn) {
-      if (!hasMarkers) continue;
+      if (!hasMarkers || (focus !== null && run !== focus)) continue;
       context.fillStyle = run.colour;
       const shift = (this.page.runs.shown.indexOf(run) + 0.5) / this.page.runs.shown.length;
       let next = this.area.left + shift * BETWEEN_MARKERS;
@@ -109,7 +116,7 @@ export class NormChart extends CurveChart {
     return [
       ...shown.map((run) => ofRun(run, "clipped_norm", "after clipping", {
         colour: several ? run.colour : palette.after, width: 3, alpha: several ? 0.55 : 0.85,
-      })),
+      }, { isNeeded: isClipped(run.series) })),
       ...shown.map((run) => ofRun(run, "norm", "before clipping", {
         colour: several ? run.colour : palette.before, width: 1, alpha: several ? 0.8 : 1,
       }, { hasMarkers: true })),
@@ -278,6 +285,13 @@ export class ClipRateChart extends CurveChart {
   scaleOf() {
     return new Scale(-0.04, 1.04, this.area.bottom, this.area.top);
   }
+}
+
+/** Tell whether any norm of a range was changed. */
+function isClipped(series) {
+  const { norm, clipped_norm: after } = series?.columns ?? {};
+  if (!norm || !after) return Boolean(after);
+  return after.high.some((value, index) => value !== norm.high[index]) || after.low.some((value, index) => value !== norm.low[index]);
 }
 
 /** Return the extremes of a curve among the columns that a range shows; none without one. */

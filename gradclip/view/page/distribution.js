@@ -10,6 +10,7 @@ const PER_DECADE = 900; // thresholds have three digits: 1.00, 1.01, ... 9.99
 const HEIGHT = 190;
 const AXIS = 24;
 const BINS = 90;
+const FEW = 3; // runs whose advice is told in full
 const KINDS = {
   quiet: "quiet", spiky: "spiky", drifting: "drifting", exploding: "exploding", unknown: "no finite norm above 0",
 };
@@ -207,11 +208,17 @@ export class Distribution {
       return [counts.run, `${percent(above / counts.finite)} of the steps (${whole(above)} of ${whole(counts.finite)})`];
     });
     this.slider.setAttribute("aria-valuetext", `${number(threshold)}: ${sentences.map(([, text]) => text).join("; ")}`);
-    refill(this.shares, sentences.map(([run, text]) => element(
-      "li", {}, ...(runs.shown.length > 1 ? [swatch(run), element("span.name", { title: run.name }, run.shortName), ": "] : []),
-      `${number(threshold)} would have clipped `, element("strong", {}, text),
-      runs.threshold === null ? "." : ", those that are marked in all panels.",
-    )));
+    const several = sentences.length > 1;
+    const marked = runs.threshold === null ? "" : ", those that are marked in all panels";
+    const words = `${number(threshold)} would have clipped`;
+    refill(
+      this.shares,
+      several ? element("li", {}, `${words}${marked}:`) : null,
+      sentences.map(([run, text]) => element(
+        "li", {}, several ? [swatch(run), element("span.name", { title: run.name }, `${run.shortName}: `)] : `${words} `,
+        element("strong", {}, text), several ? "" : `${marked}.`,
+      )),
+    );
   }
 
   _try(threshold) {
@@ -272,20 +279,21 @@ export class Advice {
     this.element.hidden = !shown.length;
     if (this._drawn === JSON.stringify(shown.map((run) => [run.name, run.colour, run.overview.advice]))) return;
     this._drawn = JSON.stringify(shown.map((run) => [run.name, run.colour, run.overview.advice]));
-    refill(this.list, shown.map((run) => this._card(run, run.overview.advice)));
+    refill(this.list, shown.map((run) => this._card(run, run.overview.advice, shown.length <= FEW)));
   }
 
-  _card(run, advice) {
+  _card(run, advice, isFull) {
+    const words = [element("p", {}, advice.reason), ...advice.warnings.map((warning) => element("p.note", {}, warning))];
     return element(
       "article.card",
       {},
       element("h3", {}, swatch(run), element("span.name", { title: run.name }, run.shortName), element(`span.kind.${advice.kind}`, {}, KINDS[advice.kind] ?? advice.kind)),
-      element("p", {}, advice.reason),
+      isFull ? words[0] : null,
       element("div.code", {}, element("code", {}, advice.line), copyButton(advice.line)),
       advice.threshold === null ? null : element(
         "button.quiet", { type: "button", click: () => this.page.runs.setThreshold(advice.threshold) }, `Try ${number(advice.threshold)}`,
       ),
-      advice.warnings.map((warning) => element("p.note", {}, warning)),
+      isFull ? words.slice(1) : element("details", {}, element("summary", {}, "Why"), words),
     );
   }
 }

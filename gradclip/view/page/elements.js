@@ -17,7 +17,7 @@ export function element(name, properties = {}, ...children) {
     else if (key.includes("-") || key === "role") made.setAttribute(key, value);
     else made[key] = value;
   }
-  made.append(...children.flat().filter((child) => child !== null));
+  made.append(...children.flat(2).filter((child) => child !== null));
   return made;
 }
 

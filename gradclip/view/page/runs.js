@@ -94,6 +94,7 @@ export class Runs {
     this.range = { first: 0, last: 1 };
     this.step = null;
     this.threshold = null;
+    this.focus = null;
     this.isLogarithmic = true;
     this.buckets = 2048;
     this._changed = changed;
@@ -195,6 +196,13 @@ export class Runs {
     if (step === this.step) return;
     this.step = step;
     this._changed("overlay");
+  }
+
+  /** Let one run stand out from the others, or none. */
+  setFocus(run) {
+    if (run === this.focus) return;
+    this.focus = run;
+    this._changed();
   }
 
   setThreshold(threshold) {

@@ -49,7 +49,7 @@ function logarithmicTicks(low, high, most) {
   const decades = Math.log10(high / low);
   if (decades < 0.7) return linearTicks(low, high, most);
   const stride = Math.max(1, Math.ceil(decades / most));
-  const digits = decades * 3 <= most ? [1, 2, 5] : decades * 2 <= most ? [1, 3] : [1];
+  const digits = decades * 6 <= most ? [1, 1.5, 2, 3, 5, 7] : decades * 3 <= most ? [1, 2, 5] : decades * 2 <= most ? [1, 3] : [1];
   const ticks = [];
   for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade += 1) {
     if (decade % stride) continue;

@@ -71,7 +71,13 @@ export class RunTable {
     });
     button.prepend(swatch(run));
     const cells = Array.from({ length: 6 }, () => element("td"));
-    return { run, cells, row: element("tr", {}, element("th", { scope: "row" }, button), cells) };
+    const { runs } = this.page;
+    const focus = () => { if (runs.shown.length > 1 && run.isShown) runs.setFocus(run); };
+    const blur = () => runs.setFocus(null);
+    const row = element(
+      "tr", { mouseenter: focus, mouseleave: blur, focusin: focus, focusout: blur }, element("th", { scope: "row" }, button), cells,
+    );
+    return { run, cells, row };
   }
 }
 

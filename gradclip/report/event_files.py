@@ -39,6 +39,8 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
             runs.add(event.step, numbers_of(event))
         if stream.trouble is not None or stream.offset < stream.size:
             warn_unreadable(path, stream.trouble or CUT_SHORT)
+    if runs.trouble is not None:
+        warn_unreadable(directory, runs.trouble)
     return runs.runs()
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..records.sinks.tags import PARAMETER_TAGS
+from ..records.sinks.tags import INDEX, PARAMETER_TAGS, QUANTITIES
 from .run import LoggedScalar, Run, RunBuilder, as_logged_loss, not_replaced
 
 PLAIN = "plain"
@@ -34,7 +34,7 @@ _TAG = re.compile(
 )
 
 
-_OWN = re.compile(r"(?:.+[/-])?grad_norm(?:_\d+)?/", re.DOTALL)
+_OWN = re.compile(r"(?:.+[/-])?grad_norm(?:_\d+)?/(?P<quantity>[^/]+)", re.DOTALL)
 _FIELDS = {tag: field for field, tag in PARAMETER_TAGS.items()}
 
 
@@ -65,9 +65,10 @@ def parsed_tag(tag: str) -> Tag | None:
 
 
 @lru_cache(maxsize=1 << 16)
-def _is_own(tag: str) -> bool:
-    """Return whether a clipper wrote a tag that says nothing of a run, such as its clip rate."""
-    return _OWN.match(tag) is not None
+def _own_quantity(tag: str) -> str | None:
+    """Return the quantity of a tag that a clipper wrote, such as its clip rate; None for others."""
+    match = _OWN.fullmatch(tag)
+    return match and match["quantity"]
 
 
 class TaggedRuns:
@@ -81,20 +82,31 @@ class TaggedRuns:
         self._name = name
         self._runs: dict[str, _TaggedRun] = {}
         self._scalars: dict[str, _Scalar] = {}
+        self._newer: dict[str, None] = {}
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add numbers of a step by tag; those of foreign tags become scalars of all the runs."""
         for text, number in numbers.items():
             tag = parsed_tag(text)
             if tag is None:
-                if not _is_own(text):
+                quantity = _own_quantity(text)
+                if quantity is None:
                     self._scalars.setdefault(text, _Scalar()).add(step, number)
+                elif quantity not in QUANTITIES and quantity != INDEX:
+                    self._newer.setdefault(text)
             else:
                 run = self._runs.get(tag.run)
                 if run is None:
                     shown = self._name if tag.run == "grad_norm" else f"{self._name} ({tag.run})"
                     run = self._runs[tag.run] = _TaggedRun(shown)
                 run.add(step, tag, number)
+
+    @property
+    def trouble(self) -> str | None:
+        """The reason why not all numbers of a clipper are read; None if there is none."""
+        if not self._newer:
+            return None
+        return f"it has numbers of a newer gradclip: {', '.join(self._newer)}"
 
     def runs(self) -> list[Run]:
         """Return the runs that have norms so far, sorted by their tags."""

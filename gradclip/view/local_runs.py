@@ -122,9 +122,9 @@ class _RunDirectory:
     @property
     def notes(self) -> list[str]:
         """Sentences about what cannot be read."""
-        troubled = [stream for stream in self._streams.values() if stream.trouble]
-        notes = [f"{stream.path}: {stream.trouble}." for stream in troubled]
-        return [*notes, self._trouble] if self._trouble else notes
+        troubles = [(stream.path, stream.trouble) for stream in self._streams.values()]
+        troubles.append((self._path, self._runs.trouble or self._trouble))
+        return [f"{path}: {trouble}." for path, trouble in troubles if trouble]
 
     def views(self) -> list[RunView]:
         """Return the runs so far."""
@@ -141,7 +141,7 @@ class _RunDirectory:
                 self._begin()  # what was read of it is no longer there
             return any(map(self._read_some_of, paths))  # of the first one that has any
         except OSError as error:
-            self._trouble = f"{self._path} cannot be read: {error}."
+            self._trouble = f"it cannot be read: {error}"
             return False
 
     def _read_some_of(self, path: Path) -> bool:

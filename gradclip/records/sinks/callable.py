@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ...errors import ArgumentError
 from ..logged_step import LoggedStep
 from .base import CadencedSink
-from .tags import scalars
+from .tags import INDEX, scalars
 
 
 class CallableSink(CadencedSink):
@@ -70,5 +70,5 @@ class CallableSink(CadencedSink):
     def write(self, steps: Sequence[LoggedStep]) -> None:
         """See `Sink.write`."""
         for step in self.chosen(steps):
-            index = {f"{self._prefix}/step": step.step}
+            index = {f"{self._prefix}/{INDEX}": step.step}
             self._log({**index, **dict(scalars(self._prefix, step))}, step.step)

@@ -6,6 +6,20 @@ from ..logged_step import LoggedStep
 
 TOTAL = "grad_norm"
 """Prefix of the tags of a clipper."""
+QUANTITIES = {
+    "pre": "norm",
+    "post": "clipped_norm",
+    "threshold": "threshold",
+    "clip_rate": "clip_rate",
+    "nonfinite_steps": "nonfinite_steps",
+    "skipped_steps": "skipped_steps",
+    "loss": "loss",
+    "micro_batch_clip_rate": "micro_batch_clip_rate",
+    "nonfinite_micro_batches": "nonfinite_micro_batches",
+}
+"""The tags of a clipper after their prefix, each with the field of a step that holds the number."""
+INDEX = "step"
+"""The tag of the index of a step, for loggers that need it as a number."""
 PARAMETER_TAGS = {
     "parameter_norms": "parameter_norm",
     "weight_norms": "weight_norm",
@@ -21,18 +35,8 @@ def scalars(prefix: str, step: LoggedStep) -> list[tuple[str, float]]:
         prefix: Prefix of the clipper's tags.
         step: The step.
     """
-    values: list[tuple[str, float | None]] = [
-        (f"{prefix}/pre", step.norm),
-        (f"{prefix}/post", step.clipped_norm),
-        (f"{prefix}/threshold", step.threshold),
-        (f"{prefix}/clip_rate", step.clip_rate),
-        (f"{prefix}/nonfinite_steps", step.nonfinite_steps),
-        (f"{prefix}/skipped_steps", step.skipped_steps),
-        (f"{prefix}/loss", step.loss),
-        (f"{prefix}/micro_batch_clip_rate", step.micro_batch_clip_rate),
-        (f"{prefix}/nonfinite_micro_batches", step.nonfinite_micro_batches),
-    ]
-    numbers = [(name, number) for name, number in values if number is not None]
+    values = ((f"{prefix}/{tag}", getattr(step, field)) for tag, field in QUANTITIES.items())
+    numbers: list[tuple[str, float]] = [pair for pair in values if pair[1] is not None]
     for field, tag in PARAMETER_TAGS.items():
         if by_name := getattr(step, field):
             start = parameter_prefix(prefix, tag)

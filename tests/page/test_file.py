@@ -238,16 +238,20 @@ def test_another_scalar_of_a_run_can_be_shown_as_its_loss(opened, tmp_path):
         log_run(writer, *[1.0] * 40)
         for step in range(0, 40, 5):
             writer.add_scalar("train/loss", 3.0 - step / 64, step)
+            writer.add_scalar("train/lr", 0.1, step)
     page = opened(tmp_path / "run")
     [choice] = page.all(".choice select")
-    assert choice.text.split("\n") == ["logged with the norms", "train/loss"]
-    choice.send_keys("train")
+    assert choice.text.split("\n") == ["none", "train/loss", "train/lr"]
+    assert choice.get_property("value") == "train/loss"
     curve = page.curve("value")
     assert curve["first"] == [*range(0, 40, 5)]
     assert curve["high"] == curve["low"] == [3.0 - step / 64 for step in range(0, 40, 5)]
     page.show(9.5, 10.5)
     page.all(".frame[role=application]")[0].send_keys(Keys.HOME)
     assert page.texts(".runs td")[3] == f"{3 - 10 / 64:.4g}"
+    choice.send_keys("none")
+    names = {curve["name"] for curve in page.drawn()["curves"]}
+    assert names == {"norm", "threshold", "clip_rate"}
 
 
 def test_panels_without_numbers_are_not_there(opened, tmp_path):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
+    from selenium.webdriver.remote.webelement import WebElement
 
 PROGRAMS = ("chromium", "chromedriver")
 FLAGS = (
@@ -24,11 +25,21 @@ FLAGS = (
 
 # Elements are inside shadow roots; a line has a vertex for each M and L of its path. Axes end
 # before the largest values unless that is turned off; the first chart gets a logarithmic axis.
-_CHARTS = """
+_ALL = """
 const all = (selector, root = document) => [...root.querySelectorAll("*")].flatMap(element => [
   ...(element.matches(selector) ? [element] : []),
   ...(element.shadowRoot ? all(selector, element.shadowRoot) : []),
 ]);
+"""
+_ENLARGED = """
+const cards = all("tf-custom-scalar-multi-line-chart-card");
+const card = cards.find(card => card.title === arguments[0]);
+for (const button of ["[icon=fullscreen]", ".toggle-matches-button"]) {
+  all(button, card.shadowRoot)[0].click();
+}
+return card;
+"""
+_CHARTS = """
 const ignore = all("paper-checkbox").find(each => each.textContent.includes("Ignore outliers"));
 const logarithmic = all("[title='Toggle y-axis log scale']")[0];
 if (ignore?.checked && logarithmic) [ignore, logarithmic].forEach(each => each.click());
@@ -74,8 +85,13 @@ def charts_in(browser: Chrome) -> dict[str, dict[str, Curve]]:
             name: Curve([(step, float(value)) for step, value in points], *line)
             for name, (points, *line) in curves.items()
         }
-        for title, curves in browser.execute_script(_CHARTS).items()
+        for title, curves in browser.execute_script(_ALL + _CHARTS).items()
     }
+
+
+def enlarged(browser: Chrome, title: str) -> WebElement:
+    """Enlarge a chart, open its legend, and return its element."""
+    return browser.execute_script(_ALL + _ENLARGED, title)
 
 
 def requests_of(browser: Chrome) -> list[str]:

@@ -204,6 +204,7 @@ export class LossChart extends CurveChart {
 
   draw() {
     this._offerTags();
+    this.frame.hidden = !super.isNeeded();
     super.draw();
   }
 
@@ -245,8 +246,9 @@ export class LossChart extends CurveChart {
     this.choice.hidden = !tags.length;
     if (this._tags === tags.join("\n")) return;
     this._tags = tags.join("\n");
-    const own = "logged with the norms";
-    const select = element("select", {}, [own, ...tags].map((tag) => element("option", { value: tag }, tag)));
+    const own = shown.some((run) => run.overview.summary.losses !== null) ? "logged with the norms" : "none";
+    const chosen = shown.map((run) => run.lossTag).find((tag) => tag !== null) ?? own;
+    const select = element("select", {}, [own, ...tags].map((tag) => element("option", { value: tag, selected: tag === chosen }, tag)));
     select.addEventListener("change", () => {
       const tag = select.selectedIndex ? tags[select.selectedIndex - 1] : null;
       for (const run of this.page.runs.all) {

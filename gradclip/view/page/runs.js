@@ -45,6 +45,12 @@ export class Run {
   }
 }
 
+/** Return the scalar that is most likely the loss of the training, null if none is called so. */
+function likelyLoss(tags) {
+  const losses = tags.filter((tag) => /(^|[^a-z])loss/i.test(tag));
+  return losses.find((tag) => !/val|eval|test/i.test(tag)) ?? losses[0] ?? null;
+}
+
 /** Return names without the folders that all of them are in; of one name its last two parts. */
 function shortNames(names) {
   const parts = names.map((name) => name.split(/(?<=[/\\])/));
@@ -140,7 +146,9 @@ export class Runs {
 
   async _loadOverview(run) {
     try {
+      const isFirst = run.overview === null;
       run.overview = await this.source.overview(run.id);
+      if (isFirst && run.overview.summary.losses === null) run.lossTag = likelyLoss(run.overview.scalars);
     } catch (error) {
       this.notes.push(`${run.name}: ${error.message}`);
     }

@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from ..records.sinks.tfrecord import checksums_of, header_of
 from .run import Run, warn_unreadable
-from .tags import TaggedRuns
+from .tags import SAID, TaggedRuns
 
 RECORDS_AT_ONCE = 512
 """Records whose checksums are computed together, in a tenth of the time."""
@@ -36,7 +36,7 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
     for path in sorted(files):
         stream = EventStream(path)
         for event in stream:
-            runs.add(event.step, numbers_of(event))
+            add_event(runs, event)
         if stream.trouble is not None or stream.offset < stream.size:
             warn_unreadable(path, stream.trouble or CUT_SHORT)
     if runs.trouble is not None:
@@ -44,13 +44,17 @@ def read_event_files(directory: Path, files: Sequence[Path]) -> list[Run]:
     return runs.runs()
 
 
-def numbers_of(event: Event) -> dict[str, float]:
-    """Return the numbers of an event by tag."""
-    numbers = {}
+def add_event(runs: TaggedRuns, event: Event) -> None:
+    """Add the numbers of an event to runs, and what clippers said of its step."""
+    numbers, sentences = {}, {}
     for value in event.summary.value:
         if (number := _number(value)) is not None:
             numbers[value.tag] = number
-    return numbers
+        elif value.tag.endswith(SAID) and value.tensor.string_val:
+            sentences[value.tag] = value.tensor.string_val[0].decode(errors="replace")
+    runs.add(event.step, numbers)
+    if sentences:
+        runs.say(event.step, sentences)
 
 
 def _number(value: Summary.Value) -> float | None:

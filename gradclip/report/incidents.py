@@ -27,12 +27,15 @@ class Incident:
     """An episode of steps that stand out for the same reason."""
 
     kind: str
-    """What stands out: "nonfinite" or "spike" for norms, "loss" for losses."""
+    """What stands out: "nonfinite" or "spike" for norms, "loss" for losses, "other" for what the
+    clipper alone has seen, such as gradients that clipping left nearly 0."""
     first_step: int
     last_step: int
     step: int
     """The step to look at: the highest, or the first that is not finite."""
     text: str
+    sentence: str | None
+    """What the clipper said of the step when it was taken, if that was logged."""
     parameters: tuple[tuple[str, float], ...]
     """Names and gradient norms of the parameters that led at the step; empty if unknown."""
 
@@ -59,6 +62,7 @@ def incidents_of(run: Run) -> tuple[list[Incident], int]:
     ]
     found.sort(key=lambda entry: entry[0], reverse=True)
     incidents = [_incident(run, *entry[1:]) for entry in found[:MOST]]
+    incidents += [*_other_incidents(run, incidents)][: MOST - len(incidents)]
     incidents.sort(key=lambda incident: incident.first_step)
     return incidents, max(len(found) - MOST, 0)
 
@@ -114,8 +118,20 @@ def _episodes(events: Sequence[_Event]) -> Iterator[list[_Event]]:
 def _incident(run: Run, kind: str, episode: list[_Event], words: _Words) -> Incident:
     steps = [event.step for event in episode]
     step = episode[0].step
-    leading = leading_parameters(run, step)
-    return Incident(kind, min(steps), max(steps), step, words(episode), leading)
+    said, leading = run.sentences.get(step), leading_parameters(run, step)
+    return Incident(kind, min(steps), max(steps), step, words(episode), said, leading)
+
+
+def _other_incidents(run: Run, known: Sequence[Incident]) -> Iterator[Incident]:
+    """Yield what the clipper said of steps that no known incident covers."""
+    covered = np.zeros(len(run), dtype=bool)
+    for incident in known:
+        covered[
+            slice(*np.searchsorted(run.steps, [incident.first_step, incident.last_step + 1]))
+        ] = True
+    for step, said in sorted(run.sentences.items()):
+        if not covered[np.searchsorted(run.steps, step)]:
+            yield Incident("other", step, step, step, said, None, leading_parameters(run, step))
 
 
 def leading_parameters(run: Run, step: int) -> tuple[tuple[str, float], ...]:

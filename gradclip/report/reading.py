@@ -119,9 +119,14 @@ def _add_lines(lines: Sequence[bytes], builder: RunBuilder) -> bool:
             }
             for field in PARAMETER_TAGS
         }
+        sentences = {
+            row: str(said)
+            for row, step in enumerate(steps)
+            if (said := step.get("incident")) is not None
+        }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return False
-    builder.add(rows, by_field)
+    builder.add(rows, by_field, sentences)
     return True
 
 

@@ -75,6 +75,8 @@ class Run:
     """Norms of the weights of single parameters, at the steps that log them; None without any."""
     update_ratios: LoggedParameterNorms | None = None
     """Norms of the updates of single parameters, divided by those of their weights before."""
+    sentences: Mapping[int, str] = dataclass_field(default_factory=dict)
+    """What the clipper said of steps that stand out, by step."""
     scalars: Mapping[str, LoggedScalar] = dataclass_field(default_factory=dict)
     """Other numbers in the same files, by tag."""
 
@@ -134,12 +136,20 @@ class RunBuilder:
         self._packed_count = 0
         self._single_rows: list[tuple[float, ...]] = []
         self._entries = {field: _Entries() for field in PARAMETER_TAGS}
+        self._sentences: dict[int, str] = {}
 
     def __bool__(self) -> bool:
         return bool(self._packed_rows or self._single_rows)
 
-    def add_step(self, row: Sequence[float], by_field: Mapping[str, NumbersByName]) -> None:
+    def add_step(
+        self,
+        row: Sequence[float],
+        by_field: Mapping[str, NumbersByName],
+        sentence: str | None = None,
+    ) -> None:
         """Add one step: a row as `add` takes it, and by field the numbers of its parameters."""
+        if sentence is not None:
+            self._sentences[self._packed_count + len(self._single_rows)] = sentence
         for field, numbers in by_field.items():
             self._entries[field].add(self._packed_count + len(self._single_rows), numbers)
         self._single_rows.append(tuple(row))
@@ -150,6 +160,7 @@ class RunBuilder:
         self,
         rows: Sequence[Sequence[float]] | NDArray[np.float64],
         by_field: Mapping[str, Mapping[int, NumbersByName]],
+        sentences: Mapping[int, str],
     ) -> None:
         """Add several steps.
 
@@ -158,8 +169,10 @@ class RunBuilder:
                 and the loss as in `Run.losses`.
             by_field: Numbers of parameters by the field of a `LoggedStep` that has them, and by
                 the index of their row.
+            sentences: What was said of steps that stand out, by the index of their row.
         """
         self._pack()
+        self._sentences.update((self._packed_count + row, said) for row, said in sentences.items())
         for field, by_row in by_field.items():
             for row, numbers in by_row.items():
                 self._entries[field].add(self._packed_count + row, numbers)
@@ -183,6 +196,7 @@ class RunBuilder:
         by_field = {
             field: entries.logged(rows[:, 0], kept) for field, entries in self._entries.items()
         }
+        sentences = {int(rows[row, 0]): said for row, said in self._sentences.items() if kept[row]}
         steps, norms, clipped_norms, thresholds, skipped, losses = rows[kept].T
         return Run(
             self._name,
@@ -195,6 +209,7 @@ class RunBuilder:
             None if np.isnan(losses).all() else losses,
             by_field["weight_norms"],
             by_field["update_ratios"],
+            sentences,
         )
 
 
@@ -271,7 +286,8 @@ def run_of(steps: Iterable[LoggedStep], name: str) -> Run:
         loss = math.nan if step.loss is None else as_logged_loss(step.loss)
         row = (step.step, step.norm, step.clipped_norm, threshold, step.skipped, loss)
         fields = ((field, getattr(step, field)) for field in PARAMETER_TAGS)
-        builder.add_step(row, {field: numbers for field, numbers in fields if numbers})
+        by_field = {field: numbers for field, numbers in fields if numbers}
+        builder.add_step(row, by_field, step.incident)
     return builder.run()
 
 

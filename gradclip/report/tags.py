@@ -22,6 +22,8 @@ import numpy as np
 from ..records.sinks.tags import INDEX, PARAMETER_TAGS, QUANTITIES
 from .run import LoggedScalar, Run, RunBuilder, as_logged_loss, not_replaced
 
+SAID = "/incidents"
+"""End of the tag of a clipper's sentences about steps that stand out."""
 PLAIN = "plain"
 """The name of a norm that a trainer has logged, before it was clipped."""
 _TAG = re.compile(
@@ -84,6 +86,13 @@ class TaggedRuns:
         self._scalars: dict[str, _Scalar] = {}
         self._newer: dict[str, None] = {}
 
+    def say(self, step: int, sentences: Mapping[str, str]) -> None:
+        """Add what clippers said of the step that was added last, by tag."""
+        for tag, sentence in sentences.items():
+            run = self._runs.get(tag.removesuffix(SAID))
+            if run is not None:
+                run.say(step, sentence)
+
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add numbers of a step by tag; those of foreign tags become scalars of all the runs."""
         for text, number in numbers.items():
@@ -139,6 +148,7 @@ class _TaggedRun:
         self._step = -1
         self._quantities: dict[str, float] = {}
         self._by_field: dict[str, dict[str, float]] = {}
+        self._sentence: str | None = None
         self._is_added = True
         self._skip_totals = [(-1, 0.0)]
 
@@ -146,10 +156,15 @@ class _TaggedRun:
         numbers = self._numbers(tag)
         if step != self._step or tag.name in numbers:
             self._add_step()
-            self._step, self._quantities, self._by_field = step, {}, {}
+            self._step, self._quantities, self._by_field, self._sentence = step, {}, {}, None
             numbers = self._numbers(tag)
         numbers[tag.name] = number
         self._is_added = False
+
+    def say(self, step: int, sentence: str) -> None:
+        if step == self._step:
+            self._sentence = sentence
+            self._is_added = False
 
     def _numbers(self, tag: Tag) -> dict[str, float]:
         """Return the numbers of the step so far to which a tag belongs."""
@@ -171,7 +186,8 @@ class _TaggedRun:
         post, threshold = numbers.get("post", math.nan), numbers.get("threshold", math.nan)
         loss = as_logged_loss(numbers["loss"]) if "loss" in numbers else math.nan
         skipped = self._is_skipped(self._step, numbers.get("skipped_steps", 0.0))
-        self._builder.add_step((self._step, norm, post, threshold, skipped, loss), self._by_field)
+        row = (self._step, norm, post, threshold, skipped, loss)
+        self._builder.add_step(row, self._by_field, self._sentence)
 
     def _is_skipped(self, step: int, total: float) -> bool:
         """Return whether the number of skipped steps rose at a step, and remember it.

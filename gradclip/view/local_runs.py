@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
-from ..report.event_files import EventStream, numbers_of
+from ..report.event_files import EventStream, add_event
 from ..report.tags import TaggedRuns
 from .run_view import RunView
 
@@ -148,7 +148,7 @@ class _RunDirectory:
         stream = self._streams.setdefault(path, EventStream(path))
         before = stream.offset
         for event in islice(stream, EVENTS_AT_ONCE):
-            self._runs.add(event.step, numbers_of(event))
+            add_event(self._runs, event)
         if stream.offset > before:
             self._views = None
         return stream.offset > before

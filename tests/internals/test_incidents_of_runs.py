@@ -1,11 +1,16 @@
 """The incidents of a logged run: episodes in plain words, with the parameters that led."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from gradclip import JsonlSink
+from gradclip.report import read_runs
 from gradclip.report.incidents import LEADING, MOST, incidents_of
+from tests.support.curves import log_run
+from tests.support.report import log_line
 from tests.support.runs import norms_by_name, quiet, run_with
 
 NAN, INF = math.nan, math.inf
@@ -90,3 +95,27 @@ def test_of_many_incidents_the_highest_are_kept():
     assert len(incidents) == MOST
     assert more == len(spikes) + 1 - MOST
     assert [each.step for each in incidents] == [30, *spikes[more:]]
+
+
+def test_what_the_clipper_said_is_kept(tmp_path):
+    """In both formats; what no episode covers is an incident by itself."""
+    norms = quiet(120).tolist()
+    norms[60] = 90.0
+    log_run([tmp_path / "a", JsonlSink(tmp_path / "a.jsonl")], *norms)
+    for run in read_runs([tmp_path]):
+        [incident] = incidents_of(run)[0]
+        assert incident.step == 60
+        assert incident.sentence.startswith("The norm was 90 at step 60, above ")
+        assert "The norms before: " in incident.sentence
+    run = replace(run_with(quiet(120)), sentences={7: "Clipping left gradients nearly 0."})
+    [incident] = incidents_of(run)[0]
+    assert (incident.kind, incident.step) == ("other", 7)
+    assert incident.text == "Clipping left gradients nearly 0."
+
+
+def test_a_resumed_run_replaces_sentences_with_their_steps(tmp_path):
+    lines = [log_line(step, 1.0, incident=f"first {step}") for step in range(4)]
+    lines += [log_line(2, 1.0, incident="second 2"), log_line(3, 1.0)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    [run] = read_runs([tmp_path / "a.jsonl"])
+    assert run.sentences == {0: "first 0", 1: "first 1", 2: "second 2"}

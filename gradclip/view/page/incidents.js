@@ -49,6 +49,8 @@ export class Incidents {
   _item({ run, incident }) {
     const led = incident.parameters.map(([name, norm]) => `${name} (${norm === null ? "not finite" : number(norm, 3)})`);
     const key = `${run.id} ${incident.step} ${incident.kind}`;
+    const isTold = incident.sentence !== null && (this._chosen === key || !led.length);
+    const said = isTold ? element("span.led", {}, `At the time: ${incident.sentence}`) : null;
     return element(
       "li",
       {},
@@ -56,7 +58,7 @@ export class Incidents {
         "button.incident",
         { type: "button", "aria-pressed": String(this._chosen === key), click: () => this._show(run, incident, key) },
         swatch(run),
-        element("span.text", {}, element("span", {}, incident.text), led.length ? element("span.led", {}, `Led by ${led.join(", ")}.`) : null),
+        element("span.text", {}, element("span", {}, incident.text), led.length ? element("span.led", {}, `Led by ${led.join(", ")}.`) : null, said),
       ),
     );
   }

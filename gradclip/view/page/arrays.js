@@ -7,29 +7,38 @@ const TYPES = {
   u1: Uint8Array,
 };
 
-const DAMAGED = "These numbers cannot be read: they are damaged, or of another version of gradclip.";
+const TOO_OLD =
+  "This browser is too old for the page: it cannot unpack numbers (DecompressionStream). Take a newer one.";
+const DAMAGED =
+  "These numbers cannot be read: they are damaged, or of another version of gradclip.";
 
 /** Return the values of a packed array as a typed array. */
 export async function unpacked(packed) {
   try {
     return await values(packed);
   } catch {
-    throw new Error(DAMAGED);
+    throw new Error(typeof DecompressionStream === "undefined" ? TOO_OLD : DAMAGED);
   }
 }
 
 async function values(packed) {
   if (packed.data === undefined) {
-    return Float64Array.from({ length: packed.length }, (_, index) => packed.first + packed.distance * index);
+    return Float64Array.from(
+      { length: packed.length },
+      (_, index) => packed.first + packed.distance * index,
+    );
   }
   const Type = TYPES[packed.type];
-  const planes = await inflated(Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0)));
+  const planes = await inflated(
+    Uint8Array.from(atob(packed.data), (letter) => letter.charCodeAt(0)),
+  );
   const size = Type.BYTES_PER_ELEMENT;
   const count = planes.length / size;
   const bytes = new Uint8Array(planes.length);
   // The first bytes of all elements come first, then the second bytes of all, and so on.
   for (let plane = 0; plane < size; plane += 1) {
-    for (let index = 0; index < count; index += 1) bytes[index * size + plane] = planes[plane * count + index];
+    for (let index = 0; index < count; index += 1)
+      bytes[index * size + plane] = planes[plane * count + index];
   }
   return new Type(bytes.buffer);
 }

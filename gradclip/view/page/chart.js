@@ -4,8 +4,10 @@ import { element } from "./elements.js";
 import { middleOf, stepsOf } from "./runs.js";
 import { Scale, linearTicks, number, tickLabel, whole } from "./scales.js";
 
-const HELP = "Drag to zoom, drag with Shift to move, Ctrl and wheel to zoom, double-click for all steps. "
-  + "Keys: left and right move the crosshair, + and − zoom, Page Up and Page Down move, 0 shows all steps.";
+/** How charts are used. */
+export const HELP =
+  "Drag to zoom, drag with Shift to move, Ctrl and wheel to zoom, double-click for all steps. " +
+  "Keys: left and right move the crosshair, + and − zoom, Page Up and Page Down move, 0 shows all steps.";
 const RIGHT = 14;
 const AXIS = 24;
 const [NARROW, WIDE] = [640, 900];
@@ -31,7 +33,11 @@ export class StepChart {
     this.overlay = element("canvas.overlay", { "aria-hidden": "true" });
     this.frame = element(
       "div.frame",
-      { role: "application", tabIndex: 0, "aria-label": `${title}, a chart over the steps. ${HELP}`, title: HELP },
+      {
+        role: "application",
+        tabIndex: 0,
+        "aria-label": `${title}, a chart over the steps. ${HELP}`,
+      },
       this.canvas,
       this.overlay,
     );
@@ -45,7 +51,12 @@ export class StepChart {
     if (this.element.hidden) return;
     const width = this.frame.clientWidth;
     const { gutter } = this;
-    this.area = { left: gutter, right: Math.max(width - RIGHT, gutter + 20), top: 4, bottom: 4 + this.height };
+    this.area = {
+      left: gutter,
+      right: Math.max(width - RIGHT, gutter + 20),
+      top: 4,
+      bottom: 4 + this.height,
+    };
     const { first, last } = this.page.runs.range;
     this.x = new Scale(first, last, this.area.left, this.area.right);
     const context = sized(this.canvas, width, this.area.bottom + AXIS);
@@ -133,7 +144,12 @@ export class StepChart {
   }
 
   /** Draw an axis of values with its labels, at round values. */
-  drawValues(context, scale, label = scale.logarithmic ? tickLabel : number, most = Math.max(2, Math.floor(this.height / 34))) {
+  drawValues(
+    context,
+    scale,
+    label = scale.logarithmic ? tickLabel : number,
+    most = Math.max(2, Math.floor(this.height / 34)),
+  ) {
     const { area } = this;
     const { palette } = this.page;
     context.font = `12px ${palette.font}`;
@@ -167,7 +183,8 @@ export class StepChart {
       const before = pointers.get(event.pointerId);
       if (before === undefined) runs.setStep(this._snapped(this.x.value(at)));
       else if (mode === "select") this._selection[1] = at;
-      else if (mode === "pan" && pointers.size === 1) runs.pan((before - at) / (this.area.right - this.area.left));
+      else if (mode === "pan" && pointers.size === 1)
+        runs.pan((before - at) / (this.area.right - this.area.left));
       else if (pointers.size === 2) this._pinch(pointers, event.pointerId, at);
       if (before !== undefined) pointers.set(event.pointerId, at);
       if (this._selection) this.drawOverlay();
@@ -176,13 +193,17 @@ export class StepChart {
       pointers.delete(event.pointerId);
       const [from, to] = this._selection ?? [0, 0];
       this._selection = null;
-      if (Math.abs(to - from) > 4) runs.show(...[this.x.value(from), this.x.value(to)].sort((a, b) => a - b));
-      else if (this.area && event.type === "pointerup") runs.setStep(this._snapped(this.x.value(inside(event))));
+      if (Math.abs(to - from) > 4)
+        runs.show(...[this.x.value(from), this.x.value(to)].sort((a, b) => a - b));
+      else if (this.area && event.type === "pointerup")
+        runs.setStep(this._snapped(this.x.value(inside(event))));
       this.drawOverlay();
     };
     frame.addEventListener("pointerup", end);
     frame.addEventListener("pointercancel", end);
-    frame.addEventListener("pointerleave", () => { if (!pointers.size) runs.setStep(null); });
+    frame.addEventListener("pointerleave", () => {
+      if (!pointers.size) runs.setStep(null);
+    });
     frame.addEventListener("dblclick", () => runs.showWhole());
     frame.addEventListener("wheel", (event) => this._wheel(event), { passive: false });
     frame.addEventListener("keydown", (event) => this._key(event));
@@ -191,7 +212,10 @@ export class StepChart {
   _pinch(pointers, moved, at) {
     const [[, other]] = [...pointers].filter(([id]) => id !== moved);
     const before = Math.max(Math.abs(pointers.get(moved) - other), 10);
-    this.page.runs.zoom(before / Math.max(Math.abs(at - other), 10), this.x.value((at + other) / 2));
+    this.page.runs.zoom(
+      before / Math.max(Math.abs(at - other), 10),
+      this.x.value((at + other) / 2),
+    );
   }
 
   _wheel(event) {
@@ -231,8 +255,14 @@ export class StepChart {
     const { first, last } = runs.range;
     const from = runs.step ?? (distance > 0 ? first : last);
     const here = [...series.steps.keys()].reduce((best, index) =>
-      Math.abs(middleOf(series, index) - from) < Math.abs(middleOf(series, best) - from) ? index : best);
-    const index = Math.min(Math.max(here + (runs.step === null ? 0 : distance), 0), series.steps.length - 1);
+      Math.abs(middleOf(series, index) - from) < Math.abs(middleOf(series, best) - from)
+        ? index
+        : best,
+    );
+    const index = Math.min(
+      Math.max(here + (runs.step === null ? 0 : distance), 0),
+      series.steps.length - 1,
+    );
     const step = middleOf(series, index);
     if (step < first || step > last) runs.pan(step < first ? -0.25 : 0.25);
     this._putStep(step);
@@ -245,10 +275,14 @@ export class StepChart {
 
   /** Return the step of the bucket of a run that is nearest. */
   _snapped(step) {
-    const steps = this.page.runs.shown.map((run) => run.numbersAt(step)).filter((each) => each !== null)
+    const steps = this.page.runs.shown
+      .map((run) => run.numbersAt(step))
+      .filter((each) => each !== null)
       .map(({ first, last }) => Math.min(Math.max(step, first), last));
     if (!steps.length) return Math.round(step);
-    return Math.round(steps.reduce((best, each) => (Math.abs(each - step) < Math.abs(best - step) ? each : best)));
+    return Math.round(
+      steps.reduce((best, each) => (Math.abs(each - step) < Math.abs(best - step) ? each : best)),
+    );
   }
 }
 
@@ -290,7 +324,13 @@ export function envelope(series, { low, high }, x) {
 export function drawCurve(context, columns, y, { colour, width, dash = [], alpha = 1 }) {
   const count = columns.at.length;
   context.save();
-  Object.assign(context, { strokeStyle: colour, fillStyle: colour, lineWidth: width, globalAlpha: alpha, lineJoin: "round" });
+  Object.assign(context, {
+    strokeStyle: colour,
+    fillStyle: colour,
+    lineWidth: width,
+    globalAlpha: alpha,
+    lineJoin: "round",
+  });
   context.setLineDash(dash);
   context.beginPath();
   let before = 0;
@@ -298,7 +338,8 @@ export function drawCurve(context, columns, y, { colour, width, dash = [], alpha
     const at = columns.at[index];
     const [high, low] = [y.at(columns.high[index]), y.at(columns.low[index])];
     // The nearer end first, so that the curve does not cross the column twice.
-    const [near, far] = Math.abs(high - before) <= Math.abs(low - before) ? [high, low] : [low, high];
+    const [near, far] =
+      Math.abs(high - before) <= Math.abs(low - before) ? [high, low] : [low, high];
     if (columns.isBroken[index]) context.moveTo(at, near);
     else context.lineTo(at, near);
     if (far !== near) context.lineTo(at, far);
@@ -335,7 +376,10 @@ export function* clippedSpans(series, threshold, x) {
 
 /** Return the context of a canvas of a size in the page's pixels, empty, at the screen's resolution. */
 export function sized(canvas, width, height) {
-  const ratio = Math.max(window.devicePixelRatio || 1, document.documentElement.dataset.printing ? 3 : 1);
+  const ratio = Math.max(
+    window.devicePixelRatio || 1,
+    document.documentElement.dataset.printing ? 3 : 1,
+  );
   const [wide, high] = [Math.round(width * ratio), Math.round(height * ratio)];
   if (canvas.width !== wide || canvas.height !== high) [canvas.width, canvas.height] = [wide, high];
   canvas.style.width = `${width}px`;

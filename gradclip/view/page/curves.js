@@ -20,9 +20,13 @@ class CurveChart extends StepChart {
 
   paint(context) {
     const { area } = this;
-    this.drawn = this.curves().filter(({ column, isNeeded = true }) => column !== undefined && isNeeded)
+    this.drawn = this.curves()
+      .filter(({ column, isNeeded = true }) => column !== undefined && isNeeded)
       .map((curve) => ({ ...curve, columns: envelope(curve.series, curve.column, this.x) }));
-    const visible = this.drawn.map((curve) => ({ ...curve, extremes: extremesIn(curve.columns, this.x) }));
+    const visible = this.drawn.map((curve) => ({
+      ...curve,
+      extremes: extremesIn(curve.columns, this.x),
+    }));
     const y = this.scaleOf(visible);
     this.drawValues(context, y, this.label);
     context.beginPath();
@@ -30,7 +34,10 @@ class CurveChart extends StepChart {
     context.clip();
     const { focus } = this.page.runs;
     const isBehind = ({ run }) => focus !== null && run !== focus;
-    const inOrder = [...this.drawn.filter(isBehind), ...this.drawn.filter((curve) => !isBehind(curve))];
+    const inOrder = [
+      ...this.drawn.filter(isBehind),
+      ...this.drawn.filter((curve) => !isBehind(curve)),
+    ];
     for (const curve of inOrder) {
       const alpha = (curve.style.alpha ?? 1) * (isBehind(curve) ? 0.15 : 1);
       drawCurve(context, this.visiblePart(curve), y, { ...curve.style, alpha });
@@ -88,14 +95,28 @@ class CurveChart extends StepChart {
       if (!kinds.has(curve.label)) kinds.set(curve.label, curve);
     }
     const lines = [...kinds].map(([label, { style, hint }]) =>
-      element("li", {}, lineSample(style, several ? this.page.palette.ink : style.colour), label + (hint?.(visible) ?? "")));
+      element(
+        "li",
+        {},
+        lineSample(style, several ? this.page.palette.ink : style.colour),
+        label + (hint?.(visible) ?? ""),
+      ),
+    );
     const marks = new Map();
     for (const { count, name, label } of this.marks()) {
       const [, total] = marks.get(label) ?? [name, 0];
       marks.set(label, [name, total + (count ? count.reduce((sum, each) => sum + each, 0) : 0)]);
     }
-    const shown = [...marks].filter(([, [, total]]) => total > 0).map(([label, [name, total]]) =>
-      element("li", {}, element(`span.mark.${name}`, { "aria-hidden": "true" }, name === "warning" ? "✕" : "▼"), `${label} (${whole(total)})`));
+    const shown = [...marks]
+      .filter(([, [, total]]) => total > 0)
+      .map(([label, [name, total]]) =>
+        element(
+          "li",
+          {},
+          element(`span.mark.${name}`, { "aria-hidden": "true" }, name === "warning" ? "✕" : "▼"),
+          `${label} (${whole(total)})`,
+        ),
+      );
     refill(this.legend, lines, shown);
   }
 }
@@ -110,19 +131,56 @@ export class NormChart extends CurveChart {
     const { shown } = this.page.runs;
     const { palette } = this.page;
     const several = shown.length > 1;
-    const ofRun = (run, name, label, style, more = {}) =>
-      ({ run, series: run.series, name, column: run.series?.columns[name], label, style, ...more });
+    const ofRun = (run, name, label, style, more = {}) => ({
+      run,
+      series: run.series,
+      name,
+      column: run.series?.columns[name],
+      label,
+      style,
+      ...more,
+    });
     // The bold curve lies below: where nothing was clipped it surrounds the thin one.
     return [
-      ...shown.map((run) => ofRun(run, "clipped_norm", "after clipping", {
-        colour: several ? run.colour : palette.after, width: 3, alpha: several ? 0.55 : 0.85,
-      }, { isNeeded: isClipped(run.series) })),
-      ...shown.map((run) => ofRun(run, "norm", "before clipping", {
-        colour: several ? run.colour : palette.before, width: 1, alpha: several ? 0.8 : 1,
-      }, { hasMarkers: true })),
-      ...shown.map((run) => ofRun(run, "threshold", "threshold", {
-        colour: several ? run.colour : palette.ink, width: 1.5, dash: [6, 4],
-      }, { hint: (curves) => this._whereThresholdsAre(curves) })),
+      ...shown.map((run) =>
+        ofRun(
+          run,
+          "clipped_norm",
+          "after clipping",
+          {
+            colour: several ? run.colour : palette.after,
+            width: 3,
+            alpha: several ? 0.55 : 0.85,
+          },
+          { isNeeded: isClipped(run.series) },
+        ),
+      ),
+      ...shown.map((run) =>
+        ofRun(
+          run,
+          "norm",
+          "before clipping",
+          {
+            colour: several ? run.colour : palette.before,
+            width: 1,
+            alpha: several ? 0.8 : 1,
+          },
+          { hasMarkers: true },
+        ),
+      ),
+      ...shown.map((run) =>
+        ofRun(
+          run,
+          "threshold",
+          "threshold",
+          {
+            colour: several ? run.colour : palette.ink,
+            width: 1.5,
+            dash: [6, 4],
+          },
+          { hint: (curves) => this._whereThresholdsAre(curves) },
+        ),
+      ),
     ];
   }
 
@@ -131,7 +189,9 @@ export class NormChart extends CurveChart {
    * not told apart: else a long run would be one block of colour.
    */
   visiblePart({ run, name, columns }) {
-    const after = name === "norm" && this.drawn.find((curve) => curve.run === run && curve.name === "clipped_norm");
+    const after =
+      name === "norm" &&
+      this.drawn.find((curve) => curve.run === run && curve.name === "clipped_norm");
     if (!after) return columns;
     const clipped = new Map(after.columns.at.map((at, index) => [at, after.columns.high[index]]));
     const low = columns.low.map((value, index) => {
@@ -149,7 +209,9 @@ export class NormChart extends CurveChart {
   }
 
   scaleOf(visible) {
-    const norms = visible.filter(({ name }) => name !== "threshold").flatMap(({ extremes }) => extremes);
+    const norms = visible
+      .filter(({ name }) => name !== "threshold")
+      .flatMap(({ extremes }) => extremes);
     const { isLogarithmic } = this.page.runs;
     const usable = norms.filter((value) => Number.isFinite(value) && (!isLogarithmic || value > 0));
     let [low, high] = usable.length ? [Math.min(...usable), Math.max(...usable)] : [0.1, 10];
@@ -168,7 +230,9 @@ export class NormChart extends CurveChart {
 
   /** Say of thresholds that lie outside of the picture that they do. */
   _whereThresholdsAre(visible) {
-    const values = visible.filter(({ name }) => name === "threshold").flatMap(({ extremes }) => extremes);
+    const values = visible
+      .filter(({ name }) => name === "threshold")
+      .flatMap(({ extremes }) => extremes);
     const [low, high] = [Math.min(...values), Math.max(...values)];
     const text = low === high ? ` ${number(low)}` : "";
     const y = this.scaleOf(visible);
@@ -190,7 +254,11 @@ export class NormChart extends CurveChart {
     context.fillStyle = palette.warning;
     context.textBaseline = at - this.area.top > 18 ? "bottom" : "top";
     context.textAlign = "right";
-    context.fillText(`tried: ${number(runs.threshold)}`, this.area.right - 4, at + (at - this.area.top > 18 ? -2 : 3));
+    context.fillText(
+      `tried: ${number(runs.threshold)}`,
+      this.area.right - 4,
+      at + (at - this.area.top > 18 ? -2 : 3),
+    );
   }
 }
 
@@ -214,18 +282,34 @@ export class LossChart extends CurveChart {
 
   curves() {
     const { shown } = this.page.runs;
-    return shown.filter((run) => run.lossCurve).map((run) => {
-      const [series, name] = run.lossCurve;
-      const colour = shown.length > 1 ? run.colour : this.page.palette.before;
-      const label = run.lossTag ?? "loss";
-      return { run, series, name, column: series.columns[name], label, style: { colour, width: 1.5 }, hasMarkers: true };
-    });
+    return shown
+      .filter((run) => run.lossCurve)
+      .map((run) => {
+        const [series, name] = run.lossCurve;
+        const colour = shown.length > 1 ? run.colour : this.page.palette.before;
+        const label = run.lossTag ?? "loss";
+        return {
+          run,
+          series,
+          name,
+          column: series.columns[name],
+          label,
+          style: { colour, width: 1.5 },
+          hasMarkers: true,
+        };
+      });
   }
 
   marks() {
-    return this.page.runs.shown.filter((run) => run.lossTag === null).map((run) => (
-      { run, count: run.series?.counts.loss_nonfinite, name: "warning", label: "not finite", height: 8 }
-    ));
+    return this.page.runs.shown
+      .filter((run) => run.lossTag === null)
+      .map((run) => ({
+        run,
+        count: run.series?.counts.loss_nonfinite,
+        name: "warning",
+        label: "not finite",
+        height: 8,
+      }));
   }
 
   scaleOf(visible) {
@@ -246,13 +330,20 @@ export class LossChart extends CurveChart {
     this.choice.hidden = !tags.length;
     if (this._tags === tags.join("\n")) return;
     this._tags = tags.join("\n");
-    const own = shown.some((run) => run.overview.summary.losses !== null) ? "logged with the norms" : "none";
+    const own = shown.some((run) => run.overview.summary.losses !== null)
+      ? "logged with the norms"
+      : "none";
     const chosen = shown.map((run) => run.lossTag).find((tag) => tag !== null) ?? own;
-    const select = element("select", {}, [own, ...tags].map((tag) => element("option", { value: tag, selected: tag === chosen }, tag)));
+    const select = element(
+      "select",
+      {},
+      [own, ...tags].map((tag) => element("option", { value: tag, selected: tag === chosen }, tag)),
+    );
     select.addEventListener("change", () => {
       const tag = select.selectedIndex ? tags[select.selectedIndex - 1] : null;
       for (const run of this.page.runs.all) {
-        if (run.overview) this.page.runs.setLossTag(run, run.overview.scalars.includes(tag) ? tag : null);
+        if (run.overview)
+          this.page.runs.setLossTag(run, run.overview.scalars.includes(tag) ? tag : null);
       }
     });
     refill(this.choice, "Curve: ", select);
@@ -293,7 +384,10 @@ export class ClipRateChart extends CurveChart {
 function isClipped(series) {
   const { norm, clipped_norm: after } = series?.columns ?? {};
   if (!norm || !after) return Boolean(after);
-  return after.high.some((value, index) => value !== norm.high[index]) || after.low.some((value, index) => value !== norm.low[index]);
+  return (
+    after.high.some((value, index) => value !== norm.high[index]) ||
+    after.low.some((value, index) => value !== norm.low[index])
+  );
 }
 
 /** Return the extremes of a curve among the columns that a range shows; none without one. */

@@ -12,7 +12,11 @@ const AXIS = 24;
 const BINS = 90;
 const FEW = 3; // runs whose advice is told in full
 const KINDS = {
-  quiet: "quiet", spiky: "spiky", drifting: "drifting", exploding: "exploding", unknown: "no finite norm above 0",
+  quiet: "quiet",
+  spiky: "spiky",
+  drifting: "drifting",
+  exploding: "exploding",
+  unknown: "no finite norm above 0",
 };
 
 /** How many norms of a run lie above each threshold of three digits. */
@@ -48,19 +52,41 @@ export class Distribution {
     this.canvas = element("canvas", { "aria-hidden": "true" });
     this.frame = element("div.frame.grabbable", {}, this.canvas);
     this.slider = element("input", {
-      type: "range", step: 1, "aria-label": "Threshold to try", input: () => this._try(thresholdAt(Number(this.slider.value))),
+      type: "range",
+      step: 1,
+      "aria-label": "Threshold to try",
+      input: () => this._try(thresholdAt(Number(this.slider.value))),
     });
     this.field = element("input", {
-      type: "text", inputMode: "decimal", size: 8, "aria-label": "Threshold to try, as a number", change: () => this._typed(),
+      type: "text",
+      inputMode: "decimal",
+      size: 8,
+      "aria-label": "Threshold to try, as a number",
+      change: () => this._typed(),
     });
-    this.clear = element("button.quiet", { type: "button", click: () => page.runs.setThreshold(null) }, "Clear");
+    this.clear = element(
+      "button.quiet",
+      { type: "button", click: () => page.runs.setThreshold(null) },
+      "Clear",
+    );
     this.shares = element("ul.shares", { role: "status" });
     this.element = element(
       "section.panel",
       {},
-      element("div.head", {}, element("h2", {}, "Try a threshold"), element("p.hint", {}, "Drag the line, or type a number.")),
+      element(
+        "div.head",
+        {},
+        element("h2", {}, "Try a threshold"),
+        element("p.hint", {}, "Drag the line, or type a number."),
+      ),
       this.frame,
-      element("div.trial", {}, this.slider, element("label", {}, "threshold ", this.field), this.clear),
+      element(
+        "div.trial",
+        {},
+        this.slider,
+        element("label", {}, "threshold ", this.field),
+        this.clear,
+      ),
       this.shares,
     );
     this._counts = new Map();
@@ -73,7 +99,8 @@ export class Distribution {
       const known = this._counts.get(run.id);
       if (!run.overview || known?.overview === run.overview) continue;
       const { distribution } = run.overview;
-      const counts = distribution && new Counts(run, distribution, await unpacked(distribution.above));
+      const counts =
+        distribution && new Counts(run, distribution, await unpacked(distribution.above));
       this._counts.set(run.id, { overview: run.overview, counts });
     }
   }
@@ -85,15 +112,23 @@ export class Distribution {
   /** The threshold that is tried, or before one is, that which the report advises. */
   get threshold() {
     if (this.page.runs.threshold !== null) return this.page.runs.threshold;
-    const advised = this.page.runs.shown.map((run) => run.overview.advice.threshold).find((each) => each !== null);
-    return advised ?? (this._bounds ? thresholdAt(Math.round((this._bounds[0] + this._bounds[1]) / 2)) : 1);
+    const advised = this.page.runs.shown
+      .map((run) => run.overview.advice.threshold)
+      .find((each) => each !== null);
+    return (
+      advised ??
+      (this._bounds ? thresholdAt(Math.round((this._bounds[0] + this._bounds[1]) / 2)) : 1)
+    );
   }
 
   draw() {
     const shown = this._shown;
     this.element.hidden = !shown.length;
     if (!shown.length) return;
-    this._bounds = boundsOf(shown, this.page.runs.shown.map((run) => run.overview.advice.threshold));
+    this._bounds = boundsOf(
+      shown,
+      this.page.runs.shown.map((run) => run.overview.advice.threshold),
+    );
     const { palette } = this.page;
     const width = this.frame.clientWidth;
     const context = sized(this.canvas, width, HEIGHT + AXIS);
@@ -101,12 +136,26 @@ export class Distribution {
     const [low, high] = this._bounds.map(thresholdAt);
     this.x = new Scale(low, high, gutter, width - 14, true);
     const bins = binsOf(this._bounds);
-    const heights = shown.map((counts) => bins.slice(1).map((bin, index) =>
-      counts.aboveOf(thresholdAt(bins[index])) - counts.aboveOf(thresholdAt(bin))));
+    const heights = shown.map((counts) =>
+      bins
+        .slice(1)
+        .map(
+          (bin, index) =>
+            counts.aboveOf(thresholdAt(bins[index])) - counts.aboveOf(thresholdAt(bin)),
+        ),
+    );
     const most = Math.max(...heights.flat(), 2);
     const y = new Scale(0.5, most * 1.5, HEIGHT, 20, true);
     this._drawAxes(context, y, most);
-    shown.forEach((counts, index) => this._drawSteps(context, y, bins, heights[index], shown.length > 1 ? counts.run.colour : palette.before));
+    shown.forEach((counts, index) =>
+      this._drawSteps(
+        context,
+        y,
+        bins,
+        heights[index],
+        shown.length > 1 ? counts.run.colour : palette.before,
+      ),
+    );
     this._drawAdvice(context);
     this._drawThreshold(context);
     this.drawn = { edges: bins.map(thresholdAt), heights };
@@ -148,13 +197,19 @@ export class Distribution {
       context.lineTo(this.x.at(thresholdAt(bins[bins.length - 1])), HEIGHT);
     };
     const at = this.x.at(this.threshold);
-    for (const [from, to, alpha] of [[this.x.start, at, 0.28], [at, this.x.end, 0.75]]) {
+    for (const [from, to, alpha] of [
+      [this.x.start, at, 0.28],
+      [at, this.x.end, 0.75],
+    ]) {
       context.save();
       context.beginPath();
       context.rect(from, 0, Math.max(to - from, 0), HEIGHT);
       context.clip();
       trace();
-      Object.assign(context, { fillStyle: colour, globalAlpha: alpha / Math.sqrt(this._shown.length) });
+      Object.assign(context, {
+        fillStyle: colour,
+        globalAlpha: alpha / Math.sqrt(this._shown.length),
+      });
       context.fill();
       context.restore();
     }
@@ -187,7 +242,10 @@ export class Distribution {
     context.beginPath();
     context.roundRect(at - 5, 16, 10, 18, 3);
     context.fill();
-    const label = this.page.runs.threshold === null ? `advised: ${number(this.threshold)}` : number(this.threshold);
+    const label =
+      this.page.runs.threshold === null
+        ? `advised: ${number(this.threshold)}`
+        : number(this.threshold);
     context.font = `600 12px ${palette.font}`;
     context.textBaseline = "bottom";
     context.textAlign = "center";
@@ -205,19 +263,32 @@ export class Distribution {
     this.clear.hidden = runs.threshold === null;
     const sentences = this._shown.map((counts) => {
       const above = counts.aboveOf(threshold);
-      return [counts.run, `${percent(above / counts.finite)} of the steps (${whole(above)} of ${whole(counts.finite)})`];
+      return [
+        counts.run,
+        `${percent(above / counts.finite)} of the steps (${whole(above)} of ${whole(counts.finite)})`,
+      ];
     });
-    this.slider.setAttribute("aria-valuetext", `${number(threshold)}: ${sentences.map(([, text]) => text).join("; ")}`);
+    this.slider.setAttribute(
+      "aria-valuetext",
+      `${number(threshold)}: ${sentences.map(([, text]) => text).join("; ")}`,
+    );
     const several = sentences.length > 1;
     const marked = runs.threshold === null ? "" : ", those that are marked in all panels";
     const words = `${number(threshold)} would have clipped`;
     refill(
       this.shares,
       several ? element("li", {}, `${words}${marked}:`) : null,
-      sentences.map(([run, text]) => element(
-        "li", {}, several ? [swatch(run), element("span.name", { title: run.name }, `${run.shortName}: `)] : `${words} `,
-        element("strong", {}, text), several ? "" : `${marked}.`,
-      )),
+      sentences.map(([run, text]) =>
+        element(
+          "li",
+          {},
+          several
+            ? [swatch(run), element("span.name", { title: run.name }, `${run.shortName}: `)]
+            : `${words} `,
+          element("strong", {}, text),
+          several ? "" : `${marked}.`,
+        ),
+      ),
     );
   }
 
@@ -232,7 +303,8 @@ export class Distribution {
   }
 
   _listen() {
-    const drag = (event) => this._try(this.x.value(Math.min(Math.max(event.offsetX, this.x.start), this.x.end)));
+    const drag = (event) =>
+      this._try(this.x.value(Math.min(Math.max(event.offsetX, this.x.start), this.x.end)));
     this.frame.addEventListener("pointerdown", (event) => {
       if (event.button !== 0) return;
       this.frame.setPointerCapture(event.pointerId);
@@ -251,7 +323,10 @@ function boundsOf(shown, advised) {
     // Norms begin in front of the first threshold that is not below all of them.
     const first = above.findIndex((count) => count < above[0]);
     const last = above.findIndex((count) => count === 0);
-    places.push(decade * PER_DECADE + Math.max(first - 1, 0), decade * PER_DECADE + (last < 0 ? above.length - 1 : last));
+    places.push(
+      decade * PER_DECADE + Math.max(first - 1, 0),
+      decade * PER_DECADE + (last < 0 ? above.length - 1 : last),
+    );
   }
   const room = (place, factor) => placeOf(thresholdAt(place) * factor || 1e-320);
   const [low, high] = [Math.min(...places), Math.max(...places)];
@@ -271,28 +346,53 @@ export class Advice {
   constructor(page) {
     this.page = page;
     this.list = element("div.cards");
-    this.element = element("section.panel", {}, element("div.head", {}, element("h2", {}, "Advice")), this.list);
+    this.element = element(
+      "section.panel",
+      {},
+      element("div.head", {}, element("h2", {}, "Advice")),
+      this.list,
+    );
   }
 
   draw() {
     const { shown } = this.page.runs;
     this.element.hidden = !shown.length;
-    if (this._drawn === JSON.stringify(shown.map((run) => [run.name, run.colour, run.overview.advice]))) return;
+    if (
+      this._drawn ===
+      JSON.stringify(shown.map((run) => [run.name, run.colour, run.overview.advice]))
+    )
+      return;
     this._drawn = JSON.stringify(shown.map((run) => [run.name, run.colour, run.overview.advice]));
-    refill(this.list, shown.map((run) => this._card(run, run.overview.advice, shown.length <= FEW)));
+    refill(
+      this.list,
+      shown.map((run) => this._card(run, run.overview.advice, shown.length <= FEW)),
+    );
   }
 
   _card(run, advice, isFull) {
-    const words = [element("p", {}, advice.reason), ...advice.warnings.map((warning) => element("p.note", {}, warning))];
+    const words = [
+      element("p", {}, advice.reason),
+      ...advice.warnings.map((warning) => element("p.note", {}, warning)),
+    ];
     return element(
       "article.card",
       {},
-      element("h3", {}, swatch(run), element("span.name", { title: run.name }, run.shortName), element(`span.kind.${advice.kind}`, {}, KINDS[advice.kind] ?? advice.kind)),
+      element(
+        "h3",
+        {},
+        swatch(run),
+        element("span.name", { title: run.name }, run.shortName),
+        element(`span.kind.${advice.kind}`, {}, KINDS[advice.kind] ?? advice.kind),
+      ),
       isFull ? words[0] : null,
       element("div.code", {}, element("code", {}, advice.line), copyButton(advice.line)),
-      advice.threshold === null ? null : element(
-        "button.quiet", { type: "button", click: () => this.page.runs.setThreshold(advice.threshold) }, `Try ${number(advice.threshold)}`,
-      ),
+      advice.threshold === null
+        ? null
+        : element(
+            "button.quiet",
+            { type: "button", click: () => this.page.runs.setThreshold(advice.threshold) },
+            `Try ${number(advice.threshold)}`,
+          ),
       isFull ? words.slice(1) : element("details", {}, element("summary", {}, "Why"), words),
     );
   }

@@ -28,7 +28,11 @@ export function refill(parent, ...children) {
 
 /** A button that is pressed or not. */
 export function toggle(label, pressed, change, properties = {}) {
-  const button = element("button", { type: "button", "aria-pressed": String(pressed), ...properties }, label);
+  const button = element(
+    "button",
+    { type: "button", "aria-pressed": String(pressed), ...properties },
+    label,
+  );
   button.addEventListener("click", () => {
     const isPressed = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", String(isPressed));
@@ -42,7 +46,9 @@ export function copyButton(text) {
   const button = element("button", { type: "button", click: () => copied(text).then(say) }, "Copy");
   const say = (done) => {
     button.textContent = done ? "Copied" : "Select and copy by hand";
-    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    setTimeout(() => {
+      button.textContent = "Copy";
+    }, 2000);
   };
   return button;
 }

@@ -25,10 +25,19 @@ export class HeatMap extends StepChart {
     this._most = FEW;
     this._key = "";
     this._leading = new Set();
-    this.runChoice = element("select", { "aria-label": "Run of the map", change: () => this.refresh() });
-    this.quantityChoice = element("select", { "aria-label": "Quantity of the map", change: () => this.refresh() });
+    this.runChoice = element("select", {
+      "aria-label": "Run of the map",
+      change: () => this.refresh(),
+    });
+    this.quantityChoice = element("select", {
+      "aria-label": "Quantity of the map",
+      change: () => this.refresh(),
+    });
     this.search = element("input", {
-      type: "search", placeholder: "Search names", "aria-label": "Search parameters by name", input: () => this.refresh(),
+      type: "search",
+      placeholder: "Search names",
+      "aria-label": "Search parameters by name",
+      input: () => this.refresh(),
     });
     this.more = element("button.quiet", { type: "button", click: () => this._showMore() });
     this.found = element("p.found", { role: "status" });
@@ -43,7 +52,10 @@ export class HeatMap extends StepChart {
   refresh() {
     const { runs } = this.page;
     const withMaps = runs.shown.filter((run) => run.overview.quantities.length);
-    choices(this.runChoice, withMaps.map((run) => [run.id, run.shortName]));
+    choices(
+      this.runChoice,
+      withMaps.map((run) => [run.id, run.shortName]),
+    );
     this.runChoice.hidden = withMaps.length < 2;
     this.run = withMaps.find((run) => run.id === this.runChoice.value) ?? withMaps[0];
     if (!this.run) {
@@ -51,16 +63,25 @@ export class HeatMap extends StepChart {
       return;
     }
     const { quantities } = this.run.overview;
-    choices(this.quantityChoice, quantities.map((name) => [name, QUANTITIES[name] ?? name]));
-    const quantity = quantities.includes(this.quantityChoice.value) ? this.quantityChoice.value : quantities[0];
+    choices(
+      this.quantityChoice,
+      quantities.map((name) => [name, QUANTITIES[name] ?? name]),
+    );
+    const quantity = quantities.includes(this.quantityChoice.value)
+      ? this.quantityChoice.value
+      : quantities[0];
     const range = { ...runs.range, buckets: COLUMNS };
     const question = [this.run.id, quantity, range, this.search.value.trim(), this._most];
     const key = JSON.stringify([...question, this.run.overview.steps]);
     if (key === this._key) return;
     this._key = key;
     const answered = runs.source.parameters(...question).then(
-      (table) => { if (key === this._key) this._take(table); },
-      (error) => { this.found.textContent = error.message; },
+      (table) => {
+        if (key === this._key) this._take(table);
+      },
+      (error) => {
+        this.found.textContent = error.message;
+      },
     );
     runs.wait(answered);
   }
@@ -74,7 +95,10 @@ export class HeatMap extends StepChart {
   draw() {
     if (this.table) {
       this.rows = grouped(this.table.names, (this.gutter - 12) / LETTER);
-      this.height = Math.max(this.rows.reduce((sum, row) => sum + row.height, 0), HEADING);
+      this.height = Math.max(
+        this.rows.reduce((sum, row) => sum + row.height, 0),
+        HEADING,
+      );
     }
     super.draw();
   }
@@ -86,8 +110,10 @@ export class HeatMap extends StepChart {
   _take(table) {
     this.table = table;
     this.more.hidden = table.matching <= FEW;
-    this.more.textContent = table.names.length < table.matching
-      ? `Show all ${whole(Math.min(table.matching, MOST))}` : `Show the ${FEW} largest`;
+    this.more.textContent =
+      table.names.length < table.matching
+        ? `Show all ${whole(Math.min(table.matching, MOST))}`
+        : `Show the ${FEW} largest`;
     this._say();
     this.draw();
   }
@@ -104,7 +130,13 @@ export class HeatMap extends StepChart {
     const width = Math.round(area.right - area.left);
     const [low, high] = coloursOf(this.table.high);
     const image = this._image(width, low, high);
-    this.drawn = { names: this.table.names, steps: this.table.steps, high: this.table.high, low, top: high };
+    this.drawn = {
+      names: this.table.names,
+      steps: this.table.steps,
+      high: this.table.high,
+      low,
+      top: high,
+    };
     context.imageSmoothingEnabled = false;
     context.textBaseline = "middle";
     let top = area.top;
@@ -120,8 +152,22 @@ export class HeatMap extends StepChart {
         context.font = `${isLeading ? 700 : 400} 11px ${palette.font}`;
         context.textAlign = "right";
         context.fillStyle = isLeading ? palette.warning : palette.muted;
-        context.fillText((isLeading ? "▸ " : "") + fitted(context, row.text, area.left - 12), area.left - 7, middle);
-        context.drawImage(image, 0, row.index, width, 1, area.left, top + 0.5, width, row.height - 1);
+        context.fillText(
+          (isLeading ? "▸ " : "") + fitted(context, row.text, area.left - 12),
+          area.left - 7,
+          middle,
+        );
+        context.drawImage(
+          image,
+          0,
+          row.index,
+          width,
+          1,
+          area.left,
+          top + 0.5,
+          width,
+          row.height - 1,
+        );
       }
       top += row.height;
     }
@@ -132,14 +178,21 @@ export class HeatMap extends StepChart {
   /** Return an image with a line for each parameter, of the highest value in each column of pixels. */
   _image(width, low, high) {
     const { names, steps, end, high: values, nonfinite } = this.table;
-    const canvas = element("canvas", { width: Math.max(width, 1), height: Math.max(names.length, 1) });
+    const canvas = element("canvas", {
+      width: Math.max(width, 1),
+      height: Math.max(names.length, 1),
+    });
     const context = canvas.getContext("2d");
     const image = context.createImageData(canvas.width, canvas.height);
     const gap = steps.length > 1 ? (steps[steps.length - 1] - steps[0]) / (steps.length - 1) : 1;
-    const left = (column) => this.x.at(column < steps.length ? steps[column] - 0.5 : (end ?? 0) + Math.max(gap / 2, 0.5));
+    const left = (column) =>
+      this.x.at(column < steps.length ? steps[column] - 0.5 : (end ?? 0) + Math.max(gap / 2, 0.5));
     const spans = [...steps.keys()].map((column) => {
       const from = Math.max(Math.floor(left(column) - this.area.left), 0);
-      return [from, Math.min(Math.max(Math.ceil(left(column + 1) - this.area.left), from + 1), width)];
+      return [
+        from,
+        Math.min(Math.max(Math.ceil(left(column + 1) - this.area.left), from + 1), width),
+      ];
     });
     const warning = colourParts(this.page.palette.warning);
     for (let row = 0; row < names.length; row += 1) {
@@ -148,13 +201,16 @@ export class HeatMap extends StepChart {
       spans.forEach(([from, to], column) => {
         const cell = row * steps.length + column;
         for (let pixel = from; pixel < to; pixel += 1) {
-          if (!(highest[pixel] >= values[cell])) highest[pixel] = Number.isNaN(values[cell]) ? highest[pixel] : values[cell];
+          if (!(highest[pixel] >= values[cell]))
+            highest[pixel] = Number.isNaN(values[cell]) ? highest[pixel] : values[cell];
           broken[pixel] |= nonfinite[cell];
         }
       });
       for (let pixel = 0; pixel < width; pixel += 1) {
         if (!broken[pixel] && Number.isNaN(highest[pixel])) continue;
-        const colour = broken[pixel] ? warning : heat((Math.log10(highest[pixel]) - low) / (high - low));
+        const colour = broken[pixel]
+          ? warning
+          : heat((Math.log10(highest[pixel]) - low) / (high - low));
         image.data.set([...colour, 255], 4 * (row * canvas.width + pixel));
       }
     }
@@ -180,19 +236,32 @@ export class HeatMap extends StepChart {
     const row = this.rows.find((each) => (top += each.height) > event.offsetY);
     const { steps, names, high, nonfinite } = this.table;
     const column = firstNotBelow(steps, this.x.value(event.offsetX) + 0.5) - 1;
-    if (row?.index === undefined || column < 0 || event.offsetX < this.area.left) return this._say();
+    if (row?.index === undefined || column < 0 || event.offsetX < this.area.left)
+      return this._say();
     const cell = row.index * steps.length + column;
     const last = column + 1 < steps.length ? steps[column + 1] - 1 : this.table.end;
-    const when = last > steps[column] ? `steps ${whole(steps[column])} to ${whole(last)}` : `step ${whole(steps[column])}`;
-    const value = nonfinite[cell] ? "not finite" : Number.isNaN(high[cell]) ? "not logged" : number(high[cell]);
+    const when =
+      last > steps[column]
+        ? `steps ${whole(steps[column])} to ${whole(last)}`
+        : `step ${whole(steps[column])}`;
+    const value = nonfinite[cell]
+      ? "not finite"
+      : Number.isNaN(high[cell])
+        ? "not logged"
+        : number(high[cell]);
     this.found.textContent = `${names[row.index]}: ${value} at ${when}`;
   }
 
   _say() {
     if (!this.table) return;
     const { matching, names } = this.table;
-    const kept = names.length < matching ? `the ${whole(names.length)} largest of ${whole(matching)}` : whole(matching);
-    this.found.textContent = matching ? `${kept} parameters, the largest first` : "No parameter has such a name.";
+    const kept =
+      names.length < matching
+        ? `the ${whole(names.length)} largest of ${whole(matching)}`
+        : whole(matching);
+    this.found.textContent = matching
+      ? `${kept} parameters, the largest first`
+      : "No parameter has such a name.";
   }
 }
 
@@ -207,8 +276,12 @@ export function grouped(names, characters) {
   const parts = names.map((name) => name.split("."));
   let depth = Math.max(...parts.map((each) => each.length - 1), 0);
   while (depth > 1) {
-    const modules = new Set(parts.map((each) => each.slice(0, Math.min(depth, each.length - 1)).join(".")));
-    const longest = Math.max(...parts.map((each) => each.slice(Math.min(depth - 1, each.length - 1)).join(".").length));
+    const modules = new Set(
+      parts.map((each) => each.slice(0, Math.min(depth, each.length - 1)).join(".")),
+    );
+    const longest = Math.max(
+      ...parts.map((each) => each.slice(Math.min(depth - 1, each.length - 1)).join(".").length),
+    );
     if (modules.size * 3 <= names.length || longest > characters) break;
     depth -= 1;
   }
@@ -227,9 +300,15 @@ export function grouped(names, characters) {
 
 /** Return the logarithms at which colours begin, at the first percentile, and end, at the largest value. */
 function coloursOf(values) {
-  const logarithms = values.filter((value) => value > 0).map(Math.log10).sort();
+  const logarithms = values
+    .filter((value) => value > 0)
+    .map(Math.log10)
+    .sort();
   if (!logarithms.length) return [-1, 1];
-  const [low, high] = [logarithms[Math.floor(logarithms.length / 100)], logarithms[logarithms.length - 1]];
+  const [low, high] = [
+    logarithms[Math.floor(logarithms.length / 100)],
+    logarithms[logarithms.length - 1],
+  ];
   return high - low >= 0.2 ? [low, high] : [high - 0.2, high + 0.2];
 }
 
@@ -252,5 +331,10 @@ export function choices(select, options) {
   if (select.dataset.options === key) return;
   select.dataset.options = key;
   const { value } = select;
-  refill(select, options.map(([name, text]) => element("option", { value: name, selected: name === value }, text)));
+  refill(
+    select,
+    options.map(([name, text]) =>
+      element("option", { value: name, selected: name === value }, text),
+    ),
+  );
 }

@@ -15,7 +15,12 @@ export class Incidents {
     this.element = element(
       "section.panel",
       {},
-      element("div.head", {}, element("h2", {}, "Incidents"), element("p.hint", {}, "Choose one to see its steps in all panels.")),
+      element(
+        "div.head",
+        {},
+        element("h2", {}, "Incidents"),
+        element("p.hint", {}, "Choose one to see its steps in all panels."),
+      ),
       this.list,
       this.more,
     );
@@ -24,9 +29,15 @@ export class Incidents {
   }
 
   draw() {
-    const entries = this.page.runs.shown.flatMap((run) => run.overview.incidents.map((incident) => ({ run, incident })));
+    const entries = this.page.runs.shown.flatMap((run) =>
+      run.overview.incidents.map((incident) => ({ run, incident })),
+    );
     entries.sort((a, b) => a.incident.first_step - b.incident.first_step);
-    const key = JSON.stringify([entries.map(({ run, incident }) => [run.id, run.colour, incident.step, incident.text]), this._isLong, this._chosen]);
+    const key = JSON.stringify([
+      entries.map(({ run, incident }) => [run.id, run.colour, incident.step, incident.text]),
+      this._isLong,
+      this._chosen,
+    ]);
     if (key === this._key) return;
     this._key = key;
     const shown = this._isLong ? entries : entries.slice(0, FEW);
@@ -34,8 +45,16 @@ export class Incidents {
     refill(
       this.list,
       shown.map((entry) => this._item(entry)),
-      entries.length ? null : element("li.none", {}, "None: every norm was finite, and none was far above those before it."),
-      rest && this._isLong ? element("li.none", {}, `${whole(rest)} more, lower ones, are not listed.`) : null,
+      entries.length
+        ? null
+        : element(
+            "li.none",
+            {},
+            "None: every norm was finite, and none was far above those before it.",
+          ),
+      rest && this._isLong
+        ? element("li.none", {}, `${whole(rest)} more, lower ones, are not listed.`)
+        : null,
     );
     this.more.hidden = entries.length <= FEW;
     this.more.textContent = this._isLong ? "Show fewer" : `Show all ${whole(entries.length)}`;
@@ -47,7 +66,9 @@ export class Incidents {
   }
 
   _item({ run, incident }) {
-    const led = incident.parameters.map(([name, norm]) => `${name} (${norm === null ? "not finite" : number(norm, 3)})`);
+    const led = incident.parameters.map(
+      ([name, norm]) => `${name} (${norm === null ? "not finite" : number(norm, 3)})`,
+    );
     const key = `${run.id} ${incident.step} ${incident.kind}`;
     const isTold = incident.sentence !== null && (this._chosen === key || !led.length);
     const said = isTold ? element("span.led", {}, `At the time: ${incident.sentence}`) : null;
@@ -56,9 +77,19 @@ export class Incidents {
       {},
       element(
         "button.incident",
-        { type: "button", "aria-pressed": String(this._chosen === key), click: () => this._show(run, incident, key) },
+        {
+          type: "button",
+          "aria-pressed": String(this._chosen === key),
+          click: () => this._show(run, incident, key),
+        },
         swatch(run),
-        element("span.text", {}, element("span", {}, incident.text), led.length ? element("span.led", {}, `Led by ${led.join(", ")}.`) : null, said),
+        element(
+          "span.text",
+          {},
+          element("span", {}, incident.text),
+          led.length ? element("span.led", {}, `Led by ${led.join(", ")}.`) : null,
+          said,
+        ),
       ),
     );
   }

@@ -1,5 +1,6 @@
 // The page: its panels, what stands above them, and when they are drawn.
 
+import { HELP } from "./chart.js";
 import { ClipRateChart, LossChart, NormChart } from "./curves.js";
 import { Advice, Distribution } from "./distribution.js";
 import { element, refill, toggle } from "./elements.js";
@@ -27,7 +28,14 @@ class Page {
     this.runTable = new RunTable(this);
     this.numberTable = new NumberTable(this);
     this.charts = [this.norms, this.losses, this.rates, this.map];
-    this.panels = [this.runTable, ...this.charts, this.distribution, this.advice, this.incidents, this.numberTable];
+    this.panels = [
+      this.runTable,
+      ...this.charts,
+      this.distribution,
+      this.advice,
+      this.incidents,
+      this.numberTable,
+    ];
     this.message = element("p.message", { role: "status" }, "Reading the runs …");
     this.notes = element("ul.notes");
     this.spoken = element("p.spoken", { "aria-live": "polite" });
@@ -46,7 +54,9 @@ class Page {
 
   _header() {
     const { runs } = this;
-    const button = (label, name, click) => element("button", { type: "button", "aria-label": name, title: name, click }, label);
+    const button = (label, name, click) =>
+      element("button", { type: "button", "aria-label": name, title: name, click }, label);
+    this.help = element("p.help", { hidden: true }, HELP);
     this.isDark = matchMedia("(prefers-color-scheme: dark)").matches;
     this.themeButton = toggle("Dark", this.isDark, (isDark) => this._setTheme(isDark));
     return element(
@@ -67,14 +77,21 @@ class Page {
         ),
         toggle("Log axis", true, (isLogarithmic) => runs.setLogarithmic(isLogarithmic)),
         this.themeButton,
+        toggle("Help", false, (isOpen) => {
+          this.help.hidden = !isOpen;
+        }),
       ),
+      this.help,
     );
   }
 
   /** Read the runs and draw them; of a source that lives, again and again. */
   async start() {
     await this._load();
-    if (this.runs.source.live) setInterval(() => { if (this._isSeen()) this._load(); }, PATIENCE);
+    if (this.runs.source.live)
+      setInterval(() => {
+        if (this._isSeen()) this._load();
+      }, PATIENCE);
   }
 
   /** Tell whether anybody may look: another tab of TensorBoard hides the frame alone. */
@@ -125,31 +142,54 @@ class Page {
     } else {
       this.charts.forEach((chart) => chart.drawOverlay());
       this.runTable.fill();
-      this.distribution.draw();
+      if (this.runs.threshold !== this._threshold) this.distribution.draw();
     }
+    this._threshold = this.runs.threshold;
   }
 
   _showNotes() {
     const { shown, notes, source } = this.runs;
-    const sizes = [...new Set(shown.map((run) => run.series?.size ?? 1).filter((size) => size > 1))];
-    const sampled = shown.filter((run) => run.overview.sampled).map((run) => `${run.name}: a sample of the logged steps is shown.`);
-    const kept = source.live ? "zoom in to see every step." : "this file keeps no more of a run this long.";
-    const extremes = sizes.map((size) => `Curves show the smallest and the largest value of every ${whole(size)} logged steps; ${kept}`);
+    const sizes = [
+      ...new Set(shown.map((run) => run.series?.size ?? 1).filter((size) => size > 1)),
+    ];
+    const sampled = shown
+      .filter((run) => run.overview.sampled)
+      .map((run) => `${run.name}: a sample of the logged steps is shown.`);
+    const kept = source.live
+      ? "zoom in to see every step."
+      : "this file keeps no more of a run this long.";
+    const extremes = sizes.map(
+      (size) =>
+        `Curves show the smallest and the largest value of every ${whole(size)} logged steps; ${kept}`,
+    );
     const all = [...notes, ...sampled, ...extremes];
     const key = all.join("\n");
-    if (key !== this._notes) refill(this.notes, all.map((note) => element("li", {}, note)));
+    if (key !== this._notes)
+      refill(
+        this.notes,
+        all.map((note) => element("li", {}, note)),
+      );
     this._notes = key;
   }
 
   /** Say the numbers under the crosshair to a screen reader. */
   announce() {
     const { step, shown } = this.runs;
-    const numbers = shown.map((run) => [run, run.numbersAt(step)]).filter(([, each]) => each !== null);
-    const texts = numbers.map(([run, each]) => [
-      shown.length > 1 ? run.shortName : "", `before ${between(each.norm)}, after ${between(each.clipped_norm)}`,
-      each.threshold ? `threshold ${between(each.threshold)}` : "", each.loss ? `loss ${between(each.loss)}` : "",
-      each.nonfinite ? "not finite" : "", each.skipped ? "skipped" : "",
-    ].filter(Boolean).join(", "));
+    const numbers = shown
+      .map((run) => [run, run.numbersAt(step)])
+      .filter(([, each]) => each !== null);
+    const texts = numbers.map(([run, each]) =>
+      [
+        shown.length > 1 ? run.shortName : "",
+        `before ${between(each.norm)}, after ${between(each.clipped_norm)}`,
+        each.threshold ? `threshold ${between(each.threshold)}` : "",
+        each.loss ? `loss ${between(each.loss)}` : "",
+        each.nonfinite ? "not finite" : "",
+        each.skipped ? "skipped" : "",
+      ]
+        .filter(Boolean)
+        .join(", "),
+    );
     this.spoken.textContent = `Step ${whole(step)}: ${texts.join("; ")}`;
   }
 
@@ -169,7 +209,9 @@ class Page {
 
   _watch() {
     this._setTheme(this.isDark);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) => this._setTheme(matches));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) =>
+      this._setTheme(matches),
+    );
     let width = 0;
     new ResizeObserver(([{ contentRect }]) => {
       if (contentRect.width === width) return;
@@ -211,10 +253,14 @@ export function show(root, source) {
   const drawn = () => ({
     range: page.runs.range,
     threshold: page.runs.threshold,
-    curves: [page.norms, page.losses, page.rates].flatMap((chart) => chart.drawn.map(
-      ({ run, name, columns }) => ({ run: run.name, name, ...columns }),
-    )),
-    map: page.map.drawn && { ...page.map.drawn, steps: [...page.map.drawn.steps], high: [...page.map.drawn.high] },
+    curves: [page.norms, page.losses, page.rates].flatMap((chart) =>
+      chart.drawn.map(({ run, name, columns }) => ({ run: run.name, name, ...columns })),
+    ),
+    map: page.map.drawn && {
+      ...page.map.drawn,
+      steps: [...page.map.drawn.steps],
+      high: [...page.map.drawn.high],
+    },
     distribution: page.distribution.drawn,
   });
   const settled = () => started.then(() => page.settled());
@@ -228,6 +274,7 @@ export function showEmbedded() {
     const content = JSON.parse(document.getElementById("gradclip-runs").textContent);
     window.gradclipPage = show(root, new EmbeddedSource(content));
   } catch {
-    root.textContent = "The runs in this file cannot be read: it is damaged. Write it again with gradclip report --html.";
+    root.textContent =
+      "The runs in this file cannot be read: it is damaged. Write it again with gradclip report --html.";
   }
 }

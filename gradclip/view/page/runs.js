@@ -4,8 +4,9 @@ import { firstNotBelow } from "./arrays.js";
 import { FORMAT } from "./source.js";
 import { runColour, runMarker } from "./styles.js";
 
-const OTHER_FORMAT = "These runs were written for another version of gradclip's page. Install the same version of "
-  + "gradclip where they are read and where they are shown.";
+const OTHER_FORMAT =
+  "These runs were written for another version of gradclip's page. Install the same version of " +
+  "gradclip where they are read and where they are shown.";
 
 /** A run, with its overview and the curves of the range that is shown. */
 export class Run {
@@ -34,7 +35,8 @@ export class Run {
     if (index < 0) return null;
     const [first, last] = stepsOf(series, index);
     const numbers = { first, last, size: series.size };
-    for (const [name, { low, high }] of Object.entries(series.columns)) numbers[name] = [low[index], high[index]];
+    for (const [name, { low, high }] of Object.entries(series.columns))
+      numbers[name] = [low[index], high[index]];
     for (const [name, count] of Object.entries(series.counts)) numbers[name] = count[index];
     if (this.lossTag !== null && this.losses) {
       const place = nearest(this.losses, step);
@@ -56,7 +58,12 @@ function shortNames(names) {
   const parts = names.map((name) => name.split(/(?<=[/\\])/));
   const shortest = Math.min(...parts.map((each) => each.length));
   let common = names.length > 1 ? 0 : Math.max(shortest - 2, 0);
-  while (names.length > 1 && common < shortest - 1 && parts.every((each) => each[common] === parts[0][common])) common += 1;
+  while (
+    names.length > 1 &&
+    common < shortest - 1 &&
+    parts.every((each) => each[common] === parts[0][common])
+  )
+    common += 1;
   return parts.map((each) => each.slice(common).join(""));
 }
 
@@ -78,7 +85,8 @@ function nearest(series, step) {
   const count = series.steps.length;
   if (!count) return -1;
   const next = firstNotBelow(series.steps, step);
-  if (series.size > 1) return next < count && series.steps[next] === step ? next : Math.max(next - 1, 0);
+  if (series.size > 1)
+    return next < count && series.steps[next] === step ? next : Math.max(next - 1, 0);
   if (next === 0) return 0;
   if (next === count) return count - 1;
   return step - series.steps[next - 1] <= series.steps[next] - step ? next - 1 : next;
@@ -128,15 +136,23 @@ export class Runs {
     const { format, runs, notes } = await this.source.runs();
     if (format !== FORMAT) throw new Error(OTHER_FORMAT);
     const gone = this.all.filter((run) => !runs.some((listed) => listed.id === run.id));
-    this.notes = [...notes, ...gone.map((run) => `${run.name} is gone: its last numbers are shown.`)];
+    this.notes = [
+      ...notes,
+      ...gone.map((run) => `${run.name} is gone: its last numbers are shown.`),
+    ];
     const asked = runs.map((listed) => {
       let run = this.all.find((known) => known.id === listed.id);
       if (run === undefined) this.all.push((run = new Run(listed, this.all.length)));
-      const isOld = run.overview === null || run.overview.steps !== listed.steps || run.overview.last !== listed.last;
+      const isOld =
+        run.overview === null ||
+        run.overview.steps !== listed.steps ||
+        run.overview.last !== listed.last;
       return isOld ? this._loadOverview(run) : null;
     });
     const short = shortNames(this.all.map((run) => run.name));
-    this.all.forEach((run, index) => { run.shortName = short[index]; });
+    this.all.forEach((run, index) => {
+      run.shortName = short[index];
+    });
     this.setColours(this._isDark);
     const isNew = (await Promise.all(asked)).some((each) => each !== null);
     if (isNew && this._followsEnd) this.range = this.whole;
@@ -148,7 +164,8 @@ export class Runs {
     try {
       const isFirst = run.overview === null;
       run.overview = await this.source.overview(run.id);
-      if (isFirst && run.overview.summary.losses === null) run.lossTag = likelyLoss(run.overview.scalars);
+      if (isFirst && run.overview.summary.losses === null)
+        run.lossTag = likelyLoss(run.overview.scalars);
     } catch (error) {
       this.notes.push(`${run.name}: ${error.message}`);
     }
@@ -197,7 +214,9 @@ export class Runs {
   /** Give each run the colour that it has on a light or a dark ground. */
   setColours(isDark) {
     this._isDark = isDark;
-    this.all.forEach((run, index) => { run.colour = runColour(index, isDark); });
+    this.all.forEach((run, index) => {
+      run.colour = runColour(index, isDark);
+    });
   }
 
   setStep(step) {
@@ -247,10 +266,14 @@ export class Runs {
 
   async _answersOf(run, range) {
     try {
-      const losses = run.lossTag === null ? null : await this.source.scalar(run.id, run.lossTag, range);
+      const losses =
+        run.lossTag === null ? null : await this.source.scalar(run.id, run.lossTag, range);
       return [run, await this.source.series(run.id, range), losses];
     } catch (error) {
-      this.notes = [...this.notes.filter((note) => !note.startsWith(`${run.name}: `)), `${run.name}: ${error.message}`];
+      this.notes = [
+        ...this.notes.filter((note) => !note.startsWith(`${run.name}: `)),
+        `${run.name}: ${error.message}`,
+      ];
       return [run, null, null];
     }
   }

@@ -29,7 +29,9 @@ export class Scale {
 
   /** Return at most so many round values of the axis. */
   ticks(most) {
-    return this.logarithmic ? logarithmicTicks(this.low, this.high, most) : linearTicks(this.low, this.high, most);
+    return this.logarithmic
+      ? logarithmicTicks(this.low, this.high, most)
+      : linearTicks(this.low, this.high, most);
   }
 }
 
@@ -37,9 +39,16 @@ export class Scale {
 export function linearTicks(low, high, most, least = 0) {
   const raw = (high - low) / Math.max(most, 1);
   const power = 10 ** Math.floor(Math.log10(raw));
-  const distance = Math.max([1, 2, 5, 10].map((digit) => digit * power).find((each) => each >= raw * 0.999), least);
+  const distance = Math.max(
+    [1, 2, 5, 10].map((digit) => digit * power).find((each) => each >= raw * 0.999),
+    least,
+  );
   const ticks = [];
-  for (let index = Math.ceil(low / distance - 1e-9); index * distance <= high + distance * 1e-9; index += 1) {
+  for (
+    let index = Math.ceil(low / distance - 1e-9);
+    index * distance <= high + distance * 1e-9;
+    index += 1
+  ) {
     ticks.push(Number((index * distance).toPrecision(12)));
   }
   return ticks;
@@ -49,7 +58,14 @@ function logarithmicTicks(low, high, most) {
   const decades = Math.log10(high / low);
   if (decades < 0.7) return linearTicks(low, high, most);
   const stride = Math.max(1, Math.ceil(decades / most));
-  const digits = decades * 6 <= most ? [1, 1.5, 2, 3, 5, 7] : decades * 3 <= most ? [1, 2, 5] : decades * 2 <= most ? [1, 3] : [1];
+  const digits =
+    decades * 6 <= most
+      ? [1, 1.5, 2, 3, 5, 7]
+      : decades * 3 <= most
+        ? [1, 2, 5]
+        : decades * 2 <= most
+          ? [1, 3]
+          : [1];
   const ticks = [];
   for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade += 1) {
     if (decade % stride) continue;
@@ -77,7 +93,10 @@ export function number(value, digits = 4) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-4 || size >= 1e6)) {
-    return value.toExponential(digits - 1).replace(/\.?0+e/, "e").replace("e+", "e");
+    return value
+      .toExponential(digits - 1)
+      .replace(/\.?0+e/, "e")
+      .replace("e+", "e");
   }
   return String(Number(value.toPrecision(digits)));
 }

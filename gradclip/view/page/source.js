@@ -42,7 +42,10 @@ export class EmbeddedSource {
   }
 
   async series(id, range) {
-    return cut(await this._once(`series ${id}`, () => unpackedSeries(this._content.runs[id].series)), range);
+    return cut(
+      await this._once(`series ${id}`, () => unpackedSeries(this._content.runs[id].series)),
+      range,
+    );
   }
 
   async scalar(id, tag, range) {
@@ -92,7 +95,10 @@ export class ServedSource {
   }
 
   async _ask(name, question) {
-    const address = new URL(`${this._base}${name}?${new URLSearchParams(question)}`, document.baseURI);
+    const address = new URL(
+      `${this._base}${name}?${new URLSearchParams(question)}`,
+      document.baseURI,
+    );
     let response;
     try {
       response = await fetch(address);
@@ -100,7 +106,8 @@ export class ServedSource {
       throw new Error("The server does not answer: is TensorBoard still running?");
     }
     const answer = await response.json().catch(() => ({}));
-    if (!response.ok) throw new Error(answer.error ?? `The server answered ${response.status} to ${name}.`);
+    if (!response.ok)
+      throw new Error(answer.error ?? `The server answered ${response.status} to ${name}.`);
     return answer;
   }
 }
@@ -113,7 +120,13 @@ async function unpackedSeries(answer) {
   }
   const counts = {};
   for (const [name, count] of Object.entries(answer.counts)) counts[name] = await unpacked(count);
-  return { size: answer.size, steps: await unpacked(answer.steps), end: answer.end, columns, counts };
+  return {
+    size: answer.size,
+    steps: await unpacked(answer.steps),
+    end: answer.end,
+    columns,
+    counts,
+  };
 }
 
 async function unpackedTable(answer) {
@@ -131,15 +144,21 @@ function cut(series, { first, last }) {
     size: series.size,
     steps: part(series.steps),
     end: end < series.steps.length ? series.steps[end] - 1 : series.end,
-    columns: Object.fromEntries(columns.map(([name, { low, high }]) => [name, { low: part(low), high: part(high) }])),
-    counts: Object.fromEntries(Object.entries(series.counts).map(([name, count]) => [name, part(count)])),
+    columns: Object.fromEntries(
+      columns.map(([name, { low, high }]) => [name, { low: part(low), high: part(high) }]),
+    ),
+    counts: Object.fromEntries(
+      Object.entries(series.counts).map(([name, count]) => [name, part(count)]),
+    ),
   };
 }
 
 /** Return the rows of a table whose names match, and the columns of a range. */
 function chosen(table, { first, last }, search, most) {
   const wanted = search.toLowerCase();
-  const matching = [...table.names.keys()].filter((row) => table.names[row].toLowerCase().includes(wanted));
+  const matching = [...table.names.keys()].filter((row) =>
+    table.names[row].toLowerCase().includes(wanted),
+  );
   const rows = matching.slice(0, most);
   const width = table.steps.length;
   const begin = Math.max(firstNotBelow(table.steps, first + 1) - 1, 0);
@@ -147,7 +166,9 @@ function chosen(table, { first, last }, search, most) {
   const part = (cells) => {
     const Type = cells.constructor;
     const kept = new Type(rows.length * (end - begin));
-    rows.forEach((row, index) => kept.set(cells.subarray(row * width + begin, row * width + end), index * (end - begin)));
+    rows.forEach((row, index) =>
+      kept.set(cells.subarray(row * width + begin, row * width + end), index * (end - begin)),
+    );
     return kept;
   };
   return {

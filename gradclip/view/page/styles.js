@@ -1,8 +1,26 @@
 // Colours and marks: those of Okabe and Ito, which colour-blind people can tell apart. Runs differ by a
 // marker too, and the curves of a run by their line: thin, bold, dashed.
 
-const RUN_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6d1f", "#7f7f7f"];
-const ON_DARK = ["#56b4e9", "#ff8a3d", "#2fc79a", "#e08fc0", "#a6dbf7", "#f2b84b", "#c8a64b", "#b0b0b0"];
+const RUN_COLOURS = [
+  "#0072b2",
+  "#d55e00",
+  "#009e73",
+  "#cc79a7",
+  "#56b4e9",
+  "#e69f00",
+  "#8c6d1f",
+  "#7f7f7f",
+];
+const ON_DARK = [
+  "#56b4e9",
+  "#ff8a3d",
+  "#2fc79a",
+  "#e08fc0",
+  "#a6dbf7",
+  "#f2b84b",
+  "#c8a64b",
+  "#b0b0b0",
+];
 const MARKERS = ["circle", "square", "triangle", "diamond"];
 
 /** Return the colour of a run by its place in the list, lighter on a dark ground. */
@@ -19,7 +37,17 @@ export function runMarker(index) {
 export class Palette {
   constructor(root) {
     const style = getComputedStyle(root);
-    for (const name of ["ink", "muted", "grid", "surface", "before", "after", "accent", "warning", "skipped"]) {
+    for (const name of [
+      "ink",
+      "muted",
+      "grid",
+      "surface",
+      "before",
+      "after",
+      "accent",
+      "warning",
+      "skipped",
+    ]) {
       this[name] = style.getPropertyValue(`--${name}`).trim();
     }
     this.font = style.fontFamily;
@@ -57,13 +85,22 @@ export function swatch(run) {
 
 // Viridis, at nine points: dark is small, light is large, and it reads in grey as well.
 const VIRIDIS = [
-  [68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141],
-  [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37],
+  [68, 1, 84],
+  [71, 44, 122],
+  [59, 81, 139],
+  [44, 113, 142],
+  [33, 144, 141],
+  [39, 173, 129],
+  [92, 200, 99],
+  [170, 220, 50],
+  [253, 231, 37],
 ];
 
 /** Return red, green and blue of a share between 0 and 1. */
 export function heat(share) {
   const place = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1);
   const below = Math.min(Math.floor(place), VIRIDIS.length - 2);
-  return VIRIDIS[below].map((value, part) => value + (VIRIDIS[below + 1][part] - value) * (place - below));
+  return VIRIDIS[below].map(
+    (value, part) => value + (VIRIDIS[below + 1][part] - value) * (place - below),
+  );
 }

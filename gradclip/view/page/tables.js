@@ -16,9 +16,15 @@ export function between(extremes) {
 
 /** Return what happened in a bucket as text. */
 function marksOf(numbers) {
-  const marks = [["nonfinite", "not finite"], ["skipped", "skipped"], ["loss_nonfinite", "loss not finite"]];
-  return marks.filter(([name]) => numbers[name])
-    .map(([name, text]) => (numbers.size > 1 ? `${numbers[name]} ${text}` : text)).join(", ");
+  const marks = [
+    ["nonfinite", "not finite"],
+    ["skipped", "skipped"],
+    ["loss_nonfinite", "loss not finite"],
+  ];
+  return marks
+    .filter(([name]) => numbers[name])
+    .map(([name, text]) => (numbers.size > 1 ? `${numbers[name]} ${text}` : text))
+    .join(", ");
 }
 
 function stepsText({ first, last }) {
@@ -32,18 +38,33 @@ export class RunTable {
     this.caption = element("caption");
     this.body = element("tbody");
     const columns = ["Run", "Before clipping", "After", "Threshold", "Loss", "Clipped", ""];
-    const header = element("tr", {}, columns.map((name) => element("th", { scope: "col" }, name)));
+    const header = element(
+      "tr",
+      {},
+      columns.map((name) => element("th", { scope: "col" }, name)),
+    );
     this.table = element("table.runs", {}, this.caption, element("thead", {}, header), this.body);
     this.element = element("div.run-table", {}, this.table);
   }
 
   draw() {
     const { runs } = this.page;
-    const key = JSON.stringify(runs.all.map((run) => [run.id, run.colour, run.shortName, run.isShown, run.overview !== null]));
+    const key = JSON.stringify(
+      runs.all.map((run) => [
+        run.id,
+        run.colour,
+        run.shortName,
+        run.isShown,
+        run.overview !== null,
+      ]),
+    );
     if (key !== this._key) {
       this._key = key;
       this._rows = runs.all.filter((run) => run.overview).map((run) => this._row(run));
-      refill(this.body, this._rows.map(({ row }) => row));
+      refill(
+        this.body,
+        this._rows.map(({ row }) => row),
+      );
     }
     this.element.classList.toggle("few", runs.all.length <= 4);
     this.fill();
@@ -53,29 +74,50 @@ export class RunTable {
   fill() {
     const { runs } = this.page;
     const at = runs.step;
-    this.caption.textContent = at === null ? "At the last step of each run" : `At step ${whole(at)}`;
+    this.caption.textContent =
+      at === null ? "At the last step of each run" : `At step ${whole(at)}`;
     for (const { run, cells } of this._rows ?? []) {
       const numbers = run.isShown ? run.numbersAt(at ?? run.overview.last) : null;
-      const texts = numbers ? [
-        between(numbers.norm), between(numbers.clipped_norm), between(numbers.threshold), between(numbers.loss),
-        numbers.clip_rate ? percent(numbers.clip_rate[1]) : "–",
-        [numbers.size > 1 ? stepsText(numbers) : "", marksOf(numbers)].filter(Boolean).join("; "),
-      ] : ["", "", "", "", "", ""];
-      texts.forEach((text, index) => { cells[index].textContent = text; });
+      const texts = numbers
+        ? [
+            between(numbers.norm),
+            between(numbers.clipped_norm),
+            between(numbers.threshold),
+            between(numbers.loss),
+            numbers.clip_rate ? percent(numbers.clip_rate[1]) : "–",
+            [numbers.size > 1 ? stepsText(numbers) : "", marksOf(numbers)]
+              .filter(Boolean)
+              .join("; "),
+          ]
+        : ["", "", "", "", "", ""];
+      texts.forEach((text, index) => {
+        cells[index].textContent = text;
+      });
     }
   }
 
   _row(run) {
-    const button = toggle(element("span.name", { title: run.name }, run.shortName), run.isShown, (isShown) => this.page.runs.setShown(run, isShown), {
-      className: "run", title: `${run.name}: show or hide`,
-    });
+    const button = toggle(
+      element("span.name", { title: run.name }, run.shortName),
+      run.isShown,
+      (isShown) => this.page.runs.setShown(run, isShown),
+      {
+        className: "run",
+        title: `${run.name}: show or hide`,
+      },
+    );
     button.prepend(swatch(run));
     const cells = Array.from({ length: 6 }, () => element("td"));
     const { runs } = this.page;
-    const focus = () => { if (runs.shown.length > 1 && run.isShown) runs.setFocus(run); };
+    const focus = () => {
+      if (runs.shown.length > 1 && run.isShown) runs.setFocus(run);
+    };
     const blur = () => runs.setFocus(null);
     const row = element(
-      "tr", { mouseenter: focus, mouseleave: blur, focusin: focus, focusout: blur }, element("th", { scope: "row" }, button), cells,
+      "tr",
+      { mouseenter: focus, mouseleave: blur, focusin: focus, focusout: blur },
+      element("th", { scope: "row" }, button),
+      cells,
     );
     return { run, cells, row };
   }
@@ -87,17 +129,63 @@ export class NumberTable {
     this.page = page;
     this.body = element("div.scroll");
     this.element = element(
-      "details.panel", { toggle: () => this.draw() }, element("summary", {}, "Numbers as a table"), this.body,
+      "details.panel",
+      { toggle: () => this.draw() },
+      element("summary", {}, "Numbers as a table"),
+      this.body,
     );
   }
 
   draw() {
     if (!this.element.open) return;
-    const shown = this.page.runs.shown.flatMap((run) => [run.series, run.colour]);
+    const { map, runs } = this.page;
+    const shown = [...runs.shown.flatMap((run) => [run.series, run.colour]), map.table];
     // A reader in the middle of a table is not to lose the place.
-    if (shown.length === this._drawn?.length && shown.every((each, index) => each === this._drawn[index])) return;
+    if (
+      shown.length === this._drawn?.length &&
+      shown.every((each, index) => each === this._drawn[index])
+    )
+      return;
     this._drawn = shown;
-    refill(this.body, this.page.runs.shown.filter((run) => run.series).map((run) => this._table(run)));
+    const tables = runs.shown.filter((run) => run.series).map((run) => this._table(run));
+    refill(this.body, tables, map.run && map.table ? this._parameters(map) : null);
+  }
+
+  /** The largest value of each parameter of the map, in the range that is shown. */
+  _parameters({ table, run, quantityChoice }) {
+    const width = table.steps.length;
+    const rows = table.names.map((name, row) => {
+      const cells = table.high
+        .subarray(row * width, (row + 1) * width)
+        .filter((value) => !Number.isNaN(value));
+      const isBroken = table.nonfinite
+        .subarray(row * width, (row + 1) * width)
+        .some((each) => each);
+      const largest = cells.length ? number(Math.max(...cells)) : "–";
+      return element(
+        "tr",
+        {},
+        element("th", { scope: "row" }, name),
+        element("td", {}, isBroken ? `${largest}, not finite` : largest),
+      );
+    });
+    const quantity = quantityChoice.selectedOptions[0].text;
+    return element(
+      "table.numbers",
+      {},
+      element("caption", {}, swatch(run), `${run.shortName}, ${quantity}`),
+      element(
+        "thead",
+        {},
+        element(
+          "tr",
+          {},
+          element("th", { scope: "col" }, "Parameter"),
+          element("th", { scope: "col" }, "Largest"),
+        ),
+      ),
+      element("tbody", {}, rows),
+    );
   }
 
   _table(run) {
@@ -112,12 +200,28 @@ export class NumberTable {
     for (let begin = 0; begin < inside.length; begin += size) {
       rows.push(this._row(run, inside[begin], inside[Math.min(begin + size, inside.length) - 1]));
     }
-    const names = ["Steps", "Before clipping", "After", "Threshold", "Loss", "Not finite", "Skipped"];
+    const names = [
+      "Steps",
+      "Before clipping",
+      "After",
+      "Threshold",
+      "Loss",
+      "Not finite",
+      "Skipped",
+    ];
     return element(
       "table.numbers",
       {},
       element("caption", {}, swatch(run), run.shortName),
-      element("thead", {}, element("tr", {}, names.map((name) => element("th", { scope: "col" }, name)))),
+      element(
+        "thead",
+        {},
+        element(
+          "tr",
+          {},
+          names.map((name) => element("th", { scope: "col" }, name)),
+        ),
+      ),
       element("tbody", {}, rows),
     );
   }
@@ -126,18 +230,29 @@ export class NumberTable {
     const { series } = run;
     const extremes = (column) => {
       if (!column) return null;
-      const [low, high] = [column.low.subarray(from, to + 1), column.high.subarray(from, to + 1)]
-        .map((part) => part.filter((value) => !Number.isNaN(value)));
+      const [low, high] = [
+        column.low.subarray(from, to + 1),
+        column.high.subarray(from, to + 1),
+      ].map((part) => part.filter((value) => !Number.isNaN(value)));
       return low.length ? [Math.min(...low), Math.max(...high)] : null;
     };
-    const total = (count) => (count ? whole(count.subarray(from, to + 1).reduce((sum, each) => sum + each, 0)) : "0");
+    const total = (count) =>
+      count ? whole(count.subarray(from, to + 1).reduce((sum, each) => sum + each, 0)) : "0";
     const [first, last] = [stepsOf(series, from)[0], stepsOf(series, to)[1]];
     const { columns, counts } = series;
     const texts = [
-      ...["norm", "clipped_norm", "threshold", "loss"].map((name) => between(extremes(columns[name]))),
-      total(counts.nonfinite), total(counts.skipped),
+      ...["norm", "clipped_norm", "threshold", "loss"].map((name) =>
+        between(extremes(columns[name])),
+      ),
+      total(counts.nonfinite),
+      total(counts.skipped),
     ];
     const steps = first === last ? whole(first) : `${whole(first)} to ${whole(last)}`;
-    return element("tr", {}, element("th", { scope: "row" }, steps), texts.map((text) => element("td", {}, text)));
+    return element(
+      "tr",
+      {},
+      element("th", { scope: "row" }, steps),
+      texts.map((text) => element("td", {}, text)),
+    );
   }
 }

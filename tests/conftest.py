@@ -13,7 +13,7 @@ import gradclip
 
 pytest_plugins = [
     f"tests.support.{name}"
-    for name in ("clippers", "device", "engines", "forks", "older_torch", "report")
+    for name in ("browser", "clippers", "device", "engines", "forks", "older_torch", "report")
 ]  # fixtures, and what is skipped with an older torch
 
 

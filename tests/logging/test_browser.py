@@ -7,7 +7,7 @@ import pytest
 
 from gradclip.cli import main
 from gradclip.cli.demo.options import Options
-from tests.support.browser import charts_in, chromium, missing, open_charts
+from tests.support.browser import charts_in, missing, open_charts
 from tests.support.curves import NAMES, curves_in, log_run
 from tests.support.tensorboard import eventually, tensorboard
 
@@ -25,12 +25,6 @@ SAMPLE = 1000
 """Points of a curve that TensorBoard keeps when it is not told otherwise."""
 
 ARTEFACTS = Path(__file__).parents[2] / "build" / "artefacts"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 def in_the_log(folder, runs, title):

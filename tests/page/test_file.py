@@ -10,9 +10,9 @@ import pytest
 from selenium.webdriver import ActionChains, Keys
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.support.browser import chromium, missing, requests_of
+from tests.support.browser import missing, requests_of
 from tests.support.curves import log_run
-from tests.support.page import Page, written
+from tests.support.page import Page, page_file
 from tests.support.report import log_line, log_norms
 from tests.support.runs import quiet
 
@@ -24,19 +24,13 @@ ENDING = "</script><script>alert(2)</script>"
 STEPS = 6000
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
 @pytest.fixture
 def opened(browser, tmp_path):
     """Return a function that opens the page of some logs; it complained of nothing in the end."""
 
     def opened(*runs):
         requests_of(browser)
-        file = written(runs, tmp_path)
+        file = page_file(runs, tmp_path)
         browser.get(file.as_uri())
         page = Page(browser)
         page.settled()
@@ -329,7 +323,7 @@ def test_paper_is_white(opened, browser, tmp_path):
     ],
 )
 def test_a_damaged_file_says_so(browser, tmp_path, old, new, sentence):
-    file = written([log_norms(tmp_path / "run.jsonl", spiky(500))], tmp_path)
+    file = page_file([log_norms(tmp_path / "run.jsonl", spiky(500))], tmp_path)
     content = file.read_text()
     assert old in content
     file.write_text(content.replace(old, new))

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradclip import GradientClipper, TensorBoardSink
-from tests.support.browser import chromium, missing, requests_of
+from tests.support.browser import missing, requests_of
 from tests.support.curves import curves_in, log_named, log_run
 from tests.support.page import Page
 from tests.support.tensorboard import eventually, tensorboard
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 ARTEFACTS = Path(__file__).parents[2] / "build" / "artefacts"
 HOSTILE = "<img src=x onerror=alert(1)>"
 STEPS = 300
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -81,7 +75,7 @@ def check_curves(page, folder, *runs):
             assert curve["low"] == curve["high"] == [point.value for point in points]
 
 
-def norms(count=STEPS):
+def some_norms(count=STEPS):
     return [1.0 + step % 7 / 4 + (400 if step == count // 2 else 0) for step in range(count)]
 
 
@@ -89,8 +83,8 @@ def norms(count=STEPS):
 def test_the_tab_shows_every_point_of_both_runs(open_tab, tmp_path, load_fast):
     """With TensorBoard's data server and without it."""
     logs = tmp_path / "logs"
-    log_run(logs / "a", *norms(), max_norm=2.0)
-    log_run(logs / "b" / "inner", *norms(60), max_norm=1.5)
+    log_run(logs / "a", *some_norms(), max_norm=2.0)
+    log_run(logs / "b" / "inner", *some_norms(60), max_norm=1.5)
     with open_tab(logs, f"--load_fast={load_fast}") as page:
         assert runs_of(page) == ["a", "b/inner"]
         check_curves(page, logs, "a", "b/inner")
@@ -105,16 +99,16 @@ def test_a_running_training_is_followed(open_tab, tmp_path, training):
     """New steps and new runs appear; of a run that vanishes the last numbers stay."""
     logs, run = tmp_path / "logs", training()
     with GradientClipper(run.optimizer, 2.0, log=TensorBoardSink(logs / "a")) as clipper:
-        run.take(*norms(50))
+        run.take(*some_norms(50))
         clipper.flush()
         with open_tab(logs) as page:
             assert page.drawn()["range"]["last"] == 49.5
-            run.take(*norms(30))
+            run.take(*some_norms(30))
             clipper.flush()
-            log_run(logs / "b", *norms(40))
+            log_run(logs / "b", *some_norms(40))
             eventually(lambda: page.drawn()["range"]["last"] == 79.5 and len(runs_of(page)) == 2)
             page.show(49.5, 79.5)
-            assert page.curve("norm")["high"][-30:] == norms(30)
+            assert page.curve("norm")["high"][-30:] == some_norms(30)
             shutil.rmtree(logs / "b")
             sentence_in(page, "b is gone: its last numbers are shown.")
             assert runs_of(page) == ["a", "b"]
@@ -122,8 +116,8 @@ def test_a_running_training_is_followed(open_tab, tmp_path, training):
 
 def test_several_folders_below_a_prefix_that_is_read_only(open_tab, tmp_path):
     """Runs have the names that TensorBoard gives them."""
-    log_run(tmp_path / "x" / "one", *norms(50))
-    log_run(tmp_path / "y", *norms(50))
+    log_run(tmp_path / "x" / "one", *some_norms(50))
+    log_run(tmp_path / "y", *some_norms(50))
     for place in (tmp_path / "x" / "one", tmp_path / "y"):
         place.chmod(0o555)
     spec = f"--logdir_spec=first:{tmp_path / 'x'},{tmp_path / 'y'}"
@@ -149,7 +143,7 @@ def test_names_stay_text(open_tab, tmp_path):
 
 def test_other_scalars_can_be_chosen_as_losses(open_tab, tmp_path):
     with SummaryWriter(str(tmp_path / "logs")) as writer:
-        log_run(writer, *norms(50))
+        log_run(writer, *some_norms(50))
         for step in range(50):
             writer.add_scalar("train/loss", 2.0 - step / 64, step)
     with open_tab(tmp_path / "logs") as page:
@@ -167,7 +161,7 @@ def test_what_cannot_be_shown_is_said(open_tab, tmp_path):
         with SummaryWriter(str(logs / "foreign")) as writer:
             writer.add_scalar("accuracy", 0.5, 0)
         sentence_in(page, f"The event files in {logs} have no gradient norms: give a")
-        log_run(logs / "damaged", *norms(50))
+        log_run(logs / "damaged", *some_norms(50))
         [file] = (logs / "damaged").iterdir()
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 255
@@ -175,7 +169,7 @@ def test_what_cannot_be_shown_is_said(open_tab, tmp_path):
         sentence_in(page, f"{file}: it is cut short or damaged, and was read up to that point.")
         assert runs_of(page) == ["damaged"]
         with SummaryWriter(str(logs / "newer")) as writer:
-            log_run(writer, *norms(50))
+            log_run(writer, *some_norms(50))
             writer.add_scalar("grad_norm/curvature", 0.5, 0)
         sentence_in(page, "newer: it has numbers of a newer gradclip: grad_norm/curvature.")
         assert runs_of(page) == ["damaged", "newer"]

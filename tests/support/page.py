@@ -74,7 +74,7 @@ class Page:
         return [entry["message"] for entry in self.browser.get_log("browser")]
 
 
-def written(runs: Iterable[Path], folder: Path) -> Path:
+def page_file(runs: Iterable[Path], folder: Path) -> Path:
     """Write the page of some logs with ``gradclip report --html``."""
     file = folder / "page.html"
     assert main(["report", *map(str, runs), "--html", str(file)]) == 0

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from .records.sinks.tensorboard import TensorBoardSink
     from .scopes.scope import Scope
     from .thresholds import Threshold
+    from .view.show import show
 
 __version__ = "0.2.0"
 
@@ -104,6 +105,7 @@ __all__ = [
     "clip_gradients_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "show",
     "thresholds",
     "through_time",
 ]
@@ -131,6 +133,7 @@ _MODULES = {
     "records.sinks.tensorboard": ["TensorBoardSink"],
     "scopes.scope": ["Scope"],
     "thresholds": ["Threshold"],
+    "view.show": ["show"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

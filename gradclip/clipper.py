@@ -160,7 +160,7 @@ class GradientClipper:
             ranks,
             self._labels,
             same,
-            self._recorder.has_sinks or self._settings.raises,
+            bool(self._recorder.sinks) or self._settings.raises,
             self._recorder.weights_every,
         )
         self._joint = JointGradients(
@@ -435,6 +435,11 @@ class GradientClipper:
         recorded = self._recorder.counters.micro_batches
         running = self._micro_batches
         return recorded if running is None else recorded.with_those(running.counts)
+
+    @property
+    def sinks(self) -> tuple[Sink, ...]:
+        """The sinks of the ``log=`` option, also after `close`; none on ranks that do not write."""
+        return self._recorder.sinks
 
     @property
     def engine(self) -> str:

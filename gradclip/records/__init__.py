@@ -4,7 +4,7 @@ A `ClipRecord` (``record.py``) stays on the device; ``recorder.py`` carries reco
 batches, ``counting.py`` counts them and makes `LoggedStep` rows, and the sinks in ``sinks/`` write
 these. ``incidents.py`` describes the steps that stand out.
 
-Called by: gradients, optimizers, clipper, integrations, report, cli.
+Called by: gradients, optimizers, clipper, integrations, report, view, cli.
 Imports: errors, checks, engines, scopes, ranks; `MemorySink.plot` also report.
 """
 

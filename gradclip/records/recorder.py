@@ -46,6 +46,8 @@ class Recorder:
     """
 
     def __init__(self, sinks: Sequence[Sink], order: float, skip_limit: int | None = None) -> None:
+        self.sinks = tuple(sinks)
+        """The sinks, also after they were closed."""
         self._sinks = list(sinks)
         self.weights_every = frozenset(filter(None, map(_weights_every, self._sinks)))
         """The numbers of steps after which sinks ask for the norms of the parameters."""
@@ -93,11 +95,6 @@ class Recorder:
         """Return the number of steps taken, also in replayed graphs. Waits for the device then."""
         self._read_replays()
         return self.seen
-
-    @property
-    def has_sinks(self) -> bool:
-        """Whether any sink is there."""
-        return bool(self._sinks)
 
     # Counts, which a user reads
 

@@ -24,6 +24,7 @@ __all__ = [
     "pictures",
     "printing",
     "read_runs",
+    "reading",
     "run",
     "shares",
     "summary",

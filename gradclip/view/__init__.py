@@ -9,8 +9,10 @@ threshold would have clipped (``distribution.py``), packed by ``arrays.py``.
 event files that it follows (``local_runs.py``), or from a sample of TensorBoard's own
 (``provided_runs.py``). Nothing here imports torch.
 
+``show.py`` shows the page in a notebook or a browser.
+
 Called by: cli.
-Imports: errors, report.
+Imports: errors, report; `show` also records and clipper.
 """
 
 __all__ = ["html"]

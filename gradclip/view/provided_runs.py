@@ -42,14 +42,15 @@ class ProvidedRuns:
         return self.views, []
 
     def _read(self, environment: dict[str, Any]) -> dict[str, RunView]:
-        from tensorboard import plugin_util
+        from tensorboard.backend.experiment_id import WSGI_ENVIRON_KEY
+        from tensorboard.context import from_environ
         from tensorboard.data.provider import RunTagFilter
 
         asked = {
-            "experiment_id": plugin_util.experiment_id(environment),
+            "experiment_id": environment.get(WSGI_ENVIRON_KEY, ""),
             "plugin_name": SCALARS,
         }
-        context = plugin_util.context(environment)
+        context = from_environ(environment)
         listed = self._provider.list_scalars(context, **asked)
         runs = [run for run, tags in listed.items() if any(map(parsed_tag, tags))]
         curves = self._provider.read_scalars(

@@ -18,8 +18,13 @@ FLOORS = (FLOORS + "clipper integrations report view cli").split()
 """The rooms from below: each imports those before it alone."""
 LOWER = {"report": {"errors", "records"}, "view": {"errors", "report"}}
 """Rooms that import less than what lies below them: a report and its page need no torch."""
-DOORS = {("records.sinks.memory", "report")}
-"""Imports that go up, made when a method is called: `MemorySink.plot` draws what a report draws."""
+DOORS = {
+    ("records.sinks.memory", "report"),
+    ("view.show", "clipper"),
+    ("view.show", "records"),
+}
+"""Other imports, made when a function is called: `MemorySink.plot` draws what a report draws, and
+`show` knows the objects that it was given, whose modules are imported then."""
 ENTRIES = {*FLOORS, "__init__", "__main__", "py"}
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 

@@ -16,7 +16,7 @@ NAMES = """
     GradientClipper GradientError JsonlSink LoggedStep MemorySink NonFiniteGradientError Ranks
     Scope Sink SkipLimitError StateError TensorBoardSink Threshold TimeNorms __version__
     clip_backward clip_grad_norm_ clip_grad_units_ clip_grad_value_ clip_gradients
-    clip_gradients_ clip_grads_with_norm_ get_total_norm thresholds through_time
+    clip_gradients_ clip_grads_with_norm_ get_total_norm show thresholds through_time
 """
 
 

@@ -119,7 +119,8 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     demo = commands.add_parser(
         "demo",
         help=about,
-        description=f"{about.capitalize()}; log both runs for TensorBoard and draw them.",
+        description=f"{about.capitalize()}; log both runs for TensorBoard, and draw them as a "
+        "picture and as an interactive page.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -136,7 +137,9 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="threshold of the training with clipping",
     )
     demo.add_argument("--cell", choices=CELLS, default=start.cell, help="kind of recurrent network")
-    demo.add_argument("--out", default=start.out, help="folder for the logs and the picture")
+    demo.add_argument(
+        "--out", default=start.out, help="folder for the logs, the picture and the page"
+    )
 
 
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:

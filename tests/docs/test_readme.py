@@ -47,6 +47,8 @@ def alone_in_a_group():
 def test_the_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = nn.Sequential(OrderedDict(body=nn.Linear(3, 2), head=nn.Linear(2, 1)))
     stage = nn.ModuleDict({"embed": nn.Embedding(3, 2)})
     across_ranks = "ranks=" in snippet

@@ -31,6 +31,11 @@ class Options:
         """Path of the picture."""
         return os.path.join(self.out, "demo.png")
 
+    @property
+    def page(self) -> str:
+        """Path of the interactive page."""
+        return os.path.join(self.out, "demo.html")
+
     def logs(self, run: str) -> str:
         """Return the folder of the TensorBoard logs of a run."""
         return os.path.join(self.out, run)
@@ -44,10 +49,11 @@ def prepare(options: Options, runs: Sequence[str]) -> None:
     """Make the folders of the runs, and remove the logs of an earlier demo.
 
     Raises:
-        ArgumentError: A folder or the picture cannot be written. Nothing was removed.
+        ArgumentError: A folder, the picture or the page cannot be written. Nothing was removed.
     """
-    if os.path.isdir(options.picture):
-        raise _refusal(options, f"{options.picture}, the path of the picture, is a folder")
+    for path, kind in ((options.picture, "picture"), (options.page, "page")):
+        if os.path.isdir(path):
+            raise _refusal(options, f"{path}, the path of the {kind}, is a folder")
     folders = [options.out, *(options.logs(run) for run in runs)]
     for folder in folders:
         _check_writable(options, folder)

@@ -1,4 +1,4 @@
-"""The whole demo: two training runs, a table, a picture and logs."""
+"""The whole demo: two training runs, a table, a picture, a page and logs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import shlex
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
+from ...report import read_runs
 from ...report.printing import number, print_table
+from ...view.html import write_page
 from .options import Options, prepare
 from .picture import draw
 from .progress import progress
@@ -48,6 +51,8 @@ def run_demo(options: Options, stdout: TextIO, stderr: TextIO) -> list[Curves]:
             train(options, text, curves, shown.advance)
     show_table(runs, options.max_norm, stdout)
     _draw(runs, options, stdout)
+    _write_page(runs, options)
+    print(f"Page:    {options.page}, which a browser opens", file=stdout)
     print(f"Curves:  {_tensorboard()} --logdir {shlex.quote(options.out)}", file=stdout)
     return runs
 
@@ -61,6 +66,13 @@ def _draw(runs: list[Curves], options: Options, stdout: TextIO) -> None:
             print(f"         ({options.picture} belongs to an earlier demo)", file=stdout)
     else:
         print(f"Picture: {options.picture}", file=stdout)
+
+
+def _write_page(runs: list[Curves], options: Options) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a damaged file beside the logs is not the demo's
+        logged = read_runs([options.logs(curves.run) for curves in runs])
+    write_page(logged, options.page)
 
 
 def _tensorboard() -> str:

@@ -78,6 +78,7 @@ def test_version_and_help(capsys, arguments, words):
         ("demo --out=file/out", "cannot be written (Not a directory)"),
         ("demo --out=taken", "clipped is a file"),
         ("demo --out=pictured", "demo.png, the path of the picture, is a folder"),
+        ("demo --out=paged", "demo.html, the path of the page, is a folder"),
         ("", "COMMAND (see 'gradclip --help')"),
         ("train", "COMMAND"),
         ("report", "RUN"),
@@ -94,7 +95,7 @@ def test_a_mistake_is_refused_in_one_line(
 ):
     """Before anything is read, trained or written."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("taken", "pictured/demo.png", "folder.png"):
+    for folder in ("taken", "pictured/demo.png", "paged/demo.html", "folder.png"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("file", "taken/clipped"):
         (tmp_path / file).write_text("theirs")
@@ -154,7 +155,8 @@ def test_the_demo_runs_without_the_extra_and_without_a_warning(tmp_path):
     assert len(progress) == 4
     assert "final loss" in done.stdout
     assert 'pip install "gradclip[report]"' in done.stdout
-    assert sorted(path.name for path in tmp_path.glob("demo/*")) == ["clipped", "unclipped"]
+    files = sorted(path.name for path in tmp_path.glob("demo/*"))
+    assert files == ["clipped", "demo.html", "unclipped"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for other processes on Windows")

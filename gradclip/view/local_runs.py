@@ -62,6 +62,8 @@ class LocalRuns:
                 path: self._directories.get(path) or _RunDirectory(name, path)
                 for path, name in found.items()
             }
+            for directory in self._directories.values():
+                directory.look()
         for path in found:
             while True:
                 with self._lock:
@@ -107,7 +109,7 @@ class _RunDirectory:
         self._streams: dict[Path, EventStream] = {}
         self._runs = TaggedRuns(self._name)
         self._views: list[RunView] | None = []
-        self._trouble = ""
+        self._trouble: str | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -123,7 +125,7 @@ class _RunDirectory:
     def notes(self) -> list[str]:
         """Sentences about what cannot be read."""
         troubles = [(stream.path, stream.trouble) for stream in self._streams.values()]
-        troubles.append((self._path, self._runs.trouble or self._trouble))
+        troubles += [(self._path, self._runs.trouble), (self._path, self._trouble)]
         return [f"{path}: {trouble}." for path, trouble in troubles if trouble]
 
     def views(self) -> list[RunView]:
@@ -132,23 +134,30 @@ class _RunDirectory:
             self._views = [RunView(run) for run in self._runs.runs()]
         return self._views
 
-    def read_some(self) -> bool:
-        """Read some events that are new; return whether there may be more."""
-        self._trouble = ""
+    def look(self) -> None:
+        """Look at the files, and at their sizes."""
+        self._trouble = None
         try:
-            paths = sorted(path for path in self._path.iterdir() if is_event_file(path.name))
             if any(stream.was_replaced() for stream in self._streams.values()):
                 self._begin()  # what was read of it is no longer there
-            return any(map(self._read_some_of, paths))  # of the first one that has any
+            for path in sorted(self._path.iterdir()):
+                if is_event_file(path.name):
+                    self._streams.setdefault(path, EventStream(path)).size = path.stat().st_size
         except OSError as error:
             self._trouble = f"it cannot be read: {error}"
-            return False
 
-    def _read_some_of(self, path: Path) -> bool:
-        stream = self._streams.setdefault(path, EventStream(path))
+    def read_some(self) -> bool:
+        """Read some events that are new; return whether there may be more."""
+        # Of the first file that has any.
+        return any(map(self._read_some_of, self._streams.values()))
+
+    def _read_some_of(self, stream: EventStream) -> bool:
         before = stream.offset
-        for event in islice(stream, EVENTS_AT_ONCE):
-            add_event(self._runs, event)
+        try:
+            for event in islice(stream, EVENTS_AT_ONCE):
+                add_event(self._runs, event)
+        except OSError as error:
+            self._trouble = f"it cannot be read: {error}"
         if stream.offset > before:
             self._views = None
         return stream.offset > before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from .losses import LossSpike, loss_spikes_of
 from .run import Run
 from .summary import spikes_of
 
+KINDS = ("nonfinite", "spike", "loss", "other")
 MOST = 100
 """Incidents that are listed, of a run that has more."""
 NEAR = 10
@@ -63,7 +65,7 @@ def incidents_of(run: Run) -> tuple[list[Incident], int]:
     found.sort(key=lambda entry: entry[0], reverse=True)
     incidents = [_incident(run, *entry[1:]) for entry in found[:MOST]]
     incidents += [*_other_incidents(run, incidents)][: MOST - len(incidents)]
-    incidents.sort(key=lambda incident: incident.first_step)
+    incidents.sort(key=lambda incident: (incident.first_step, KINDS.index(incident.kind)))
     return incidents, max(len(found) - MOST, 0)
 
 
@@ -160,11 +162,11 @@ def _span(episode: Sequence[_Event]) -> tuple[str, int]:
 
 def _words_for_nonfinite(episode: Sequence[_Event]) -> str:
     if len(episode) == 1:
-        return f"The norm was {episode[0].value} at step {episode[0].step:,}."
-    span, count = _span(episode)
+        return f"The norm was {_name(episode[0].value)} at step {episode[0].step:,}."
+    first, (span, count) = episode[0], _span(episode)
     return (
-        f"The norm was not finite at {count:,} steps from {span}: {episode[0].value} at step "
-        f"{episode[0].step:,}."
+        f"The norm was not finite at {count:,} steps from {span}: {_name(first.value)} at step "
+        f"{first.step:,}."
     )
 
 
@@ -190,6 +192,11 @@ def _words_for_losses(episode: Sequence[_Event]) -> str:
         return f"The loss was {height}"
     span, count = _span(episode)
     return f"At {count:,} steps from {span} the loss was far above usual: {height}"
+
+
+def _name(value: float) -> str:
+    """Name a norm that is not finite."""
+    return "NaN" if math.isnan(value) else "infinite"
 
 
 def _number(value: float) -> str:

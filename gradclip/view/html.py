@@ -52,16 +52,21 @@ showEmbedded();
 
 
 def check_page(path: str | os.PathLike[str]) -> None:
-    """Check before runs are read that a path can be that of a page.
+    """Check that a page can be written to a path, before the runs are read.
 
     Raises:
-        ArgumentError: It does not end with .html, or its folder does not exist.
+        ArgumentError: The path does not end with .html, is a folder, or is in a folder that does
+            not exist.
     """
-    file = Path(path)
-    if file.suffix.lower() not in (".html", ".htm"):
-        raise ArgumentError(f"{file} is to be a page: give a file that ends with .html.")
-    if not file.absolute().parent.is_dir():
-        raise ArgumentError(f"{file.parent} does not exist: make this folder or give another one.")
+    name = os.fspath(path)
+    needed = "give a file that ends with .html"
+    if not name.lower().endswith((".html", ".htm")) or "\0" in name:
+        raise ArgumentError(f"The page's path is {name!r}: {needed}.")
+    if os.path.isdir(name):
+        raise ArgumentError(f"The page's path {name!r} is a folder: {needed}.")
+    folder = os.path.dirname(name)
+    if folder and not os.path.isdir(folder):
+        raise ArgumentError(f"There is no folder {folder!r} for the page: make it, or {needed}.")
 
 
 def write_page(runs: Sequence[Run], path: str | os.PathLike[str]) -> None:

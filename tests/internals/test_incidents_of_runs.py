@@ -34,7 +34,7 @@ def test_incidents_come_in_the_order_of_the_steps_in_plain_words():
     usual = np.median(norms[200:300])
     assert spike.startswith(f"The norm was 50 at step 300, {50 / usual:.3g} times the median of")
     assert loss == "The loss was 9 at step 500; the mean of those before it was 2.1."
-    assert broken == "The norm was nan at step 700."
+    assert broken == "The norm was NaN at step 700."
 
 
 def test_events_near_each_other_are_one_incident_at_its_highest_step():
@@ -45,7 +45,9 @@ def test_events_near_each_other_are_one_incident_at_its_highest_step():
     assert (spikes.first_step, spikes.last_step, spikes.step) == (400, 411, 405)
     assert spikes.text.startswith("At 3 steps from 400 to 411 the norm was far above usual: 80 at")
     assert (broken.first_step, broken.last_step, broken.step) == (800, 802, 800)
-    assert broken.text == "The norm was not finite at 3 steps from 800 to 802: inf at step 800."
+    assert (
+        broken.text == "The norm was not finite at 3 steps from 800 to 802: infinite at step 800."
+    )
 
 
 def leading(norms_of_parameters):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from gradclip import ArgumentError
 from gradclip.view import assets, html
 from tests.support.browser import chromium, missing
 from tests.support.page import Page
@@ -19,15 +18,6 @@ def test_the_script_is_one_module_that_imports_nothing():
     assert {file.stem for file in assets.PAGE.glob("*.js")} == {*assets.MODULES}
     for name in assets.OFFERED:
         assert f"export const {name} = " in script
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("page.png", "give a file that ends with .html"), ("nowhere/a.html", "does not exist")],
-)
-def test_a_path_that_is_no_page_is_refused(tmp_path, path, message):
-    with pytest.raises(ArgumentError, match=message):
-        html.check_page(tmp_path / path)
 
 
 def test_many_parameters_and_runs_take_no_more_room():

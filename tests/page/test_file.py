@@ -227,6 +227,28 @@ def test_runs_are_shown_side_by_side_and_one_by_one(opened, tmp_path):
     assert drawn["range"]["last"] == 199.5
 
 
+def test_of_many_runs_some_are_shown_and_others_found_by_name(opened, tmp_path):
+    """Ten at first; the search takes a regular expression."""
+    runs = [log_norms(tmp_path / f"lr{n:02}.jsonl", quiet(60 + n)) for n in range(14)]
+    page = opened(*runs)
+
+    def drawn():
+        return {Path(curve["run"]).stem for curve in page.drawn()["curves"]}
+
+    assert drawn() == {f"lr{n:02}" for n in range(10)}
+    assert page.drawn()["range"]["last"] == 68.5
+    page.all(".run-table input[type=search]")[0].send_keys("r1[12]\\.")
+    rows = [row.text for row in page.all(".runs tbody tr") if row.is_displayed()]
+    assert rows == ["lr11.jsonl", "lr12.jsonl"]
+    page.press("Show these")
+    assert drawn() == {f"lr{n:02}" for n in (*range(10), 11, 12)}
+    page.all(".run-table input[type=search]")[0].send_keys(Keys.CONTROL, "a")
+    page.all(".run-table input[type=search]")[0].send_keys("lr0")
+    page.press("Hide these")
+    assert drawn() == {"lr11", "lr12"}
+    assert page.drawn()["range"]["last"] == 71.5
+
+
 def test_another_scalar_of_a_run_can_be_shown_as_its_loss(opened, tmp_path):
     with SummaryWriter(str(tmp_path / "run")) as writer:
         log_run(writer, *[1.0] * 40)

@@ -1,6 +1,5 @@
 // The distribution of the norms, with a threshold that one drags, and the advice of the report.
 
-import { unpacked } from "./arrays.js";
 import { line, sized } from "./chart.js";
 import { copyButton, element, refill } from "./elements.js";
 import { Scale, number, percent, tickLabel, whole } from "./scales.js";
@@ -21,8 +20,9 @@ const KINDS = {
 
 /** How many norms of a run lie above each threshold of three digits. */
 class Counts {
-  constructor(run, { decade, finite }, above) {
-    Object.assign(this, { run, decade, finite, above });
+  constructor(run) {
+    const { decade, finite } = run.overview.distribution;
+    Object.assign(this, { run, decade, finite, above: run.above });
   }
 
   /** Return how many norms are above a threshold of three digits. */
@@ -89,24 +89,11 @@ export class Distribution {
       ),
       this.shares,
     );
-    this._counts = new Map();
     this._listen();
   }
 
-  /** Unpack the distributions of runs that are new or have grown. */
-  async load() {
-    for (const run of this.page.runs.all) {
-      const known = this._counts.get(run.id);
-      if (!run.overview || known?.overview === run.overview) continue;
-      const { distribution } = run.overview;
-      const counts =
-        distribution && new Counts(run, distribution, await unpacked(distribution.above));
-      this._counts.set(run.id, { overview: run.overview, counts });
-    }
-  }
-
   get _shown() {
-    return this.page.runs.shown.map((run) => this._counts.get(run.id)?.counts).filter(Boolean);
+    return this.page.runs.shown.filter((run) => run.above).map((run) => new Counts(run));
   }
 
   /** The threshold that is tried, or before one is, that which the report advises. */

@@ -102,7 +102,6 @@ class Page {
   async _load() {
     try {
       await this.runs.load();
-      await this.distribution.load();
     } catch (error) {
       this._say(error.message);
       return;

@@ -1,12 +1,14 @@
 // The runs that the page shows: their answers as they come, and the state that all panels share.
 
-import { firstNotBelow } from "./arrays.js";
+import { firstNotBelow, unpacked } from "./arrays.js";
 import { FORMAT } from "./source.js";
 import { runColour, runMarker } from "./styles.js";
 
 const OTHER_FORMAT =
   "These runs were written for another version of gradclip's page. Install the same version of " +
   "gradclip where they are read and where they are shown.";
+
+const SHOWN_AT_FIRST = 10; // of more runs the others wait until they are chosen
 
 /** A run, with its overview and the curves of the range that is shown. */
 export class Run {
@@ -15,11 +17,19 @@ export class Run {
     this.name = listed.name;
     this.shortName = listed.name;
     this.marker = runMarker(index);
-    this.isShown = true;
+    this.isShown = index < SHOWN_AT_FIRST;
+    this.listed = listed;
     this.overview = null;
+    this.above = null;
     this.series = null;
     this.lossTag = null;
     this.losses = null;
+  }
+
+  /** Whether the run has grown since its overview was made, or has none. */
+  get isOld() {
+    const { overview, listed } = this;
+    return overview === null || overview.steps !== listed.steps || overview.last !== listed.last;
   }
 
   /** Return where the curve of losses is: that of the clipper, or the scalar that was chosen. */
@@ -143,11 +153,8 @@ export class Runs {
     const asked = runs.map((listed) => {
       let run = this.all.find((known) => known.id === listed.id);
       if (run === undefined) this.all.push((run = new Run(listed, this.all.length)));
-      const isOld =
-        run.overview === null ||
-        run.overview.steps !== listed.steps ||
-        run.overview.last !== listed.last;
-      return isOld ? this._loadOverview(run) : null;
+      run.listed = listed;
+      return run.isShown && run.isOld ? this._loadOverview(run) : null;
     });
     const short = shortNames(this.all.map((run) => run.name));
     this.all.forEach((run, index) => {
@@ -162,10 +169,11 @@ export class Runs {
 
   async _loadOverview(run) {
     try {
-      const isFirst = run.overview === null;
-      run.overview = await this.source.overview(run.id);
-      if (isFirst && run.overview.summary.losses === null)
-        run.lossTag = likelyLoss(run.overview.scalars);
+      const overview = await this.source.overview(run.id);
+      run.above = overview.distribution && (await unpacked(overview.distribution.above));
+      if (run.overview === null && overview.summary.losses === null)
+        run.lossTag = likelyLoss(overview.scalars);
+      run.overview = overview;
     } catch (error) {
       this.notes.push(`${run.name}: ${error.message}`);
     }
@@ -198,11 +206,16 @@ export class Runs {
     this.show(this.whole.first, this.whole.last);
   }
 
-  setShown(run, isShown) {
-    run.isShown = isShown;
-    this.range = this._followsEnd ? this.whole : this.range;
+  /** Show some runs, or hide them. */
+  setShown(some, isShown) {
+    for (const run of some) run.isShown = isShown;
     this._changed();
-    this.wait(this._loadSeries().then(() => this._changed()));
+    const asked = some.filter((run) => isShown && run.isOld).map((run) => this._loadOverview(run));
+    const loaded = Promise.all(asked).then(() => {
+      if (this._followsEnd) this.range = this.whole;
+      return this._loadSeries();
+    });
+    this.wait(loaded.then(() => this._changed()));
   }
 
   setLossTag(run, tag) {

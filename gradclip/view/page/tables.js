@@ -6,12 +6,23 @@ import { number, percent, whole } from "./scales.js";
 import { swatch } from "./styles.js";
 
 const ROWS = 50;
+const MANY = 8; // runs from which on there is a search
 
 /** Return the smallest and the largest value of a bucket as text. */
 export function between(extremes) {
   if (!extremes || Number.isNaN(extremes[0])) return "–";
   const [low, high] = extremes;
   return low === high ? number(low) : `${number(low, 3)} … ${number(high, 3)}`;
+}
+
+/** Return a function that tells whether a name matches a regular expression, or has a text in it. */
+function matcher(wanted) {
+  try {
+    const pattern = new RegExp(wanted, "i");
+    return (name) => pattern.test(name);
+  } catch {
+    return (name) => name.includes(wanted); // half of an expression is being typed
+  }
 }
 
 /** Return what happened in a bucket as text. */
@@ -44,29 +55,51 @@ export class RunTable {
       columns.map((name) => element("th", { scope: "col" }, name)),
     );
     this.table = element("table.runs", {}, this.caption, element("thead", {}, header), this.body);
-    this.element = element("div.run-table", {}, this.table);
+    this.field = element("input", {
+      type: "search",
+      placeholder: "Search runs (regex)",
+      "aria-label": "Search runs by name, with a regular expression",
+      input: () => this._search(),
+    });
+    const button = (label, isShown) =>
+      element("button.quiet", { type: "button", click: () => this._showFound(isShown) }, label);
+    this.choice = element(
+      "div.choice",
+      { hidden: true },
+      this.field,
+      button("Show these", true),
+      button("Hide these", false),
+    );
+    this.element = element("div.run-table", {}, this.choice, this.table);
+  }
+
+  /** List the runs whose names match what is searched. */
+  _search() {
+    const matches = matcher(this.field.value);
+    for (const each of this._rows) each.row.hidden = !matches(each.run.name);
+  }
+
+  _showFound(isShown) {
+    const found = this._rows.filter(({ row }) => !row.hidden).map(({ run }) => run);
+    this.page.runs.setShown(found, isShown);
   }
 
   draw() {
     const { runs } = this.page;
     const key = JSON.stringify(
-      runs.all.map((run) => [
-        run.id,
-        run.colour,
-        run.shortName,
-        run.isShown,
-        run.overview !== null,
-      ]),
+      runs.all.map((run) => [run.id, run.colour, run.shortName, run.isShown]),
     );
     if (key !== this._key) {
       this._key = key;
-      this._rows = runs.all.filter((run) => run.overview).map((run) => this._row(run));
+      this._rows = runs.all.map((run) => this._row(run));
       refill(
         this.body,
         this._rows.map(({ row }) => row),
       );
     }
     this.element.classList.toggle("few", runs.all.length <= 4);
+    this.choice.hidden = runs.all.length < MANY;
+    this._search();
     this.fill();
   }
 
@@ -77,7 +110,7 @@ export class RunTable {
     this.caption.textContent =
       at === null ? "At the last step of each run" : `At step ${whole(at)}`;
     for (const { run, cells } of this._rows ?? []) {
-      const numbers = run.isShown ? run.numbersAt(at ?? run.overview.last) : null;
+      const numbers = run.isShown ? run.numbersAt(at ?? run.listed.last) : null;
       const texts = numbers
         ? [
             between(numbers.norm),
@@ -100,7 +133,7 @@ export class RunTable {
     const button = toggle(
       element("span.name", { title: run.name }, run.shortName),
       run.isShown,
-      (isShown) => this.page.runs.setShown(run, isShown),
+      (isShown) => this.page.runs.setShown([run], isShown),
       {
         className: "run",
         title: `${run.name}: show or hide`,

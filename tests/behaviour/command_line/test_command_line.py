@@ -16,6 +16,7 @@ from gradclip.cli import main
 from tests.support.report import log_norms
 
 WHOLE, FINITE, SUFFIX = "a whole number >= 1", "a finite number >= 0", "ends with .png or .svg"
+PAGE_SUFFIX = "ends with .html"
 
 
 @pytest.fixture
@@ -87,6 +88,11 @@ def test_version_and_help(capsys, arguments, words):
         ("report nothing.jsonl --plot a\0.png", SUFFIX),
         ("report nothing.jsonl --plot folder.png", "is a folder"),
         ("report nothing.jsonl --plot nowhere/a.png", "There is no folder 'nowhere'"),
+        ("report nothing.jsonl --html a.htm.png", PAGE_SUFFIX),
+        ("report nothing.jsonl --html=", PAGE_SUFFIX),
+        ("report nothing.jsonl --html a\0.html", PAGE_SUFFIX),
+        ("report nothing.jsonl --html folder.html", "is a folder"),
+        ("report nothing.jsonl --html nowhere/a.html", "There is no folder 'nowhere'"),
         (f"report{13 * ' run.jsonl'} --plot a.png", "Found 13 runs: a picture has room for 12"),
     ],
 )
@@ -95,7 +101,8 @@ def test_a_mistake_is_refused_in_one_line(
 ):
     """Before anything is read, trained or written."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("taken", "pictured/demo.png", "paged/demo.html", "folder.png"):
+    folders = ("taken", "pictured/demo.png", "paged/demo.html", "folder.png", "folder.html")
+    for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     for file in ("file", "taken/clipped"):
         (tmp_path / file).write_text("theirs")
@@ -126,6 +133,16 @@ def test_a_report_is_drawn(capsys, logged_run, tmp_path, ending):
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n" if ending == "png" else b"<?xml")
     assert main(["report", "--json", "--plot", str(path), logged_run]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["steps"] == 300
+
+
+def test_a_page_is_written(capsys, logged_run, tmp_path):
+    """Beside the printed report, without a note on standard output."""
+    path = tmp_path / "page.html"
+    assert main(["report", "--json", "--html", str(path), logged_run]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out, parse_constant=pytest.fail)[0]["steps"] == 300
+    assert printed.err == f"Page: {path}, to be opened in a browser\n"
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_a_picture_without_matplotlib_names_the_extra(refused, logged_run, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from tests.support.curves import log_run
 from tests.support.page import Page, page_file
 from tests.support.report import log_line, log_norms
 from tests.support.runs import quiet
+from tests.support.tensorboard import eventually
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -157,10 +158,10 @@ def test_the_map_shows_the_largest_norm_of_each_parameter(opened, tmp_path):
     largest = np.maximum.reduceat(norms, steps)
     expected = np.outer(shares[:24], largest).astype(np.float32)
     assert np.allclose(np.reshape(drawn["high"], (24, -1)), expected, rtol=1e-6)
-    page.all("input[type=search]")[0].send_keys("LAYER2")
+    page.all(".controls input[type=search]")[0].send_keys("LAYER2")
     page.settled()
     assert page.drawn()["map"]["names"] == [f"layer{i}.weight" for i in (2, *range(20, 30))]
-    page.all("input[type=search]")[0].send_keys("nothing")
+    page.all(".controls input[type=search]")[0].send_keys("nothing")
     page.settled()
     assert page.texts(".found") == ["No parameter has such a name."]
 
@@ -282,9 +283,9 @@ def test_numbers_can_be_read_in_a_table(opened, tmp_path):
     norms = spiky(500)
     page = opened(log_norms(tmp_path / "run.jsonl", norms, 2.0))
     page.show(-0.5, 9.5)
-    page.all("summary")[0].click()
-    page.settled()
-    rows = [row.split() for row in page.texts(".numbers tbody tr")]
+    [summary] = [each for each in page.all("summary") if each.text == "Numbers as a table"]
+    summary.click()
+    rows = [row.split() for row in eventually(lambda: page.texts(".numbers tbody tr"))]
     expected = [[str(n), f"{float(f'{norms[n]:.4g}'):g}", "2", "2"] for n in range(10)]
     assert [row[:4] for row in rows] == expected
 

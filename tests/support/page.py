@@ -17,6 +17,12 @@ const done = arguments[arguments.length - 1];
 (async () => {{ {script} }})().then(done, (error) => done({{ failed: String(error) }}));
 """
 
+# All at once: a page that follows a training may replace an element meanwhile.
+_TEXTS = """
+return [...document.querySelectorAll(arguments[0])].map(
+  (element) => element.checkVisibility() ? element.innerText.trim() : "");
+"""
+
 
 class Page:
     """A page that a browser shows.
@@ -60,8 +66,8 @@ class Page:
         return self.browser.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        """Return the texts of the elements of a selector."""
-        return [element.text for element in self.all(selector)]
+        """Return the texts of the elements of a selector, "" for those that are hidden."""
+        return self.browser.execute_script(_TEXTS, selector)
 
     def press(self, text: str) -> None:
         """Press the first button with a text."""

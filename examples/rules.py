@@ -14,6 +14,7 @@ from gradclip.thresholds import (
     MedianDeviation,
     MovingAverage,
     Percentile,
+    Quantile,
     RelativeToWeights,
     Schedule,
     ZScore,
@@ -28,6 +29,7 @@ def warm_up(max_norm: float = 1.0) -> Schedule:
 RULES = {  # a number after the name is the first argument of the rule
     "warmup": (warm_up, "global"),
     "percentile": (Percentile, "global"),  # AutoClip
+    "quantile": (Quantile, "global"),
     "zscore": (ZScore, "global"),  # ZClip
     "mean": (MeanDeviation, "global"),
     "median": (MedianDeviation, "global"),

@@ -15,6 +15,7 @@ known as                                              scope        threshold
 Keras ``clipnorm``, detectron2                        "parameter"  ``Fixed(c)``
 warm-up of the threshold                              "global"     ``Schedule(function)``
 AutoClip, Seetharaman 2020                            "global"     ``Percentile(10)``
+adaptive clipping, Andrew 2021                        "global"     ``Quantile(50)``
 ZClip, Kumar 2025                                     "global"     ``ZScore(2.5)``
 AdaGC, Wang 2025                                      "parameter"  ``MovingAverage(1.05)``
 robust spike detection                                "global"     ``MedianDeviation(10)``

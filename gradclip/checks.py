@@ -86,6 +86,18 @@ def checked_decay(value: object) -> float:
     raise ArgumentError(f"decay is {value!r}: give a number >= 0 and < 1, usually above 0.9.")
 
 
+def checked_rate(value: object) -> float:
+    """Return the largest change of a logarithm at a step, as a float.
+
+    Raises:
+        ArgumentError: It is not above 0 and at most 1.
+    """
+    number = _number_or_nan(value)
+    if 0 < number <= 1:
+        return number
+    raise ArgumentError(f"rate is {value!r}: give a number > 0 and <= 1, usually below 0.3.")
+
+
 def checked_percentile(value: object) -> float:
     """Return a percentile as a float.
 

@@ -19,6 +19,7 @@ from .mean_deviation import MeanDeviation
 from .median_deviation import MedianDeviation
 from .moving_average import MovingAverage
 from .percentile import Percentile
+from .quantile import Quantile
 from .relative_to_weights import RelativeToWeights
 from .schedule import Schedule
 from .zscore import ZScore
@@ -31,6 +32,7 @@ __all__ = [
     "MedianDeviation",
     "MovingAverage",
     "Percentile",
+    "Quantile",
     "RelativeToWeights",
     "Schedule",
     "StepContext",
@@ -47,6 +49,7 @@ RULES = frozenset(
         MedianDeviation,
         MovingAverage,
         Percentile,
+        Quantile,
         RelativeToWeights,
         Schedule,
         ZScore,

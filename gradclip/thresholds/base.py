@@ -15,7 +15,8 @@ rule                 threshold                              memory for k norms
 `ZScore`             mean + z^2 std / z-score               2 k norms, k counts
 `MeanDeviation`      mean + factor * standard deviation     k * window norms, k counts (1)
 `MedianDeviation`    median + factor * absolute deviation   k * window norms, k counts
-`Percentile`         a percentile of recent norms           k * (2 window + 1) norms, k counts
+`Percentile`         factor * percentile of recent norms    k * (2 window + 1) norms, k counts
+`Quantile`           factor * percentile of all norms       k norms
 ===================  =====================================  ====================================
 
 (1) and window losses, with ``loss=True``.

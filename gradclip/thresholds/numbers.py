@@ -36,6 +36,11 @@ def where(condition: Any, chosen: Any, other: Any) -> Any:
     return chosen if condition else other
 
 
+def scaled(value: Any, factor: float) -> Any:
+    """Return ``factor * value``; the value itself for 1, as torch would launch an operator."""
+    return value if factor == 1 else factor * value
+
+
 def or_infinity(value: Any) -> Any:
     """Return numbers above 0 as they are, and infinity for 0."""
     if isinstance(value, Tensor):

@@ -94,6 +94,20 @@ class Percentile(Rule):
         return (*state, norm)[-3:]
 
 
+class Quantile(Rule):
+    fresh = 0.0
+
+    def threshold(self, state: float, norm: float) -> float:
+        return 1.5 * state if state else INF
+
+    def learned(self, state: float, norm: float, clipped: float) -> float:
+        if not norm:
+            return state
+        moved = state * math.exp(-0.5 * ((norm <= state) - 0.25)) if state else norm
+        range_ = torch.finfo(torch.float64)
+        return min(max(moved, range_.tiny), range_.max)
+
+
 class GrowthLimit(Rule):
     fresh = 0.0
 
@@ -130,6 +144,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "plan": lambda: Schedule(lambda step: None if step % 4 == 3 else 1.0 + step % 3),
     "z-score": lambda: ZScore(thresholds.ZScore(0.5, decay=0.5, warmup=2, eps=1e-3)),
     "percentile": lambda: Percentile(thresholds.Percentile(30, window=4, floor=0.25, cap=100.0)),
+    "quantile": lambda: Quantile(thresholds.Quantile(25, 0.5, factor=1.5)),
     "growth": lambda: GrowthLimit(thresholds.GrowthLimit(1.25)),
     "average": lambda: MovingAverage(
         thresholds.MovingAverage(1.25, decay=0.75, warmup=2, warmup_norm=3.0)

@@ -18,7 +18,8 @@ def ask(rule: Threshold, norms: torch.Tensor, step: int = 0) -> torch.Tensor:
 def test_the_public_names_are_these():
     """Others import them by name."""
     needed = "AdaptiveThreshold Fixed GrowthLimit MeanDeviation MedianDeviation MovingAverage "
-    needed += "Percentile RelativeToWeights Schedule StepContext Threshold ZScore threshold_from"
+    needed += "Percentile Quantile RelativeToWeights Schedule StepContext Threshold ZScore "
+    needed += "threshold_from"
     assert thresholds.__all__ == needed.split()
 
 
@@ -62,6 +63,9 @@ WINDOWS = ("MeanDeviation", "MedianDeviation")
 INVALID = [
     ("Percentile", "percentile", [-1, 100.5, math.nan, True, "10", None], "a number from 0 to 100"),
     ("Percentile", "window", [1, 0, -3, 10.0, True], f"{WHOLE} 2"),
+    *((rule, "factor", [0, -1.0, math.inf], POSITIVE) for rule in ("Percentile", "Quantile")),
+    ("Quantile", "percentile", [-1, 101], "a number from 0 to 100"),
+    ("Quantile", "rate", [0, -0.1, 1.5, math.nan, True, None], "a number > 0 and <= 1"),
     ("ZScore", "z", [0, math.nan, math.inf], POSITIVE),
     ("ZScore", "decay", [1, -0.1, math.nan, True], DECAY),
     ("ZScore", "warmup", [0, 1.0], f"{WHOLE} 1"),

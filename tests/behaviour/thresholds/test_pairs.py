@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from gradclip import ArgumentError, GradientClipper, MemorySink, Scope, StateError, thresholds
-from gradclip.thresholds import GrowthLimit, MeanDeviation, MedianDeviation, Percentile, ZScore
+from gradclip.thresholds import (
+    GrowthLimit,
+    MeanDeviation,
+    MedianDeviation,
+    Percentile,
+    Quantile,
+    ZScore,
+)
 from tests.support.clippers import sgd, stepped
 from tests.support.curves import log_run
 from tests.support.reference import parameter_with
@@ -148,6 +155,7 @@ KNOWN = {
     "warm-up": {"max_norm": thresholds.Schedule(lambda step: 1.0 + 1.0 / (step + 1))},
     "AutoClip": {"max_norm": Percentile(10)},
     "bitsandbytes": {"max_norm": Percentile(5, window=100), "scope": "parameter"},
+    "adaptive clipping": {"max_norm": Quantile(50)},
     "ZClip": {"max_norm": ZScore(2.5)},
     "AdaGC": {"max_norm": thresholds.MovingAverage(1.05), "scope": "parameter"},
     "median": {"max_norm": MedianDeviation(10)},
@@ -196,6 +204,29 @@ def test_autoclip_at_10_clips_about_90_percent_of_stationary_norms():
     """Once the window shows how they vary."""
     norms = torch.randn(1500, 50, generator=torch.Generator().manual_seed(0)).norm(dim=1)
     assert 0.87 < feed(Percentile(10), norms.tolist())[0].clip_rate() < 0.93
+
+
+@pytest.mark.parametrize("percentile", [10, 50, 90])
+def test_a_quantile_clips_its_share_of_norms_that_rise_and_fall(percentile):
+    """Where a window comes late."""
+    norms = [norm * (2 + math.sin(step / 400)) for step, norm in enumerate(ORDINARY * 15)]
+    clipper, _ = feed(Quantile(percentile), norms)
+    assert clipper.clip_rate() == pytest.approx(1 - percentile / 100, abs=0.02)
+
+
+@pytest.mark.parametrize("rule", [Percentile, Quantile])
+def test_a_factor_above_the_spread_of_the_norms_leaves_only_spikes_to_clip(rule):
+    clipper, clipped = feed(rule(10, factor=1.5), [*ORDINARY, 30.0])
+    assert clipper.clip_rate() == pytest.approx(1 / 201)
+    assert clipped[-1] == pytest.approx(1.5 * min(ORDINARY), rel=0.15)
+
+
+def test_a_quantile_follows_by_at_most_its_rate():
+    """Ten times as high or as low after 93 steps, with the defaults."""
+    for count, reached in ((91, False), (93, True)):
+        rise, fall = (feed(Quantile(), [1.0, *[norm] * count])[0] for norm in (1e9, 1e-9))
+        assert (rise.last.threshold.item() > 9.8) == reached
+        assert (fall.last.threshold.item() < 1 / 9.8) == reached
 
 
 @pytest.mark.parametrize("exceed", ["scale", "skip"])
@@ -286,10 +317,17 @@ def test_in_the_first_steps_there_is_no_threshold_but_a_cap(rule, steps):
     assert feed(rule(cap=5.0), early)[1][-1] == pytest.approx(5.0)
 
 
+IDLE = [float(step % 5 > 0) for step in range(100)]
+
+
 @pytest.mark.parametrize(
     ("rule", "threshold"),
     [(Percentile(10), 0.0), (Percentile(10, floor=0.5), 0.5), (Percentile(30), 1.0)],
 )
 def test_a_percentile_of_norms_that_are_mostly_idle_needs_a_floor(rule, threshold):
     """Here 20 % of the steps are idle, and the last four are not."""
-    assert feed(rule, [float(step % 5 > 0) for step in range(100)])[1][-4:] == [threshold] * 4
+    assert feed(rule, IDLE)[1][-4:] == [threshold] * 4
+
+
+def test_a_quantile_of_norms_that_are_mostly_idle_is_one_of_the_others():
+    assert min(feed(Quantile(10), IDLE)[1][-4:]) > 0.9

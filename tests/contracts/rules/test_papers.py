@@ -2,20 +2,34 @@
 
 import math
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradclip import thresholds
 from gradclip.errors import ArgumentError
-from gradclip.thresholds import MeanDeviation, MedianDeviation, MovingAverage, StepContext, ZScore
+from gradclip.thresholds import (
+    MeanDeviation,
+    MedianDeviation,
+    MovingAverage,
+    Percentile,
+    Quantile,
+    StepContext,
+    ZScore,
+)
 from tests.support.rules import Driver, agree, is_usable, per_label
 
 DEFAULTS = {
     "Fixed(1)": "Fixed(1.0)",
     "Fixed(None)": "Fixed(None)",
     "Percentile()": "Percentile(10.0, window=1000)",
+    "Percentile(factor=1.5)": "Percentile(10.0, window=1000, factor=1.5)",
+    "Quantile(10)": "Quantile(10.0, rate=0.05)",
+    "Quantile(factor=2, cap=9)": "Quantile(50.0, rate=0.05, factor=2.0, cap=9.0)",
     "ZScore(cap=1)": "ZScore(2.5, decay=0.97, warmup=25, eps=1e-06, cap=1.0)",
     "MovingAverage()": "MovingAverage(1.05, decay=0.98, warmup=100, warmup_norm=1.0)",
     "MeanDeviation()": "MeanDeviation(6.0, window=128, warmup=64)",
@@ -36,13 +50,14 @@ def test_the_defaults_are_those_of_the_sources(call):
 # AutoClip: the percentile of the last norms, the current one included
 
 
-def autoclip(percentile, window):
+def autoclip(percentile, window, factor=1.0):
     def limits(norms):
         past, expected = [], []
         for norm in norms:
             past += [norm] if is_usable(norm) else []
             last = past[-window:] if is_usable(norm) else past[-(window - 1) :]
-            expected.append(float(np.percentile(last, percentile)) if last else math.inf)
+            limit = float(np.percentile(last, percentile)) if last else math.inf
+            expected.append(factor * limit)
         return expected
 
     return per_label(limits)
@@ -53,7 +68,92 @@ def autoclip(percentile, window):
 )
 def test_percentile_is_autoclip(percentile, window):
     """With linear interpolation, as numpy has it."""
-    agree(lambda: thresholds.Percentile(percentile, window), autoclip(percentile, window))
+    agree(lambda: Percentile(percentile, window), autoclip(percentile, window))
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.5])
+def test_a_factor_multiplies_the_percentile(factor):
+    """With a window that fills and one that does not; without any norm there is still no limit."""
+    for window in (4, 100):
+        make = partial(Percentile, 30, window, factor=factor)
+        agree(make, autoclip(30, window, factor))
+
+
+# Andrew and others: a quantile that is tracked with one number
+
+
+def adaptive_clipping(percentile, rate, factor=1.0):
+    """Multiply by exp(-rate (below - quantile)), where below is 1 or 0: one norm a round."""
+
+    def limits(norms):
+        level, expected = None, []
+        for norm in norms:
+            expected.append(math.inf if level is None else factor * level)
+            if is_usable(norm) and norm > 0:
+                below = level is not None and norm <= level
+                change = math.exp(-rate * (below - percentile / 100))
+                level = norm if level is None else level * change
+        return expected
+
+    return per_label(limits)
+
+
+@pytest.mark.parametrize(
+    ("percentile", "rate", "factor"),
+    [(50, 0.05, 1.0), (10, 0.2, 1.5), (90, 1.0, 0.5), (0, 0.1, 1.0), (100, 0.3, 3.0)],
+)
+def test_quantile_is_adaptive_clipping(percentile, rate, factor):
+    """The first norm that is not 0 is the level, and no later one moves it by more than exp(rate).
+
+    A factor leaves the level alone: norms are compared with the level, not with the threshold.
+    """
+    make = partial(Quantile, percentile, rate, factor=factor)
+    agree(make, adaptive_clipping(percentile, rate, factor))
+
+
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=60),
+    st.floats(0, 100),
+    st.floats(0.01, 1.0),
+)
+def test_the_share_below_a_quantile_differs_from_it_by_what_the_level_moved(norms, p, rate):
+    """Exactly, whatever the norms are: hence over many steps the share is the quantile."""
+    run = Driver(Quantile(p, rate))
+    levels = [limit for [limit] in run.run([[norm] for norm in norms])]
+    below = sum(norm <= level for norm, level in zip(norms[1:], levels[1:], strict=True))
+    moved = math.log(run.rule.state["level"].item() / norms[0])
+    assert below - (len(norms) - 1) * p / 100 == pytest.approx(-moved / rate, abs=1e-9)
+
+
+@pytest.mark.parametrize("percentile", [10, 50, 90])
+@pytest.mark.parametrize("start", [0.01, 1.0, 100.0])
+def test_a_quantile_becomes_the_percentile_of_a_window(percentile, start):
+    """On norms that neither rise nor fall, wherever the first norm was."""
+    generator = torch.Generator().manual_seed(0)
+    norms = torch.randn(6000, generator=generator).mul(0.3).exp().tolist()
+    rules = Quantile(percentile, 0.02), Percentile(percentile, 1000)
+    found, window = (Driver(rule).run([[start], *([n] for n in norms)]) for rule in rules)
+    levels, exact = np.array(found)[4000:, 0], np.array(window)[4000:, 0]
+    assert np.median(levels / exact) == pytest.approx(1, abs=0.03)
+    assert abs(np.log(levels / exact)).max() < 0.25
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("norm", [5e-324, 1e-310, 1.7e308])
+def test_a_quantile_of_extreme_norms_can_be_left_again(count, norm):
+    """A level of 0 or infinity, or one that is rounded to itself, would stay forever."""
+    run = Driver(Quantile(50, rate=1.0), count)
+    run.run([[norm] * count] * 50 + [[1.0] * count] * 1500)
+    [limit] = {*run.ask([1.0] * count).tolist()}
+    assert math.exp(-0.5) <= limit <= math.exp(0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_norms_of_0_leave_a_quantile_as_it_is(count):
+    """A unit that is idle in most steps keeps its level, where a percentile would be 0."""
+    run = Driver(Quantile(10), count)
+    idle = [[0.0] * count, [1.0] * count, *[[0.0] * count] * 400]
+    assert run.run(idle)[-1] == [1.0] * count
 
 
 # ZClip: a list of the warm-up's norms, then moving averages

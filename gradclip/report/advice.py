@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..records.norm_history import DEVIATIONS, WINDOW
+from .confidence import Confidence, confidence_in
+from .fitting import rounded_up
+from .kinds import judged
 from .run import Run
 from .summary import Summary
 
-EXPLODED = 100.0
-"""Norms that stay above this multiple of the early median are an explosion."""
-ENORMOUS = 1e4
-"""A single norm above this multiple of the median is an explosion."""
-DRIFTED = 2.0
-"""Factor between the first and the last level from which one threshold does not fit both."""
-FEW_STEPS = 200
-"""Runs with fewer steps get a warning: their advice is not reliable."""
 MOSTLY = 0.95
 """Share of clipped steps from which a threshold is said to clip nearly all."""
 
@@ -36,6 +28,8 @@ class Advice:
     line: str
     """A line of code that makes the clipper."""
     reason: str
+    confidence: Confidence
+    """How sure the advice is, and why."""
     usual: float
     """Mean of the norms up to the spike line."""
     shares: dict[float, float]
@@ -63,16 +57,26 @@ def advised(run: Run, summary: Summary) -> Advice:
             None,
             'GradientClipper(optimizer, None, nonfinite="raise", model=model)',
             _reason_without_norms(run),
+            Confidence("high", "No step had a norm to judge by."),
             math.nan,
             {},
             warnings,
         )
     usual = float(norms[norms <= summary.spike_line].mean(dtype=np.longdouble))
-    kind, threshold, reason = _judged(run, summary)
-    candidates = {_rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
-    candidates |= {_rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
+    judgement = judged(run, summary)
+    candidates = {rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
+    candidates |= {rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
     shares = {limit: float((norms > limit).mean()) for limit in sorted(candidates) if limit > 0}
-    return Advice(kind, threshold, _line(kind, threshold), reason, usual, shares, warnings)
+    return Advice(
+        judgement.kind,
+        judgement.threshold,
+        _line(judgement.kind, judgement.threshold),
+        judgement.reason,
+        confidence_in(judgement, run),
+        usual,
+        shares,
+        warnings,
+    )
 
 
 def _line(kind: str, threshold: float | None) -> str:
@@ -82,118 +86,8 @@ def _line(kind: str, threshold: float | None) -> str:
     return f"GradientClipper(optimizer, {threshold:g}{skip})"
 
 
-def _judged(run: Run, summary: Summary) -> tuple[str, float | None, str]:
-    """Return the kind of a run, the threshold if a number fits, and the reason."""
-    calm, exploded = _before_explosion(run.norms)
-    level = float(np.median(calm))
-    if summary.nonfinite_steps or exploded or summary.largest > ENORMOUS * level:
-        return "exploding", *_against_explosion(calm, summary, exploded=exploded)
-    if not 1 / DRIFTED < summary.trend < DRIFTED and not math.isnan(summary.trend):
-        return "drifting", None, _reason_for_drift(summary)
-    threshold = _rounded_up(summary.spike_line)
-    if summary.spikes and summary.largest > threshold:
-        share = float((run.norms[run.finite] > threshold).mean())
-        return "spiky", threshold, _reason_for_spikes(summary, threshold, share)
-    threshold = _rounded_up(max(2 * summary.quantiles[99.9], summary.largest))
-    return "quiet", threshold, _reason_for_quiet(summary, threshold)
-
-
-def _reason_for_drift(summary: Summary) -> str:
-    reason = (
-        f"The median norm of the last quarter is {summary.trend:.2g} times that of the first: a "
-        "fixed threshold that fits the beginning does not fit the end. This rule follows the last "
-        f"{WINDOW} norms and clips a norm far above them."
-    )
-    if summary.spikes and summary.trend > 1:
-        reason += " The spikes of this run may have caused the drift."
-    return reason
-
-
-def _reason_for_spikes(summary: Summary, threshold: float, share: float) -> str:
-    spike = summary.largest_spikes[0]
-    return (
-        f"Norms far above the {WINDOW} before them: {summary.spikes}, the highest at "
-        f"{spike.norm / spike.usual:.3g} times their median. {threshold:g} is the median of all "
-        f"norms plus {DEVIATIONS:g} median deviations: it would have clipped {share:.2%} of the "
-        "steps."
-    )
-
-
-def _reason_for_quiet(summary: Summary, threshold: float) -> str:
-    usual = "the norms before it or the usual norm" if summary.spikes else "the norms before it"
-    finding = f"Nothing needs clipping: no norm was far above {usual}."
-    if summary.clip_rate > 0:
-        finding = (
-            f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
-            "its steps; without clipping its norms may be larger."
-        )
-    return (
-        f"{finding} {threshold:g} is the largest norm, or twice the 99.9 % quantile if that is "
-        "larger: a safeguard that clips no step of a run like this one."
-    )
-
-
-def _against_explosion(
-    calm: NDArray[np.float64], summary: Summary, *, exploded: bool
-) -> tuple[float, str]:
-    """Return the threshold that stops an explosion, and the reason.
-
-    Args:
-        calm: The norms before the explosion.
-        summary: The facts of the run.
-        exploded: True if norms rose for good, False if only single ones were enormous or NaN.
-    """
-    finding = f"Norms reached {summary.largest:.3g}"
-    if summary.nonfinite_steps:
-        finding = f"Norms that were not finite: {summary.nonfinite_steps}"
-    if exploded and len(calm) < WINDOW:
-        # Few steps before a rise may be part of it: their median would be too high.
-        smallest = float(np.percentile(calm, 10, method="lower"))
-        threshold = _rounded_up(smallest / 2)
-        reason = (
-            f"{finding}. Only {len(calm)} normal steps came before: too few to know the usual "
-            f"norm, and the last of them may belong to the explosion. {threshold:g} is half of "
-            "their 10 % quantile and clips nearly every step."
-        )
-    else:
-        level = float(np.median(calm))
-        threshold = _rounded_up(2 * level)
-        reason = (
-            f"{finding}. The median norm of the normal steps was {level:.3g}. Twice that clips few "
-            "of them and stops the explosion; steps with NaN are skipped."
-        )
-    reason += " If the loss does not fall with this threshold, the learning rate is too high."
-    return threshold, reason
-
-
-def _before_explosion(norms: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool]:
-    """Return the finite norms before an explosion.
-
-    An explosion is a norm after which most norms are not finite or many times as high as the early
-    ones. A single spike is none.
-
-    Returns:
-        The norms before the explosion, all above 0, and whether there was one.
-    """
-    nonzero = norms[norms != 0]
-    finite = np.isfinite(nonzero)
-    finite_norms = nonzero[finite]
-    early = max(len(finite_norms) // 20, 1)
-    # Denormal norms are as good as 0: a multiple of them is not an explosion.
-    level = max(float(np.median(finite_norms[:early])), np.finfo(np.float64).tiny)
-    high = ~finite | (nonzero > EXPLODED * level)
-    high_from_here_on = np.cumsum(high[::-1])[::-1] / np.arange(len(nonzero), 0, -1)
-    explosions = np.flatnonzero(high & (high_from_here_on > 0.5))
-    if not len(explosions):
-        return finite_norms, False
-    before = int(finite[: explosions[0]].sum())
-    return finite_norms[: max(before, 1)], True
-
-
 def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
     warnings = []
-    if summary.steps < FEW_STEPS:
-        warnings.append(f"Only {summary.steps} steps were logged: too few for reliable advice.")
     if not np.isnan(run.thresholds).all():
         if summary.clip_rate == 0:
             warnings.append("The threshold of this run never clipped: it was at most a safeguard.")
@@ -210,10 +104,3 @@ def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
             'exceed="skip"), with clipper.loss = loss before each step, skips such steps.'
         )
     return tuple(warnings)
-
-
-def _rounded_up(value: float) -> float:
-    """Return a number rounded up to two digits, above 0 and finite."""
-    # `:.12g` first: a rounding error in the last bit must not move 2.4 to 2.5.
-    rounded = Context(prec=2, rounding=ROUND_CEILING).create_decimal(f"{value:.12g}")
-    return min(max(float(rounded), math.ulp(0.0)), 1e308)

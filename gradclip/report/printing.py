@@ -77,7 +77,8 @@ def _print_run(summary: Summary, advice: Advice, stream: TextIO) -> None:
     for warning in advice.warnings:
         print(f"Note: {warning}", file=stream)
     kind = "" if advice.kind == "unknown" else f"This run is {advice.kind}. "
-    print(f"{kind}{advice.reason}\n\n    {advice.line}", file=stream)
+    confidence = f"Confidence: {advice.confidence.level}. {advice.confidence.reason}"
+    print(f"{kind}{advice.reason}\n{confidence}\n\n    {advice.line}", file=stream)
 
 
 def _facts_of_losses(losses: LossSummary | None) -> dict[str, str]:

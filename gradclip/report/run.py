@@ -83,6 +83,23 @@ class Run:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def since(self, index: int) -> Run:
+        """Return the run without its first steps, and without the norms of parameters.
+
+        Args:
+            index: How many steps are left out.
+        """
+        return Run(
+            self.name,
+            self.steps[index:],
+            self.norms[index:],
+            self.clipped_norms[index:],
+            self.thresholds[index:],
+            self.skipped[index:],
+            None,
+            None if self.losses is None else self.losses[index:],
+        )
+
     @cached_property
     def finite(self) -> NDArray[np.bool_]:
         """True at steps with a finite norm."""

@@ -63,6 +63,13 @@ class Summary:
     losses: LossSummary | None
     """The facts of the losses; None if none were logged."""
 
+    @property
+    def highest_spike(self) -> float:
+        """Ratio of the highest spike to the median before it; NaN without a spike."""
+        if not self.largest_spikes:
+            return math.nan
+        return self.largest_spikes[0].norm / self.largest_spikes[0].usual
+
 
 def summarized(run: Run) -> Summary:
     """Return the facts of a run."""
@@ -81,25 +88,29 @@ def summarized(run: Run) -> Summary:
         # The sum of norms near the end of float64 overflows; long double has a wider range.
         mean=float(norms.mean(dtype=np.longdouble)) if len(norms) else math.nan,
         largest=float(norms.max()) if len(norms) else math.nan,
-        spike_line=_spike_line(positive_norms),
+        spike_line=spike_line(positive_norms),
         spikes=len(spikes),
         largest_spikes=tuple(spikes_by_height[:MOST_SPIKES]),
         nonfinite_steps=run.nonfinite_steps,
         skipped_steps=run.skipped_steps,
-        trend=_trend(positive_norms),
+        trend=trend(positive_norms),
         losses=losses_summarized(run),
     )
 
 
-def _spike_line(norms: NDArray[np.float64]) -> float:
-    """Return the median of the norms plus ten median deviations."""
+def spike_line(norms: NDArray[np.float64]) -> float:
+    """Return the median of norms above 0 plus ten median deviations; NaN without a norm."""
     if not len(norms):
         return math.nan
     median = np.median(norms)
     return float(median + DEVIATIONS * np.median(np.abs(norms - median)))
 
 
-def _trend(norms: NDArray[np.float64]) -> float:
+def trend(norms: NDArray[np.float64]) -> float:
+    """Return the median of the last quarter of norms above 0 by that of the first.
+
+    NaN if there are less than four.
+    """
     quarter = len(norms) // 4
     if not quarter:
         return math.nan

@@ -1,0 +1,132 @@
+"""The kind of a run, quiet, spiky, drifting or exploding, and the threshold that suits it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..records.norm_history import DEVIATIONS, WINDOW
+from .explosion import ENORMOUS, against_explosion, before_explosion
+from .fitting import safeguard, spike_threshold
+from .run import Run
+from .summary import Summary, summarized
+from .warm_up import after_warm_up
+
+DRIFTED = 2.0
+"""Factor between the first and the last level from which one threshold does not fit both."""
+FEW_STEPS = 200
+"""With fewer norms a run is neither quiet nor drifting, and spiky only by norms that are `HIGH`."""
+HIGH = 10.0
+"""A norm this many times the usual one is a spike whatever came before: Pascanu's upper end of the
+thresholds that work."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the norms of a run are like, and what follows from it."""
+
+    kind: str
+    """"quiet", "spiky", "drifting", "exploding" or "unknown"."""
+    threshold: float | None
+    """The advised threshold; None where no number fits."""
+    reason: str
+    run: Run
+    """The steps that were judged: those after a warm-up, or all."""
+    summary: Summary
+    """The facts of these steps."""
+    exploded: bool = False
+    """True if norms rose for good, False if only single ones were enormous or NaN."""
+
+
+def judged(run: Run, summary: Summary) -> Judgement:
+    """Return the kind of a run that has a norm above 0, the threshold and the reason."""
+    calm, exploded = before_explosion(run.norms)
+    level = float(np.median(calm))
+    if summary.nonfinite_steps or exploded or summary.largest > ENORMOUS * level:
+        threshold, reason = against_explosion(calm, summary, exploded=exploded)
+        return Judgement("exploding", threshold, reason, run, summary, exploded)
+    if len(calm) < FEW_STEPS and not summary.highest_spike >= HIGH:
+        threshold = safeguard(run.norms[run.finite])
+        reason = _reason_for_few(len(calm), summary, threshold)
+        return Judgement("unknown", threshold, reason, run, summary)
+    if 1 / DRIFTED < summary.trend < DRIFTED or math.isnan(summary.trend):
+        return Judgement(*_fitted(run, summary), run, summary)
+    settled = after_warm_up(run)
+    if settled is None:
+        return Judgement("drifting", None, _reason_for_drift(summary), run, summary)
+    settled_summary = summarized(settled)
+    kind, threshold, reason = _fitted(settled, settled_summary)
+    reason = f"{_warm_up(run, settled, threshold)} {reason}"
+    return Judgement(kind, threshold, reason, settled, settled_summary)
+
+
+def _fitted(run: Run, summary: Summary) -> tuple[str, float, str]:
+    """Return the kind of a run at one level, the threshold and the reason."""
+    norms = run.norms[run.finite]
+    threshold = spike_threshold(norms)
+    if summary.spikes and summary.largest > threshold:
+        share = float((norms > threshold).mean())
+        return "spiky", threshold, _reason_for_spikes(summary, threshold, share)
+    threshold = safeguard(norms)
+    return "quiet", threshold, _reason_for_quiet(summary, threshold)
+
+
+def _warm_up(run: Run, settled: Run, threshold: float) -> str:
+    count = len(run) - len(settled)
+    before, after = (
+        float(np.median(norms[norms > 0])) for norms in (run.norms[:count], settled.norms)
+    )
+    share = float((run.norms[:count] > threshold).mean())
+    return (
+        f"The norms fell in the first {count:,} steps, from a median of {before:.3g} there to one "
+        f"of {after:.3g} in the {len(settled):,} steps since, which are level: a warm-up and no "
+        f"drift. The advice is for the level part; {threshold:g} would have clipped {share:.2%} of "
+        "the steps before it."
+    )
+
+
+def _reason_for_few(count: int, summary: Summary, threshold: float) -> str:
+    finding = f"{count} norm{'s are' if count != 1 else ' is'} too few to say more"
+    if summary.spikes:
+        finding += f", though one was {summary.highest_spike:.2g} times the median before it"
+    return f"{finding}. {_description(threshold)}"
+
+
+def _reason_for_drift(summary: Summary) -> str:
+    reason = (
+        f"The median norm of the last quarter is {summary.trend:.2g} times that of the first: a "
+        "fixed threshold that fits the beginning does not fit the end. This rule follows the last "
+        f"{WINDOW} norms and clips a norm far above them."
+    )
+    if summary.spikes and summary.trend > 1:
+        reason += " The spikes of this run may have caused the drift."
+    return reason
+
+
+def _reason_for_spikes(summary: Summary, threshold: float, share: float) -> str:
+    return (
+        f"Norms far above the {WINDOW} before them: {summary.spikes}, the highest at "
+        f"{summary.highest_spike:.3g} times their median. {threshold:g} is the median of all "
+        f"norms plus {DEVIATIONS:g} median deviations: it would have clipped {share:.2%} of the "
+        "steps."
+    )
+
+
+def _reason_for_quiet(summary: Summary, threshold: float) -> str:
+    usual = "the norms before it or the usual norm" if summary.spikes else "the norms before it"
+    finding = f"Nothing needs clipping: no norm was far above {usual}."
+    if summary.clip_rate > 0:
+        finding = (
+            f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
+            "its steps; without clipping its norms may be larger."
+        )
+    return f"{finding} {_description(threshold)}"
+
+
+def _description(threshold: float) -> str:
+    return (
+        f"{threshold:g} is the largest norm, or twice the 99.9 % quantile if that is larger: a "
+        "safeguard that clips no step like these."
+    )

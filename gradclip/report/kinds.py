@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..records.norm_history import DEVIATIONS, WINDOW
 from .explosion import ENORMOUS, against_explosion, before_explosion
-from .fitting import safeguard, spike_threshold
+from .fitting import rounded_up, safeguard, spike_threshold
 from .run import Run
 from .summary import Summary, summarized
 from .warm_up import after_warm_up
@@ -19,8 +18,8 @@ DRIFTED = 2.0
 FEW_STEPS = 200
 """With fewer norms a run is neither quiet nor drifting, and spiky only by norms that are `HIGH`."""
 HIGH = 10.0
-"""A norm this many times the usual one is a spike whatever came before: Pascanu's upper end of the
-thresholds that work."""
+"""A norm this many times the usual one is a spike however few steps there are: the upper end of the
+thresholds that Pascanu (2013) found to work."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,12 @@ def judged(run: Run, summary: Summary) -> Judgement:
     if summary.nonfinite_steps or exploded or summary.largest > ENORMOUS * level:
         threshold, reason = against_explosion(calm, summary, exploded=exploded)
         return Judgement("exploding", threshold, reason, run, summary, exploded)
-    if len(calm) < FEW_STEPS and not summary.highest_spike >= HIGH:
-        threshold = safeguard(run.norms[run.finite])
+    few = len(calm) < FEW_STEPS
+    if few and not summary.highest_spike >= HIGH:
+        threshold = rounded_up(HIGH * level)
         reason = _reason_for_few(len(calm), summary, threshold)
         return Judgement("unknown", threshold, reason, run, summary)
-    if 1 / DRIFTED < summary.trend < DRIFTED or math.isnan(summary.trend):
+    if few or 1 / DRIFTED < summary.trend < DRIFTED:
         return Judgement(*_fitted(run, summary), run, summary)
     settled = after_warm_up(run)
     if settled is None:
@@ -91,7 +91,10 @@ def _reason_for_few(count: int, summary: Summary, threshold: float) -> str:
     finding = f"{count} norm{'s are' if count != 1 else ' is'} too few to say more"
     if summary.spikes:
         finding += f", though one was {summary.highest_spike:.2g} times the median before it"
-    return f"{finding}. {_description(threshold)}"
+    return (
+        f"{finding}. {threshold:g} is {HIGH:g} times their median, the upper end of the thresholds "
+        "that work (Pascanu 2013): a safeguard until more is known."
+    )
 
 
 def _reason_for_drift(summary: Summary) -> str:
@@ -122,11 +125,7 @@ def _reason_for_quiet(summary: Summary, threshold: float) -> str:
             f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
             "its steps; without clipping its norms may be larger."
         )
-    return f"{finding} {_description(threshold)}"
-
-
-def _description(threshold: float) -> str:
     return (
-        f"{threshold:g} is the largest norm, or twice the 99.9 % quantile if that is larger: a "
-        "safeguard that clips no step like these."
+        f"{finding} {threshold:g} is the largest norm, or twice the 99.9 % quantile if that is "
+        "larger: a safeguard that clips no step like these."
     )

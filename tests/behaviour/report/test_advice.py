@@ -137,6 +137,7 @@ def test_few_steps_say_little(advice, count, height):
         assert "too few to say more" in found["reason"]
         assert f"only {count} step" in found["confidence"]["reason"]
         assert "log 200 or more" in found["confidence"]["reason"]
+        assert found["threshold"] == pytest.approx(10 * np.median(each), rel=0.1)
         assert not clipped_by(found["line"], each).any()
 
 
@@ -146,7 +147,8 @@ def test_few_steps_with_a_norm_far_above_the_others(advice):
     usual = float(np.median(QUIET[:40]))
     assert f"though one was {low[40] / usual:.2g} times the median before" in advice(low)["reason"]
     assert "though" not in advice(QUIET[:61])["reason"]
-    for norms, kind in ((high, "spiky"), (unusable, "exploding")):
+    falling = spiked(QUIET, {40: 100.0})[:61] * np.geomspace(20, 1, 61)
+    for norms, kind in ((high, "spiky"), (falling, "spiky"), (unusable, "exploding")):
         found = advice(norms)
         assert (found["kind"], found["confidence"]["level"]) == (kind, "low")
 

@@ -84,7 +84,7 @@ class Run:
         return len(self.steps)
 
     def since(self, index: int) -> Run:
-        """Return the run without its first steps, and without the norms of parameters.
+        """Return the norms of the run without its first steps; no losses, no norms of parameters.
 
         Args:
             index: How many steps are left out.
@@ -96,8 +96,6 @@ class Run:
             self.clipped_norms[index:],
             self.thresholds[index:],
             self.skipped[index:],
-            None,
-            None if self.losses is None else self.losses[index:],
         )
 
     @cached_property

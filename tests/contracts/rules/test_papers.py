@@ -148,6 +148,14 @@ def test_a_quantile_of_extreme_norms_can_be_left_again(count, norm):
     assert math.exp(-0.5) <= limit <= math.exp(0.5)
 
 
+@pytest.mark.parametrize(("norm", "later"), [(5e-324, 1.0), (1.7e308, 1.0), (1.0, 5e-324)])
+def test_a_slow_quantile_moves_at_every_step(norm, later):
+    """Denormal levels would be rounded to themselves."""
+    limits = [limit for [limit] in Driver(Quantile(50, 1e-3)).run([[norm], *[[later]] * 50])[1:]]
+    assert len({*limits}) == 50
+    assert limits == sorted(limits, reverse=norm > later)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_norms_of_0_leave_a_quantile_as_it_is(count):
     """A unit that is idle in most steps keeps its level, where a percentile would be 0."""

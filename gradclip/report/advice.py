@@ -22,7 +22,8 @@ class Advice:
     """A threshold for the next run, and the reason for it."""
 
     kind: str
-    """Kind of run: "quiet", "spiky", "drifting", "exploding" or "unknown"."""
+    """Kind of run: "quiet", "spiky", "drifting", "exploding", "short" for too few steps to say, or
+    "unknown" without a norm above 0."""
     threshold: float | None
     """The advised threshold; None where no number fits the run."""
     line: str

@@ -1,4 +1,4 @@
-"""The kind of a run, quiet, spiky, drifting or exploding, and the threshold that suits it."""
+"""The kind of a run, such as quiet or spiky, and the threshold that suits it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Judgement:
     """What the norms of a run are like, and what follows from it."""
 
     kind: str
-    """"quiet", "spiky", "drifting", "exploding" or "unknown"."""
+    """"quiet", "spiky", "drifting", "exploding" or "short"."""
     threshold: float | None
     """The advised threshold; None where no number fits."""
     reason: str
@@ -50,7 +50,7 @@ def judged(run: Run, summary: Summary) -> Judgement:
     if few and not summary.highest_spike >= HIGH:
         threshold = rounded_up(HIGH * level)
         reason = _reason_for_few(len(calm), summary, threshold)
-        return Judgement("unknown", threshold, reason, run, summary)
+        return Judgement("short", threshold, reason, run, summary)
     if few or 1 / DRIFTED < summary.trend < DRIFTED:
         return Judgement(*_fitted(run, summary), run, summary)
     settled = after_warm_up(run)

@@ -15,6 +15,7 @@ const KINDS = {
   spiky: "spiky",
   drifting: "drifting",
   exploding: "exploding",
+  short: "too few steps",
   unknown: "no finite norm above 0",
 };
 
@@ -328,7 +329,7 @@ function binsOf([low, high]) {
   return [...new Set(edges)];
 }
 
-/** The advice of the report for each run: what kind it is, the reason, and the line of code. */
+/** The advice of the report for each run: its kind, the reason, how sure it is, a line of code. */
 export class Advice {
   constructor(page) {
     this.page = page;
@@ -359,6 +360,7 @@ export class Advice {
   _card(run, advice, isFull) {
     const words = [
       element("p", {}, advice.reason),
+      element("p", {}, `Confidence: ${advice.confidence.level}. ${advice.confidence.reason}`),
       ...advice.warnings.map((warning) => element("p.note", {}, warning)),
     ];
     return element(
@@ -371,7 +373,7 @@ export class Advice {
         element("span.name", { title: run.name }, run.shortName),
         element(`span.kind.${advice.kind}`, {}, KINDS[advice.kind] ?? advice.kind),
       ),
-      isFull ? words[0] : null,
+      isFull ? words.slice(0, 2) : null,
       element("div.code", {}, element("code", {}, advice.line), copyButton(advice.line)),
       advice.threshold === null
         ? null
@@ -380,7 +382,7 @@ export class Advice {
             { type: "button", click: () => this.page.runs.setThreshold(advice.threshold) },
             `Try ${number(advice.threshold)}`,
           ),
-      isFull ? words.slice(1) : element("details", {}, element("summary", {}, "Why"), words),
+      isFull ? words.slice(2) : element("details", {}, element("summary", {}, "Why"), words),
     );
   }
 }

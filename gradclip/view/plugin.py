@@ -30,6 +30,12 @@ export function render() {
   const root = document.createElement("div");
   document.body.append(root);
   window.gradclipPage = show(root, new ServedSource("./"));
+  const { body } = window.parent.document;
+  const followTheme = () => window.gradclipPage.setTheme(body.classList.contains("dark-mode"));
+  if (body !== document.body) {
+    followTheme();
+    new MutationObserver(followTheme).observe(body, { attributeFilter: ["class"] });
+  }
 }
 """
 """The function that TensorBoard calls in the frame of the tab."""

@@ -30,12 +30,12 @@ def open_tab(browser, tmp_path):
     """
 
     @contextmanager
-    def open_tab(folder, *options):
+    def open_tab(folder, *options, query=""):
         requests_of(browser)
         browser.get_log("browser")
         with tensorboard(folder, tmp_path / "messages", *options) as server:
             browser.get("about:blank")  # or an address that differs after the # loads nothing
-            browser.get(f"{server.address}#gradients")
+            browser.get(f"{server.address}{query}#gradients")
             frames = "return document.querySelectorAll('iframe').length"
             eventually(lambda: browser.execute_script(frames))
             browser.switch_to.frame(browser.find_element("css selector", "iframe"))
@@ -139,6 +139,15 @@ def test_names_stay_text(open_tab, tmp_path):
         assert page.all("img") == []
         assert runs_of(page) == [HOSTILE]
         assert {*page.drawn()["map"]["names"]} == {*names}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_tab_is_as_light_as_tensorboard(open_tab, tmp_path, theme):
+    log_run(tmp_path / "logs", *some_norms(50))
+    query = "?darkMode=true" if theme == "dark" else ""
+    with open_tab(tmp_path / "logs", query=query) as page:
+        shown = page.browser.execute_script("return document.querySelector('.gradclip').dataset")
+        assert shown["theme"] == theme
 
 
 def test_other_scalars_can_be_chosen_as_losses(open_tab, tmp_path):

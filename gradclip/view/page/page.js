@@ -58,7 +58,7 @@ class Page {
       element("button", { type: "button", "aria-label": name, title: name, click }, label);
     this.help = element("p.help", { hidden: true }, HELP);
     this.isDark = matchMedia("(prefers-color-scheme: dark)").matches;
-    this.themeButton = toggle("Dark", this.isDark, (isDark) => this._setTheme(isDark));
+    this.themeButton = toggle("Dark", this.isDark, (isDark) => this.setTheme(isDark));
     return element(
       "header",
       {},
@@ -197,7 +197,7 @@ class Page {
     this.map.lead(names);
   }
 
-  _setTheme(isDark) {
+  setTheme(isDark) {
     this.isDark = isDark;
     this.themeButton.setAttribute("aria-pressed", String(isDark));
     this.root.dataset.theme = isDark ? "dark" : "light";
@@ -207,9 +207,9 @@ class Page {
   }
 
   _watch() {
-    this._setTheme(this.isDark);
+    this.setTheme(this.isDark);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) =>
-      this._setTheme(matches),
+      this.setTheme(matches),
     );
     let width = 0;
     new ResizeObserver(([{ contentRect }]) => {
@@ -222,7 +222,7 @@ class Page {
     const print = (isPrinting) => {
       if (isPrinting) wasDark = this.isDark;
       document.documentElement.toggleAttribute("data-printing", isPrinting);
-      this._setTheme(isPrinting ? false : wasDark);
+      this.setTheme(isPrinting ? false : wasDark);
       this._draw(true);
     };
     addEventListener("beforeprint", () => print(true));
@@ -243,7 +243,8 @@ class Page {
  *
  * @param root The element to show them in; what it holds is replaced.
  * @param source See source.js.
- * @return What tests read: `settled()`, and `drawn()`, the curves as they are drawn.
+ * @return What tests read: `settled()`, and `drawn()`, the curves as they are drawn; `show()`, which
+ *   shows a range of steps, and `setTheme()` for a light or a dark page.
  */
 export function show(root, source) {
   root.classList.add("gradclip");
@@ -263,7 +264,12 @@ export function show(root, source) {
     distribution: page.distribution.drawn,
   });
   const settled = () => started.then(() => page.settled());
-  return Object.freeze({ settled, drawn, show: (first, last) => page.runs.show(first, last) });
+  return Object.freeze({
+    settled,
+    drawn,
+    show: (first, last) => page.runs.show(first, last),
+    setTheme: (isDark) => page.setTheme(isDark),
+  });
 }
 
 /** Show the runs that a file holds. */

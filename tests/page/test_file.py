@@ -166,6 +166,18 @@ def test_the_map_shows_the_largest_norm_of_each_parameter(opened, tmp_path):
     assert page.texts(".found") == ["No parameter has such a name."]
 
 
+def test_a_thousand_parameters_can_be_shown(opened, tmp_path):
+    """No canvas becomes larger than browsers draw."""
+    names = [f"layers.{n}.weight" for n in range(1100)]
+    page = opened(with_parameters(tmp_path / "run.jsonl", quiet(40), names))
+    page.press("Show all 1,000")
+    assert page.drawn()["map"]["names"] == names[:1000]
+    largest = "return Math.max(...[...document.querySelectorAll('canvas')].map(c => c.height))"
+    assert 15_000 < page.browser.execute_script(largest) <= 32_000
+    page.press("Show the 24 largest")
+    assert page.drawn()["map"]["names"] == names[:24]
+
+
 def test_an_incident_shows_its_steps_in_all_panels(opened, tmp_path):
     norms = quiet(3000)
     norms[2000] = 70

@@ -8,6 +8,7 @@ import { Scale, linearTicks, number, tickLabel, whole } from "./scales.js";
 export const HELP =
   "Drag to zoom, drag with Shift to move, Ctrl and wheel to zoom, double-click for all steps. " +
   "Keys: left and right move the crosshair, + and − zoom, Page Up and Page Down move, 0 shows all steps.";
+const MOST_PIXELS = 32000; // along a side of a canvas; browsers draw nothing in a larger one
 const RIGHT = 14;
 const AXIS = 24;
 const [NARROW, WIDE] = [640, 900];
@@ -376,10 +377,9 @@ export function* clippedSpans(series, threshold, x) {
 
 /** Return the context of a canvas of a size in the page's pixels, empty, at the screen's resolution. */
 export function sized(canvas, width, height) {
-  const ratio = Math.max(
-    window.devicePixelRatio || 1,
-    document.documentElement.dataset.printing ? 3 : 1,
-  );
+  const isPrinting = document.documentElement.hasAttribute("data-printing");
+  const wanted = Math.max(window.devicePixelRatio || 1, isPrinting ? 3 : 1);
+  const ratio = Math.min(wanted, MOST_PIXELS / Math.max(width, height));
   const [wide, high] = [Math.round(width * ratio), Math.round(height * ratio)];
   if (canvas.width !== wide || canvas.height !== high) [canvas.width, canvas.height] = [wide, high];
   canvas.style.width = `${width}px`;

@@ -12,7 +12,7 @@ const QUANTITIES = {
   update_ratios: "norm of the update / norm of the weights",
 };
 const FEW = 24; // rows before all are asked for
-const MOST = 2000;
+const MOST = 1000;
 const [ROW, HEADING] = [15, 19];
 const LETTER = 6; // pixels
 const COLUMNS = 256;
@@ -109,9 +109,10 @@ export class HeatMap extends StepChart {
 
   _take(table) {
     this.table = table;
+    this._colours = coloursOf(table.high);
     this.more.hidden = table.matching <= FEW;
     this.more.textContent =
-      table.names.length < table.matching
+      this._most === FEW
         ? `Show all ${whole(Math.min(table.matching, MOST))}`
         : `Show the ${FEW} largest`;
     this._say();
@@ -128,7 +129,7 @@ export class HeatMap extends StepChart {
     const { area } = this;
     const { palette } = this.page;
     const width = Math.round(area.right - area.left);
-    const [low, high] = coloursOf(this.table.high);
+    const [low, high] = this._colours;
     const image = this._image(width, low, high);
     this.drawn = {
       names: this.table.names,

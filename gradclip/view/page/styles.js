@@ -96,11 +96,16 @@ const VIRIDIS = [
   [253, 231, 37],
 ];
 
-/** Return red, green and blue of a share between 0 and 1. */
-export function heat(share) {
-  const place = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1);
+/** Red, green and blue of 256 shares from 0 to 1. */
+const HEAT = Array.from({ length: 256 }, (_, index) => {
+  const place = (index / 255) * (VIRIDIS.length - 1);
   const below = Math.min(Math.floor(place), VIRIDIS.length - 2);
   return VIRIDIS[below].map(
     (value, part) => value + (VIRIDIS[below + 1][part] - value) * (place - below),
   );
+});
+
+/** Return red, green and blue of a share between 0 and 1. */
+export function heat(share) {
+  return HEAT[Math.round(Math.min(Math.max(share, 0), 1) * 255)];
 }

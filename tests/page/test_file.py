@@ -193,6 +193,25 @@ def test_an_incident_shows_its_steps_in_all_panels(opened, tmp_path):
     assert page.texts(".runs td")[0] == "70"
 
 
+def test_an_incident_shows_the_map_of_its_run_with_the_parameter_that_led(opened, tmp_path):
+    """Also one that is too small on the whole to be among the rows."""
+    names = [f"layers.{n}.weight" for n in range(40)]
+    norms = quiet(300)
+    norms[200] = 70
+    first = with_parameters(tmp_path / "a.jsonl", quiet(300), names)
+    second = with_parameters(tmp_path / "b.jsonl", norms, names)
+    lines = second.read_text().splitlines()
+    lines[200] = log_line(200, 70.0, parameter_norms={**dict.fromkeys(names, 0.1), names[39]: 70.0})
+    second.write_text("\n".join(lines))
+    page = opened(first, second)
+    assert names[39] not in page.drawn()["map"]["names"]
+    page.all(".incident")[0].click()
+    drawn = page.drawn()["map"]
+    assert drawn["names"] == [names[39]]
+    assert max(drawn["high"]) == 70
+    assert page.all(".controls select")[0].get_property("selectedOptions")[0].text == "b.jsonl"
+
+
 def test_keys_move_the_crosshair_and_the_range(opened, tmp_path):
     norms = spiky(500)
     page = opened(log_norms(tmp_path / "run.jsonl", norms, 2.0))

@@ -6,8 +6,9 @@ import { element, refill } from "./elements.js";
 import { number, whole } from "./scales.js";
 import { heat } from "./styles.js";
 
+const GRADIENTS = "parameter_norms";
 const QUANTITIES = {
-  parameter_norms: "gradient norm before clipping",
+  [GRADIENTS]: "gradient norm before clipping",
   weight_norms: "norm of the weights",
   update_ratios: "norm of the update / norm of the weights",
 };
@@ -25,6 +26,7 @@ export class HeatMap extends StepChart {
     this._most = FEW;
     this._key = "";
     this._leading = new Set();
+    this._mayMiss = null;
     this.runChoice = element("select", {
       "aria-label": "Run of the map",
       change: () => this.refresh(),
@@ -75,6 +77,7 @@ export class HeatMap extends StepChart {
     const key = JSON.stringify([...question, this.run.overview.steps]);
     if (key === this._key) return;
     this._key = key;
+    this._isAsking = true;
     const answered = runs.source.parameters(...question).then(
       (table) => {
         if (key === this._key) this._take(table);
@@ -86,10 +89,29 @@ export class HeatMap extends StepChart {
     runs.wait(answered);
   }
 
-  /** Mark the parameters that led at an incident. */
-  lead(names) {
+  /** Mark the parameters that led at an incident of a run, and show its map. */
+  lead(run, names) {
     this._leading = new Set(names);
-    this.draw();
+    if (names.length) {
+      this.runChoice.value = run.id;
+      this.quantityChoice.value = GRADIENTS;
+      this.search.value = "";
+      this._mayMiss = names[0];
+    }
+    this.refresh();
+    this._findMissed();
+  }
+
+  /** Search the parameter that led first, if it is not among those that are shown. */
+  _findMissed() {
+    const name = this._mayMiss;
+    if (name === null || this._isAsking || !this.table) return;
+    this._mayMiss = null;
+    if (this.table.names.includes(name)) this.draw();
+    else {
+      this.search.value = name;
+      this.refresh();
+    }
   }
 
   draw() {
@@ -109,6 +131,7 @@ export class HeatMap extends StepChart {
 
   _take(table) {
     this.table = table;
+    this._isAsking = false;
     this._colours = coloursOf(table.high);
     this.more.hidden = table.matching <= FEW;
     this.more.textContent =
@@ -117,6 +140,7 @@ export class HeatMap extends StepChart {
         : `Show the ${FEW} largest`;
     this._say();
     this.draw();
+    this._findMissed();
   }
 
   _showMore() {

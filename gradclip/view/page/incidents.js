@@ -101,7 +101,10 @@ export class Incidents {
     const room = Math.max(AROUND * gap, incident.last_step - incident.first_step);
     this.page.runs.show(incident.first_step - room, incident.last_step + room);
     this.page.runs.setStep(incident.step);
-    this.page.showLeading(incident.parameters.map(([name]) => name));
+    this.page.showLeading(
+      run,
+      incident.parameters.map(([name]) => name),
+    );
     this.draw();
   }
 }

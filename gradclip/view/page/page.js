@@ -193,8 +193,8 @@ class Page {
   }
 
   /** Mark the parameters that led at an incident in the map. */
-  showLeading(names) {
-    this.map.lead(names);
+  showLeading(run, names) {
+    this.map.lead(run, names);
   }
 
   setTheme(isDark) {

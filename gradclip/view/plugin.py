@@ -31,7 +31,11 @@ export function render() {
   document.body.append(root);
   window.gradclipPage = show(root, new ServedSource("./"));
   const { body } = window.parent.document;
-  const followTheme = () => window.gradclipPage.setTheme(body.classList.contains("dark-mode"));
+  const followTheme = () => {
+    const isDark = body.classList.contains("dark-mode");
+    window.gradclipPage.setTheme(isDark);
+    document.documentElement.style.colorScheme = isDark ? "dark" : "light"; // of the scroll bar
+  };
   if (body !== document.body) {
     followTheme();
     new MutationObserver(followTheme).observe(body, { attributeFilter: ["class"] });

@@ -59,9 +59,12 @@ def add_event(runs: TaggedRuns, event: Event) -> None:
 
 def _number(value: Summary.Value) -> float | None:
     """Return the number of a value, which some writers keep as a tensor; None if it is none."""
+    number: float = value.simple_value
+    if number:  # the usual case, in half the time; 0 may also stand for another kind of value
+        return number
     kind = value.WhichOneof("value")
     if kind == "simple_value":
-        return float(value.simple_value)
+        return number
     if kind == "tensor":
         numbers = value.tensor.float_val or value.tensor.double_val
         return float(numbers[0]) if numbers else None

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -66,11 +66,8 @@ def parsed_tag(tag: str) -> Tag | None:
     return Tag(run, match["quantity"] or PLAIN)
 
 
-@lru_cache(maxsize=1 << 16)
-def _own_quantity(tag: str) -> str | None:
-    """Return the quantity of a tag that a clipper wrote, such as its clip rate; None for others."""
-    match = _OWN.fullmatch(tag)
-    return match and match["quantity"]
+def _ignored(step: int, number: float) -> None:
+    """Add nothing: the number can be computed from others of its step."""
 
 
 class TaggedRuns:
@@ -85,6 +82,7 @@ class TaggedRuns:
         self._runs: dict[str, _TaggedRun] = {}
         self._scalars: dict[str, _Scalar] = {}
         self._newer: dict[str, None] = {}
+        self._adders: dict[str, Callable[[int, float], object]] = {}
 
     def say(self, step: int, sentences: Mapping[str, str]) -> None:
         """Add what clippers said of the step that was added last, by tag."""
@@ -95,20 +93,26 @@ class TaggedRuns:
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add numbers of a step by tag; those of foreign tags become scalars of all the runs."""
-        for text, number in numbers.items():
-            tag = parsed_tag(text)
-            if tag is None:
-                quantity = _own_quantity(text)
-                if quantity is None:
-                    self._scalars.setdefault(text, _Scalar()).add(step, number)
-                elif quantity not in QUANTITIES and quantity != INDEX:
-                    self._newer.setdefault(text)
-            else:
-                run = self._runs.get(tag.run)
-                if run is None:
-                    shown = self._name if tag.run == "grad_norm" else f"{self._name} ({tag.run})"
-                    run = self._runs[tag.run] = _TaggedRun(shown)
-                run.add(step, tag, number)
+        for tag, number in numbers.items():
+            if tag not in self._adders:  # a tag is looked at once, not at every step
+                self._adders[tag] = self._adder_of(tag)
+            self._adders[tag](step, number)
+
+    def _adder_of(self, text: str) -> Callable[[int, float], object]:
+        """Return what adds the numbers of a tag."""
+        tag = parsed_tag(text)
+        if tag is not None:
+            run = self._runs.get(tag.run)
+            if run is None:
+                shown = self._name if tag.run == "grad_norm" else f"{self._name} ({tag.run})"
+                run = self._runs[tag.run] = _TaggedRun(shown)
+            return partial(run.add, tag)
+        own = _OWN.fullmatch(text)
+        if own is None:
+            return self._scalars.setdefault(text, _Scalar()).add
+        if own["quantity"] not in QUANTITIES and own["quantity"] != INDEX:
+            self._newer[text] = None
+        return _ignored
 
     @property
     def trouble(self) -> str | None:
@@ -152,7 +156,7 @@ class _TaggedRun:
         self._is_added = True
         self._skip_totals = [(-1, 0.0)]
 
-    def add(self, step: int, tag: Tag, number: float) -> None:
+    def add(self, tag: Tag, step: int, number: float) -> None:
         numbers = self._numbers(tag)
         if step != self._step or tag.name in numbers:
             self._add_step()

@@ -24,6 +24,26 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 ENDING = "</script><script>alert(2)</script>"
 STEPS = 6000
 
+# Shares of coloured pixels in the lower edge of each chart, for the first and the second half of
+# the steps, away from their border.
+_MARKED = """
+return [...document.querySelectorAll(".panel:not([hidden]) .overlay")].map((canvas) => {
+  const copy = document.createElement("canvas");
+  [copy.width, copy.height] = [canvas.width, canvas.height];
+  const context = copy.getContext("2d", { willReadFrequently: true });
+  context.drawImage(canvas, 0, 0);
+  const ratio = canvas.width / canvas.clientWidth;
+  const [left, right] = [126 * ratio, canvas.width - 14 * ratio];
+  const row = canvas.height - 26 * ratio;
+  const share = (from, to) => {
+    const width = Math.round((right - left) * (to - from));
+    const { data } = context.getImageData(left + (right - left) * from, row, width, 1);
+    return data.filter((value, index) => index % 4 === 3 && value > 0).length / width;
+  };
+  return [share(0.05, 0.45), share(0.55, 0.95)];
+});
+"""
+
 
 @pytest.fixture
 def opened(browser, tmp_path):
@@ -118,6 +138,24 @@ def test_the_share_of_a_threshold_is_that_of_numpy(opened, tmp_path):
     assert page.drawn()["threshold"] == is_right()
     page.press("Clear")
     assert page.drawn()["threshold"] is None
+
+
+def test_the_steps_that_a_threshold_clips_are_marked_in_all_panels(opened, tmp_path):
+    """Where the norm is above it, and nowhere else."""
+    norms = np.where(np.arange(1000) < 500, 1.0, 3.0)
+    run = with_parameters(tmp_path / "run.jsonl", norms, ["a.weight"])
+    page = opened(run)
+    field = page.all(".trial input[type=text]")[0]
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("2", Keys.TAB)
+    page.settled()
+    panels = page.browser.execute_script(_MARKED)
+    assert len(panels) == 3
+    for left, right in panels:
+        assert left == 0
+        assert right == pytest.approx(1, abs=0.02)
+    page.press("Clear")
+    assert {share for panel in page.browser.execute_script(_MARKED) for share in panel} == {0}
 
 
 def test_the_file_asks_for_nothing(opened, browser, tmp_path):

@@ -70,7 +70,7 @@ export class Distribution {
       { type: "button", click: () => page.runs.setThreshold(null) },
       "Clear",
     );
-    this.shares = element("ul.shares", { role: "status" });
+    this.shares = element("ul.shares");
     this.element = element(
       "section.panel",
       {},
@@ -88,7 +88,7 @@ export class Distribution {
         element("label", {}, "threshold ", this.field),
         this.clear,
       ),
-      this.shares,
+      element("div", { role: "status" }, this.shares),
     );
     this._listen();
   }
@@ -260,21 +260,25 @@ export class Distribution {
       "aria-valuetext",
       `${number(threshold)}: ${sentences.map(([, text]) => text).join("; ")}`,
     );
-    const several = sentences.length > 1;
-    const marked = runs.threshold === null ? "" : ", those that are marked in all panels";
+    const isTried = runs.threshold !== null;
     const words = `${number(threshold)} would have clipped`;
+    if (sentences.length === 1) {
+      const marked = isTried ? ", those that are marked in all panels." : ".";
+      const [[, text]] = sentences;
+      refill(this.shares, element("li", {}, `${words} `, element("strong", {}, text), marked));
+      return;
+    }
+    const marked = isTried ? " the steps that are marked in all panels" : "";
     refill(
       this.shares,
-      several ? element("li", {}, `${words}${marked}:`) : null,
+      element("li", {}, `${words}${marked}:`),
       sentences.map(([run, text]) =>
         element(
           "li",
           {},
-          several
-            ? [swatch(run), element("span.name", { title: run.name }, `${run.shortName}: `)]
-            : `${words} `,
+          swatch(run),
+          element("span.name", { title: run.name }, `${run.shortName}: `),
           element("strong", {}, text),
-          several ? "" : `${marked}.`,
         ),
       ),
     );

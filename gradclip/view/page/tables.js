@@ -48,7 +48,7 @@ export class RunTable {
     this.page = page;
     this.caption = element("caption");
     this.body = element("tbody");
-    const columns = ["Run", "Before clipping", "After", "Threshold", "Loss", "Clipped", ""];
+    const columns = ["Run", "Before clipping", "After", "Threshold", "Loss", "Clipped", "Remarks"];
     const header = element(
       "tr",
       {},

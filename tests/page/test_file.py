@@ -334,6 +334,7 @@ def test_another_scalar_of_a_run_can_be_shown_as_its_loss(opened, tmp_path):
     assert curve["high"] == curve["low"] == [3.0 - step / 64 for step in range(0, 40, 5)]
     page.show(9.5, 10.5)
     page.all(".frame[role=application]")[0].send_keys(Keys.HOME)
+    page.settled()
     assert page.texts(".runs td")[3] == f"{3 - 10 / 64:.4g}"
     choice.send_keys("none")
     names = {curve["name"] for curve in page.drawn()["curves"]}

@@ -234,7 +234,7 @@ class Page {
     do {
       await this.runs.settled();
       await this._frame;
-    } while (this._frame);
+    } while (this._frame || this.runs.isPending);
   }
 }
 

@@ -255,9 +255,14 @@ export class Runs {
     this._changed();
   }
 
+  /** Whether an answer is awaited. */
+  get isPending() {
+    return this._pending.size > 0;
+  }
+
   /** Return a promise that is kept once no answer is awaited. */
   async settled() {
-    while (this._pending.size) await Promise.all(this._pending);
+    while (this.isPending) await Promise.all(this._pending);
   }
 
   /** Count a promise among those that `settled` waits for. */

@@ -18,7 +18,7 @@ from ..report.event_files import EventStream, add_event
 from ..report.tags import TaggedRuns
 from .run_view import RunView
 
-PATIENCE = 2.0
+PATIENCE = 0.5
 """Seconds that an answer waits for what is new; after that it has what was read."""
 EVENTS_AT_ONCE = 2_048
 """Events that are read before an answer may be given."""
@@ -38,6 +38,7 @@ class LocalRuns:
         self._lock = Lock()
         self._reader: Thread | None = None
         self.views: dict[str, RunView] = {}
+        self.is_reading = False
 
     def refreshed(self, environment: dict[str, Any]) -> tuple[dict[str, RunView], list[str]]:
         """See `ServedRuns`."""
@@ -52,7 +53,8 @@ class LocalRuns:
             self.views = {
                 view.run.name: view for directory in directories for view in directory.views()
             }
-            return self.views, self._notes(directories, is_reading=reader.is_alive())
+            self.is_reading = reader.is_alive()
+            return self.views, self._notes(directories)
 
     def _read(self) -> None:
         """Read all that is new, in pieces between which answers are given."""
@@ -71,10 +73,10 @@ class LocalRuns:
                         break
                 time.sleep(0)  # an answer may wait for the lock
 
-    def _notes(self, directories: Sequence[_RunDirectory], *, is_reading: bool) -> list[str]:
+    def _notes(self, directories: Sequence[_RunDirectory]) -> list[str]:
         """Return sentences about what is still read, what cannot be read, and what is missing."""
         notes = [note for directory in directories for note in directory.notes]
-        if is_reading:
+        if self.is_reading:
             done = sum(directory.bytes_read for directory in directories) / MIB
             size = sum(directory.size for directory in directories) / MIB
             notes.append(f"Event files are being read: {done:.0f} of {size:.0f} MiB so far.")

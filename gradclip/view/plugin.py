@@ -116,7 +116,8 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         if name == "runs":
             views, notes = self._runs.refreshed(environment)
             listed = [{"id": key, **view.listed} for key, view in views.items()]
-            return {"format": FORMAT, "runs": listed, "notes": notes}
+            answer = {"format": FORMAT, "runs": listed, "notes": notes}
+            return {**answer, "reading": self._runs.is_reading}
         key = question.get("run", "")
         view = self._runs.views.get(key)
         if view is None:

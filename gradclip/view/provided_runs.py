@@ -24,6 +24,8 @@ class ProvidedRuns:
         provider: The ``DataProvider`` of TensorBoard; None if it has none.
     """
 
+    is_reading = False
+
     def __init__(self, provider: Any) -> None:
         self._provider = provider
         self._due = 0.0

@@ -21,6 +21,10 @@ class ServedRuns(Protocol):
     def views(self) -> dict[str, RunView]:
         """The runs by name, as they were at the last look."""
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether not all that is there was read at the last look."""
+
     def refreshed(self, environment: dict[str, Any]) -> tuple[dict[str, RunView], list[str]]:
         """Look for what is new, and return the runs with sentences for the reader.
 

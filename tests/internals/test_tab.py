@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from werkzeug.test import Client
 
 from gradclip.report.event_files import EventStream
 from gradclip.report.tags import TaggedRuns
+from gradclip.view import local_runs
 from gradclip.view.local_runs import run_directories
 from gradclip.view.plugin import GradientsPlugin
 from gradclip.view.served_runs import folders_of
@@ -53,6 +55,7 @@ def tab_of_provider(folder):
 def runs_listed(tab):
     answer = tab.answer("/runs")
     assert answer["format"] == 1
+    assert not answer["reading"]
     return {run["id"]: run for run in answer["runs"]}, answer["notes"]
 
 
@@ -250,6 +253,20 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_read(tmp_path):
     [note] = notes
     assert note.startswith(f"{tmp_path / 'a'}: it cannot be read: ")
     assert "events.out.tfevents.0.x" in note
+
+
+def test_what_was_read_so_far_is_shown_while_the_rest_is_read(tmp_path, monkeypatch):
+    log_run(tmp_path / "a", *map(float, range(50)))
+    gate = Event()
+    monkeypatch.setattr(local_runs, "EVENTS_AT_ONCE", 20)
+    monkeypatch.setattr(local_runs, "time", SimpleNamespace(sleep=lambda _: gate.wait()))
+    tab = tab_on(tmp_path)
+    answer = tab.answer("/runs")
+    assert answer["reading"]
+    assert answer["notes"] == ["Event files are being read: 0 of 0 MiB so far."]
+    assert 0 < answer["runs"][0]["steps"] <= 20
+    gate.set()
+    assert runs_listed(tab)[0]["a"]["steps"] == 50
 
 
 LOOK = """

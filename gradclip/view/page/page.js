@@ -13,6 +13,7 @@ import { Palette } from "./styles.js";
 import { NumberTable, RunTable, between } from "./tables.js";
 
 const PATIENCE = 5000; // milliseconds between two looks at runs that may grow
+const SOON = 2000; // the same while the source has not read all that is there
 
 class Page {
   constructor(root, source) {
@@ -88,10 +89,15 @@ class Page {
   /** Read the runs and draw them; of a source that lives, again and again. */
   async start() {
     await this._load();
-    if (this.runs.source.live)
-      setInterval(() => {
-        if (this._isSeen()) this._load();
-      }, PATIENCE);
+    if (this.runs.source.live) this._lookAgain();
+  }
+
+  _lookAgain() {
+    const again = async () => {
+      if (this._isSeen()) await this._load();
+      this._lookAgain();
+    };
+    setTimeout(again, this.runs.isReading ? SOON : PATIENCE);
   }
 
   /** Tell whether anybody may look: another tab of TensorBoard hides the frame alone. */

@@ -115,6 +115,7 @@ export class Runs {
     this.source = source;
     this.all = [];
     this.notes = [];
+    this.isReading = false;
     this.range = { first: 0, last: 1 };
     this.step = null;
     this.threshold = null;
@@ -143,8 +144,9 @@ export class Runs {
 
   /** Ask for the list of runs, and for what is new of them. */
   async load() {
-    const { format, runs, notes } = await this.source.runs();
+    const { format, runs, notes, reading = false } = await this.source.runs();
     if (format !== FORMAT) throw new Error(OTHER_FORMAT);
+    this.isReading = reading;
     const gone = this.all.filter((run) => !runs.some((listed) => listed.id === run.id));
     this.notes = [
       ...notes,

@@ -341,6 +341,19 @@ def test_another_scalar_of_a_run_can_be_shown_as_its_loss(opened, tmp_path):
     assert names == {"norm", "threshold", "clip_rate"}
 
 
+def test_a_run_under_the_pointer_stands_out(opened, tmp_path):
+    """The curves of the others become pale, until the pointer leaves."""
+    page = opened(*(log_norms(tmp_path / f"{name}.jsonl", quiet(300)) for name in "ab"))
+    [canvas, *_] = page.all(".frame canvas")
+    before = canvas.screenshot_as_png
+    ActionChains(page.browser).move_to_element(page.all(".run")[1]).perform()
+    page.settled()
+    assert canvas.screenshot_as_png != before
+    ActionChains(page.browser).move_to_element(page.all("h1")[0]).perform()
+    page.settled()
+    assert canvas.screenshot_as_png == before
+
+
 def test_panels_without_numbers_are_not_there(opened, tmp_path):
     """Of a run of norms alone the page has neither losses nor parameters."""
     page = opened(log_norms(tmp_path / "run.jsonl", quiet(300)))

@@ -6,13 +6,18 @@ TensorBoard imports this module when it starts. All else is imported when somebo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorboard.plugins import base_plugin
 
 from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .served_runs import ServedRuns
 
 Environment = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -56,7 +61,7 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
 
     def __init__(self, context: base_plugin.TBContext) -> None:
         self._context = context
-        self._runs: Any = None
+        self._runs: ServedRuns | None = None
         self._is_active = False
 
     def get_plugin_apps(self) -> dict[str, App]:
@@ -123,17 +128,16 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         if view is None:
             raise ArgumentError(f"{key} is no longer there.")
         if name == "overview":
-            overview: dict[str, Any] = view.overview
-            return overview
+            return view.overview
         first, last = (_number_in(question, bound) for bound in ("first", "last"))
-        buckets = min(int(_number_in(question, "buckets")), MOST_BUCKETS)
+        buckets = min(_count_in(question, "buckets"), MOST_BUCKETS)
         if name == "series":
-            return view.series(first, last, buckets)  # type: ignore[no-any-return]
+            return view.series(first, last, buckets)
         if name == "scalar":
-            return view.scalar(question.get("tag", ""), first, last, buckets)  # type: ignore[no-any-return]
+            return view.scalar(question.get("tag", ""), first, last, buckets)
         quantity, search = question.get("quantity", ""), question.get("search", "")
-        most = int(_number_in(question, "most"))
-        return view.parameters(quantity, first, last, buckets, search, most)  # type: ignore[no-any-return]
+        most = _count_in(question, "most")
+        return view.parameters(quantity, first, last, buckets, search, most)
 
 
 def _number_in(question: Mapping[str, str], name: str) -> float:
@@ -142,14 +146,19 @@ def _number_in(question: Mapping[str, str], name: str) -> float:
     Raises:
         ArgumentError: It is missing or none.
     """
-    try:
+    with suppress(KeyError, ValueError):
         number = float(question[name])
-        int(number) if name in ("buckets", "most") else None
-    except (KeyError, ValueError, OverflowError):
-        number = float("nan")
-    if number != number:  # it is NaN
-        raise ArgumentError(f"{name} is {question.get(name)!r}: ask with a number.")
-    return number
+        if not math.isnan(number):
+            return number
+    raise ArgumentError(f"{name} is {question.get(name)!r}: ask with a number.")
+
+
+def _count_in(question: Mapping[str, str], name: str) -> int:
+    """Return a whole number of a question; see `_number_in`."""
+    number = _number_in(question, name)
+    if math.isinf(number):
+        raise ArgumentError(f"{name} is {question[name]!r}: ask with a finite number.")
+    return int(number)
 
 
 def _respond(

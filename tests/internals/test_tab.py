@@ -122,7 +122,11 @@ def test_without_a_run_there_is_a_sentence(tmp_path):
         ("/overview", {"run": "b"}, "b is no longer there."),
         ("/series", {"run": "a"}, "first is None: ask with a number."),
         ("/series", {"run": "a", **RANGE, "last": "NaN"}, "last is 'NaN': ask with a number."),
-        ("/series", {"run": "a", **RANGE, "buckets": "inf"}, "buckets is 'inf': ask with"),
+        (
+            "/series",
+            {"run": "a", **RANGE, "buckets": "inf"},
+            "buckets is 'inf': ask with a finite number.",
+        ),
         ("/series", {"run": "a", **RANGE, "buckets": "0"}, "buckets is 0: ask for 1 or more."),
         ("/scalar", {"run": "a", "tag": "x", **RANGE}, "a has no scalar 'x': ask for one of []."),
         ("/parameters", {"run": "a", "most": 5, **RANGE}, "a has no '' of parameters: ask for"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradclip import ArgumentError, AttachError, GradientClipper, MemorySink, SkipLimitError
 from tests.support.clippers import OPTIONS, step_by
 from tests.support.curves import Kept, indices_in
+from tests.support.device import take_the_device_route
 from tests.support.reference import norms_and_ratios, parameter_with
 
 INF = math.inf
@@ -232,6 +233,18 @@ def scaled_steps(fused: bool, sink: Any) -> list[dict[str, Tensor]]:
 def test_steps_that_a_grad_scaler_skips_do_not_count(fused, every):
     sink = MemorySink(weights_every=every)
     check(sink, scaled_steps(fused, sink), every)
+
+
+def test_steps_that_only_the_device_knows_to_be_skipped(monkeypatch):
+    """What is due is told by the host's count, in which they are; each row has its own weights."""
+    take_the_device_route(monkeypatch)
+    snapshots = scaled_steps(True, sink := MemorySink(weights_every=2))
+    measured = [step for step in sink.steps if step.weight_norms is not None]
+    assert [step.step for step in measured] == [0, 1]
+    for step in measured:
+        norms, ratios = norms_and_ratios(*snapshots[step.step : step.step + 2])
+        assert {**step.weight_norms} == pytest.approx(norms, rel=1e-6)
+        assert {**step.update_ratios} == pytest.approx(ratios, rel=1e-5)
 
 
 def test_micro_batches_and_accumulation_change_no_weights():

@@ -52,7 +52,7 @@ def run_demo(options: Options, stdout: TextIO, stderr: TextIO) -> list[Curves]:
     show_table(runs, options.max_norm, stdout)
     _draw(runs, options, stdout)
     _write_page(runs, options)
-    print(f"Page:    {options.page}, which a browser opens", file=stdout)
+    print(f"Page:    {options.page} (open it in a browser)", file=stdout)
     print(f"Curves:  {_tensorboard()} --logdir {shlex.quote(options.out)}", file=stdout)
     return runs
 

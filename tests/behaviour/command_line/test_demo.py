@@ -95,7 +95,7 @@ def test_it_logs_every_step_and_says_where(demo):
     assert is_picture(done.folder / "demo.png")
     files = sorted(path.name for path in done.folder.iterdir())
     assert files == ["clipped", "demo.html", "demo.png", "unclipped"]
-    assert f"Page:    {done.folder / 'demo.html'}, which a browser opens\n" in done.out
+    assert f"Page:    {done.folder / 'demo.html'} (open it in a browser)\n" in done.out
     page = (done.folder / "demo.html").read_text(encoding="utf-8")
     for run in ("unclipped", "clipped"):
         assert f'"name": "{done.folder / run}"' in page

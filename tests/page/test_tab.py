@@ -31,10 +31,11 @@ def open_tab(browser, tmp_path):
 
     @contextmanager
     def open_tab(folder, *options, query=""):
+        # Or the page of another test goes on asking, and one at the same address is not loaded.
+        browser.get("about:blank")
         requests_of(browser)
         browser.get_log("browser")
         with tensorboard(folder, tmp_path / "messages", *options) as server:
-            browser.get("about:blank")  # or an address that differs after the # loads nothing
             browser.get(f"{server.address}{query}#gradients")
             frames = "return document.querySelectorAll('iframe').length"
             eventually(lambda: browser.execute_script(frames))
@@ -42,9 +43,11 @@ def open_tab(browser, tmp_path):
             eventually(lambda: browser.execute_script("return 'gradclipPage' in window"))
             page = Page(browser)
             page.settled()
+            eventually(lambda: "are being read" not in page.texts("body")[0])
             yield page
             complaints = [text for text in page.complaints() if "data/plugin" in text]
             browser.switch_to.default_content()
+            browser.get("about:blank")
         assert complaints == []
         asked = {each for each in requests_of(browser) if not each.startswith(("data:", "about:"))}
         own = server.address.split("/", 3)[2]

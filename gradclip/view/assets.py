@@ -9,7 +9,7 @@ from pathlib import Path
 PAGE = Path(__file__).parent / "page"
 MODULES = [
     *("arrays", "source", "scales", "elements", "styles", "runs", "chart", "curves"),
-    *("heat_map", "distribution", "incidents", "tables", "page"),
+    *("heat_map", "distribution", "advice", "incidents", "run_table", "number_table", "page"),
 ]
 """The modules of the page; each imports those before it alone."""
 OFFERED = ("show", "showEmbedded", "ServedSource")

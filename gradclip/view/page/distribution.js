@@ -1,7 +1,7 @@
-// The distribution of the norms, with a threshold that one drags, and the advice of the report.
+// The distribution of the norms, with a threshold that one drags.
 
 import { line, sized } from "./chart.js";
-import { copyButton, element, refill } from "./elements.js";
+import { element, refill } from "./elements.js";
 import { Scale, number, percent, tickLabel, whole } from "./scales.js";
 import { swatch } from "./styles.js";
 
@@ -9,16 +9,6 @@ const PER_DECADE = 900; // thresholds have three digits: 1.00, 1.01, ... 9.99
 const HEIGHT = 190;
 const AXIS = 24;
 const BINS = 90;
-const FEW = 3; // runs whose advice is told in full
-const KINDS = {
-  quiet: "quiet",
-  spiky: "spiky",
-  drifting: "drifting",
-  exploding: "exploding",
-  short: "too few steps",
-  unknown: "no finite norm above 0",
-};
-
 /** How many norms of a run lie above each threshold of three digits. */
 class Counts {
   constructor(run) {
@@ -331,62 +321,4 @@ function binsOf([low, high]) {
   const scale = new Scale(thresholdAt(low), thresholdAt(high), 0, BINS, true);
   const edges = Array.from({ length: BINS + 1 }, (_, index) => placeOf(scale.value(index)));
   return [...new Set(edges)];
-}
-
-/** The advice of the report for each run: its kind, the reason, how sure it is, a line of code. */
-export class Advice {
-  constructor(page) {
-    this.page = page;
-    this.list = element("div.cards");
-    this.element = element(
-      "section.panel",
-      {},
-      element("div.head", {}, element("h2", {}, "Advice")),
-      this.list,
-    );
-  }
-
-  draw() {
-    const { shown } = this.page.runs;
-    this.element.hidden = !shown.length;
-    if (
-      this._drawn ===
-      JSON.stringify(shown.map((run) => [run.name, run.colour, run.overview.advice]))
-    )
-      return;
-    this._drawn = JSON.stringify(shown.map((run) => [run.name, run.colour, run.overview.advice]));
-    refill(
-      this.list,
-      shown.map((run) => this._card(run, run.overview.advice, shown.length <= FEW)),
-    );
-  }
-
-  _card(run, advice, isFull) {
-    const words = [
-      element("p", {}, advice.reason),
-      element("p", {}, `Confidence: ${advice.confidence.level}. ${advice.confidence.reason}`),
-      ...advice.warnings.map((warning) => element("p.note", {}, warning)),
-    ];
-    return element(
-      "article.card",
-      {},
-      element(
-        "h3",
-        {},
-        swatch(run),
-        element("span.name", { title: run.name }, run.shortName),
-        element(`span.kind.${advice.kind}`, {}, KINDS[advice.kind] ?? advice.kind),
-      ),
-      isFull ? words.slice(0, 2) : null,
-      element("div.code", {}, element("code", {}, advice.line), copyButton(advice.line)),
-      advice.threshold === null
-        ? null
-        : element(
-            "button.quiet",
-            { type: "button", click: () => this.page.runs.setThreshold(advice.threshold) },
-            `Try ${number(advice.threshold)}`,
-          ),
-      isFull ? words.slice(2) : element("details", {}, element("summary", {}, "Why"), words),
-    );
-  }
 }

@@ -1,16 +1,18 @@
 // The page: its panels, what stands above them, and when they are drawn.
 
+import { Advice } from "./advice.js";
 import { HELP } from "./chart.js";
 import { ClipRateChart, LossChart, NormChart } from "./curves.js";
-import { Advice, Distribution } from "./distribution.js";
+import { Distribution } from "./distribution.js";
 import { element, refill, toggle } from "./elements.js";
 import { HeatMap } from "./heat_map.js";
 import { Incidents } from "./incidents.js";
+import { NumberTable } from "./number_table.js";
+import { RunTable } from "./run_table.js";
 import { Runs } from "./runs.js";
-import { whole } from "./scales.js";
+import { between, whole } from "./scales.js";
 import { EmbeddedSource } from "./source.js";
 import { Palette } from "./styles.js";
-import { NumberTable, RunTable, between } from "./tables.js";
 
 const PATIENCE = 5000; // milliseconds between two looks at runs that may grow
 const SOON = 2000; // the same while the source has not read all that is there

@@ -37,6 +37,7 @@ export class Scale {
 
 /** Return round values of a range at equal distances. */
 export function linearTicks(low, high, most, least = 0) {
+  if (!(high > low)) return [low];
   const raw = (high - low) / Math.max(most, 1);
   const power = 10 ** Math.floor(Math.log10(raw));
   const distance = Math.max(
@@ -112,4 +113,11 @@ export function percent(share) {
   if (share === 1) return "100 %";
   const digits = share > 0.99 ? 4 : 2;
   return `${Number((100 * share).toPrecision(digits))} %`;
+}
+
+/** Return the smallest and the largest value of a bucket as text. */
+export function between(extremes) {
+  if (!extremes || Number.isNaN(extremes[0])) return "–";
+  const [low, high] = extremes;
+  return low === high ? number(low) : `${number(low, 3)} … ${number(high, 3)}`;
 }

@@ -8,6 +8,7 @@ from argparse import ArgumentTypeError
 from typing import Any
 
 from gradclip.thresholds import (
+    Auto,
     Fixed,
     GrowthLimit,
     MeanDeviation,
@@ -30,6 +31,7 @@ RULES = {  # a number after the name is the first argument of the rule
     "warmup": (warm_up, "global"),
     "percentile": (Percentile, "global"),  # AutoClip
     "quantile": (Quantile, "global"),
+    "auto": (Auto, "global"),
     "zscore": (ZScore, "global"),  # ZClip
     "mean": (MeanDeviation, "global"),
     "median": (MedianDeviation, "global"),

@@ -42,7 +42,7 @@ from .records.sinks.log_option import sinks_from
 from .records.state import counters_in_state, parsed_state
 from .scopes.labels import NormLabels
 from .scopes.scope import Labelling, Scope, scope_from
-from .thresholds import Threshold, measures_only, threshold_from
+from .thresholds import MaxNorm, measures_only, threshold_from
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -90,7 +90,8 @@ class GradientClipper:
             parameter group with the key ``max_norm``, read once, has a norm and a threshold of its
             own; with ``max_norm=None`` the group is never clipped and belongs to no norm.
         max_norm: The threshold, a finite number >= 0; a function that takes the index of the step
-            and returns the threshold; a `Threshold`; or None to measure without clipping.
+            and returns the threshold; a `Threshold`; "auto" for `thresholds.Auto`, which needs no
+            number; or None to measure without clipping.
         norm_type: p of the p-norm, a number > 0, or inf for the largest element.
         max_value: Bound of every element's magnitude, a finite number >= 0, applied before the
             norm is clipped; None for no bound. A bound changes the direction of the gradient. The
@@ -130,7 +131,7 @@ class GradientClipper:
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
-        max_norm: float | Threshold | Callable[[int], float | None] | None,
+        max_norm: MaxNorm,
         *,
         norm_type: float = 2.0,
         max_value: float | None = None,

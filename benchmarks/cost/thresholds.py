@@ -29,6 +29,7 @@ from benchmarks.common.timing import interleaved_medians
 from benchmarks.peers.packages import Halving, print_peers
 from gradclip.gradients.coefficients import clip_coefficient, clip_coefficients
 from gradclip.thresholds import (
+    Auto,
     Fixed,
     GrowthLimit,
     MeanDeviation,
@@ -51,6 +52,7 @@ RULES: dict[str, Callable[[], Threshold]] = {
     "GrowthLimit": GrowthLimit,
     "MovingAverage": MovingAverage,
     "Quantile": Quantile,
+    "Auto": Auto,
     "ZScore": ZScore,
     "MeanDeviation": MeanDeviation,
     "MedianDeviation": MedianDeviation,

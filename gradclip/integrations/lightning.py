@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ..records.sinks.base import Sink
 from ..records.sinks.callable import CallableSink
 from ..records.sinks.tags import TOTAL
 from ..records.sinks.tensorboard import TensorBoardSink
-from ..thresholds import Threshold
+from ..thresholds import MaxNorm
 from .lightning_checks import (
     PACKAGES,
     ManualClippingWatch,
@@ -136,7 +136,7 @@ class GradClipCallback(_Callback):
 
     def __init__(
         self,
-        max_norm: float | Threshold | Callable[[int], float | None] | None,
+        max_norm: MaxNorm,
         *,
         log: Any = True,
         every: int | None = None,

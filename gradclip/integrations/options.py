@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy, deepcopy
 from inspect import signature
 from typing import Any
@@ -11,12 +11,10 @@ from ..clipper import GradientClipper
 from ..gradients.policies import Settings, check_rule
 from ..records.sinks.log_option import check_log
 from ..scopes.scope import scope_from
-from ..thresholds import Threshold, learns, threshold_from
+from ..thresholds import MaxNorm, Threshold, learns, threshold_from
 
 
-def checked_options(
-    max_norm: float | Threshold | Callable[[int], float | None] | None, options: Mapping[str, Any]
-) -> Threshold:
+def checked_options(max_norm: MaxNorm, options: Mapping[str, Any]) -> Threshold:
     """Refuse invalid options when a callback is made, not when training begins.
 
     Args:

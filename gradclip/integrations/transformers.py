@@ -29,7 +29,7 @@ from ..records.logged_step import LoggedStep
 from ..records.losses import loss_or_none
 from ..records.sinks.base import Sink
 from ..records.sinks.tags import TOTAL, scalars
-from ..thresholds import Threshold, learns
+from ..thresholds import MaxNorm, learns
 from .options import as_new, checked_options
 
 try:
@@ -83,9 +83,7 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     _asked: ClassVar[Callable[[], GradClipCallback | None]] = staticmethod(lambda: None)
     """Returns the callback whose state was asked for last, by a weak reference."""
 
-    def __init__(
-        self, max_norm: float | Threshold | Callable[[int], float | None] | None, **options: Any
-    ) -> None:
+    def __init__(self, max_norm: MaxNorm, **options: Any) -> None:
         restored = type(self)._asked() if _is_placeholder(max_norm) else None
         if restored is not None:
             # To restore a callback, Transformers asks it for its state, and makes a new one of the

@@ -1,8 +1,9 @@
 """Thresholds: rules for how large a norm may be, one rule per module.
 
 ``base.py`` has the protocol and a table of the rules. A number given as ``max_norm`` becomes a
-`Fixed`, a function becomes a `Schedule`; the other rules depend on the gradients or the weights. A
-rule without memory derives from `Threshold`, one that learns from `AdaptiveThreshold`.
+`Fixed`, a function becomes a `Schedule`, "auto" an `Auto`; the other rules depend on the gradients
+or the weights. A rule without memory derives from `Threshold`, one that learns from
+`AdaptiveThreshold`.
 
 Called by: gradients, optimizers, functional, clipper, integrations.
 Imports: errors, checks, engines.
@@ -10,8 +11,12 @@ Imports: errors, checks, engines.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
 from ..errors import ArgumentError
 from .adaptive import AdaptiveThreshold
+from .auto import Auto
 from .base import StepContext, Threshold
 from .fixed import Fixed
 from .growth_limit import GrowthLimit
@@ -24,8 +29,14 @@ from .relative_to_weights import RelativeToWeights
 from .schedule import Schedule
 from .zscore import ZScore
 
+AUTO = "auto"
+"""The ``max_norm`` that means an `Auto`."""
+MaxNorm: TypeAlias = "float | Threshold | Callable[[int], float | None] | Literal['auto'] | None"
+"""What a clipper takes as its ``max_norm``."""
+
 __all__ = [
     "AdaptiveThreshold",
+    "Auto",
     "Fixed",
     "GrowthLimit",
     "MeanDeviation",
@@ -43,6 +54,7 @@ __all__ = [
 
 RULES = frozenset(
     {
+        Auto,
         Fixed,
         GrowthLimit,
         MeanDeviation,
@@ -63,7 +75,7 @@ def threshold_from(max_norm: object) -> Threshold:
     """Return the rule that a user's ``max_norm`` means.
 
     Raises:
-        ArgumentError: It is not a number, a function, a `Threshold` or None.
+        ArgumentError: It is not a number, a function, a `Threshold`, "auto" or None.
     """
     if isinstance(max_norm, Threshold):
         return max_norm
@@ -79,6 +91,13 @@ def threshold_from(max_norm: object) -> Threshold:
         )
     if callable(max_norm):
         return Schedule(max_norm)
+    if isinstance(max_norm, str):
+        if max_norm == AUTO:
+            return Auto()
+        raise ArgumentError(
+            f"max_norm is {max_norm!r}: give {AUTO!r}, a finite number >= 0, or a rule of "
+            "gradclip.thresholds."
+        )
     return Fixed(max_norm)  # type: ignore[arg-type]  # checked there
 
 

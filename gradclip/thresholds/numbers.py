@@ -62,6 +62,13 @@ def plus_quotient(summand: Any, dividend: Any, divisor: Any) -> Any:
     return summand + dividend / divisor if divisor else math.inf
 
 
+def quotient(dividend: Any, divisor: Any) -> Any:
+    """Return ``dividend / divisor``; infinity where the divisor is 0 and the dividend above it."""
+    if isinstance(divisor, Tensor):
+        return dividend / divisor
+    return dividend / divisor if divisor else math.inf
+
+
 def as_floats(counts: Any, norms: Any) -> Any:
     """Return counts in the dtype of the norms: torch would make them float32 in a division."""
     return counts.to(norms.dtype) if isinstance(counts, Tensor) else float(counts)

@@ -14,7 +14,8 @@ from tests.support.readme import EXAMPLES, run_example
 
 MODULES = ("rules", "word_language_model", "char_gpt")
 MODELS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")
-RULES = ("warmup", "percentile", "quantile", "zscore", "mean", "median", "average", "growth", "agc")
+RULES = ("warmup", "percentile", "quantile", "auto", "zscore", "mean", "median", "average")
+RULES += ("growth", "agc")
 WORDS, LETTERS = SCRIPTS = MODULES[1:]
 TINY = {
     WORDS: "--emsize 16 --nhid 16 --nlayers 1 --batch-size 8 --bptt 8 --dropout 0",

@@ -108,6 +108,29 @@ class Quantile(Rule):
         return min(max(moved, range_.tiny), range_.max)
 
 
+class Auto(Rule):
+    fresh = (0.0, 0.0, 0.57)  # level, norm before, closeness
+    slope = 2 / (0.756 - 0.533)
+
+    def factor(self, closeness: float) -> float:
+        return min(max(self.slope * closeness + (1 - self.slope * 0.533), 1.0), 3.0)
+
+    def threshold(self, state: Any, norm: float) -> float:
+        level, _, closeness = state
+        return self.factor(closeness) * level if level else INF
+
+    def learned(self, state: Any, norm: float, clipped: float) -> Any:
+        level, before, closeness = state
+        if not norm or not clipped:
+            return state
+        close = min(norm / before, min(before, self.threshold(state, norm)) / norm) if before else 0
+        change = min(norm - level, level)
+        moved = level + min(0.04 / 3 * self.factor(closeness) * change, 0.04 * change)
+        moved = moved if before else norm
+        level = max(moved, torch.finfo(torch.float64).tiny)
+        return level, norm, closeness + 0.04 * (close - closeness)
+
+
 class GrowthLimit(Rule):
     fresh = 0.0
 
@@ -145,6 +168,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "z-score": lambda: ZScore(thresholds.ZScore(0.5, decay=0.5, warmup=2, eps=1e-3)),
     "percentile": lambda: Percentile(thresholds.Percentile(30, window=4, floor=0.25, cap=100.0)),
     "quantile": lambda: Quantile(thresholds.Quantile(25, 0.5, factor=1.5)),
+    "auto": lambda: Auto(thresholds.Auto()),
     "growth": lambda: GrowthLimit(thresholds.GrowthLimit(1.25)),
     "average": lambda: MovingAverage(
         thresholds.MovingAverage(1.25, decay=0.75, warmup=2, warmup_norm=3.0)

@@ -19,6 +19,7 @@ RULES: dict[str, Callable[..., Threshold]] = {
     "RelativeToWeights": partial(thresholds.RelativeToWeights, 0.1),
     "Percentile": partial(thresholds.Percentile, 50, window=5),
     "Quantile": partial(thresholds.Quantile, 50, 0.3, factor=0.9),
+    "Auto": thresholds.Auto,
     "ZScore": partial(thresholds.ZScore, 0.5, warmup=2),
     "MovingAverage": partial(thresholds.MovingAverage, 0.9, warmup=2),
     "MeanDeviation": partial(thresholds.MeanDeviation, 0.5, window=5, warmup=2),

@@ -121,8 +121,8 @@ def test_streams_do_not_disturb_each_other(device):
         assert [norm.item() for norm in found] == pytest.approx([needed] * 50, rel=1e-6)
 
 
-CAPTURED = ["Fixed", "Percentile", "Quantile", "MedianDeviation", "MovingAverage"]
-CAPTURED += ["RelativeToWeights"]
+CAPTURED = ["Fixed", "Percentile", "Quantile", "Auto", "MedianDeviation"]
+CAPTURED += ["MovingAverage", "RelativeToWeights"]
 
 
 @on_cuda

@@ -17,7 +17,7 @@ def ask(rule: Threshold, norms: torch.Tensor, step: int = 0) -> torch.Tensor:
 
 def test_the_public_names_are_these():
     """Others import them by name."""
-    needed = "AdaptiveThreshold Fixed GrowthLimit MeanDeviation MedianDeviation MovingAverage "
+    needed = "AdaptiveThreshold Auto Fixed GrowthLimit MeanDeviation MedianDeviation MovingAverage "
     needed += "Percentile Quantile RelativeToWeights Schedule StepContext Threshold ZScore "
     needed += "threshold_from"
     assert thresholds.__all__ == needed.split()

@@ -1,0 +1,120 @@
+"""A threshold without a number to choose: one to three times a level, as the norms are close."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adaptive import AdaptiveThreshold
+from .base import StepContext
+from .numbers import (
+    NumberOrTensor,
+    clamped,
+    numbers_or_tensors,
+    or_infinity,
+    quotient,
+    smaller,
+    where,
+)
+
+WEIGHT = 0.04
+"""Weight of a norm in the level and in the closeness, which follow the last 25 norms or so."""
+START = 0.57
+"""Closeness before the first norm: the first thresholds are little above the level."""
+SCATTERED, CLOSE, WIDEST = 0.533, 0.756, 3.0
+"""Closeness up to which the threshold is the level, and from which it is ``WIDEST`` times that."""
+SLOPE = (WIDEST - 1) / (CLOSE - SCATTERED)
+OFFSET = 1 - SLOPE * SCATTERED
+
+
+class Auto(AdaptiveThreshold):
+    """A threshold that nobody has to choose: ``max_norm="auto"``.
+
+    Norms that follow each other closely, a ratio of 2 or less, belong to a training that goes well:
+    three times their level then clips next to none of them, only spikes. Norms that jump by more
+    belong to an explosion or to noise with heavy tails: there the level itself is the threshold,
+    and it is slow to rise, so that what explodes does not lift it. Between the two the factor falls
+    linearly. It begins as if norms jumped, since an explosion may begin with the training.
+
+    It knows norms alone. Where a learning rate is so high that even steps of the first norm are too
+    long, only a lower rate or threshold helps; where norms are noise from first to last, a lower
+    threshold than their level is a little better; and an explosion as smooth and slow as a healthy
+    rise, by 4 % a step or less, is followed. A first norm that is a spike hides others until the
+    level has come down.
+
+    In formulas, with n the norm, p the one before, T the threshold and all means exponential with
+    the weight 0.04 for a new value:
+
+    - ``closeness = mean of min(n / p, p / n, T / n)``, from 0 to 1;
+    - ``factor = clamp(1 + 9 (closeness - 0.533), 1, 3)``, to be exact with the slope 2 / 0.223;
+    - ``level = mean of min(n, 2 level)``, whose rises count ``factor / 3`` times;
+    - ``T = factor level``.
+
+    The level rises by at most 4 % a step, of scattered norms by 1.3 %, and falls by at most 4 %.
+    The first norm sets it and is not limited. It observes norms as measured; a norm of 0 is not
+    observed. The constants were chosen on eight trainings and tried on others, see
+    ``benchmarks/results/without_tuning.md``.
+
+    Memory: ``3 k`` norms.
+
+    Args:
+        cap: The threshold is never above it; None for no cap.
+        floor: The threshold is never below it; None for no floor.
+
+    Raises:
+        ArgumentError: A number is out of its range.
+    """
+
+    observes_clipped = False
+    observes_zeros = False
+
+    def __init__(self, *, cap: float | None = None, floor: float | None = None) -> None:
+        super().__init__(cap=cap, floor=floor)
+        self._asked: tuple[Any, Any, Any] = None, None, None
+        """The norms of the present step, their factors, and their limits without cap and floor."""
+
+    def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `AdaptiveThreshold.fresh`: a level and a norm of 0 stand for no norm yet."""
+        return {
+            "level": torch.zeros(count, device=device, dtype=dtype),
+            "previous": torch.zeros(count, device=device, dtype=dtype),
+            "closeness": torch.full((count,), START, device=device, dtype=dtype),
+        }
+
+    def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
+        """See `Rule.limits`."""
+        return self._limits(norms)[1]  # type: ignore[no-any-return]
+
+    def learn(
+        self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
+    ) -> None:
+        """See `AdaptiveThreshold.learn`."""
+        norm, level, previous, closeness = self._numbers(norms)
+        asked, factor, limit = self._asked
+        if asked is not norms:
+            factor, limit = self._limits(norms)
+        # T is not below the level, so T / n needs no comparison of its own with n / p.
+        close = smaller(quotient(norm, previous), smaller(previous, limit) / norm)
+        closeness = closeness + WEIGHT * (close - closeness)
+        # Before the first norm there is no level, and the norm becomes it.
+        level = where(level > 0, level, norm)
+        change = smaller(norm - level, level)  # no norm counts as more than twice the level
+        level = level + smaller(WEIGHT / WIDEST * factor * change, WEIGHT * change)
+        # A denormal level would round each of its changes away.
+        level = clamped(level, low=torch.finfo(self.state["level"].dtype).tiny)
+        self.put(observed, level=level, previous=norm, closeness=closeness)
+
+    def _numbers(self, norms: Any) -> Sequence[Any]:
+        """Return norm, level, previous norm and closeness."""
+        state = self.state
+        return numbers_or_tensors(norms, state["level"], state["previous"], state["closeness"])
+
+    def _limits(self, norms: Any) -> tuple[Any, Any]:
+        _, level, _, closeness = self._numbers(norms)
+        factor = clamped(SLOPE * closeness + OFFSET, low=1.0, high=WIDEST)
+        limit = factor * or_infinity(level)
+        self._asked = norms, factor, limit
+        return factor, limit

@@ -1,0 +1,121 @@
+"""``max_norm="auto"``: what the rule without a number does with norms of each kind."""
+
+import math
+
+import pytest
+import torch
+
+from gradclip import GradientClipper, MemorySink
+from gradclip.errors import ArgumentError
+from gradclip.thresholds import Auto
+from tests.support.curves import Training, log_run
+
+ORDINARY = [1.0 + 0.1 * math.sin(step) for step in range(200)]
+
+
+def thresholds_of(norms: list[float], **options) -> list[float]:
+    """Take a step with each norm, clipped by the rule; return the thresholds, infinite for none."""
+    sink = MemorySink()
+    log_run(sink, *norms, max_norm="auto", **options)
+    return [math.inf if step.threshold is None else step.threshold for step in sink.steps]
+
+
+def test_it_is_called_by_its_name():
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    clipper = GradientClipper(optimizer, "auto")
+    assert "Auto()" in repr(clipper)
+    assert repr(Auto(cap=3)) == "Auto(cap=3.0)"
+    with pytest.raises(ArgumentError, match="max_norm is 'Auto': give 'auto', a finite number"):
+        GradientClipper(optimizer, "Auto")
+
+
+def test_it_limits_from_the_second_step_on():
+    """The first norm sets the level."""
+    first, second, *_ = thresholds_of([2.0, 50.0, 3.0])
+    assert first == math.inf
+    assert 2.0 <= second <= 2.5
+
+
+def test_norms_that_stay_close_are_not_clipped_but_spikes_are():
+    thresholds = thresholds_of([*ORDINARY, 100.0])
+    assert all(norm <= limit for norm, limit in zip(ORDINARY, thresholds, strict=False))
+    assert thresholds[-1] == pytest.approx(3.0, rel=0.1)
+
+
+@pytest.mark.parametrize("spike", [20.0, 1e30])
+def test_a_spike_moves_the_threshold_by_little_whatever_its_height(spike):
+    """And spikes at every tenth step do not lift it."""
+    before, after = thresholds_of([*ORDINARY, spike, 1.0])[-2:]
+    assert after < 1.05 * before
+    norms = [norm if step % 10 < 9 else spike for step, norm in enumerate(ORDINARY * 3)]
+    assert max(thresholds_of(norms)[1:]) < 3.5
+
+
+def test_norms_that_jump_are_clipped_to_the_level_of_the_small_ones():
+    thresholds = thresholds_of([(1.0, 10.0, 1.2, 40.0)[step % 4] for step in range(400)])
+    assert 1.0 < thresholds[-1] < 5.0
+
+
+@pytest.mark.parametrize("rate", [0.005, -0.005, -0.01])
+def test_a_level_that_rises_or_falls_by_decades_is_followed_and_not_clipped(rate):
+    """By half a percent and one percent a step."""
+    norms = [norm * math.exp(rate * step) for step, norm in enumerate(ORDINARY * 5)]
+    pairs = [*zip(norms, thresholds_of(norms), strict=True)]
+    assert all(norm <= limit for norm, limit in pairs[5:])
+    assert pairs[-1][1] < 4.5 * pairs[-1][0]
+
+
+def test_a_level_that_changes_at_once_is_found_again():
+    for ratio, steps in ((100.0, 450), (0.01, 170)):
+        thresholds = thresholds_of([*ORDINARY, *[ratio * norm for norm in ORDINARY * 5][:steps]])
+        assert 0.9 * ratio < thresholds[-1] < 3.5 * ratio
+
+
+@pytest.mark.parametrize("growth", [1.1, 1.5, 3.0, 100.0])
+def test_an_explosion_that_rises_step_by_step_does_not_lift_it(growth):
+    """In a hundred steps it rises at least ten thousand times, from the beginning or later."""
+    exploding = [growth**step for step in range(100)]
+    for norms in (exploding, ORDINARY + exploding):
+        assert thresholds_of(norms)[-1] < 60.0
+
+
+def test_norms_of_zero_and_nan_are_as_if_they_were_not_there():
+    """Wherever they come, the first included."""
+    mixed = [0.0, math.nan]
+    for norm in ORDINARY:
+        mixed += [norm, math.inf, 0.0]
+    mixed.append(1.0)
+    assert thresholds_of(mixed, nonfinite="zero")[-1] == thresholds_of([*ORDINARY, 1.0])[-1]
+
+
+def test_each_norm_has_its_own_level():
+    weights = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    with GradientClipper(torch.optim.SGD(weights, lr=0.0), "auto", scope="parameter") as clipper:
+        for step in range(100):
+            for scale, weight in zip((1.0, 1e-3), weights, strict=True):
+                weight.grad = torch.full((3,), scale * (1 + step % 3 / 10))
+            clipper.step()
+        large, small = clipper.last.threshold.tolist()
+    assert large == pytest.approx(1e3 * small)
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_a_state_is_resumed_bit_for_bit_also_before_the_first_norm(count):
+    whole, resumed = AutoRun(), AutoRun()
+    _ = [whole.threshold(norm) for norm in ORDINARY[:count]]
+    resumed.clipper.load_state_dict(whole.clipper.state_dict())
+    for norm in ORDINARY[count:60]:
+        assert resumed.threshold(norm) == whole.threshold(norm)
+
+
+class AutoRun:
+    """A clipper whose steps have given norms."""
+
+    def __init__(self) -> None:
+        self.training = Training()
+        self.clipper = GradientClipper(self.training.optimizer, "auto")
+
+    def threshold(self, norm: float) -> float:
+        """Take a step with a norm; return its threshold."""
+        self.training.take(norm)
+        return self.clipper.last.threshold.item()

@@ -360,12 +360,14 @@ export class ClipRateChart extends CurveChart {
 
   curves() {
     const { shown } = this.page.runs;
+    const sizes = shown.map((run) => run.overview.clip_rate_window);
+    const windows = [...new Set([Math.min(...sizes), Math.max(...sizes)])].map(whole).join(" to ");
     return shown.map((run) => ({
       run,
       series: run.series,
       name: "clip_rate",
       column: run.series?.columns.clip_rate,
-      label: `share of the last ${whole(run.overview.clip_rate_window)} steps`,
+      label: `share of the last ${windows} steps`,
       style: { colour: shown.length > 1 ? run.colour : this.page.palette.before, width: 1.5 },
       hasMarkers: true,
     }));

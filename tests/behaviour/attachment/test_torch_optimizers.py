@@ -125,8 +125,10 @@ CASES = [
 
 
 def assert_near(found: Any, expected: Any, case: OptimizerCase, *, looser: float = 1.0) -> None:
-    # Muon orthogonalizes in bfloat16, of which one rounding can fall to the other side.
-    rtol, atol = (1e-3, 1e-5) if case.name == "Muon" else (1e-5, 1e-7)
+    # Muon orthogonalizes in bfloat16, of which one rounding can fall to the other side. RMSprop's
+    # momentum sums gradients over their roots, up to 10 each, which may cancel.
+    tolerances = {"Muon": (1e-3, 1e-5), "RMSprop": (1e-5, 4e-6)}
+    rtol, atol = tolerances.get(case.name, (1e-5, 1e-7))
     torch.testing.assert_close(found, expected, rtol=rtol * looser, atol=atol * looser)
 
 

@@ -13,7 +13,7 @@ ENGINES := tests/contracts/engines tests/internals/engines
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types bench bench-cuda bench-thresholds \
-    bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-micro-batches bench-temporal-order pictures mutants wheels \
+    bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-without-tuning bench-micro-batches bench-temporal-order pictures mutants wheels \
     trials versions docs clean
 
 demo: $(READY)
@@ -83,6 +83,10 @@ bench-peers: $(READY) $(FRAMEWORKS) $(PEERS)
 
 bench-spikes: $(READY)
 	$(BIN)/python -m benchmarks.experiments.spikes.run --save benchmarks/results/spikes.md
+
+bench-without-tuning: $(READY) $(PEERS)
+	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks.experiments.without_tuning.run \
+	    --save benchmarks/results/without_tuning.md
 
 bench-micro-batches: $(READY)
 	$(BIN)/python -m benchmarks.experiments.micro_batches \

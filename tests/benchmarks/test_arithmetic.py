@@ -16,6 +16,9 @@ from benchmarks.experiments.spikes.outcomes import Outcome, interval, rows_of, s
 from benchmarks.experiments.temporal_order import report as order
 from benchmarks.experiments.temporal_order import task
 from benchmarks.experiments.temporal_order.training import Arm, Plan
+from benchmarks.experiments.without_tuning.catalogue import TASKS
+from benchmarks.experiments.without_tuning.outcomes import FIXED, results_of
+from benchmarks.experiments.without_tuning.training import Outcome as Trained
 from benchmarks.peers.hazards import HAZARDS, outcome
 from benchmarks.peers.packages import Clipping, parameters_of
 from benchmarks.peers.scenes import COUNT
@@ -163,3 +166,23 @@ def test_an_attached_clipper_is_right_in_every_hazard(hazard):
     *_, hook = fixed_ways("eager")
     assert hook.name == "gradclip hook"
     assert outcome(hook, hazard).startswith("right")
+
+
+def test_regret_is_relative_to_the_best_fixed_threshold_that_never_diverged():
+    """And a failure is a seed that diverged, or half of what clipping gained that is lost."""
+    scores = dict.fromkeys(FIXED, (2.0, 2.2))
+    scores |= {FIXED[0]: (1.0, math.nan), FIXED[3]: (1.9, 2.1), "none": (2.6, 2.8)}
+    scores |= {"auto": (1.9, 2.3), "late": (2.3, 2.5), "lost": (2.0, math.inf)}
+    task = TASKS["gru explosive"]
+    outcomes = [
+        Trained(task.name, arm, seed, score, 0.5)
+        for arm, by_seed in scores.items()
+        for seed, score in enumerate(by_seed)
+    ]
+    results = results_of(task, outcomes)
+    regrets = {"auto": 0.05, "none": 0.35, "late": 0.2, FIXED[3]: 0.0}
+    assert {arm: results[arm].regret for arm in regrets} == pytest.approx(regrets)
+    failed = {arm for arm, result in results.items() if result.failed}
+    assert failed == {FIXED[0], "none", "late", "lost"}
+    assert results["auto"].uncertainty == pytest.approx(12.706 * 0.1 / 2, rel=1e-3)
+    assert [results["lost"].diverged, results["auto"].clip_rate] == [1, 0.5]

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from benchmarks.experiments.spikes import run as spikes
 from benchmarks.experiments.spikes import training as spike_training
 from benchmarks.experiments.temporal_order import run as temporal_order
 from benchmarks.experiments.temporal_order import training as temporal_training
+from benchmarks.experiments.without_tuning import arms as without_tuning_arms
+from benchmarks.experiments.without_tuning import run as without_tuning
 from benchmarks.peers import run as peers
 from benchmarks.peers.packages import PEERS
 from benchmarks.peers.ways import adaptive_ways, fixed_ways
@@ -207,6 +210,31 @@ def test_temporal_order(capsys, tmp_path, monkeypatch):
     rows = [f"| {n} | {arm} | 0/2 | 0.00 to 0.66 |" for n in (10, 20) for arm in arms]
     assert all(row in text for row in rows)
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_tuning(printed_by, monkeypatch, tmp_path):
+    """On a short task; a second run reads the outcomes, and computes nothing again."""
+    task = replace(without_tuning.TASKS["heavy tails"], steps=30)
+    monkeypatch.setitem(without_tuning.SETS, "design", (task,))
+    monkeypatch.setitem(without_tuning.TASKS, task.name, task)
+    monkeypatch.setattr(without_tuning_arms, "PACKAGES", ())
+    arms = [arm for arm in without_tuning_arms.ARMS if arm not in PEERS]
+    monkeypatch.setattr(without_tuning, "ARMS", arms)
+    options = f"--sets design --seeds 2 --processes 1 --outcomes {tmp_path / 'outcomes'}"
+    printed = printed_by(without_tuning, options)
+    assert len((tmp_path / "outcomes").read_text().splitlines()) == 2 * len(arms)
+    monkeypatch.setattr(without_tuning, "train", None)
+    assert printed_by(without_tuning, options) == printed
+    assert re.search(r"^\| \*\*auto\*\* \| -?[\d.]+ ± [\d.]+ \|$", printed, re.MULTILINE)
+    assert all(f"| {arm} | " in printed for arm in arms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", without_tuning.TASKS)
+def test_every_training_without_tuning_learns(name):
+    """With the rule without a number, better than by chance."""
+    outcome = without_tuning.train(without_tuning.TASKS[name], "auto", 1)
+    assert outcome.score < without_tuning.TASKS[name].chance
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Ways to clip on many trainings, without tuning anything for one of them."""

@@ -1,0 +1,1 @@
+"""The trainings: data, models and optimizers."""

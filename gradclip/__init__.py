@@ -19,6 +19,7 @@ adaptive clipping, Andrew 2021                        "global"     ``Quantile(50
 ZClip, Kumar 2025                                     "global"     ``ZScore(2.5)``
 AdaGC, Wang 2025                                      "parameter"  ``MovingAverage(1.05)``
 robust spike detection                                "global"     ``MedianDeviation(10)``
+no threshold to choose                                "global"     ``"auto"``
 OLMo's skipped steps, with ``exceed="skip"``          "global"     ``MeanDeviation(6)``
 AGC of NFNets, Brock 2021                             "unit"       ``RelativeToWeights()``
 ====================================================  ===========  ========================

@@ -13,7 +13,8 @@ ENGINES := tests/contracts/engines tests/internals/engines
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types bench bench-cuda bench-thresholds \
-    bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-without-tuning bench-micro-batches bench-temporal-order pictures mutants wheels \
+    bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-without-tuning bench-micro-batches bench-temporal-order \
+    bench-learning-rates pictures mutants wheels \
     trials versions docs clean
 
 demo: $(READY)
@@ -95,6 +96,10 @@ bench-micro-batches: $(READY)
 bench-temporal-order: $(READY)
 	$(BIN)/python -m benchmarks.experiments.temporal_order.run --checkpoint build/temporal_order \
 	    --save benchmarks/results/temporal_order.md
+
+bench-learning-rates: $(READY)
+	$(BIN)/python -m benchmarks.experiments.learning_rates.run \
+	    --save benchmarks/results/learning_rates.md
 
 bench-logging: $(READY)
 	$(BIN)/python -m benchmarks.cost.logging

@@ -12,6 +12,7 @@ from benchmarks.common.models import GPT2
 from benchmarks.common.shapes import SETS, gpt2, gpt2_xl, llama3, tiny
 from benchmarks.cost import distributed, thresholds
 from benchmarks.cuda import run as cuda
+from benchmarks.experiments.learning_rates import curves
 from benchmarks.experiments.spikes.outcomes import Outcome, interval, rows_of, student_t
 from benchmarks.experiments.temporal_order import report as order
 from benchmarks.experiments.temporal_order import task
@@ -186,3 +187,28 @@ def test_regret_is_relative_to_the_best_fixed_threshold_that_never_diverged():
     assert failed == {FIXED[0], "none", "late", "lost"}
     assert results["auto"].uncertainty == pytest.approx(12.706 * 0.1 / 2, rel=1e-3)
     assert [results["lost"].diverged, results["auto"].clip_rate] == [1, 0.5]
+
+
+def test_rates_that_train_are_neighbours_near_the_best():
+    """A gap ends a range, a loss that is not finite is in none, and one rate is 0 decades."""
+    means = (2.19, 9.0, 2.0, 2.1, 2.2, 2.3)
+    curve = [curves.Point(10.0**n, "1", (mean, mean)) for n, mean in enumerate(means)]
+    assert curves.rates_that_train(curve, 2.0) == [1e2, 1e3, 1e4]
+    assert curves.decades([1e2, 1e3, 1e4]) == pytest.approx(2)
+    assert curves.decades([1e2]) == curves.decades([]) == 0
+    lost = [curves.Point(1.0, "1", (2.0, math.nan))]
+    assert curves.rates_that_train(lost, 2.0) == []
+    assert [point.diverged(4.6) for point in (*lost, *curve[1:3])] == [1, 2, 0]
+
+
+def test_the_best_of_the_grid_is_chosen_by_its_mean_at_each_rate():
+    losses = dict.fromkeys(curves.ARMS, (3.0, 3.0))
+    points = {(0.1, arm): curves.Point(0.1, arm, found) for arm, found in losses.items()}
+    losses |= {"0.3": (1.0, math.nan), "3": (1.0, 4.0), curves.AUTO: (math.inf, 2.0)}
+    points |= {(1.0, arm): curves.Point(1.0, arm, found) for arm, found in losses.items()}
+    points[0.1, "10"] = curves.Point(0.1, "10", (2.0, 3.0))
+    drawn = curves.curves_of(points)
+    assert [point.arm for point in drawn[curves.BEST]] == ["10", "3"]
+    assert curves.lowest(drawn.values()) is points[0.1, "10"]
+    above = curves.furthest_above(drawn[curves.AUTO], drawn[curves.BEST])
+    assert above == (points[1.0, curves.AUTO], points[1.0, "3"])

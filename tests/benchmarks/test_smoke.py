@@ -24,6 +24,9 @@ from benchmarks.cost import (
 from benchmarks.cuda import check
 from benchmarks.cuda import run as cuda
 from benchmarks.experiments import micro_batches
+from benchmarks.experiments.learning_rates import networks
+from benchmarks.experiments.learning_rates import run as learning_rates
+from benchmarks.experiments.learning_rates.curves import ARMS
 from benchmarks.experiments.spikes import run as spikes
 from benchmarks.experiments.spikes import training as spike_training
 from benchmarks.experiments.temporal_order import run as temporal_order
@@ -235,6 +238,24 @@ def test_every_training_without_tuning_learns(name):
     """With the rule without a number, better than by chance."""
     outcome = without_tuning.train(without_tuning.TASKS[name], "auto", 1)
     assert outcome.score < without_tuning.TASKS[name].chance
+
+
+def test_learning_rates(printed_by, tmp_path, monkeypatch):
+    """Outcomes in the file are not computed again; what diverged is told and drawn."""
+    for name, value in {"STEPS": 2, "BATCH": 2, "LENGTH": 4}.items():
+        monkeypatch.setattr(networks, name, value)
+    toy = networks.Network((0.1, 1e38), networks.demo)
+    monkeypatch.setattr(learning_rates, "NETWORKS", {"tanh RNN": toy})
+    outcomes, saved = tmp_path / "outcomes.jsonl", tmp_path / "results" / "rates.md"
+    options = f"--seeds 2 --outcomes {outcomes} --save {saved}"
+    printed = printed_by(learning_rates, options)
+    assert saved.read_text() == printed
+    assert "\n| 1e+38 | 2 of 2 diverged" in printed
+    assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    lines = outcomes.read_text()
+    assert lines.count("\n") == 2 * 2 * len(ARMS)
+    assert printed_by(learning_rates, options) == printed
+    assert outcomes.read_text() == lines
 
 
 @pytest.mark.slow

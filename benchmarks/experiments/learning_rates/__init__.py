@@ -1,0 +1,1 @@
+"""Final losses against the learning rate, by the way to clip."""

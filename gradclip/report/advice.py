@@ -9,7 +9,7 @@ import numpy as np
 
 from .confidence import Confidence, confidence_in
 from .fitting import rounded_up
-from .kinds import judged
+from .kinds import FOLLOWED, judged
 from .run import Run
 from .summary import Summary
 
@@ -25,7 +25,10 @@ class Advice:
     """Kind of run: "quiet", "spiky", "drifting", "exploding", "short" for too few steps to say, or
     "unknown" without a norm above 0."""
     threshold: float | None
-    """The advised threshold; None where no number fits the run."""
+    """The number that would do; None where no number fits the run."""
+    max_norm: float | str | None
+    """What the line gives the clipper: the threshold, "auto" where following the norms is better
+    than that, None to observe only."""
     line: str
     """A line of code that makes the clipper."""
     reason: str
@@ -56,6 +59,7 @@ def advised(run: Run, summary: Summary) -> Advice:
         return Advice(
             "unknown",
             None,
+            None,
             'GradientClipper(optimizer, None, nonfinite="raise", model=model)',
             _reason_without_norms(run),
             Confidence("high", "No step had a norm to judge by."),
@@ -65,13 +69,15 @@ def advised(run: Run, summary: Summary) -> Advice:
         )
     usual = float(norms[norms <= summary.spike_line].mean(dtype=np.longdouble))
     judgement = judged(run, summary)
+    max_norm = "auto" if judgement.kind in FOLLOWED else judgement.threshold
     candidates = {rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
     candidates |= {rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
     shares = {limit: float((norms > limit).mean()) for limit in sorted(candidates) if limit > 0}
     return Advice(
         judgement.kind,
         judgement.threshold,
-        _line(judgement.kind, judgement.threshold),
+        max_norm,
+        _line(judgement.kind, max_norm),
         judgement.reason,
         confidence_in(judgement, run),
         usual,
@@ -80,11 +86,10 @@ def advised(run: Run, summary: Summary) -> Advice:
     )
 
 
-def _line(kind: str, threshold: float | None) -> str:
-    if threshold is None:
-        return "GradientClipper(optimizer, gradclip.thresholds.MedianDeviation(10))"
+def _line(kind: str, max_norm: float | str | None) -> str:
+    argument = '"auto"' if max_norm == "auto" else f"{max_norm:g}"
     skip = ', nonfinite="skip"' if kind == "exploding" else ""
-    return f"GradientClipper(optimizer, {threshold:g}{skip})"
+    return f"GradientClipper(optimizer, {argument}{skip})"
 
 
 def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:

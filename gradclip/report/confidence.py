@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .explosion import before_explosion
-from .fitting import safeguard, spike_threshold
+from .fitting import safeguard
 from .kinds import FEW_STEPS, HIGH, Judgement
 from .run import Run
 
@@ -24,11 +21,6 @@ SELDOM = 0.05
 """Share of clipped steps up to which a training is as good as not clipped."""
 LONG = 1000
 """Steps in which a warm-up is over: norms that fall for longer drift."""
-THRESHOLDS: dict[str, Callable[[NDArray[np.float64]], float]] = {
-    "spiky": spike_threshold,
-    "quiet": safeguard,
-}
-"""The threshold of each kind of run that a part of the norms would give as well."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +55,14 @@ def _doubts(judgement: Judgement, run: Run) -> Iterator[tuple[str, str]]:
     elif calm < FEW_STEPS:
         yield "low", f"These are only {_steps(calm)}: log {FEW_STEPS} or more."
     elif judgement.exploded:
-        yield "medium", "Only a training with it shows whether the threshold stops the explosion."
+        yield "medium", "Only a training with it shows whether the explosion stops."
     if kind == "drifting" and summary.trend < 1 and len(run) < LONG:
         steps = _steps(len(run))
         yield "medium", f"Norms that fell for {steps} may be those of a warm-up that is not over."
     if kind == "spiky" and summary.spikes < FEW_SPIKES and summary.highest_spike < HIGH:
         norms = f"{summary.spikes} norm{'s' * (summary.spikes != 1)}"
         yield "medium", f"It rests on {norms}, less than {HIGH:g} times the median before."
-    if kind in THRESHOLDS:
+    if kind == "quiet":
         smaller, larger = sorted(_of_halves(judgement))
         if larger > ALIKE * smaller:
             yield "low" if larger > APART * smaller else "medium", _comparison(judgement)
@@ -82,7 +74,7 @@ def _doubts(judgement: Judgement, run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _evidence(judgement: Judgement) -> str:
-    if judgement.kind in THRESHOLDS:
+    if judgement.kind == "quiet":
         return _comparison(judgement)
     return f"{_steps(len(judgement.run))} show it."
 
@@ -96,10 +88,10 @@ def _comparison(judgement: Judgement) -> str:
 
 
 def _of_halves(judgement: Judgement) -> tuple[float, float]:
-    """Return the thresholds that either half of the steps would give."""
+    """Return the safeguards that either half of the steps would give."""
     norms = judgement.run.norms[judgement.run.finite & (judgement.run.norms > 0)]
-    threshold, middle = THRESHOLDS[judgement.kind], len(norms) // 2
-    return threshold(norms[:middle]), threshold(norms[middle:])
+    middle = len(norms) // 2
+    return safeguard(norms[:middle]), safeguard(norms[middle:])
 
 
 def _steps(count: int) -> str:

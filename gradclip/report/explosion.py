@@ -45,7 +45,7 @@ def before_explosion(norms: NDArray[np.float64]) -> tuple[NDArray[np.float64], b
 def against_explosion(
     calm: NDArray[np.float64], summary: Summary, *, exploded: bool
 ) -> tuple[float, str]:
-    """Return the threshold that stops an explosion, and the reason.
+    """Return the number that stops an explosion, and the reason to follow the norms instead.
 
     Args:
         calm: The norms before the explosion.
@@ -55,21 +55,26 @@ def against_explosion(
     finding = f"Norms reached {summary.largest:.3g}"
     if summary.nonfinite_steps:
         finding = f"Norms that were not finite: {summary.nonfinite_steps}"
+    finding += (
+        '. "auto" follows the level of the norms, slowly upwards, and needs no number; steps with '
+        "NaN are skipped."
+    )
     if exploded and len(calm) < WINDOW:
         # Few steps before a rise may be part of it: their median would be too high.
         smallest = float(np.percentile(calm, 10, method="lower"))
         threshold = rounded_up(smallest / 2)
         reason = (
-            f"{finding}. Only {len(calm)} normal steps came before: too few to know the usual "
-            f"norm, and the last of them may belong to the explosion. {threshold:g} is half of "
-            "their 10 % quantile and clips nearly every step."
+            f"{finding} Only {len(calm)} normal steps came before: too few to know the usual norm, "
+            "and the last of them may belong to the explosion. The number that would do instead is "
+            f"{threshold:g}, half of their 10 % quantile: it clips nearly every step."
         )
     else:
         level = float(np.median(calm))
         threshold = rounded_up(2 * level)
         reason = (
-            f"{finding}. The median norm of the normal steps was {level:.3g}. Twice that clips few "
-            "of them and stops the explosion; steps with NaN are skipped."
+            f"{finding} The median norm of the normal steps was {level:.3g}. The number that would "
+            f"do instead is twice that, {threshold:g}: it clips few of them and stops the "
+            "explosion."
         )
-    reason += " If the loss does not fall with this threshold, the learning rate is too high."
+    reason += " If the loss does not fall with either, the learning rate is too high."
     return threshold, reason

@@ -20,6 +20,9 @@ FEW_STEPS = 200
 HIGH = 10.0
 """A norm this many times the usual one is a spike however few steps there are: the upper end of the
 thresholds that Pascanu (2013) found to work."""
+FOLLOWED = ("drifting", "spiky", "exploding")
+"""Kinds of runs for which "auto" is better than a number: a quiet one needs no clipping, only a
+safeguard."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Judgement:
     kind: str
     """"quiet", "spiky", "drifting", "exploding" or "short"."""
     threshold: float | None
-    """The advised threshold; None where no number fits."""
+    """The number that would do; None where no number fits."""
     reason: str
     run: Run
     """The steps that were judged: those after a warm-up, or all."""
@@ -82,8 +85,8 @@ def _warm_up(run: Run, settled: Run, threshold: float) -> str:
     return (
         f"The norms fell in the first {count:,} steps, from a median of {before:.3g} there to one "
         f"of {after:.3g} in the {len(settled):,} steps since, which are level: a warm-up and no "
-        f"drift. The advice is for the level part; {threshold:g} would have clipped {share:.2%} of "
-        "the steps before it."
+        f"drift. The advice is for the level part; a threshold of {threshold:g} would have clipped "
+        f"{share:.2%} of the steps before it."
     )
 
 
@@ -100,8 +103,8 @@ def _reason_for_few(count: int, summary: Summary, threshold: float) -> str:
 def _reason_for_drift(summary: Summary) -> str:
     reason = (
         f"The median norm of the last quarter is {summary.trend:.2g} times that of the first: a "
-        "fixed threshold that fits the beginning does not fit the end. This rule follows the last "
-        f"{WINDOW} norms and clips a norm far above them."
+        'fixed threshold that fits the beginning does not fit the end. "auto" follows the level of '
+        "the norms and needs no number."
     )
     if summary.spikes and summary.trend > 1:
         reason += " The spikes of this run may have caused the drift."
@@ -111,9 +114,10 @@ def _reason_for_drift(summary: Summary) -> str:
 def _reason_for_spikes(summary: Summary, threshold: float, share: float) -> str:
     return (
         f"Norms far above the {WINDOW} before them: {summary.spikes}, the highest at "
-        f"{summary.highest_spike:.3g} times their median. {threshold:g} is the median of all "
-        f"norms plus {DEVIATIONS:g} median deviations: it would have clipped {share:.2%} of the "
-        "steps."
+        f'{summary.highest_spike:.3g} times their median. "auto" follows the level of the norms '
+        f"and needs no number. The number that would do instead is {threshold:g}, the median of "
+        f"all norms plus {DEVIATIONS:g} median deviations: it would have clipped {share:.2%} of "
+        "the steps."
     )
 
 

@@ -345,8 +345,7 @@ def test_thresholds_have_lines_and_the_share_that_they_would_clip():
         *_, number, share = label.get_text().split("\n")
         assert float(number) == pytest.approx(threshold, rel=0.01)
         assert (share, label.xy[0]) == (percent((run.norms > threshold).mean()), threshold)
-    [label] = [label for label in labels if label.get_text().startswith("advised\n")]
-    assert advised(run, summarized(run)).line == f"GradientClipper(optimizer, {label.xy[0]:g})"
+    assert not any(label.get_text().startswith("\n") for label in labels)
     assert {label.get_rotation() for label in labels} == {0}
     narrow = figure_of([cramped(), cramped()]).axes[4]
     assert {label.get_rotation() for label in threshold_labels(narrow)} == {90}
@@ -435,6 +434,20 @@ def test_a_long_curve_keeps_every_spike_and_gap(count):
     marks = thinned(np.arange(count) + 5)
     assert len(marks) <= COLUMNS + 1
     assert (marks[0], np.diff(marks).max()) == (5, -(-(count - 1) // COLUMNS))
+
+
+@pytest.mark.parametrize(
+    ("norms", "word"), [(noisy_norms(), "advised"), (spiky_norms(), "if fixed")]
+)
+def test_the_number_of_the_advice_stands_out(norms, word):
+    """It is advised where the line has it, and else what would do instead."""
+    run = run_of(norms)
+    labels = threshold_labels(figure_of([run]).axes[2])
+    [label] = [label for label in labels if label.get_fontweight() == "bold"]
+    advice = advised(run, summarized(run))
+    assert label.get_text().startswith(f"{word}\n")
+    assert label.xy[0] == advice.threshold
+    assert (advice.line == f"GradientClipper(optimizer, {label.xy[0]:g})") == (word == "advised")
 
 
 def test_a_million_steps_are_drawn_in_seconds():

@@ -61,7 +61,7 @@ def draw_distribution(
     # Empty bins end at the axis: a logarithmic axis has no 0.
     axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=BLUE)
     labels = [
-        _draw_threshold(axes, threshold, share, advised=threshold == advice.threshold)
+        _draw_threshold(axes, threshold, share, _word_for(threshold, advice))
         for threshold, share in _thresholds(run, advice)
     ]
     if labels:
@@ -93,20 +93,27 @@ def draw_distribution(
 
 
 def _thresholds(run: Run, advice: Advice) -> list[tuple[float, float]]:
-    """Return the thresholds to show, the advised one among them, with the share that each clips."""
+    """Return the thresholds to show, the one that fits among them, with the share each clips."""
     shares = dict(advice.shares)
     if advice.threshold is not None and advice.threshold not in shares:
         shares[advice.threshold] = float((run.norms[run.finite] > advice.threshold).mean())
     return sorted(shares.items())
 
 
-def _draw_threshold(axes: Axes, threshold: float, share: float, *, advised: bool) -> Annotation:
+def _word_for(threshold: float, advice: Advice) -> str:
+    """Return what a threshold is in the advice: an empty text for most."""
+    if threshold != advice.threshold:
+        return ""
+    return "advised" if threshold == advice.max_norm else "if fixed"
+
+
+def _draw_threshold(axes: Axes, threshold: float, share: float, word: str) -> Annotation:
     """Draw the line of a threshold and its label above the panel, in the middle until `spread`."""
     position = float(positive(threshold))
-    color = VERMILION if advised else "0.25"
-    axes.axvline(position, color=color, linestyle="-" if advised else ":", linewidth=1.2)
+    color = VERMILION if word else "0.25"
+    axes.axvline(position, color=color, linestyle="-" if word else ":", linewidth=1.2)
     return axes.annotate(
-        "advised\n" * advised + f"{number(threshold)}\n{percent(share)}",
+        "\n".join(filter(None, (word, number(threshold), percent(share)))),
         xy=(position, 1),
         xycoords=axes.get_xaxis_transform(),
         xytext=(0.5, 14),
@@ -115,7 +122,7 @@ def _draw_threshold(axes: Axes, threshold: float, share: float, *, advised: bool
         va="bottom",
         multialignment="center",
         fontsize=SMALL,
-        fontweight="bold" if advised else "normal",
+        fontweight="bold" if word else "normal",
         color=color,
         linespacing=1.1,
         arrowprops={

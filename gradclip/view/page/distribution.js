@@ -87,14 +87,18 @@ export class Distribution {
     return this.page.runs.shown.filter((run) => run.above).map((run) => new Counts(run));
   }
 
-  /** The threshold that is tried, or before one is, that which the report advises. */
+  /** The first advice with a number that fits, until a threshold is tried. */
+  get _advice() {
+    const { shown, threshold } = this.page.runs;
+    if (threshold !== null) return undefined;
+    return shown.map((run) => run.overview.advice).find((advice) => advice.threshold !== null);
+  }
+
+  /** The threshold that is tried, or before one is, that which fits a run by the report. */
   get threshold() {
-    if (this.page.runs.threshold !== null) return this.page.runs.threshold;
-    const advised = this.page.runs.shown
-      .map((run) => run.overview.advice.threshold)
-      .find((each) => each !== null);
     return (
-      advised ??
+      this.page.runs.threshold ??
+      this._advice?.threshold ??
       (this._bounds ? thresholdAt(Math.round((this._bounds[0] + this._bounds[1]) / 2)) : 1)
     );
   }
@@ -220,10 +224,9 @@ export class Distribution {
     context.beginPath();
     context.roundRect(at - 5, 16, 10, 18, 3);
     context.fill();
-    const label =
-      this.page.runs.threshold === null
-        ? `advised: ${number(this.threshold)}`
-        : number(this.threshold);
+    const advice = this._advice;
+    const word = advice && (advice.max_norm === advice.threshold ? "advised: " : "if fixed: ");
+    const label = `${word ?? ""}${number(this.threshold)}`;
     context.font = `600 12px ${palette.font}`;
     context.textBaseline = "bottom";
     context.textAlign = "center";
@@ -298,9 +301,9 @@ export class Distribution {
   }
 }
 
-/** Return the places at which the axis begins and ends: around all norms and advised thresholds. */
-function boundsOf(shown, advised) {
-  const places = advised.filter((each) => each !== null).map(placeOf);
+/** Return the places at which the axis begins and ends: around all norms and thresholds that fit. */
+function boundsOf(shown, thresholds) {
+  const places = thresholds.filter((each) => each !== null).map(placeOf);
   for (const { decade, above } of shown) {
     // Norms begin in front of the first threshold that is not below all of them.
     const first = above.findIndex((count) => count < above[0]);

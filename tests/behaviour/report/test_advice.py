@@ -31,6 +31,7 @@ SPIKES = {300: 30, 640: 100, 641: 50, 1100: 20}
 SPIKY = spiked(QUIET, SPIKES)
 DRIFTING = QUIET * np.geomspace(1, 20, COUNT)
 EXPLODING = QUIET * np.r_[np.ones(900), np.geomspace(2, 1e6, COUNT - 900)]
+SUDDEN = QUIET * np.r_[np.ones(900), np.geomspace(2, 1e6, 20), np.full(COUNT - 920, 1e6)]
 FALLING = QUIET * (1 + 5 * np.exp(-np.arange(COUNT) / 15))
 KINDS = {"quiet": QUIET, "spiky": SPIKY, "drifting": DRIFTING, "exploding": EXPLODING}
 
@@ -59,17 +60,44 @@ def threshold_in(line):
     return float(line.rstrip(")").rpartition(" ")[2])
 
 
-def test_each_kind_of_run_gets_its_own_line_and_reason(advice):
+def fixed(found):
+    """Return a line with the number that the advice names."""
+    return f"GradientClipper(optimizer, {found['threshold']})"
+
+
+def test_each_kind_of_run_gets_its_own_reason(advice):
     """Also where most steps leave one of the optimizers without gradients, as they alternate."""
     found = {kind: advice(norms) for kind, norms in KINDS.items()}
     assert {kind: each["kind"] for kind, each in found.items()} == {kind: kind for kind in KINDS}
-    for field in ("line", "reason"):
-        assert len({each[field] for each in found.values()}) == len(KINDS)
+    assert len({each["reason"] for each in found.values()}) == len(KINDS)
     for kind, norms in KINDS.items():
         idle = np.zeros((COUNT, 3))
         idle[:, 0] = norms
         alternating = advice(idle.ravel())
         assert (alternating["kind"], alternating["usual"] > 0) == (kind, True)
+
+
+LINES = {
+    "quiet": (QUIET, 2.7, "GradientClipper(optimizer, 2.7)"),
+    "few": (QUIET[:61], 11, "GradientClipper(optimizer, 11)"),
+    "spiky": (SPIKY, 1.7, 'GradientClipper(optimizer, "auto")'),
+    "drifting": (DRIFTING, None, 'GradientClipper(optimizer, "auto")'),
+    "exploding": (EXPLODING, 2.1, 'GradientClipper(optimizer, "auto", nonfinite="skip")'),
+}
+
+
+@pytest.mark.parametrize("run", LINES)
+def test_auto_is_advised_except_for_a_safeguard(advice, run):
+    """The reason says why, and which number would do instead where one fits."""
+    norms, threshold, line = LINES[run]
+    found, auto = advice(norms), '"auto"' in line
+    assert (found["line"], found["threshold"]) == (line, threshold)
+    assert found["max_norm"] == ("auto" if auto else threshold)
+    assert ('"auto" follows the level of the norms' in found["reason"]) == auto
+    assert ("needs no number" in found["reason"]) == auto
+    named = auto and threshold is not None
+    assert ("number that would do instead is" in found["reason"]) == named
+    assert threshold is None or f"{threshold:g}" in found["reason"]
 
 
 @pytest.mark.parametrize(
@@ -106,20 +134,32 @@ def test_a_line_that_clips_spikes_and_hardly_anything_else(advice, advised, norm
 
 
 def test_exploding(advice):
-    """The line stops the explosion and clips nothing before it."""
-    clipped = clipped_by(advice(EXPLODING)["line"], EXPLODING)
-    assert not clipped[:900].any()
-    assert clipped[920:].all()
+    """The line and the number stop the explosion and clip nothing before it."""
+    found = advice(SUDDEN)
+    for line in (found["line"], fixed(found)):
+        clipped = clipped_by(line, SUDDEN)
+        assert not clipped[:900].any()
+        assert clipped[920:].all()
     assert advice(spiked(QUIET, {5: 1e7}))["kind"] == "exploding"
 
 
+def test_exploding_slowly(advice):
+    """Norms that rise by 4 % a step are followed by the line, not by the number."""
+    found = advice(EXPLODING)
+    by_line, by_number = (clipped_by(line, EXPLODING) for line in (found["line"], fixed(found)))
+    assert not (by_line | by_number)[:900].any()
+    assert by_number[920:].all()
+    assert by_line[920:].mean() < 0.9
+
+
 def test_exploding_before_a_usual_norm_is_known(advice):
-    """The line clips nearly every step: the norms before may belong to the explosion."""
+    """The number clips nearly every step: the norms before may belong to the explosion."""
     norms = np.r_[QUIET[:60], QUIET[60:120] * np.geomspace(1, 1e6, 60), [math.nan] * 80]
     found = advice(norms)
     assert found["kind"] == "exploding"
     assert "too few to know the usual norm" in found["reason"]
-    assert clipped_by(found["line"], norms)[:120].mean() > 0.95
+    assert clipped_by(fixed(found), norms)[:120].mean() > 0.95
+    assert clipped_by(found["line"], norms)[70:120].all()
 
 
 # Too few steps, and warm-ups
@@ -170,7 +210,8 @@ def test_a_warm_up_is_no_drift(advice, fall, later, kind):
     found = advice(norms)
     said = re.search(
         r"fell in the first (\d+) steps, from a median of (\S+) there to one of (\S+) in the "
-        r"(\d+) steps since.* is for the level part; \S+ would have clipped (\S+)%",
+        r"(\d+) steps since.* is for the level part; a threshold of (\S+) would have clipped "
+        r"(\S+)%",
         found["reason"],
     )
     count, rest = int(said[1]), int(said[4])
@@ -178,13 +219,15 @@ def test_a_warm_up_is_no_drift(advice, fall, later, kind):
     assert 300 <= count <= 480
     level = advice(norms[count:])
     assert (found["line"], level["kind"]) == (level["line"], kind)
+    assert found["threshold"] == level["threshold"] == float(said[5])
     assert found["reason"].endswith(level["reason"])
     assert found["confidence"] == level["confidence"]
     medians = [f"{np.median(part):.3g}" for part in (norms[:count], norms[count:])]
     assert [said[2], said[3]] == medians
-    clipped = clipped_by(found["line"], norms)
-    assert f"{clipped[:count].mean():.2%}" == f"{said[5]}%"
-    assert clipped[count:].sum() == (norms[count:] > 10).sum()
+    clipped = clipped_by(fixed(found), norms)
+    assert f"{clipped[:count].mean():.2%}" == f"{said[6]}%"
+    for later_clipped in (clipped, clipped_by(found["line"], norms)):
+        assert later_clipped[count:].sum() == (norms[count:] > 10).sum()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +262,7 @@ SURE = {
         "high",
         "the 1,200 steps alone would give the threshold 2.7, the second",
     ),
-    "spiky": (SPIKY, None, "high", "the second"),
+    "spiky": (SPIKY, None, "high", "1,200 steps show it."),
     "drifting": (DRIFTING, None, "high", "1,200 steps show it."),
     "one NaN": (spiked(QUIET, {1000: math.nan}), None, "high", "1,200 steps show it."),
     "no norm": ([math.nan] * 5, None, "high", "No step had a norm to judge by."),
@@ -233,10 +276,17 @@ SURE = {
         "It rests on 1 norm, less than 10 times the median before.",
     ),
     "two low spikes": (spiked(QUIET, {700: 3.0, 900: 4.0}), None, "medium", "rests on 2 norms,"),
-    "three low spikes": (spiked(QUIET, dict.fromkeys(SPIKES, 3.0)), None, "high", "the second"),
-    "one high spike": (spiked(QUIET, {700: 40.0}), None, "high", "the second"),
-    "halves that differ": (QUIET ** np.where(STEPS < 600, 1, 3), None, "medium", "the second"),
-    "halves far apart": (QUIET ** np.where(STEPS < 600, 1, 12), None, "low", "the second"),
+    "three low spikes": (spiked(QUIET, dict.fromkeys(SPIKES, 3.0)), None, "high", "steps show it."),
+    "one high spike": (spiked(QUIET, {700: 40.0}), None, "high", "1,200 steps show it."),
+    "halves that differ": (QUIET ** np.where(STEPS < 600, 1, 2), None, "medium", "the second"),
+    "halves far apart": (
+        *(np.where(STEPS < 600, QUIET**0.5, 1.9 * QUIET**1.5), None, "low"),
+        "would give the threshold 2.4, the second 5.9.",
+    ),
+    "halves that need no number": (
+        *(QUIET ** np.where(STEPS < 600, 1, 12), None, "high"),
+        "1,200 steps show it.",
+    ),
     "an early explosion": (
         *(np.r_[QUIET[:60], QUIET[60:400] * np.geomspace(200, 1e9, 340)], None, "low"),
         "Only 60 steps came before the explosion.",
@@ -254,11 +304,10 @@ def test_the_advice_says_how_sure_it_is_and_why(advice, norms):
 
 
 def test_the_halves_give_the_thresholds_that_are_said(advice):
-    for norms in (QUIET, SPIKY):
-        reason = advice(norms)["confidence"]["reason"]
-        said = re.findall(r"threshold (\S+), the second (\S+)\.$", reason)
-        halves = [threshold_in(advice(half)["line"]) for half in (norms[:600], norms[600:])]
-        assert [*map(float, said[0])] == halves
+    reason = advice(QUIET)["confidence"]["reason"]
+    said = re.findall(r"threshold (\S+), the second (\S+)\.$", reason)
+    halves = [threshold_in(advice(half)["line"]) for half in (QUIET[:600], QUIET[600:])]
+    assert [*map(float, said[0])] == halves
 
 
 def test_a_log_without_clipped_norms_leaves_a_doubt(tmp_path):
@@ -274,7 +323,7 @@ def test_a_log_without_clipped_norms_leaves_a_doubt(tmp_path):
 def test_the_share_that_a_spike_line_clips(advice):
     norms = np.random.default_rng(0).pareto(1.2, COUNT) + 1
     found = advice(norms)
-    share = (norms > threshold_in(found["line"])).mean()
+    share = clipped_by(fixed(found), norms).mean()
     assert found["kind"] == "spiky"
     assert share > 0.02
     assert f"would have clipped {share:.2%} of the steps" in found["reason"]

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tests.support.browser import missing, requests_of
 from tests.support.curves import log_run
 from tests.support.page import Page, page_file
-from tests.support.report import log_line, log_norms
+from tests.support.report import log_line, log_norms, reported
 from tests.support.runs import quiet
 from tests.support.tensorboard import eventually
 
@@ -42,6 +42,16 @@ return [...document.querySelectorAll(".panel:not([hidden]) .overlay")].map((canv
   };
   return [share(0.05, 0.45), share(0.55, 0.95)];
 });
+"""
+
+# Keeps the texts that are written on canvases from here on.
+_WRITTEN = """
+window.written = [];
+const { fillText } = CanvasRenderingContext2D.prototype;
+CanvasRenderingContext2D.prototype.fillText = function (text, ...place) {
+  window.written.push(text);
+  fillText.call(this, text, ...place);
+};
 """
 
 
@@ -156,6 +166,44 @@ def test_the_steps_that_a_threshold_clips_are_marked_in_all_panels(opened, tmp_p
         assert right == pytest.approx(1, abs=0.02)
     page.press("Clear")
     assert {share for panel in page.browser.execute_script(_MARKED) for share in panel} == {0}
+
+
+ADVICE = {
+    "quiet": (quiet(600), "GradientClipper(optimizer, {:g})", "advised: {:.3g}"),
+    "spiky": (
+        spiky(600),
+        'GradientClipper(optimizer, "auto", nonfinite="skip")',
+        "if fixed: {:.3g}",
+    ),
+    "drifting": (
+        quiet(1200) * np.geomspace(1, 20, 1200),
+        'GradientClipper(optimizer, "auto")',
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("run", ADVICE)
+def test_the_advice_has_a_line_to_copy_and_its_number_is_marked(opened, tmp_path, run):
+    """The number is called advised where the line has it alone; where none fits, none is marked."""
+    norms, line, label = ADVICE[run]
+    file = log_norms(tmp_path / "run.jsonl", norms)
+    page = opened(file)
+    advice = reported(file)[0]["advice"]
+    threshold = advice["threshold"]
+    assert page.texts(".card code") == [line.format(threshold)]
+    assert page.texts(".card p")[0] == advice["reason"]
+    buttons = [text for text in page.texts(".card button") if text.startswith("Try ")]
+    page.browser.execute_script(_WRITTEN)
+    page.press("Dark")
+    marked = [text for text in page.browser.execute_script("return window.written") if ":" in text]
+    if label is None:
+        assert (threshold, buttons, marked) == (None, [], [])
+        return
+    assert [float(text[4:]) for text in buttons] == [threshold]
+    assert {*marked} == {label.format(threshold)}
+    page.press(buttons[0])
+    assert float(page.all(".trial input[type=text]")[0].get_property("value")) == threshold
 
 
 def test_the_file_asks_for_nothing(opened, browser, tmp_path):

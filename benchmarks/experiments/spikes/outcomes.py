@@ -25,13 +25,13 @@ class Pilot:
     kind: str
     """Kind of run according to `gradclip report`."""
     advised: float | None
-    """The advised threshold; None if a rule is advised."""
+    """The number that the report names; None if none fits."""
     median: float
     """Median norm."""
 
     @property
     def fixed(self) -> float:
-        """The fixed threshold: the advised number, or the median norm if a rule is advised."""
+        """The fixed threshold: the number that the report names, or the median norm."""
         return self.median if self.advised is None else self.advised
 
 

@@ -61,17 +61,17 @@ def report(
 def _pilots(pilots: Sequence[Pilot], chosen: Mapping[str, Pilot]) -> list[str]:
     how = (
         "Clean runs without clipping of a seed that is not used again; the learning rate with the "
-        "lowest loss is taken. The fixed threshold is what `gradclip report` advises for its "
-        "norms; where that is a rule instead of a number, the median norm."
+        "lowest loss is taken. The fixed threshold is the number that `gradclip report` names "
+        "for its norms; where it names none, the median norm."
     )
     lines = [
         how,
         "",
-        "| model | learning rate | loss | kind of run | advised | median norm | taken |",
+        "| model | learning rate | loss | kind of run | number | median norm | taken |",
         "|---|---|---|---|---|---|---|",
     ]
     for pilot in pilots:
-        advised = "a rule" if pilot.advised is None else f"{pilot.advised:g}"
+        advised = "none" if pilot.advised is None else f"{pilot.advised:g}"
         taken = f"threshold {pilot.fixed:.3g}" if chosen[pilot.model] is pilot else ""
         loss = _loss(pilot.loss) if math.isfinite(pilot.loss) else "diverged"
         lines.append(

@@ -12,8 +12,8 @@ once up to the first corrupted step. From a copy of that state it continues once
 and once without, so that a run and its clean run are the same up to the corruption.
 
 No setting is chosen by the results. The learning rate is the one of three with the lowest loss in a
-clean run without clipping, with a seed that is not used again. The fixed threshold is the one that
-`gradclip report` advises for that run. The rules keep their defaults.
+clean run without clipping, with a seed that is not used again. The fixed threshold is the
+number that `gradclip report` names for that run. The rules keep their defaults.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LONGEST = max(corruption.steps for corruption in CORRUPTIONS.values())
 
 @one_thread()
 def try_rate(name: str, rate: float, steps: int) -> Pilot:
-    """Train cleanly without clipping; return the loss and the advised threshold."""
+    """Train cleanly without clipping; return the loss and the number that the report names."""
     sink = gradclip.MemorySink()
     training = Training(LEARNERS[name], rate, steps, PILOT, {"max_norm": None, "log": sink})
     training.advance(0, steps)

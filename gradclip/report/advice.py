@@ -9,7 +9,7 @@ import numpy as np
 
 from .confidence import Confidence, confidence_in
 from .fitting import rounded_up
-from .kinds import FOLLOWED, judged
+from .kinds import judged
 from .run import Run
 from .summary import Summary
 
@@ -69,15 +69,14 @@ def advised(run: Run, summary: Summary) -> Advice:
         )
     usual = float(norms[norms <= summary.spike_line].mean(dtype=np.longdouble))
     judgement = judged(run, summary)
-    max_norm = "auto" if judgement.kind in FOLLOWED else judgement.threshold
     candidates = {rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
     candidates |= {rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
     shares = {limit: float((norms > limit).mean()) for limit in sorted(candidates) if limit > 0}
     return Advice(
         judgement.kind,
         judgement.threshold,
-        max_norm,
-        _line(judgement.kind, max_norm),
+        judgement.max_norm,
+        _line(judgement.kind, judgement.max_norm),
         judgement.reason,
         confidence_in(judgement, run),
         usual,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,8 @@ thresholds that Pascanu (2013) found to work."""
 FOLLOWED = ("drifting", "spiky", "exploding")
 """Kinds of runs for which "auto" is better than a number: a quiet one needs no clipping, only a
 safeguard."""
+CLIPPED = 0.01
+"""Share of clipped steps from which a run may be quiet because it was clipped."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Judgement:
     """The facts of these steps."""
     exploded: bool = False
     """True if norms rose for good, False if only single ones were enormous or NaN."""
+
+    @property
+    def max_norm(self) -> float | Literal["auto"] | None:
+        """What is advised: the threshold, or "auto" where following the norms is better."""
+        quiet_by_clipping = self.kind == "quiet" and self.summary.clip_rate > CLIPPED
+        return "auto" if self.kind in FOLLOWED or quiet_by_clipping else self.threshold
 
 
 def judged(run: Run, summary: Summary) -> Judgement:
@@ -129,7 +138,11 @@ def _reason_for_quiet(summary: Summary, threshold: float) -> str:
             f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
             "its steps; without clipping its norms may be larger."
         )
+    number = f"{threshold:g} is"
+    if summary.clip_rate > CLIPPED:
+        finding += ' "auto" goes on limiting them, and needs no number.'
+        number = f"The number that would do instead is {threshold:g},"
     return (
-        f"{finding} {threshold:g} is the largest norm, or twice the 99.9 % quantile if that is "
-        "larger: a safeguard that clips no step like these."
+        f"{finding} {number} the largest norm, or twice the 99.9 % quantile if that is larger: a "
+        "safeguard that clips no step like these."
     )

@@ -119,6 +119,17 @@ def test_a_line_that_changes_nothing_of_the_run(advice, norms, threshold, kind, 
     assert not clipped_by(found["line"], norms).any()
 
 
+@pytest.mark.parametrize(("threshold", "line"), [(1.0, '"auto"'), (1e3, "2.7"), (None, "2.7")])
+def test_a_run_that_is_quiet_because_it_was_clipped_is_not_given_a_looser_threshold(
+    advice, threshold, line
+):
+    """What its norms are without clipping nobody knows."""
+    found = advice(QUIET, threshold)
+    assert found["line"] == f"GradientClipper(optimizer, {line})"
+    assert ('"auto" goes on limiting them' in found["reason"]) == (line == '"auto"')
+    assert "2.7" in found["reason"]
+
+
 @pytest.mark.parametrize(
     ("advised", "norms", "spikes", "share"),
     [

@@ -206,7 +206,7 @@ def test_the_best_of_the_grid_is_chosen_by_its_mean_at_each_rate():
     points = {(0.1, arm): curves.Point(0.1, arm, found) for arm, found in losses.items()}
     losses |= {"0.3": (1.0, math.nan), "3": (1.0, 4.0), curves.AUTO: (math.inf, 2.0)}
     points |= {(1.0, arm): curves.Point(1.0, arm, found) for arm, found in losses.items()}
-    points[0.1, "10"] = curves.Point(0.1, "10", (2.0, 3.0))
+    points[0.1, "10"] = curves.Point(0.1, "10", (2.0, 2.5))
     drawn = curves.curves_of(points)
     assert [point.arm for point in drawn[curves.BEST]] == ["10", "3"]
     assert curves.lowest(drawn.values()) is points[0.1, "10"]

@@ -16,7 +16,7 @@ GRID = ("0.1", "0.3", ONE, "3", "10")
 ARMS = (NONE, *GRID, AUTO)
 """The ways to clip that are trained."""
 BEST = "best of the grid"
-CURVES = {NONE: (NONE,), BEST: GRID, ONE: (ONE,), AUTO: (AUTO,)}
+CURVES = {**{arm: (arm,) for arm in (NONE, *GRID)}, BEST: GRID, AUTO: (AUTO,)}
 """The ways to clip whose best by mean loss, at each rate, makes up a curve."""
 NEAR = 0.1
 """A rate trains if its loss is above the lowest of all by at most this share."""

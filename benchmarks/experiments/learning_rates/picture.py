@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.learning_rates.curves import BEST, NEAR, Curve, lowest
+from benchmarks.experiments.learning_rates.curves import BEST, NEAR, ONE, Curve, lowest
 from benchmarks.experiments.without_tuning.arms import AUTO, NONE
 from gradclip.report.pictures.figure import Picture
 
@@ -32,7 +32,7 @@ class Look:
 # another where clipping changes nothing: those drawn first are wider.
 LOOKS = {
     BEST: Look("best fixed threshold", "#E69F00", "s", "-", 5.0, 11),
-    "1": Look("threshold 1", "#56B4E9", "D", "--", 2.8, 8),
+    ONE: Look("threshold 1", "#56B4E9", "D", "--", 2.8, 8),
     NONE: Look("no clipping", "#000000", "X", ":", 2.2, 8),
     AUTO: Look('max_norm="auto"', "#D55E00", "o", "-", 1.6, 5),
 }
@@ -52,7 +52,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, guess: float) ->
             those that are not finite, are drawn in a strip on top, each curve in its own lane.
     """
     losses = [
-        loss for each in curves.values() for c in each.values() for p in c for loss in p.losses
+        loss for each in curves.values() for name in LOOKS for p in each[name] for loss in p.losses
     ]
     lowest_loss = min(filter(math.isfinite, losses))
     figure = Picture(figsize=(6.2 * len(curves), 5.4), dpi=100)

@@ -9,9 +9,9 @@ from benchmarks.common.markdown import table
 from benchmarks.experiments.learning_rates.curves import (
     ARMS,
     BEST,
-    CURVES,
     GRID,
     NEAR,
+    ONE,
     Curve,
     Point,
     curves_of,
@@ -27,9 +27,10 @@ from benchmarks.experiments.without_tuning.arms import AUTO, NONE
 TITLES = {
     NONE: "no clipping",
     BEST: "the best fixed threshold",
-    "1": "threshold 1",
+    ONE: "threshold 1",
     AUTO: '`"auto"`',
 }
+"""The curves that are drawn; `"auto"` is compared with the others."""
 DEFINITIONS = (
     (
         f"A rate *trains* if its mean loss is within {NEAR:.0%} of the lowest mean loss of all "
@@ -72,13 +73,18 @@ def report(settings: Mapping[str, str], outcomes: Iterable[Outcome], guess: floa
 def _findings(curves: Mapping[str, Curve]) -> list[str]:
     best = lowest(curves.values())
     counts = {name: len(rates_that_train(curve, best.mean)) for name, curve in curves.items()}
-    others = {name: TITLES[name] for name in CURVES if name != AUTO}
+    others = {name: TITLES[name] for name in TITLES if name != AUTO}
     more = (
         f"{_beside(counts[AUTO], counts[name])} {it} ({counts[name]})"
         for name, it in others.items()
     )
     sides = (f"{_sides(curves[AUTO], curves[name])} with {it}" for name, it in others.items())
     auto, fixed = furthest_above(curves[AUTO], curves[BEST])
+    at_edge = [f"{point.rate:g}" for point in curves[BEST] if point.arm == GRID[0]]
+    edge = (
+        f"- At {', '.join(at_edge)} the best fixed threshold is {GRID[0]}, the lowest of the grid: "
+        "a lower one, which was not tried, may be better."
+    )
     return [
         (
             f"- The lowest mean loss is {best.mean:.3f}, of {_arm(best.arm)} at {best.rate:g}; a "
@@ -93,6 +99,7 @@ def _findings(curves: Mapping[str, Curve]) -> list[str]:
             f"- Beside {TITLES[BEST]}, {TITLES[AUTO]} does worst at {auto.rate:g}: "
             f"{_loss(auto.mean)}, and {_loss(fixed.mean)} with {_arm(fixed.arm)}."
         ),
+        *([edge] if at_edge else []),
     ]
 
 
@@ -124,7 +131,7 @@ def _ranges(curves: Mapping[str, Curve]) -> list[str]:
         own = lowest([curve])
         at = f"{own.rate:g}" if name != BEST else f"{own.rate:g}, threshold {own.arm}"
         width = f"{decades(rates):.1f}" if rates else ""
-        rows.append([TITLES[name], _range(rates), width, f"{own.mean:.3f}", at])
+        rows.append([_arm(name), _range(rates), width, f"{own.mean:.3f}", at])
     return table(["arm", "rates that train", "decades", "lowest mean loss", "at rate"], rows)
 
 

@@ -22,7 +22,7 @@ import gradclip
 from benchmarks.common.gradients import machine
 from benchmarks.common.markdown import save
 from benchmarks.experiments.learning_rates.curves import ARMS, curves_of, points_of
-from benchmarks.experiments.learning_rates.networks import NETWORKS
+from benchmarks.experiments.learning_rates.networks import NETWORKS, Network
 from benchmarks.experiments.learning_rates.outcomes import Job, completed
 from benchmarks.experiments.learning_rates.picture import draw
 from benchmarks.experiments.learning_rates.report import report
@@ -35,7 +35,7 @@ def settings(options: argparse.Namespace) -> dict[str, str]:
     """Return the settings of the trainings, for the report."""
     learned, _, characters = text()
     environment = {**machine(), "threads": 1}
-    tasks = {name: network.task(network.rates[0]) for name, network in NETWORKS.items()}
+    trainings = {name: _training(network) for name, network in NETWORKS.items()}
     saved = f" --save {options.save}" if options.save else ""
     return {
         "command": f"`python -m benchmarks.experiments.learning_rates.run --seeds {options.seeds}"
@@ -48,10 +48,17 @@ def settings(options: argparse.Namespace) -> dict[str, str]:
         f"on; the final loss is that of {EVALUATED} pieces of the last tenth, in nats; a uniform "
         f"guess has {math.log(characters):.2f}",
         "learning rate": f"constant, then falling to 0 in the last {DECAY:.0%} of the steps",
-        **{name: f"{task.title}, {task.steps} steps" for name, task in tasks.items()},
+        **trainings,
         "limits": "short trainings of small networks, and few seeds; the ranges depend on the "
         "number of steps, and are known to half a decade",
     }
+
+
+def _training(network: Network) -> str:
+    """Return the training of a network in words, without its learning rate."""
+    rate = network.rates[0]
+    task = network.task(rate)
+    return f"{task.title.removesuffix(f'({rate:g})')}, {task.steps} steps"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -55,6 +55,22 @@ CanvasRenderingContext2D.prototype.fillText = function (text, ...place) {
 """
 
 
+# Labels of the axis of norms: the texts that a second drawing writes to the left of the curves.
+_LABELS = """
+const labels = [];
+const { fillText } = CanvasRenderingContext2D.prototype;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  if (this.textAlign === "right" && this.canvas === document.querySelector(".frame canvas"))
+    labels.push(text);
+  return fillText.call(this, text, x, y);
+};
+dispatchEvent(new Event("beforeprint"));
+dispatchEvent(new Event("afterprint"));
+CanvasRenderingContext2D.prototype.fillText = fillText;
+return labels;
+"""
+
+
 @pytest.fixture
 def opened(browser, tmp_path):
     """Return a function that opens the page of some logs; it complained of nothing in the end."""
@@ -454,6 +470,37 @@ def test_the_axis_is_logarithmic_or_linear(opened, tmp_path):
     page.press("Log axis")
     assert canvas.screenshot_as_png != first
     assert page.curve("norm") == curve
+
+
+def test_a_norm_of_0_hides_no_other_below_the_axis(opened, tmp_path):
+    """The logarithmic axis begins below the smallest norm above 0, and all of these are drawn."""
+    norms = np.where(np.arange(60) % 20 == 0, 0.0, np.where(np.arange(60) < 30, 1e-3, 5.0))
+    page = opened(log_norms(tmp_path / "run.jsonl", norms, 1.0))
+    ticks = page.browser.execute_script(_LABELS)
+    assert any(1e-3 <= float(tick) <= 2e-3 for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    "norms", [np.full(60, 5e-324), np.geomspace(1e-300, 1e300, 60), np.append(quiet(59), 1.79e308)]
+)
+def test_norms_of_any_size_are_drawn(opened, tmp_path, norms):
+    """Also where room around them would end at 0 or at infinity."""
+    page = opened(log_norms(tmp_path / "run.jsonl", norms))
+    assert page.curve("norm")["high"] == norms.tolist()
+    page.press("Log axis")
+    assert page.curve("norm")["high"] == norms.tolist()
+
+
+def test_norms_at_a_power_of_ten_count_for_thresholds_below(opened, tmp_path):
+    """The smallest norm is the first threshold that is counted for, and not above it."""
+    page = opened(log_norms(tmp_path / "run.jsonl", np.ones(250)))
+    assert sum(page.drawn()["distribution"]["heights"][0]) == 250
+    field = page.all(".trial input[type=text]")[0]
+    for typed, count in (("0.5", 250), ("0.999", 250), ("1", 0)):
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(typed, Keys.TAB)
+        page.settled()
+        assert f"({count} of 250)" in page.texts(".shares li")[0]
 
 
 def test_paper_is_white(opened, browser, tmp_path):

@@ -224,7 +224,7 @@ export class NormChart extends CurveChart {
     const hasMarks = this.marks().some(({ count }) => count?.some((each) => each > 0));
     const head = hasMarks ? 30 : 8;
     if (!isLogarithmic) return new Scale(Math.min(low, 0), high || 1, bottom, top + head);
-    const room = Math.max(Math.log10(high / low) * 0.06, 0.03);
+    const room = Math.max((Math.log10(high) - Math.log10(low)) * 0.06, 0.03);
     return new Scale(low / 10 ** room, high * 10 ** (room / 2), bottom, top + head, true);
   }
 
@@ -392,15 +392,20 @@ function isClipped(series) {
   );
 }
 
-/** Return the extremes of a curve among the columns that a range shows; none without one. */
+/**
+ * Return the extremes of a curve among the columns that a range shows, and the smallest above 0, which a
+ * logarithmic axis begins with; none without one.
+ */
 function extremesIn(columns, x) {
-  let [low, high] = [Infinity, -Infinity];
+  let [low, high, positive] = [Infinity, -Infinity, Infinity];
   for (let index = 0; index < columns.at.length; index += 1) {
     if (columns.last[index] < x.low || columns.first[index] > x.high) continue;
     low = Math.min(low, columns.low[index]);
     high = Math.max(high, columns.high[index]);
+    const least = columns.low[index] > 0 ? columns.low[index] : columns.high[index];
+    if (least > 0) positive = Math.min(positive, least);
   }
-  return low <= high ? [low, high] : [];
+  return [low, high, positive].filter(Number.isFinite);
 }
 
 function drawCross(context, x, y) {

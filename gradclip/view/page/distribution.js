@@ -9,17 +9,18 @@ const PER_DECADE = 900; // thresholds have three digits: 1.00, 1.01, ... 9.99
 const HEIGHT = 190;
 const AXIS = 24;
 const BINS = 90;
+const [LEAST, MOST] = [1e-320, 1.79e308]; // thresholds of three digits that are numbers
 /** How many norms of a run lie above each threshold of three digits. */
 class Counts {
   constructor(run) {
-    const { decade, finite } = run.overview.distribution;
-    Object.assign(this, { run, decade, finite, above: run.above });
+    const { decade, finite, zeros } = run.overview.distribution;
+    Object.assign(this, { run, decade, finite, above: run.above, positive: finite - zeros });
   }
 
   /** Return how many norms are above a threshold of three digits. */
   aboveOf(threshold) {
     const index = placeOf(threshold) - this.decade * PER_DECADE;
-    if (index < 0) return this.above[0];
+    if (index < 0) return this.positive; // the smallest norm may be the first threshold itself
     return index < this.above.length ? this.above[index] : 0;
   }
 }
@@ -304,18 +305,21 @@ export class Distribution {
 /** Return the places at which the axis begins and ends: around all norms and thresholds that fit. */
 function boundsOf(shown, thresholds) {
   const places = thresholds.filter((each) => each !== null).map(placeOf);
-  for (const { decade, above } of shown) {
+  for (const { decade, above, positive } of shown) {
     // Norms begin in front of the first threshold that is not below all of them.
-    const first = above.findIndex((count) => count < above[0]);
+    const first = above.findIndex((count) => count < positive);
     const last = above.findIndex((count) => count === 0);
     places.push(
       decade * PER_DECADE + Math.max(first - 1, 0),
       decade * PER_DECADE + (last < 0 ? above.length - 1 : last),
     );
   }
-  const room = (place, factor) => placeOf(thresholdAt(place) * factor || 1e-320);
+  const room = (place, factor) =>
+    placeOf(Math.min(Math.max(thresholdAt(place) * factor, LEAST), MOST));
   const [low, high] = [Math.min(...places), Math.max(...places)];
-  const wide = (thresholdAt(high) / thresholdAt(low)) ** 0.06 * 1.05;
+  const wide =
+    1.05 *
+    10 ** (0.06 * Math.log10(thresholdAt(high)) - 0.06 * Math.log10(thresholdAt(low) || LEAST));
   return [room(low, 1 / wide), room(high, wide)];
 }
 

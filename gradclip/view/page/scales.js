@@ -9,6 +9,11 @@ export class Scale {
    * @param end Pixel of the last value.
    */
   constructor(low, high, start, end, logarithmic = false) {
+    if (logarithmic) {
+      // Room around the smallest and the largest numbers there are would end at 0 and at infinity.
+      low = Math.max(low, Number.MIN_VALUE);
+      high = Math.max(Math.min(high, Number.MAX_VALUE), 2 * low * (high <= low));
+    }
     Object.assign(this, { low, high, start, end, logarithmic });
     this._warp = logarithmic ? Math.log10 : (value) => value;
     this._from = this._warp(low);
@@ -40,6 +45,7 @@ export function linearTicks(low, high, most, least = 0) {
   if (!(high > low)) return [low];
   const raw = (high - low) / Math.max(most, 1);
   const power = 10 ** Math.floor(Math.log10(raw));
+  if (!(power > 0)) return [low]; // no number is as small as their distance
   const distance = Math.max(
     [1, 2, 5, 10].map((digit) => digit * power).find((each) => each >= raw * 0.999),
     least,
@@ -56,7 +62,7 @@ export function linearTicks(low, high, most, least = 0) {
 }
 
 function logarithmicTicks(low, high, most) {
-  const decades = Math.log10(high / low);
+  const decades = Math.log10(high) - Math.log10(low);
   if (decades < 0.7) return linearTicks(low, high, most);
   const stride = Math.max(1, Math.ceil(decades / most));
   const digits =

@@ -66,12 +66,12 @@ def training(steps: int, rate: float, seed: int) -> Training:
             after = stood[time] + DISCOUNT * after * stood[time]
             returns[time] = after
         advantages = returns - returns[stood].mean()
-        chances = Bernoulli(logits=policy(states).squeeze(2)).log_prob(pushes)
+        chances: Tensor = Bernoulli(logits=policy(states).squeeze(2)).log_prob(pushes)
         return -(chances * advantages)[stood].mean()
 
     def score() -> float:
         judge = torch.Generator().manual_seed(seed)
         stood = played(policy, EVALUATED, judge)[2]
-        return -stood.float().sum(0).mean().item()
+        return -float(stood.float().sum(0).mean())
 
     return Training(policy, Adam(policy.parameters(), lr=rate), loss, score)

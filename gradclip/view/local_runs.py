@@ -142,11 +142,17 @@ class _RunDirectory:
         try:
             if any(stream.was_replaced() for stream in self._streams.values()):
                 self._begin()  # what was read of it is no longer there
-            for path in sorted(self._path.iterdir()):
-                if is_event_file(path.name):
-                    self._streams.setdefault(path, EventStream(path)).size = path.stat().st_size
+            files = sorted(path for path in self._path.iterdir() if is_event_file(path.name))
         except OSError as error:
             self._trouble = f"it cannot be read: {error}"
+            return
+        for path in files:
+            try:
+                size = path.stat().st_size
+            except OSError as error:  # a link to a file that is gone hides no other file
+                self._trouble = f"it cannot be read: {error}"
+            else:
+                self._streams.setdefault(path, EventStream(path)).size = size
 
     def read_some(self) -> bool:
         """Read some events that are new; return whether there may be more."""

@@ -250,6 +250,16 @@ def test_a_file_that_is_replaced_is_read_again(tmp_path):
     assert unpacked(tab.answer("/series", run="a", **RANGE)["columns"]["norm"]["low"]) == [5.0]
 
 
+def test_a_link_to_a_file_that_is_gone_is_named_and_hides_no_run(tmp_path):
+    log_run(tmp_path / "a", 1.0, 2.0)
+    (tmp_path / "a" / "a.tfevents.link").symlink_to(tmp_path / "gone")  # sorts before the file
+    runs, notes = runs_listed(tab_on(tmp_path))
+    assert runs["a"]["steps"] == 2
+    [note] = notes
+    assert note.startswith(f"{tmp_path / 'a'}: it cannot be read: ")
+    assert "a.tfevents.link" in note
+
+
 def test_a_file_that_cannot_be_read_is_named_and_the_others_are_read(tmp_path):
     log_run(tmp_path / "a", 1.0, 2.0)
     (tmp_path / "a" / "events.out.tfevents.0.x").mkdir()  # sorts before the file

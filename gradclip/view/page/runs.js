@@ -286,9 +286,11 @@ export class Runs {
 
   async _answersOf(run, range) {
     try {
-      const losses =
-        run.lossTag === null ? null : await this.source.scalar(run.id, run.lossTag, range);
-      return [run, await this.source.series(run.id, range), losses];
+      const [series, losses] = await Promise.all([
+        this.source.series(run.id, range),
+        run.lossTag === null ? null : this.source.scalar(run.id, run.lossTag, range),
+      ]);
+      return [run, series, losses];
     } catch (error) {
       this.notes = [
         ...this.notes.filter((note) => !note.startsWith(`${run.name}: `)),

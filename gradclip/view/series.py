@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import Json, packed
+from .gaps import gaps_in
 
 Values: TypeAlias = NDArray[np.float64]
 
@@ -17,14 +18,15 @@ class Buckets:
     """The entries of a range of steps in buckets of equal size, a power of two.
 
     Buckets begin at multiples of their size, counted from the first entry of the run: they stay
-    the same while one pans, and while a run grows.
+    the same while one pans, and while a run grows. A gap in the steps that is wider than a share of
+    the range ends a bucket early: no bucket reaches over it.
 
     Args:
         steps: Steps of all entries, never falling.
         first: First step of the range.
         last: Last step of the range, included.
-        most: Most buckets, at least 1. Two more come where a bucket reaches beyond the range, and
-            one on each side of it, so that lines can be drawn up to the edges.
+        most: Most buckets, at least 1. Two more come where a bucket reaches beyond the range, one
+            on each side of it, so that lines can be drawn up to the edges, and one for each gap.
     """
 
     def __init__(self, steps: NDArray[np.int64], first: float, last: float, most: int) -> None:
@@ -36,15 +38,26 @@ class Buckets:
         begin = max(begin // self.size - 1, 0) * self.size
         end = min((-(-end // self.size) + 1) * self.size, len(steps))
         self._entries = slice(begin, end)
-        self._begins = np.arange(0, end - begin, self.size)
         self._steps = steps[self._entries]
+        found = gaps_in(steps)
+        self._gaps = found[(found > begin) & (found < end)] - begin
+        self._begins = np.arange(0, end - begin, self.size)
+        if self.size > 1:
+            # Narrower gaps cannot be seen, and bursts of steps could have any number of them.
+            width = (min(last, steps[-1]) - max(first, steps[0])) / most
+            self._gaps = self._gaps[self._steps[self._gaps] - self._steps[self._gaps - 1] > width]
+            self._begins = np.union1d(self._begins, self._gaps)
 
     def header(self) -> Json:
-        """Return the steps at which the buckets begin and at which the last one ends."""
+        """Return the steps at which the buckets begin and at which the last one ends, and the gaps.
+
+        A gap is the step of the bucket that follows it, with the last step before it.
+        """
         return {
             "size": self.size,
             "steps": packed(self._steps[self._begins]),
             "end": int(self._steps[-1]) if len(self._steps) else None,
+            "gaps": {int(self._steps[gap]): int(self._steps[gap - 1]) for gap in self._gaps},
         }
 
     def extremes(self, values: Values) -> Json | None:

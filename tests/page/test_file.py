@@ -44,6 +44,21 @@ return [...document.querySelectorAll(".panel:not([hidden]) .overlay")].map((canv
 });
 """
 
+# Number of pixels in the colour of norms before clipping, near a place among the steps.
+_BLUE = """
+const canvas = document.querySelector(".frame canvas");
+const ratio = canvas.width / canvas.clientWidth;
+const [left, width] = [(arguments[0] - 5) * ratio, 10 * ratio];
+const { data } = canvas.getContext("2d").getImageData(left, 0, width, canvas.height);
+let count = 0;
+for (let index = 0; index < data.length; index += 4) {
+  const [red, green, blue, alpha] = data.subarray(index, index + 4);
+  const isBlue = red < 20 && Math.abs(green - 114) < 20 && Math.abs(blue - 178) < 20;
+  if (isBlue && alpha > 200) count += 1;
+}
+return count / ratio ** 2;
+"""
+
 # Keeps the texts that are written on canvases from here on.
 _WRITTEN = """
 window.written = [];
@@ -452,11 +467,14 @@ def test_the_page_fits_and_follows_the_theme(opened, browser, tmp_path, width):
         assert scrolled <= inner
         root = page.all("#gradclip")[0]
         assert root.get_attribute("data-theme") == "dark"
+        scroll_bars = "return getComputedStyle(document.documentElement).colorScheme"
+        assert browser.execute_script(scroll_bars) == "dark"
         folder = Path(os.environ.get("GRADCLIP_ARTEFACTS") or ARTEFACTS)
         folder.mkdir(parents=True, exist_ok=True)
         assert browser.save_screenshot(folder / f"page_{width}.png")
         page.press("Dark")
         assert root.get_attribute("data-theme") == "light"
+        assert browser.execute_script(scroll_bars) == "normal"
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
@@ -489,6 +507,59 @@ def test_norms_of_any_size_are_drawn(opened, tmp_path, norms):
     assert page.curve("norm")["high"] == norms.tolist()
     page.press("Log axis")
     assert page.curve("norm")["high"] == norms.tolist()
+
+
+def at_steps(path, steps, norm=0.5):
+    """Write a log with one norm at some steps."""
+    path.write_text("\n".join(log_line(int(step), norm, 1.0) for step in steps))
+    return path
+
+
+@pytest.mark.parametrize("count", [500, 130_000])
+def test_no_line_leads_over_a_gap_in_a_log(opened, tmp_path, count):
+    """Also in a log that is kept in buckets, of which none reaches over the gap."""
+    steps = np.r_[:100, 10**6 : 10**6 + count]
+    page = opened(at_steps(tmp_path / "run.jsonl", steps))
+    for first, last in ((-0.5, steps[-1] + 0.5), (50, 10**6 + 50), (98.5, 10**6 + 0.5)):
+        page.show(first, last)
+        curve = page.curve("norm")
+        begin = next(i for i, step in enumerate(curve["first"]) if step >= 10**6)
+        assert (curve["last"][begin - 1], curve["first"][begin]) == (99, 10**6)
+        broken = [i for i, is_broken in enumerate(curve["isBroken"]) if is_broken]
+        assert broken == [0, begin]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        np.arange(0, 20_000, 50),
+        np.r_[:500, 600:900],
+        np.r_[:500, 500:100_000:1000],
+    ],
+    ids=["every 50th", "resumed", "each, then every 1000th"],
+)
+def test_a_line_joins_steps_at_their_usual_distance(opened, tmp_path, steps):
+    """Also where a resumed run lost some, or logs fewer."""
+    page = opened(at_steps(tmp_path / "run.jsonl", steps))
+    assert sum(page.curve("norm")["isBroken"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "lone"),
+    [([7], 7), ([*range(100), 500_000, *range(10**6, 10**6 + 100)], 500_000)],
+    ids=["alone", "between gaps"],
+)
+def test_a_lone_step_is_a_visible_point(opened, tmp_path, steps, lone):
+    """The only step of a run, or one between gaps, also under a threshold that is as high."""
+    page = opened(at_steps(tmp_path / "run.jsonl", steps, 1.0))
+    curve = page.curve("norm")
+    at = curve["at"][curve["first"].index(lone)]
+    assert page.browser.execute_script(_BLUE, at) >= 12
+
+
+def test_the_share_of_the_last_step_is_called_so(opened, tmp_path):
+    page = opened(at_steps(tmp_path / "run.jsonl", [7]))
+    assert page.texts(".legend li")[-1] == "share of the last step"
 
 
 def test_norms_at_a_power_of_ten_count_for_thresholds_below(opened, tmp_path):

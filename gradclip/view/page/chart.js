@@ -289,13 +289,15 @@ export class StepChart {
 
 /**
  * Return the curve of a column with one entry for each column of pixels that has a value: where it is,
- * its first and last step, and its smallest and largest value. No bucket is left out.
+ * its first and last step, its smallest and largest value, and whether no line leads to it from the entry
+ * before, because numbers that were not finite or a gap in the log lie between. No bucket is left out.
  */
 export function envelope(series, { low, high }, x) {
   const columns = { at: [], first: [], last: [], low: [], high: [], isBroken: [] };
   let isBroken = true;
   let pixel = NaN;
   for (let index = 0; index < series.steps.length; index += 1) {
+    isBroken ||= series.steps[index] in series.gaps;
     if (Number.isNaN(high[index])) {
       isBroken = true;
       continue;
@@ -334,6 +336,8 @@ export function drawCurve(context, columns, y, { colour, width, dash = [], alpha
   });
   context.setLineDash(dash);
   context.beginPath();
+  const radius = 2.5 + width / 2;
+  const points = [];
   let before = 0;
   for (let index = 0; index < count; index += 1) {
     const at = columns.at[index];
@@ -345,13 +349,23 @@ export function drawCurve(context, columns, y, { colour, width, dash = [], alpha
     else context.lineTo(at, near);
     if (far !== near) context.lineTo(at, far);
     before = far;
-    const isLone = columns.isBroken[index] && (index + 1 === count || columns.isBroken[index + 1]);
-    if (isLone) {
-      context.moveTo(at - 2.5, far);
-      context.lineTo(at + 2.5, far);
-    }
+    const isLone =
+      columns.isBroken[index] &&
+      (index + 1 === count || columns.isBroken[index + 1]) &&
+      Math.abs(far - near) < 2 * radius; // a taller column is in sight by itself
+    if (isLone && dash.length) {
+      // A dash on each side of a point below it, which stays in sight.
+      context.moveTo(at - 8, far);
+      context.lineTo(at + 8, far);
+    } else if (isLone) points.push([at, far]);
   }
   context.stroke();
+  context.beginPath();
+  for (const [at, height] of points) {
+    context.moveTo(at + radius, height);
+    context.arc(at, height, radius, 0, 2 * Math.PI);
+  }
+  context.fill();
   context.restore();
 }
 

@@ -367,7 +367,7 @@ export class ClipRateChart extends CurveChart {
       series: run.series,
       name: "clip_rate",
       column: run.series?.columns.clip_rate,
-      label: `share of the last ${windows} steps`,
+      label: `share of the last ${windows === "1" ? "step" : `${windows} steps`}`,
       style: { colour: shown.length > 1 ? run.colour : this.page.palette.before, width: 1.5 },
       hasMarkers: true,
     }));

@@ -81,8 +81,9 @@ function shortNames(names) {
 export function stepsOf(series, index) {
   const first = series.steps[index];
   if (series.size === 1) return [first, first];
-  const next = index + 1 < series.steps.length ? series.steps[index + 1] - 1 : series.end;
-  return [first, Math.max(next, first)];
+  if (index + 1 === series.steps.length) return [first, Math.max(series.end, first)];
+  const next = series.steps[index + 1];
+  return [first, Math.max(series.gaps[next] ?? next - 1, first)];
 }
 
 /** Return the step at which a bucket is drawn. */

@@ -8,7 +8,8 @@
 //                             reading: true if not all that is there was read yet
 //   overview(id)              RunView.overview: the above, and advice, incidents, distribution, summary,
 //                             clip_rate_window, scalars (tags), quantities (of parameters)
-//   series(id, range)         RunView.series: { size, steps, end, columns: { norm: { low, high } }, counts }
+//   series(id, range)         RunView.series: { size, steps, end, gaps, columns: { norm: { low, high } }, counts }
+//                             gaps: { step of the bucket behind a gap: last step before it }
 //   scalar(id, tag, range)    the same for another scalar of the run, in the column "value"
 //   parameters(id, quantity, range, search, most)
 //                             RunView.parameters: { names, matching, steps, end, high, nonfinite }
@@ -125,6 +126,7 @@ async function unpackedSeries(answer) {
     size: answer.size,
     steps: await unpacked(answer.steps),
     end: answer.end,
+    gaps: answer.gaps,
     columns,
     counts,
   };
@@ -139,12 +141,14 @@ async function unpackedTable(answer) {
 function cut(series, { first, last }) {
   const begin = Math.max(firstNotBelow(series.steps, first) - 2, 0);
   const end = Math.min(firstNotBelow(series.steps, last) + 2, series.steps.length);
+  const next = series.steps[end];
   const part = (numbers) => numbers.subarray(begin, end);
   const columns = Object.entries(series.columns);
   return {
     size: series.size,
     steps: part(series.steps),
-    end: end < series.steps.length ? series.steps[end] - 1 : series.end,
+    end: end < series.steps.length ? (series.gaps[next] ?? next - 1) : series.end,
+    gaps: series.gaps,
     columns: Object.fromEntries(
       columns.map(([name, { low, high }]) => [name, { low: part(low), high: part(high) }]),
     ),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .averages import mean
 from .confidence import Confidence, confidence_in
 from .fitting import rounded_up
 from .kinds import judged
@@ -41,14 +42,19 @@ class Advice:
     warnings: tuple[str, ...]
 
 
-def _reason_without_norms(run: Run) -> str:
+def _reason_without_norms(run: Run) -> tuple[str, str]:
+    """Return what to do about a run without a norm above 0, and what makes that sure."""
     if run.nonfinite_steps:
-        return "No norm was finite and above 0: first find the parameters that cause this."
-    return (
+        return (
+            "No norm was finite and above 0: first find the parameters that cause this.",
+            "No step had a norm to judge by.",
+        )
+    reason = (
         "Every norm was 0: no parameter had a gradient, or all gradients were 0. Give the "
         "optimizer the parameters that are trained, those with requires_grad=True, and call "
         "backward() before step()."
     )
+    return reason, "The fault is sure; norms of 0 say nothing about a threshold."
 
 
 def advised(run: Run, summary: Summary) -> Advice:
@@ -56,18 +62,19 @@ def advised(run: Run, summary: Summary) -> Advice:
     norms = run.norms[run.finite]
     warnings = _warnings(run, summary)
     if not (norms > 0).any():
+        reason, certainty = _reason_without_norms(run)
         return Advice(
             "unknown",
             None,
             None,
             'GradientClipper(optimizer, None, nonfinite="raise", model=model)',
-            _reason_without_norms(run),
-            Confidence("high", "No step had a norm to judge by."),
+            reason,
+            Confidence("high", certainty),
             math.nan,
             {},
             warnings,
         )
-    usual = float(norms[norms <= summary.spike_line].mean(dtype=np.longdouble))
+    usual = mean(norms[norms <= summary.spike_line])
     judgement = judged(run, summary)
     candidates = {rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
     candidates |= {rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}

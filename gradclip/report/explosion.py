@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records.norm_history import WINDOW
+from .averages import median
 from .fitting import rounded_up
 from .summary import Summary
 
@@ -32,7 +33,7 @@ def before_explosion(norms: NDArray[np.float64]) -> tuple[NDArray[np.float64], b
     finite_norms = nonzero[finite]
     early = max(len(finite_norms) // 20, 1)
     # Denormal norms are as good as 0: a multiple of them is not an explosion.
-    level = max(float(np.median(finite_norms[:early])), np.finfo(np.float64).tiny)
+    level = max(median(finite_norms[:early]), np.finfo(np.float64).tiny)
     high = ~finite | (nonzero > EXPLODED * level)
     high_from_here_on = np.cumsum(high[::-1])[::-1] / np.arange(len(nonzero), 0, -1)
     explosions = np.flatnonzero(high & (high_from_here_on > 0.5))
@@ -69,7 +70,7 @@ def against_explosion(
             f"{threshold:g}, half of their 10 % quantile: it clips nearly every step."
         )
     else:
-        level = float(np.median(calm))
+        level = median(calm)
         threshold = rounded_up(2 * level)
         reason = (
             f"{finding} The median norm of the normal steps was {level:.3g}. The number that would "

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from ..records.norm_history import DEVIATIONS, WINDOW
+from .averages import median
 from .explosion import ENORMOUS, against_explosion, before_explosion
 from .fitting import rounded_up, safeguard, spike_threshold
 from .run import Run
@@ -54,7 +53,7 @@ class Judgement:
 def judged(run: Run, summary: Summary) -> Judgement:
     """Return the kind of a run that has a norm above 0, the threshold and the reason."""
     calm, exploded = before_explosion(run.norms)
-    level = float(np.median(calm))
+    level = median(calm)
     if summary.nonfinite_steps or exploded or summary.largest > ENORMOUS * level:
         threshold, reason = against_explosion(calm, summary, exploded=exploded)
         return Judgement("exploding", threshold, reason, run, summary, exploded)
@@ -87,9 +86,7 @@ def _fitted(run: Run, summary: Summary) -> tuple[str, float, str]:
 
 def _warm_up(run: Run, settled: Run, threshold: float) -> str:
     count = len(run) - len(settled)
-    before, after = (
-        float(np.median(norms[norms > 0])) for norms in (run.norms[:count], settled.norms)
-    )
+    before, after = (median(norms[norms > 0]) for norms in (run.norms[:count], settled.norms))
     share = float((run.norms[:count] > threshold).mean())
     return (
         f"The norms fell in the first {count:,} steps, from a median of {before:.3g} there to one "

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records.norm_history import DEVIATIONS, FEWEST, WINDOW
+from .averages import mean, median, medians
 from .losses import LossSummary, losses_summarized
 from .run import Run
 
@@ -85,8 +86,7 @@ def summarized(run: Run) -> Summary:
         last_step=int(run.steps[-1]),
         clip_rate=run.clip_rate,
         quantiles=dict(zip(QUANTILES, map(float, levels), strict=True)),
-        # The sum of norms near the end of float64 overflows; long double has a wider range.
-        mean=float(norms.mean(dtype=np.longdouble)) if len(norms) else math.nan,
+        mean=mean(norms),
         largest=float(norms.max()) if len(norms) else math.nan,
         spike_line=spike_line(positive_norms),
         spikes=len(spikes),
@@ -100,10 +100,8 @@ def summarized(run: Run) -> Summary:
 
 def spike_line(norms: NDArray[np.float64]) -> float:
     """Return the median of norms above 0 plus ten median deviations; NaN without a norm."""
-    if not len(norms):
-        return math.nan
-    median = np.median(norms)
-    return float(median + DEVIATIONS * np.median(np.abs(norms - median)))
+    level = median(norms)
+    return level + DEVIATIONS * median(np.abs(norms - level))
 
 
 def trend(norms: NDArray[np.float64]) -> float:
@@ -114,7 +112,7 @@ def trend(norms: NDArray[np.float64]) -> float:
     quarter = len(norms) // 4
     if not quarter:
         return math.nan
-    first, last = float(np.median(norms[:quarter])), float(np.median(norms[-quarter:]))
+    first, last = median(norms[:quarter]), median(norms[-quarter:])
     return last / first if first else math.nan
 
 
@@ -124,13 +122,14 @@ def spikes_of(run: Run) -> list[Spike]:
     steps, norms = run.steps[has_gradient], run.norms[has_gradient]
     spikes: list[Spike] = []
     for first, windows in _windows(norms):
-        medians = np.median(windows, axis=1)
-        deviations = np.median(np.abs(windows - medians[:, None]), axis=1)
-        lines = medians + DEVIATIONS * deviations
+        levels = medians(windows)
+        deviations = medians(np.abs(windows - levels[:, None]))
+        with np.errstate(over="ignore"):  # no norm is above a line beyond the end of float64
+            lines = levels + DEVIATIONS * deviations
         compared = norms[first : first + len(windows) * BLOCK]
         window_of = np.arange(len(compared)) // BLOCK
         for index in np.flatnonzero(compared > lines[window_of]):
-            usual = float(medians[window_of[index]])
+            usual = float(levels[window_of[index]])
             spikes.append(Spike(int(steps[first + index]), float(compared[index]), usual))
     return spikes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..records.norm_history import WINDOW
+from .averages import median
 from .run import Run
 from .summary import trend
 
@@ -29,7 +30,7 @@ def after_warm_up(run: Run) -> Run | None:
         if len(norms) < WINDOW:
             return None
         # The trend compares quarters, in the first of which the end of a fall would drown.
-        begun = float(np.median(norms[: max(len(norms) // 20, 10)]) / np.median(norms))
+        begun = median(norms[: max(len(norms) // 20, 10)]) / median(norms)
         if begun < LEVEL and 1 / LEVEL < trend(norms) < LEVEL:
             return rest
     return None

@@ -278,6 +278,7 @@ SURE = {
     "drifting": (DRIFTING, None, "high", "1,200 steps show it."),
     "one NaN": (spiked(QUIET, {1000: math.nan}), None, "high", "1,200 steps show it."),
     "no norm": ([math.nan] * 5, None, "high", "No step had a norm to judge by."),
+    "norms of 0": ([0.0] * 5, None, "high", "The fault is sure; norms of 0 say"),
     "exploding": (EXPLODING, None, "medium", "Only a training with it shows whether"),
     "a fall": (QUIET[:999] * np.geomspace(9, 1, 999), None, "medium", "may be those of a warm-up"),
     "a rise": (QUIET[:999] * np.geomspace(1, 9, 999), None, "high", "999 steps show it."),
@@ -367,6 +368,19 @@ def test_warnings(advice):
     assert "never clipped" in " ".join(advice(QUIET, 100.0)["warnings"])
     assert "clipped 100% of the steps" in " ".join(advice(QUIET, 0.01)["warnings"])
     assert advice(QUIET, 1.0)["warnings"] == []
+
+
+@pytest.mark.parametrize("odd", [1.79e308, 1e-300, 5e-324])
+def test_means_and_medians_of_the_largest_and_smallest_norms_are_exact(summary, odd):
+    """No sum of two norms leaves the range of float64, and no half of one becomes 0."""
+    norms = np.where(np.arange(304) % 2, odd, 1.79e308)
+    found = summary(norms)
+    assert found["mean"] == pytest.approx(1.79e308 / 2 + odd / 2)
+    assert found["quantiles"]["50.0"] == pytest.approx(1.79e308 / 2 + odd / 2)
+    assert found["trend"] == pytest.approx(1)
+    assert found["spikes"] == 0
+    tiny = summary([5e-324] * 304)
+    assert (tiny["mean"], tiny["spike_line"], tiny["trend"]) == (5e-324, 5e-324, 1)
 
 
 @pytest.mark.parametrize("scale", [5e-324, 1e-310, 1e-12, 3.7, 1e25, 2e307])

@@ -176,10 +176,7 @@ def _words_for_spikes(episode: Sequence[_Event]) -> str:
         f"{_number(highest.value)} at step {highest.step:,}, {highest.height:.3g} times the median "
         f"of those before it ({_number(highest.usual)})."
     )
-    if len(episode) == 1:
-        return f"The norm was {height}"
-    span, count = _span(episode)
-    return f"At {count:,} steps from {span} the norm was far above usual: {height}"
+    return _words_for_height("norm", height, episode)
 
 
 def _words_for_losses(episode: Sequence[_Event]) -> str:
@@ -188,10 +185,14 @@ def _words_for_losses(episode: Sequence[_Event]) -> str:
         f"{_number(highest.value)} at step {highest.step:,}; the mean of those before it was "
         f"{_number(highest.usual)}."
     )
+    return _words_for_height("loss", height, episode)
+
+
+def _words_for_height(quantity: str, height: str, episode: Sequence[_Event]) -> str:
     if len(episode) == 1:
-        return f"The loss was {height}"
+        return f"The {quantity} was {height}"
     span, count = _span(episode)
-    return f"At {count:,} steps from {span} the loss was far above usual: {height}"
+    return f"At {count:,} steps from {span} the {quantity} was far above usual: {height}"
 
 
 def _name(value: float) -> str:

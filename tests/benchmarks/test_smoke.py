@@ -217,7 +217,7 @@ def test_temporal_order(capsys, tmp_path, monkeypatch):
 
 def test_without_tuning(printed_by, monkeypatch, tmp_path):
     """On a short task; a second run reads the outcomes, and computes nothing again."""
-    task = replace(without_tuning.TASKS["heavy tails"], steps=30)
+    task = replace(without_tuning.TASKS["heavy tails"], steps=40)
     monkeypatch.setitem(without_tuning.SETS, "design", (task,))
     monkeypatch.setitem(without_tuning.TASKS, task.name, task)
     monkeypatch.setattr(without_tuning_arms, "PACKAGES", ())

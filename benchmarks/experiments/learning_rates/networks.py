@@ -8,8 +8,9 @@ from functools import partial
 
 from torch.optim import SGD
 
+from benchmarks.common.text import split_text
 from benchmarks.experiments.without_tuning.task import Task
-from benchmarks.experiments.without_tuning.tasks.characters import CHANCE, gpt, text, training
+from benchmarks.experiments.without_tuning.tasks.characters import CHANCE, gpt, training
 from gradclip.cli.demo.task import BATCH, LENGTH, CharacterModel
 
 STEPS = 150
@@ -34,9 +35,8 @@ def demo(rate: float) -> Task:
         STEPS,
         partial(
             training,
-            lambda: CharacterModel("rnn-tanh", text()[2]),
+            lambda: CharacterModel("rnn-tanh", split_text()[2]),
             partial(SGD, lr=rate),
-            STEPS,
             BATCH,
             LENGTH,
             None,

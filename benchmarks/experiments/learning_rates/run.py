@@ -21,6 +21,7 @@ from pathlib import Path
 import gradclip
 from benchmarks.common.gradients import machine
 from benchmarks.common.markdown import save
+from benchmarks.common.text import split_text
 from benchmarks.experiments.learning_rates.curves import ARMS, curves_of, points_of
 from benchmarks.experiments.learning_rates.networks import NETWORKS, Network
 from benchmarks.experiments.learning_rates.outcomes import Job, completed
@@ -28,12 +29,12 @@ from benchmarks.experiments.learning_rates.picture import draw
 from benchmarks.experiments.learning_rates.report import report
 from benchmarks.experiments.without_tuning.run import FIRST_SEED
 from benchmarks.experiments.without_tuning.task import DECAY
-from benchmarks.experiments.without_tuning.tasks.characters import EVALUATED, text
+from benchmarks.experiments.without_tuning.tasks.characters import EVALUATED
 
 
 def settings(options: argparse.Namespace) -> dict[str, str]:
     """Return the settings of the trainings, for the report."""
-    learned, _, characters = text()
+    learned, _, characters = split_text()
     environment = {**machine(), "threads": 1}
     trainings = {name: _training(network) for name, network in NETWORKS.items()}
     saved = f" --save {options.save}" if options.save else ""
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for arm in ARMS
     ]
     outcomes = completed(jobs, options.outcomes)
-    guess = math.log(text()[2])
+    guess = math.log(split_text()[2])
     lines = report(settings(options), outcomes, guess)
     if options.save:
         picture = options.save.with_suffix(".png")

@@ -35,6 +35,7 @@ import numpy as np
 import gradclip
 from benchmarks.common.gradients import machine
 from benchmarks.common.markdown import save
+from benchmarks.common.text import HELD_OUT
 from benchmarks.experiments.spikes.outcomes import Outcome, Pilot, rows_of
 from benchmarks.experiments.spikes.picture import draw
 from benchmarks.experiments.spikes.report import report
@@ -42,7 +43,6 @@ from benchmarks.experiments.spikes.training import (
     ARMS,
     BATCH,
     CORRUPTIONS,
-    HELD_OUT,
     LEARNERS,
     LENGTH,
     WARM_UP,

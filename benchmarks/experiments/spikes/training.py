@@ -15,14 +15,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from benchmarks.common.models import GPT2
+from benchmarks.common.text import pieces, split_text, spread_pieces
 from benchmarks.experiments.spikes.outcomes import CLEAN, UNCLIPPED
 from gradclip import GradientClipper
-from gradclip.cli.demo.task import CharacterModel, read_text
+from gradclip.cli.demo.task import CharacterModel
 from gradclip.thresholds import MedianDeviation, Percentile, ZScore
 
 BATCH, LENGTH = 8, 32
-HELD_OUT = 0.1
-"""Share of the text, at its end, that is never trained on."""
 EVALUATED = 400
 """Evenly spread pieces of the held-out text, whose mean loss is the final loss."""
 WARM_UP = 0.05
@@ -106,16 +105,8 @@ ARMS: dict[str, Callable[[float], Options | None]] = {
 @functools.cache
 def text() -> tuple[Tensor, Tensor, int]:
     """Return the characters for training, the held-out pieces, and the size of the alphabet."""
-    read = read_text()
-    cut = round(len(read.characters) * (1 - HELD_OUT))
-    training, held_out = read.characters[:cut], read.characters[cut:]
-    starts = torch.linspace(0, len(held_out) - LENGTH - 1, EVALUATED).long()
-    return training, pieces(held_out, starts), len(read.alphabet)
-
-
-def pieces(characters: Tensor, starts: Tensor) -> Tensor:
-    """Return the pieces of a text at some starts, of shape (starts, LENGTH + 1)."""
-    return characters[starts.unsqueeze(1) + torch.arange(LENGTH + 1)]
+    training, held_out, characters = split_text()
+    return training, spread_pieces(held_out, EVALUATED, LENGTH), characters
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
@@ -155,7 +146,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate * share_of_rate(step, self._steps)
             self.optimizer.zero_grad()
-            loss_of(self.model, pieces(self._text, self._starts[step])).backward()
+            loss_of(self.model, pieces(self._text, self._starts[step], LENGTH)).backward()
             if step - first < corruption.steps:
                 corruption.apply_([p.grad for p in self.parameters if p.grad is not None])
             self.optimizer.step()  # clips first

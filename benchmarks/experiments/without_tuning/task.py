@@ -35,8 +35,8 @@ class Task:
     title: str
     """Data, model and optimizer."""
     steps: int
-    make: Callable[[int], Training]
-    """Returns a training for a seed; the same seed gives the same weights and data."""
+    make: Callable[[int, int], Training]
+    """Returns a training of so many steps for a seed, which gives the same weights and data."""
     chance: float
     """Score of a model that learned nothing: a training that ends above it has diverged."""
     explosive: bool = False

@@ -40,7 +40,7 @@ class Outcome:
 @one_thread()
 def train(task: Task, arm: str, seed: int) -> Outcome:
     """Train once and return the outcome."""
-    training = task.make(seed)
+    training = task.make(task.steps, seed)
     advice = observed(task, OBSERVED[arm]) if arm in OBSERVED else None
     way = clipping(arm, training.model, training.optimizer, advice)
     run_through(task, training, way)
@@ -69,7 +69,7 @@ def run_through(task: Task, training: Training, way: Clipping) -> None:
 @functools.cache
 def observed(task: Task, max_norm: Literal["auto"] | None) -> Advice:
     """Return the advice after one run that is only measured, or clipped by ``max_norm``."""
-    training, sink = task.make(OBSERVED_SEED), MemorySink()
+    training, sink = task.make(task.steps, OBSERVED_SEED), MemorySink()
     clipper = GradientClipper(training.optimizer, max_norm, log=sink)
     run_through(task, training, Clipping(clipper=clipper))
     return advice_of(task, sink)

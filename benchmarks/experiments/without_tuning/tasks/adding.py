@@ -44,7 +44,7 @@ class Adder(nn.Module):
         return sums
 
 
-def training(steps: int, rate: float, seed: int) -> Training:
+def training(rate: float, steps: int, seed: int) -> Training:
     """Return a training by Adam."""
     generator = torch.Generator().manual_seed(seed)
     inputs, sums = sequences(steps * BATCH, generator)

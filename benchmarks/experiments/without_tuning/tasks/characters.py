@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,28 +11,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.common.models import GPT2
+from benchmarks.common.text import pieces, split_text, spread_pieces
 from benchmarks.experiments.without_tuning.task import Task, Training, seeded
-from gradclip.cli.demo.task import read_text
 
-HELD_OUT = 0.1
-"""Share of the text, at its end, that is never trained on."""
 EVALUATED = 256
 """Evenly spread pieces of the held-out text, whose mean loss is the score."""
 HIDDEN, EMBEDDING, GAIN = 64, 8, 1.2
 """Sizes of a recurrent network, and the gain of its recurrent weights, which is the demo's."""
-
-
-@functools.cache
-def text() -> tuple[Tensor, Tensor, int]:
-    """Return the characters for training, those held out, and the size of the alphabet."""
-    read = read_text()
-    cut = round(len(read.characters) * (1 - HELD_OUT))
-    return read.characters[:cut], read.characters[cut:], len(read.alphabet)
-
-
-def pieces(characters: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Return pieces of a text, of shape (starts, length + 1)."""
-    return characters[starts.unsqueeze(1) + torch.arange(length + 1)]
 
 
 class Recurrent(nn.Module):
@@ -41,7 +25,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, cell: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
-        characters = text()[2]
+        characters = split_text()[2]
         self.embedding = nn.Embedding(characters, EMBEDDING)
         self.recurrent = cell(EMBEDDING, HIDDEN, batch_first=True)
         for matrix in self.recurrent.get_parameter("weight_hh_l0").detach().split(HIDDEN):
@@ -57,19 +41,17 @@ class Recurrent(nn.Module):
 def training(
     model: Callable[[], nn.Module],
     optimizer: Callable[..., Optimizer],
-    steps: int,
     batch: int,
     length: int,
     corrupt_: Callable[[int, Sequence[Tensor]], None] | None,
+    steps: int,
     seed: int,
 ) -> Training:
     """Return the training of a model of characters."""
-    learned, held_out, _ = text()
+    learned, held_out, _ = split_text()
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(learned) - length, (steps, batch), generator=generator)
-    evaluated = pieces(
-        held_out, torch.linspace(0, len(held_out) - length - 1, EVALUATED).long(), length
-    )
+    evaluated = spread_pieces(held_out, EVALUATED, length)
     network = seeded(model, seed)
 
     def loss_of(characters: Tensor) -> Tensor:
@@ -114,7 +96,6 @@ def recurrent(cell: str, rate: float, *, explosive: bool) -> Task:
             training,
             partial(Recurrent, CELLS[cell]),
             partial(SGD, lr=rate),
-            steps,
             batch,
             length,
             None,
@@ -150,9 +131,8 @@ def gpt(
         steps,
         partial(
             training,
-            lambda: GPT2(2, 32, 2, text()[2], length),
+            lambda: GPT2(2, 32, 2, split_text()[2], length),
             partial(AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.1),
-            steps,
             batch,
             length,
             corrupt_,

@@ -53,7 +53,7 @@ def played(
     return torch.stack(states), torch.stack(pushes), torch.stack(stood)
 
 
-def training(steps: int, rate: float, seed: int) -> Training:
+def training(rate: float, steps: int, seed: int) -> Training:
     """Return a training by Adam of a network that gives the chance of a push to the right."""
     generator = torch.Generator().manual_seed(seed)
     policy = seeded(lambda: nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1)), seed)

@@ -35,7 +35,7 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def training(steps: int, rate: float, wrong: float, seed: int) -> Training:
+def training(rate: float, wrong: float, steps: int, seed: int) -> Training:
     """Return a training by SGD with momentum in which a share of the labels is wrong."""
     images, labels, held_images, held_labels = digits()
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from benchmarks.experiments.without_tuning.tasks.digits import digits
 BATCH = 32
 
 
-def deep(steps: int, rate: float, seed: int) -> Training:
+def deep(rate: float, steps: int, seed: int) -> Training:
     """Return the training of twelve narrow tanh layers without normalisation on digits, by SGD."""
     images, labels, held_images, held_labels = digits()
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ class Forecaster(nn.Module):
         return predicted
 
 
-def series(steps: int, rate: float, seed: int) -> Training:
+def series(rate: float, steps: int, seed: int) -> Training:
     """Return the training of a network that forecasts a chaotic series, by RMSprop."""
     values = chaos()
     learned, held_out = values[:5000], values[5000:].unfold(0, LENGTH + 1, 10)
@@ -114,7 +114,7 @@ class Reader(nn.Module):
         return scores
 
 
-def rows(steps: int, rate: float, seed: int) -> Training:
+def rows(rate: float, steps: int, seed: int) -> Training:
     """Return the training of a GRU that reads digits row by row, by SGD with momentum."""
     images, labels, held_images, held_labels = digits()
     generator = torch.Generator().manual_seed(seed)

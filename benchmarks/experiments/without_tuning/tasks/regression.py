@@ -29,7 +29,7 @@ def diabetes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out]
 
 
-def training(steps: int, rate: float, seed: int) -> Training:
+def training(rate: float, steps: int, seed: int) -> Training:
     """Return a training by SGD on squared errors; each use of a target has new noise."""
     inputs, targets, held_inputs, held_targets = diabetes()
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ NATIVE := .venv/.native
 READY := $(STAMP) $(NATIVE)
 FRAMEWORKS := .venv/.frameworks
 RELEASE := .venv/.release
+SITE := .venv/.site
 INTEGRATIONS := tests/integrations gradclip/integrations
 ENGINES := tests/contracts/engines tests/internals/engines
 
@@ -141,7 +142,10 @@ trials: $(RELEASE)
 versions: $(RELEASE)
 	$(BIN)/python -m release.versions dist --save
 
-docs: $(READY)
+# The site, in build/site, and the tests of what it says.
+docs: $(READY) $(SITE)
+	$(BIN)/python -m docs.site
+	$(BIN)/zensical build --clean --strict
 	$(BIN)/python -m pytest -q tests/docs
 
 # Written last, so that an interrupted install is begun again.
@@ -165,6 +169,10 @@ $(FRAMEWORKS): $(STAMP)
 
 $(RELEASE): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[release]'
+	touch $@ $(NATIVE)
+
+$(SITE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@ $(NATIVE)
 
 clean:

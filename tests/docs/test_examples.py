@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.support.readme import EXAMPLES, run_example
+from tests.support.docs import EXAMPLES, run_example
 from tests.support.torchrun import torchrun
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gradclip.cli.demo.training import one_thread
 from tests.support.curves import steps_in, values_in
-from tests.support.readme import EXAMPLES, run_example
+from tests.support.docs import EXAMPLES, run_example
 
 MODULES = ("rules", "word_language_model", "char_gpt")
 MODELS = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU", "Transformer")

@@ -17,7 +17,7 @@ import torch
 from torch import distributed, nn
 
 import gradclip
-from tests.support.readme import (
+from tests.support.docs import (
     CODE,
     EVIDENCE,
     FRAMEWORKS,

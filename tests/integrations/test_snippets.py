@@ -6,7 +6,7 @@ import pytest
 
 import gradclip
 from tests.support import trainings
-from tests.support.readme import FRAMEWORKS, SNIPPETS
+from tests.support.docs import FRAMEWORKS, SNIPPETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the frameworks have to say is theirs
 

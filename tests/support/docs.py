@@ -46,3 +46,35 @@ def sections_of(text: str) -> dict[str, str]:
     """Return the text below each heading, up to the next one."""
     first, *rest = HEADING.split(text)
     return {"": first, **dict(zip(rest[::2], rest[1::2], strict=True))}
+
+
+def claims_in(text: str) -> list[tuple[str, list[str]]]:
+    """Return each claim of a text, without links and line breaks, with what shows it."""
+    claims = []
+    for block in re.split(r"\n\s*\n|^#.*\n|^(?=- )", text, flags=re.MULTILINE):
+        spoken = ""
+        for part in re.split(r"(<!-- test: .+? -->)", block, flags=re.DOTALL):
+            if commands := commands_in(part):
+                if claim := re.sub(r"^\W*[.,;:]\s+|^- ", "", spoken).strip():
+                    claims.append((claim, commands))
+                else:  # more of what shows the claim before
+                    claims[-1][1].extend(commands)
+                spoken = ""
+            else:
+                spoken += re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", " ".join(part.split()))
+    return claims
+
+
+def evidence_page() -> str:
+    """Return the page that lists the claims of README and docs/ with the tests that show them."""
+    tables = []
+    for path, text in PROSE.items():
+        rows = [
+            f"| {claim.replace('|', chr(92) + '|')} | {'<br>'.join(f'`{c}`' for c in commands)} |"
+            for claim, commands in claims_in(text)
+        ]
+        if rows:
+            tables.append(
+                "\n".join([f"## {path}", "", "| claim | shown by |", "| --- | --- |", *rows])
+            )
+    return "# Evidence\n\n" + "\n\n".join(tables) + "\n"

@@ -1,0 +1,64 @@
+"""Lays out what the site is built from, in build/docs: the pages of docs/ and some from outside.
+
+``make docs`` calls it. Beside docs/ the site has the README as its first page, the changelog, the
+results of benchmarks, and the evidence. Links to other files of the repository lead to where they
+are hosted.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+from pathlib import Path
+
+from tests.support.docs import EVIDENCE, evidence_page
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "build/docs"
+REPOSITORY = "https://github.com/gradclip/gradclip/blob/main"
+KINDS = {".md", ".png", ".svg", ".css"}
+FOLDERS = {"docs": ".", "benchmarks/results": "results"}
+"""The places of folders in the site."""
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def places() -> dict[str, str]:
+    """Return the place in the site of each page and picture, by its path in the repository."""
+    found = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+    for folder, place in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in KINDS:
+                below = path.relative_to(ROOT / folder).as_posix()
+                found[path.relative_to(ROOT).as_posix()] = posixpath.normpath(f"{place}/{below}")
+    return found
+
+
+def rendered(source: str, place: str, where: dict[str, str]) -> str:
+    """Return a page without its evidence, its links leading to where their targets are."""
+
+    def followed(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link[1]))
+        address = f"{REPOSITORY}/{path}"
+        if path in where:
+            address = posixpath.relpath(where[path], posixpath.dirname(place) or ".")
+        return f"]({address}{link[2] or ''})"
+
+    return LINK.sub(followed, EVIDENCE.sub("", (ROOT / source).read_text()))
+
+
+def main() -> None:
+    """Write all pages and pictures anew."""
+    shutil.rmtree(SITE, ignore_errors=True)
+    where = places()
+    for source, place in where.items():
+        SITE.joinpath(place).parent.mkdir(parents=True, exist_ok=True)
+        if source.endswith(".md"):
+            SITE.joinpath(place).write_text(rendered(source, place, where))
+        else:
+            shutil.copy(ROOT / source, SITE / place)
+    SITE.joinpath("evidence.md").write_text(evidence_page())
+
+
+if __name__ == "__main__":
+    main()

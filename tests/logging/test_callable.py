@@ -1,9 +1,14 @@
 """Any logger that takes a dict of numbers."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
+import gradclip
 from gradclip import CallableSink, GradientClipper
 from tests.support.curves import log_run
+from tests.support.docs import SNIPPETS
 
 
 def test_loggers_get_the_numbers_of_each_step_under_their_prefix():
@@ -33,3 +38,23 @@ def test_weights_and_biases_takes_every_step(training, tmp_path, monkeypatch):
         assert logger.step == 6  # three of its own, and three that came later
         assert dict(logger.summary)["grad_norm/pre"] == 3.0
         assert dict(logger.summary)["grad_norm/step"] == 2
+
+
+def test_the_snippet_for_weights_and_biases_runs(training, monkeypatch):
+    """With a stand-in that keeps what it is given."""
+    run, axes, logged = training(), {}, []
+    names = {"gradclip": gradclip, "GradientClipper": GradientClipper, "optimizer": run.optimizer}
+    standing_in = SimpleNamespace(
+        define_metric=lambda name, step_metric: axes.update({name: step_metric}), log=logged.append
+    )
+    wandb = SimpleNamespace(init=lambda project: standing_in)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    [snippet] = [code for code in SNIPPETS if "wandb" in code]
+    exec(snippet, names)
+    run.take(4.0, 1.0)
+    names["clipper"].close()
+    assert {*axes.values()} == {"grad_norm/step"}
+    assert {tag.partition("/")[0] for tag in logged[0]} <= {
+        name.removesuffix("/*") for name in axes
+    }
+    assert [numbers["grad_norm/step"] for numbers in logged] == [0, 1]

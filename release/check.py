@@ -36,11 +36,7 @@ DATA = [
 LINKERS_OWN = {"_mh_dylib_header", "__dso_handle"}
 ARCHITECTURES = lief.Header.ARCHITECTURES
 PROCESSORS = {"x86_64": ARCHITECTURES.X86_64, "aarch64": ARCHITECTURES.ARM64}
-FORMATS = {
-    "ELF": lief.Binary.FORMATS.ELF,
-    "MachO": lief.Binary.FORMATS.MACHO,
-    "PE": lief.Binary.FORMATS.PE,
-}
+FORMATS = {"ELF": lief.ELF.Binary, "MachO": lief.MachO.Binary, "PE": lief.PE.Binary}
 
 lief.logging.disable()
 
@@ -48,26 +44,35 @@ lief.logging.disable()
 def faults_of_library(content: bytes, platform: Platform) -> Iterator[str]:
     """Yield what is wrong with the library of a platform."""
     binary = lief.parse(content)
-    if binary is None or binary.format != FORMATS[platform.format]:
+    if not isinstance(binary, FORMATS[platform.format]):
         yield f"the library is no {platform.format} file"
         return
     general = binary.abstract
     if general.header.architecture != PROCESSORS[platform.processor]:
         yield f"the library is for {general.header.architecture}, not for {platform.processor}"
     prefix = "_" if platform.format == "MachO" else ""
-    names = {function.name.removeprefix(prefix) for function in general.exported_functions}
+    exported = map(_text, (function.name for function in general.exported_functions))
+    names = {name.removeprefix(prefix) for name in exported}
     if names - LINKERS_OWN != CALLED:
         yield f"the library exports {sorted(names)}, and the engine calls {sorted(CALLED)}"
-    for library in general.libraries:
+    for library in map(_text, general.libraries):
         if not library.startswith((*platform.needs, "@rpath/_native.so")):
             yield f"the library needs {library}, which not every such system has"
     if not general.has_nx:
         yield "the library asks for an executable stack or heap"
     if b"/tmp/" in content or str(ROOT).encode() in content:
         yield "the library names a folder in which it was built"
-    yield from {"ELF": _elf_faults, "MachO": _macho_faults, "PE": _pe_faults}[platform.format](
-        binary
-    )
+    if isinstance(binary, lief.ELF.Binary):
+        yield from _elf_faults(binary)
+    elif isinstance(binary, lief.MachO.Binary):
+        yield from _macho_faults(binary)
+    else:
+        yield from _pe_faults(binary)
+
+
+def _text(name: str | bytes) -> str:
+    """Return a name, of which LIEF gives the bytes if they are no text."""
+    return name if isinstance(name, str) else name.decode(errors="backslashreplace")
 
 
 def _elf_faults(binary: lief.ELF.Binary) -> Iterator[str]:
@@ -77,13 +82,15 @@ def _elf_faults(binary: lief.ELF.Binary) -> Iterator[str]:
             yield f"the library has {tag.name}"
     for requirement in binary.symbols_version_requirement:
         for version in requirement.get_auxiliary_symbols():
-            kind, _, number = version.name.partition("_")
+            name = _text(version.name)
+            kind, _, number = name.partition("_")
             if kind != "GLIBC" or tuple(map(int, number.split("."))) > GLIBC:
-                yield f"the library needs {version.name} of {requirement.name}"
+                yield f"the library needs {name} of {requirement.name}"
 
 
 def _macho_faults(binary: lief.MachO.Binary) -> Iterator[str]:
-    if not binary.has_build_version or binary.build_version.minos > MACOS:
+    build = binary.build_version
+    if build is None or build.minos > MACOS:
         yield "the library needs a newer macOS than its tag says"
     if [*binary.rpaths]:
         yield "the library has a run path"

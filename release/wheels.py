@@ -34,8 +34,8 @@ TIME = (1980, 1, 1, 0, 0, 0)
 
 def zig(target: str, *arguments: str | Path, folder: Path = ROOT) -> None:
     """Run zig's C compiler for a target, in a folder."""
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", target, *arguments]
-    subprocess.run(command, check=True, cwd=folder)
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target]
+    subprocess.run([*command, *arguments], check=True, cwd=folder)
 
 
 def compiled(platform: Platform, root: Path = ROOT) -> bytes:
@@ -51,9 +51,9 @@ def compiled(platform: Platform, root: Path = ROOT) -> bytes:
 
 def built(folder: Path, root: Path) -> tuple[Path, dict[str, bytes]]:
     """Build both into an empty folder; return the sdist's path and the pure wheel's files."""
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, root]
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
     no_compiler = {**os.environ, "CC": "false"}
-    done = subprocess.run(command, env=no_compiler, capture_output=True, text=True)
+    done = subprocess.run([*build, folder, root], env=no_compiler, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     [wheel], [sdist] = folder.glob("*.whl"), folder.glob("*.tar.gz")

@@ -12,7 +12,8 @@ import re
 import shutil
 from pathlib import Path
 
-from tests.support.docs import EVIDENCE, evidence_page
+from docs.evidence import evidence_page
+from tests.support.claims import EVIDENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build/docs"
@@ -57,7 +58,7 @@ def main() -> None:
             SITE.joinpath(place).write_text(rendered(source, place, where))
         else:
             shutil.copy(ROOT / source, SITE / place)
-    SITE.joinpath("evidence.md").write_text(evidence_page())
+    SITE.joinpath("evidence.md").write_text(evidence_page(where.__getitem__, REPOSITORY))
 
 
 if __name__ == "__main__":

@@ -75,14 +75,15 @@ class GradientClipper:
     A CUDA graph can capture steps, after a few eager ones. The training loop then calls `flush`
     from time to time, and eager steps wait for the device.
 
-    >>> import torch, gradclip
-    >>> model = torch.nn.Linear(2, 1)
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> clipper = gradclip.GradientClipper(optimizer, 1.0)
-    >>> model(torch.tensor([[30.0, 40.0]])).sum().backward()
-    >>> optimizer.step()
-    >>> round(clipper.last.norm.item(), 3), round(clipper.last.clipped_norm.item(), 3)
-    (50.01, 1.0)
+    Examples:
+        >>> import torch, gradclip
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> clipper = gradclip.GradientClipper(optimizer, 1.0)
+        >>> model(torch.tensor([[30.0, 40.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> round(clipper.last.norm.item(), 3), round(clipper.last.clipped_norm.item(), 3)
+        (50.01, 1.0)
 
     Args:
         optimizer: The optimizer whose steps are clipped. A list of several optimizers: the
@@ -325,12 +326,15 @@ class GradientClipper:
         accumulated so far: with the scope of the clipper, and its threshold of the moment and its
         ``max_value`` divided by ``of``. So the sum of ``of`` micro-batches is within a threshold
         that does not change, up to rounding, and one bad micro-batch cannot outweigh the others
-        (https://arxiv.org/abs/2605.02701). The step clips the sum as always. ::
+        (https://arxiv.org/abs/2605.02701). The step clips the sum as always.
 
+        Examples:
+            ```python
             for batch in micro_batches:
                 with clipper.micro_batch(of=len(micro_batches)):
                     (loss(model, batch) / len(micro_batches)).backward()
             optimizer.step()
+            ```
 
         Nothing is learned from a micro-batch: a rule is asked for the threshold of a step whose
         micro-batches are all like this one. If it reads the loss, assign `loss` within the context,

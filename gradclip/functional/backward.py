@@ -41,18 +41,19 @@ def through_time(
     `TimeNorms.norms` after the backward pass. Gradients are not written; `gradclip.clip_backward`
     clips them during the backward pass. No host sync on a CUDA device.
 
-    >>> import torch, gradclip
-    >>> cell = torch.nn.RNNCell(1, 1)
-    >>> _ = torch.nn.init.constant_(cell.weight_hh, 0.5), torch.nn.init.zeros_(cell.bias_hh)
-    >>> _ = torch.nn.init.zeros_(cell.weight_ih), torch.nn.init.zeros_(cell.bias_ih)
-    >>> state, states = torch.zeros(1, 1), []
-    >>> for _ in range(4):
-    ...     state = cell(torch.zeros(1, 1), state)
-    ...     states.append(state)
-    >>> watched = gradclip.through_time(states)
-    >>> state.sum().backward()
-    >>> watched.norms.tolist()
-    [0.125, 0.25, 0.5, 1.0]
+    Examples:
+        >>> import torch, gradclip
+        >>> cell = torch.nn.RNNCell(1, 1)
+        >>> _ = torch.nn.init.constant_(cell.weight_hh, 0.5), torch.nn.init.zeros_(cell.bias_hh)
+        >>> _ = torch.nn.init.zeros_(cell.weight_ih), torch.nn.init.zeros_(cell.bias_ih)
+        >>> state, states = torch.zeros(1, 1), []
+        >>> for _ in range(4):
+        ...     state = cell(torch.zeros(1, 1), state)
+        ...     states.append(state)
+        >>> watched = gradclip.through_time(states)
+        >>> state.sum().backward()
+        >>> watched.norms.tolist()
+        [0.125, 0.25, 0.5, 1.0]
 
     Args:
         states: The outputs of the cell, one for each time step: a tensor of any shape, whose

@@ -25,14 +25,15 @@ def clip_gradients(
     gradient whose norm is NaN or infinite is returned as it is. Memory: two float64 copies of the
     gradients while the graph lives.
 
-    >>> import torch, gradclip
-    >>> weight = torch.tensor([3.0], requires_grad=True)
-    >>> [gradient] = torch.autograd.grad((weight**2).sum(), weight, create_graph=True)
-    >>> [clipped], norm = gradclip.clip_gradients(gradient, max_norm=1.0)
-    >>> clipped.item(), norm.item()
-    (1.0, 6.0)
-    >>> torch.autograd.grad(clipped.sum(), weight)  # the sign of the gradient does not change
-    (tensor([0.]),)
+    Examples:
+        >>> import torch, gradclip
+        >>> weight = torch.tensor([3.0], requires_grad=True)
+        >>> [gradient] = torch.autograd.grad((weight**2).sum(), weight, create_graph=True)
+        >>> [clipped], norm = gradclip.clip_gradients(gradient, max_norm=1.0)
+        >>> clipped.item(), norm.item()
+        (1.0, 6.0)
+        >>> torch.autograd.grad(clipped.sum(), weight)  # the sign of the gradient does not change
+        (tensor([0.]),)
 
     Args:
         tensors: A dense tensor or an iterable of dense tensors, read once. A tensor that occurs

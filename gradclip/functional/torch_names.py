@@ -63,13 +63,14 @@ def clip_grad_norm_(
     norm is NaN or infinite, the gradients stay unchanged. For DTensors the norm is that of the full
     tensors, and the call is collective.
 
-    >>> import torch, gradclip
-    >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> weight.grad = torch.tensor([3.0, 4.0])
-    >>> gradclip.clip_grad_norm_([weight], max_norm=1.0)
-    tensor(5., dtype=torch.float64)
-    >>> weight.grad
-    tensor([0.6000, 0.8000])
+    Examples:
+        >>> import torch, gradclip
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradclip.clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5., dtype=torch.float64)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
 
     Args:
         parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are

@@ -39,13 +39,14 @@ def clip_grad_units_(
     step of an optimizer, give `GradientClipper` the scope "unit" and
     `gradclip.thresholds.RelativeToWeights`.
 
-    >>> import torch, gradclip
-    >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
-    >>> weight.grad = torch.tensor([[0.03, 0.0], [0.03, 0.0]])
-    >>> norm = gradclip.clip_grad_units_([weight])
-    >>> weight.grad
-    tensor([[0.0300, 0.0000],
-            [0.0050, 0.0000]])
+    Examples:
+        >>> import torch, gradclip
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+        >>> weight.grad = torch.tensor([[0.03, 0.0], [0.03, 0.0]])
+        >>> norm = gradclip.clip_grad_units_([weight])
+        >>> weight.grad
+        tensor([[0.0300, 0.0000],
+                [0.0050, 0.0000]])
 
     Args:
         parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are

@@ -98,11 +98,12 @@ class GradClipCallback(_Callback):
     ``LearningRateFinder`` and ``BatchSizeFinder`` put all callbacks aside for the steps that they
     try at the start of a fit: those are neither clipped nor counted.
 
-    >>> from gradclip.integrations.lightning import GradClipCallback
-    >>> callback = GradClipCallback(1.0, nonfinite="skip")
-    >>> # Trainer(callbacks=[callback]).fit(module, data)
-    >>> callback.clippers
-    []
+    Examples:
+        >>> from gradclip.integrations.lightning import GradClipCallback
+        >>> callback = GradClipCallback(1.0, nonfinite="skip")
+        >>> # Trainer(callbacks=[callback]).fit(module, data)
+        >>> callback.clippers
+        []
 
     Args:
         max_norm: As for `GradientClipper`. A rule that learns is copied for each clipper.

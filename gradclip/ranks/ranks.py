@@ -26,9 +26,10 @@ class Ranks:
     together, those without a gradient or a parameter as well. Parameters are matched across ranks
     by name: those of one name are parts of one parameter, except for copies.
 
-    >>> import gradclip
-    >>> gradclip.Ranks(replicated="*.norm.weight")
-    Ranks(replicated='*.norm.weight')
+    Examples:
+        >>> import gradclip
+        >>> gradclip.Ranks(replicated="*.norm.weight")
+        Ranks(replicated='*.norm.weight')
 
     Args:
         group: A ``torch.distributed.ProcessGroup``, a ``DeviceMesh`` of one dimension, or None for

@@ -22,26 +22,14 @@ class ClipRecord:
 
     ``norms``, ``thresholds`` and ``coefficients`` are vectors with one entry per label. The other
     properties are what a user reads: 0-d tensors if there is one norm, else tensors of shape (k,)
-    in the order of ``GradientClipper.labels``. All are computed when they are read. Nothing here
+    in the order of `GradientClipper.labels`. All are computed when they are read. Nothing here
     waits for the device, except the repr.
-
-    Args:
-        step: Index of the step, from 0.
-        wall_time: When the step was taken, in seconds since the epoch.
-        norms: Shape (k,); or the one norm as a number, if the host knows it.
-        thresholds: As the norms.
-        coefficients: As the norms.
-        skipped: Whether the whole step was skipped; 0-d, bool, if only the device knows.
-        overflow: Whether GradScaler skipped the step, which then does not count: 0-d, bool, if only
-            the device knows, else None.
-        parameter_sums: The power sum of each parameter's gradient, for the logs.
-        loss: The loss of the step, from `checked_loss`; across ranks on a device the sum and count
-            from `sum_and_count`; None if none was given.
-        micro_batches: The `MicroBatchCounts` of the step, shape (3,); None without micro-batches.
     """
 
     step: int
+    """Index of the step, from 0."""
     wall_time: float
+    """When the step was taken, in seconds since the epoch."""
     values: tuple[Any, Any, Any]
     """Norms, thresholds and coefficients as given: three tensors, or three numbers."""
     is_number: bool
@@ -49,11 +37,17 @@ class ClipRecord:
     count: int
     """k, the number of norms."""
     skipped: bool | Tensor
+    """Whether the whole step was skipped; 0-d, bool, if only the device knows."""
     overflow: Tensor | None
+    """Whether GradScaler skipped the step, which then does not count: 0-d, bool, if only the device
+    knows, else None."""
     parameter_sums: ParameterSums | None
+    """The power sum of each parameter's gradient, for the logs."""
     given_loss: float | Tensor | None
     """The loss as given: a number; or 0-d; or a sum and a count, shape (2,)."""
     micro_batches: Tensor | None
+    """Numbers of micro-batches of the step: all, clipped, and with a norm not finite; shape (3,).
+    None without micro-batches."""
     weight_sums: WeightSums | None
     """The power sums of the parameters and of their changes, at steps that log them."""
     __slots__ = (

@@ -38,9 +38,10 @@ class Scope:
 
     A scope gives every parameter a label; gradients with the same label share a norm.
 
-    >>> import gradclip
-    >>> gradclip.Scope("unit", exclude="head.*")
-    Scope('unit', exclude='head.*')
+    Examples:
+        >>> import gradclip
+        >>> gradclip.Scope("unit", exclude="head.*")
+        Scope('unit', exclude='head.*')
 
     Args:
         kind: "global": one norm for all gradients. "group": one for each parameter group.

@@ -37,12 +37,13 @@ def show(*sources: Source, height: int = HEIGHT) -> Path | None:
     In Jupyter, VS Code and Colab the page is the output of the cell, and stays in the notebook when
     it is saved. Elsewhere it is written to a temporary file, which the browser opens.
 
-    ::
-
+    Examples:
+        ```python
         sink = gradclip.MemorySink(per_parameter="all")
         clipper = gradclip.GradientClipper(optimizer, 1.0, log=sink)
-        ...
+        ...  # train
         gradclip.show(clipper)
+        ```
 
     Args:
         sources: A folder or a file of logs, as ``gradclip report`` takes it; a `MemorySink`; or a

@@ -1,9 +1,14 @@
 """What the project's files say of themselves: versions, requirements, licences, workflows."""
 
 import re
+import shutil
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import gradclip
@@ -75,3 +80,24 @@ def test_makefile_targets_that_workflows_call_exist():
     for workflow in WORKFLOWS:
         for called in re.findall(r"run: make (.+)", workflow.read_text()):
             assert {*called.split()} <= {*targets}
+
+
+def test_the_library_knows_neither_torch_nor_python():
+    """Therefore it is tied to no version of them. An extension of torch's knows both."""
+    library = Path(gradclip.__file__).with_name("engines") / "native/_native.so"
+    if not library.exists():
+        pytest.skip("the native engine was not built")
+    known = re.compile(rb"libtorch|libc10|libpython|\0_?Py[A-Z_]\w*\0")
+    assert known.findall(library.read_bytes()) == []
+    assert len(known.findall(Path(torch._C.__file__).read_bytes())) > 1
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "bench"])
+def test_make_makes_a_venv_with_the_versions_of_the_constraints(target, tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "--dry-run", f"PYTHON={sys.executable}", target]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    made = done.stdout.index(f"{sys.executable} -m venv .venv")
+    installed = done.stdout.index("-m pip install --quiet --constraint constraints.txt --editable")
+    assert 0 <= made < installed

@@ -21,12 +21,13 @@ class Sink(ABC):
     is reported once, as a warning, and never stops training: it misses that batch and gets the
     next one. One sink serves one clipper.
 
-    >>> import gradclip
-    >>> class Largest(gradclip.Sink):
-    ...     norm = 0.0
-    ...
-    ...     def write(self, steps):
-    ...         self.norm = max(self.norm, *(step.norm for step in steps))
+    Examples:
+        >>> import gradclip
+        >>> class Largest(gradclip.Sink):
+        ...     norm = 0.0
+        ...
+        ...     def write(self, steps):
+        ...         self.norm = max(self.norm, *(step.norm for step in steps))
     """
 
     flush_every: int = 100

@@ -15,19 +15,24 @@ class CallableSink(CadencedSink):
 
     The names are those of the curves in TensorBoard. Batches arrive after their steps were taken,
     and some loggers, such as Weights & Biases, drop points that are older than their newest step.
-    For them the dict also has the index of the step, ``grad_norm/step``::
+    For them the dict also has the index of the step, ``grad_norm/step``.
 
+    Examples:
+        >>> import gradclip, torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+        >>> def log(numbers, step):
+        ...     print(step, numbers["grad_norm/pre"])
+        >>> with gradclip.GradientClipper(optimizer, 1.0, log=gradclip.CallableSink(log)):
+        ...     optimizer.step()
+        0 0.0
+
+        With Weights & Biases, whose ``run`` is the object that ``wandb.init()`` returned:
+
+        ```python
         for names in ("grad_norm/*", "parameter_norm/*", "weight_norm/*", "update_ratio/*"):
             run.define_metric(names, step_metric="grad_norm/step")
         sink = gradclip.CallableSink(lambda numbers, step: run.log(numbers))
-
-    >>> import gradclip, torch
-    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    >>> def log(numbers, step):
-    ...     print(step, numbers["grad_norm/pre"])
-    >>> with gradclip.GradientClipper(optimizer, 1.0, log=gradclip.CallableSink(log)):
-    ...     optimizer.step()
-    0 0.0
+        ```
 
     Args:
         log: Called with a dict of numbers and the index of the step, in the order of the steps.

@@ -21,14 +21,15 @@ class MemorySink(CadencedSink):
 
     Steps arrive in batches: `GradientClipper.flush` brings those that are still on their way.
 
-    >>> import gradclip, torch
-    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    >>> sink = gradclip.MemorySink()
-    >>> clipper = gradclip.GradientClipper(optimizer, 1.0, log=sink)
-    >>> optimizer.step()
-    >>> clipper.flush()
-    >>> [step.norm for step in sink.steps]
-    [0.0]
+    Examples:
+        >>> import gradclip, torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+        >>> sink = gradclip.MemorySink()
+        >>> clipper = gradclip.GradientClipper(optimizer, 1.0, log=sink)
+        >>> optimizer.step()
+        >>> clipper.flush()
+        >>> [step.norm for step in sink.steps]
+        [0.0]
 
     Args:
         every: Keep each step whose index is a multiple of this, and steps with an incident.

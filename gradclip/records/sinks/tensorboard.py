@@ -52,7 +52,7 @@ class TensorBoardSink(CadencedSink):
     several processes; with a directory as ``log=``, only the first process writes.
 
     Args:
-        where: A local directory, or a ``SummaryWriter``, which stays open after `close`.
+        where: A local directory, or a ``SummaryWriter``, which stays open.
         every: Write each step whose index is a multiple of this.
         flush_every: Steps per batch: how many a crash may lose.
         per_parameter: How many parameter norms a step is written with, before clipping: the largest

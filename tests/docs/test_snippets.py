@@ -24,6 +24,21 @@ def alone_in_a_group():
         distributed.destroy_process_group()
 
 
+@contextmanager
+def started_by_torchrun():
+    """As the only process; the snippet makes the group."""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+
+# torch itself, when torch.compile() imports inductor:
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("snippet", PLAIN, ids=lambda code: code.split("\n")[0])
 def test_the_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -42,10 +57,12 @@ def test_the_snippets_run(snippet, tmp_path, monkeypatch):
         "data": [ones(2, 3)] * 3,
         "loss": lambda model, batch: model(batch).sum(),
     }
-    with alone_in_a_group() if across_ranks else nullcontext():
+    starts = "init_process_group()" in snippet
+    place = started_by_torchrun if starts else alone_in_a_group if across_ranks else nullcontext
+    with place():
         exec(snippet, names)
-    if "clipper" in names:
-        names["clipper"].close()
+        if "clipper" in names:
+            names["clipper"].close()
     if snippet == PLAIN[0]:
         assert list((tmp_path / "runs/a").iterdir())
 

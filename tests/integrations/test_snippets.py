@@ -10,6 +10,8 @@ from tests.support.docs import FRAMEWORKS, SNIPPETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the frameworks have to say is theirs
 
+TRAINERS = {"lightning", "transformers", "accelerate"}
+
 
 def snippet_names(framework: str) -> dict[str, Any]:
     """Return the names that a snippet takes for granted."""
@@ -26,13 +28,23 @@ def snippet_names(framework: str) -> dict[str, Any]:
     return {**names, "loss": trainings.loss_of, "GradientClipper": gradclip.GradientClipper}
 
 
-@pytest.mark.parametrize("framework", ["lightning", "transformers", "accelerate"])
-def test_the_snippet_runs(framework, tmp_path, monkeypatch):
+def of_trainers() -> list[Any]:
+    """Return each snippet with the framework that it names and that trains."""
+    found = [(match.group(), code) for code in SNIPPETS if (match := FRAMEWORKS.search(code))]
+    assert {name for name, _ in found} >= TRAINERS
+    return [
+        pytest.param(*each, id=f"{each[0]}-{n}")
+        for n, each in enumerate(found)
+        if each[0] in TRAINERS
+    ]
+
+
+@pytest.mark.parametrize(("framework", "snippet"), of_trainers())
+def test_the_snippet_runs(framework, snippet, tmp_path, monkeypatch):
     pytest.importorskip(framework, reason=f"there is no {framework}")
     monkeypatch.chdir(tmp_path)
-    found = {match.group(): code for code in SNIPPETS if (match := FRAMEWORKS.search(code))}
     names = snippet_names(framework)
-    exec(found[framework], names)
+    exec(snippet, names)
     clippers = names["callback"].clippers if "callback" in names else [names.get("clipper")]
     for clipper in filter(None, clippers):
         clipper.close()

@@ -7,6 +7,7 @@ import torch
 
 LIMITS = {
     "'Stream' object has no attribute 'record_event'": "FSDP2 of this torch needs a GPU",
+    "module 'torch.optim' has no attribute 'Muon'": "this torch has no Muon",
     "cannot be called on meta tensors": "optimizers of this torch do not step on meta tensors",
 }
 """Reasons by the text of torch's error."""

@@ -9,6 +9,7 @@ RELEASE := .venv/.release
 SITE := .venv/.site
 INTEGRATIONS := tests/integrations gradclip/integrations
 ENGINES := tests/contracts/engines tests/internals/engines
+SEEN := tests/logging tests/page
 
 # Triton looks at this when a kernel is defined: interpreted and compiled kernels need a process each.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
@@ -21,15 +22,17 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
 
-# The engines meanwhile, the interpreted kernels first. All of their output where one fails, else
-# its last lines.
+# Meanwhile the engines, the interpreted kernels first, and what a browser shows. All of their output
+# where one fails, else its last lines.
 test: $(READY)
 	@log=$$(mktemp); { $(INTERPRETED) -m "interpreted and not slow" $(ENGINES); failed=$$?; \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" $(ENGINES) && exit $$failed; \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" $(ENGINES) $(SEEN) && \
+	exit $$failed; \
 	} >$$log 2>&1 & other=$$!; \
-	$(BIN)/python -m pytest -q -m "not slow" $(ENGINES:%=--ignore %) $(INTEGRATIONS:%=--ignore %); \
+	$(BIN)/python -m pytest -q -m "not slow" \
+	    $(patsubst %,--ignore %,$(ENGINES) $(SEEN) $(INTEGRATIONS)); \
 	failed=$$?; \
-	wait $$other && echo "Engines:" && grep -E "^[0-9]+ (passed|skipped)" $$log || { cat $$log; failed=1; }; \
+	wait $$other && echo "Engines, logs and page:" && grep -E "^[0-9]+ (passed|skipped)" $$log || { cat $$log; failed=1; }; \
 	rm $$log; exit $$failed
 
 test-slow: $(READY)

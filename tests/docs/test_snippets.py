@@ -9,6 +9,7 @@ import pytest
 from torch import distributed, nn, ones, optim
 
 import gradclip
+from gradclip.cli.demo.training import one_thread
 from tests.support.docs import CODE, FRAMEWORKS, PAGES, SNIPPETS
 
 PLAIN = [code for code in SNIPPETS if not FRAMEWORKS.search(code)]
@@ -40,6 +41,7 @@ def started_by_torchrun():
 # torch itself, when torch.compile() imports inductor:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("snippet", PLAIN, ids=lambda code: code.split("\n")[0])
+@one_thread()
 def test_the_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -94,7 +94,10 @@ def test_shards_without_gradients():
     torch.testing.assert_close(gradients["plain"], torch.tensor([0.6, 0.8]))
 
 
-@pytest.mark.skipif(not hasattr(Tensor, "__dlpack_c_exchange_api__"), reason="older torch")
+@pytest.mark.skipif(
+    not hasattr(Tensor, "__dlpack_c_exchange_api__"),
+    reason="this version of torch has no exchange interface of DLPack",
+)
 @pytest.mark.parametrize("kind", ["shards", "stages"])
 @on_ranks("two_ranks")
 def test_a_step_makes_few_python_calls(kind):

@@ -186,6 +186,18 @@ def test_twenty_steps(case, call):
     assert differ(ours, free, case) is (case.name != "Rprop")  # which goes by the signs alone
 
 
+def decided(norms: list[float]) -> int:
+    """Return how many evaluations of a step come before one that rounding decides.
+
+    A line search that finds nothing halves its bracket down to the last digit, and the next
+    direction comes from the difference of two gradients that are then the same but for rounding.
+    """
+    still = (
+        place for place in range(1, len(norms)) if math.isclose(norms[place - 1], norms[place])
+    )
+    return next(still, len(norms))
+
+
 # float64, and by hand each step begins where ours does: from differences of gradients LBFGS
 # estimates curvature, so that what is rounded grows tenfold in a step.
 @pytest.mark.filterwarnings("ignore:The gradients of LBFGS were clipped")
@@ -195,7 +207,7 @@ def test_every_evaluation_of_lbfgs(search, call):
     options = {"lr": 0.1, "max_iter": 4, "line_search_fn": search}
     case = OptimizerCase("LBFGS", options=options, dtype=torch.float64)
     ours, theirs, free = (case.optimizer() for _ in range(3))
-    clipper, clipped = GradientClipper(ours, 1.0), []
+    clipper, clipped, whole = GradientClipper(ours, 1.0), [], 0
     for step in range(20):
         for parameter, value in zip(parameters_of(theirs), values_of(ours), strict=True):
             parameter.data.copy_(value)
@@ -205,11 +217,16 @@ def test_every_evaluation_of_lbfgs(search, call):
         case.take(free, step, call)
         assert loss.item() == pytest.approx(needed.item(), rel=1e-9)
         assert len(norms) > 1
-        assert norms == pytest.approx(needed_norms, rel=1e-7)
+        count = decided(norms)
+        assert norms[:count] == pytest.approx(needed_norms[:count], rel=1e-7)
         assert clipper.last.norm.item() == pytest.approx(norms[-1], rel=1e-12)
+        clipped += [norm > 1.0 for norm in norms]
+        if count < len(norms):
+            continue
         found, needed = ([gradients_of(each), values_of(each)] for each in (ours, theirs))
         torch.testing.assert_close(found, needed, rtol=1e-7, atol=1e-9)
-        clipped += [norm > 1.0 for norm in norms]
+        whole += 1
+    assert whole >= 5
     assert 0.1 < sum(clipped) / len(clipped) < 0.9
     assert clipper.steps == 20
     assert differ(ours, free, case)

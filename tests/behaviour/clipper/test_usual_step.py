@@ -12,7 +12,8 @@ from tests.support.calls import python_calls
 from tests.support.clippers import sgd, stepped
 
 few_calls = pytest.mark.skipif(
-    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="older torch"
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    reason="this version of torch has no exchange interface of DLPack",
 )
 
 

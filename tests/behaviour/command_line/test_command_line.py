@@ -186,5 +186,6 @@ def test_ctrl_c_ends_the_demo_with_a_line(tmp_path):
         demo.send_signal(signal.SIGINT)
         _, printed = demo.communicate(timeout=60)
     assert demo.returncode == 130
-    assert printed.splitlines()[-1] == "gradclip demo: interrupted; the logs so far are in demo"
+    # Not always the last: torch 2.6 leaves a folder that Python warns of when it ends.
+    assert "gradclip demo: interrupted; the logs so far are in demo" in printed.splitlines()
     assert "KeyboardInterrupt" not in printed

@@ -60,20 +60,27 @@ class GradientClipper:
     threshold, all gradients are multiplied in place by ``threshold / norm`` (Pascanu, Mikolov and
     Bengio, "On the difficulty of training recurrent neural networks", 2013). At or below the
     threshold no gradient is written.
+    <!-- test: tests/behaviour/clipper/test_step.py; tests/behaviour/numerics/test_numerics.py
+    -k keep_their_bits -->
 
     A skipped step leaves the parameters, the optimizer's state and the gradients unchanged. A step
     that a ``GradScaler`` skips for its overflow is neither counted nor recorded.
+    <!-- test: tests/behaviour/attachment/test_torch_optimizers.py -k skipped;
+    tests/behaviour/grad_scaler/test_trainings.py -k overflowed -->
 
     A step causes no host sync on a CUDA device, unless ``nonfinite`` is "raise", or a policy is
     "skip" and the optimizer is not one of torch's fused ones, or the parameters lie on several
     devices, or several optimizers share a ``GradScaler``. Across ranks, attaching and every step
     are collective.
+    <!-- test: tests/behaviour/devices/test_waiting.py; tests/ranks/test_ranks.py -->
 
     Optimizers may also step inside ``backward()``, with the scopes "parameter", "unit", and "group"
     where each holds whole groups: the record is that of the whole backward pass.
+    <!-- test: tests/behaviour/training_loops/test_steps_in_backward.py -->
 
     A CUDA graph can capture steps, after a few eager ones. The training loop then calls `flush`
     from time to time, and eager steps wait for the device.
+    <!-- test: tests/logging/test_replays.py -->
 
     Examples:
         >>> import torch, gradclip
@@ -126,6 +133,9 @@ class GradientClipper:
     Warns:
         UserWarning: The optimizer also clips by itself; or an optimizer whose update does not
             depend on the scale of its gradients, such as Muon, shares a norm with another.
+
+    <!-- test: tests/behaviour/clipper/test_options.py;
+    tests/behaviour/attachment/test_attach.py -->
     """
 
     @announces_failure
@@ -308,6 +318,8 @@ class GradientClipper:
         """Take a clipped step of the optimizer and return its result.
 
         Several optimizers step one after the other, and the result is None.
+        <!-- test: tests/behaviour/several_optimizers/test_joint_norm.py -k 'reach_all or
+        closure' -->
 
         Args:
             closure: Evaluates the model again, calls ``backward()`` and returns the loss. The
@@ -327,6 +339,8 @@ class GradientClipper:
         ``max_value`` divided by ``of``. So the sum of ``of`` micro-batches is within a threshold
         that does not change, up to rounding, and one bad micro-batch cannot outweigh the others
         (https://arxiv.org/abs/2605.02701). The step clips the sum as always.
+        <!-- test: tests/behaviour/training_loops/test_micro_batches.py -k 'sums_are or
+        writes_no_sum' -->
 
         Examples:
             ```python
@@ -343,9 +357,13 @@ class GradientClipper:
         micro-batch is left out, with "raise" it is left out and raises, with "observe" or
         "propagate" it is added as it is. Under a ``GradScaler``, given as ``grad_scaler=``, the
         threshold is scaled as the gradients are, and an overflow is left for the scaler to find.
+        <!-- test: tests/behaviour/training_loops/test_micro_batches.py -k 'rules_learn or
+        loss_of_a_micro or policies or scale' -->
 
         It needs memory for one more gradient of each parameter. No host sync on a CUDA device,
         unless ``nonfinite`` is "raise". Where norms span several ranks it is collective.
+        <!-- test: tests/behaviour/training_loops/test_micro_batches.py;
+        tests/ranks/test_micro_batches.py -k collective -->
 
         Args:
             of: Number of the micro-batches that are accumulated for a step, a whole number >= 1.
@@ -387,8 +405,11 @@ class GradientClipper:
         accumulated, the last value assigned before the step counts, and so does that of the last
         evaluation of a closure. What a closure returns counts by itself, unless a loss is assigned.
         A step that GradScaler skips has no record: the loss stays for the next step.
+        <!-- test: tests/behaviour/clipper/test_loss.py; tests/logging/test_losses.py
+        -k every_sink -->
 
         In a captured CUDA graph, assign the loss within the capture.
+        <!-- test: tests/behaviour/clipper/test_loss.py -k 'replays or capture' -->
 
         Raises:
             ArgumentError: It is neither a number nor a tensor of one real element.
@@ -412,6 +433,7 @@ class GradientClipper:
 
         After replays of a CUDA graph the tensors hold the newest replay, and the index of the step
         is that of the capture.
+        <!-- test: tests/logging/test_replays.py -k clips_learns -->
         """
         return self._last
 
@@ -422,6 +444,7 @@ class GradientClipper:
         Steps that GradScaler skips for an overflow do not count. With a fused optimizer or in a
         CUDA graph only the device knows of them: then `ClipRecord.step` includes them, and this
         property causes a host sync.
+        <!-- test: tests/behaviour/grad_scaler/test_marks_and_skips.py -k only_the_device_knows -->
         """
         return self._recorder.steps
 
@@ -456,6 +479,7 @@ class GradientClipper:
         """Return the fraction of the finite norms so far that were clipped. Host sync.
 
         With ``exceed="observe"``, the fraction that clipping would have reduced.
+        <!-- test: tests/models/test_life.py -k every_rule -->
         """
         return self._recorder.counters.clip_rate
 
@@ -464,6 +488,7 @@ class GradientClipper:
 
         It holds the number of steps, the counters, the labels and the state of the threshold, and
         loads with ``torch.load(..., weights_only=True)``.
+        <!-- test: tests/models/test_life.py; tests/faults/test_states.py -->
         """
         self._norm_thresholds.follow_labels()
         return {
@@ -480,6 +505,8 @@ class GradientClipper:
         Raises:
             StateError: The state is malformed, or belongs to another threshold or other labels;
                 nothing was changed.
+
+        <!-- test: tests/faults/test_states.py; tests/logging/test_resume.py -->
         """
         steps, counters = parsed_state(state, self._labels, type(self._threshold).__name__)
         self._norm_thresholds.follow_labels()
@@ -504,6 +531,9 @@ class GradientClipper:
 
         Raises:
             SkipLimitError: ``skip_limit`` consecutive steps were skipped, and only the device knew.
+
+        <!-- test: tests/logging/test_replays.py -k too_many_raise; tests/logging/test_steps.py
+        -k batches -->
         """
         self._in_backward.finish()
         self._recorder.flush()

@@ -17,32 +17,56 @@ from __future__ import annotations
 
 
 class GradClipError(Exception):
-    """Base of every exception that gradclip raises."""
+    """Base of every exception that gradclip raises.
+
+    <!-- test: tests/internals/test_checks.py -k builtin_kind -->
+    """
 
 
 class ArgumentError(GradClipError, ValueError):
-    """An option or argument has an invalid type or value."""
+    """An option or argument has an invalid type or value.
+
+    <!-- test: tests/behaviour/clipper/test_options.py -k invalid -->
+    """
 
 
 class AttachError(GradClipError, RuntimeError):
-    """The optimizer cannot be clipped through its step hook."""
+    """The optimizer cannot be clipped through its step hook.
+
+    <!-- test: tests/behaviour/attachment/test_attach.py -k refused -->
+    """
 
 
 class GradientError(GradClipError, TypeError):
-    """A gradient has a dtype or layout that cannot be clipped correctly."""
+    """A gradient has a dtype or layout that cannot be clipped correctly.
+
+    <!-- test: tests/behaviour/functions/test_torch_names.py -k refused -->
+    """
 
 
 class EngineUnavailableError(GradClipError, RuntimeError):
-    """An engine was asked for by name and cannot run here."""
+    """An engine was asked for by name and cannot run here.
+
+    <!-- test: tests/behaviour/clipper/test_options.py -k cannot_serve -->
+    """
 
 
 class StateError(GradClipError, ValueError):
-    """A state dict does not belong to this clipper; nothing was loaded."""
+    """A state dict does not belong to this clipper; nothing was loaded.
+
+    <!-- test: tests/faults/test_states.py -k do_not_fit -->
+    """
 
 
 class NonFiniteGradientError(GradClipError, RuntimeError):
-    """The norm of the gradients is NaN or infinite, and ``nonfinite="raise"``."""
+    """The norm of the gradients is NaN or infinite, and ``nonfinite="raise"``.
+
+    <!-- test: tests/behaviour/scopes/test_names.py -k not_finite -->
+    """
 
 
 class SkipLimitError(GradClipError, RuntimeError):
-    """As many steps in a row were skipped as ``skip_limit`` allows."""
+    """As many steps in a row were skipped as ``skip_limit`` allows.
+
+    <!-- test: tests/behaviour/clipper/test_step.py -k in_a_row -->
+    """

@@ -36,10 +36,14 @@ def through_time(
     step. Jacobians that stretch let it explode, those that shrink let it vanish (Pascanu, Mikolov
     and Bengio, "On the difficulty of training recurrent neural networks", 2013, section 2). The
     norms show which of the two happens, and how fast.
+    <!-- test: tests/behaviour/functions/test_backward_pass.py -k linear_state;
+    tests/docs/test_examples.py -k through_time -->
 
     Call this after the forward pass, with the outputs of the cell in the order of time, and read
     `TimeNorms.norms` after the backward pass. Gradients are not written; `gradclip.clip_backward`
     clips them during the backward pass. No host sync on a CUDA device.
+    <!-- test: tests/behaviour/functions/test_backward_pass.py;
+    tests/behaviour/devices/test_waiting.py -k functions -->
 
     Examples:
         >>> import torch, gradclip
@@ -73,7 +77,10 @@ def through_time(
 
 
 class TimeNorms:
-    """Norms of the gradients of the states of one forward pass; made by `through_time`."""
+    """Norms of the gradients of the states of one forward pass; made by `through_time`.
+
+    <!-- test: tests/behaviour/functions/test_backward_pass.py -k each_state -->
+    """
 
     def __init__(
         self, states: Sequence[State], order: float, grad_scaler: GradScaler | None
@@ -99,6 +106,7 @@ class TimeNorms:
 
         Shape (time steps,), float64 (float32 if the device has no float64), on the device of the
         first state; 0 for a state that no gradient has reached.
+        <!-- test: tests/behaviour/functions/test_backward_pass.py -k 'newest or each_state' -->
         """
         zero = torch.zeros((), dtype=norm_dtype(self._device), device=self._device)
         norms = torch.stack([self._joint(by_tensor, zero) for by_tensor in self._norms] or [zero])
@@ -147,6 +155,7 @@ def clip_backward(
     Applied to the hidden state at every time step, it clips through time, where the gradients of
     recurrent networks explode (Graves, "Generating sequences with recurrent neural networks",
     2013). A gradient whose norm is NaN or infinite passes unchanged. No host sync on a CUDA device.
+    <!-- test: tests/behaviour/functions/test_backward_pass.py -->
 
     Args:
         x: Any tensor.
@@ -163,6 +172,8 @@ def clip_backward(
     Raises:
         ArgumentError: A number is invalid, or neither is given.
         GradientError: ``x`` is complex and ``max_value`` is given.
+
+    <!-- test: tests/behaviour/functions/test_backward_pass.py -k refused -->
     """
     if max_norm is None and max_value is None:
         raise ArgumentError("Neither max_norm nor max_value is given: give at least one of them.")

@@ -20,10 +20,13 @@ def clip_gradients(
     through the coefficient ``min(1, max_norm / norm)``, which depends on every element. Derivatives
     of any order are exact: at most at the threshold the result is the gradient, with derivative 1;
     above it is ``max_norm * g / norm(g)``. Works in ``torch.func`` (``grad``, ``vmap``, ``jvp``).
+    <!-- test: tests/behaviour/functions/test_differentiable.py -->
 
     Norm and product are computed in float64. The arguments are not written. No host sync. A
     gradient whose norm is NaN or infinite is returned as it is. Memory: two float64 copies of the
     gradients while the graph lives.
+    <!-- test: tests/behaviour/functions/test_differentiable.py -k 'values or written';
+    tests/behaviour/devices/test_waiting.py -k functions -->
 
     Examples:
         >>> import torch, gradclip

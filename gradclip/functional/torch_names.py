@@ -62,6 +62,7 @@ def clip_grad_norm_(
     ``min(1, max_norm / norm)`` (Pascanu, Mikolov and Bengio, 2013), without torch's 1e-6. If the
     norm is NaN or infinite, the gradients stay unchanged. For DTensors the norm is that of the full
     tensors, and the call is collective.
+    <!-- test: tests/behaviour/functions/test_torch_names.py; tests/ranks/test_functions.py -->
 
     Examples:
         >>> import torch, gradclip
@@ -87,6 +88,9 @@ def clip_grad_norm_(
         ArgumentError: ``max_norm`` or ``norm_type`` is invalid.
         GradientError: A gradient has a dtype or layout that cannot be clipped. Nothing was written.
         NonFiniteGradientError: The norm is NaN or infinite, and ``error_if_nonfinite`` is true.
+
+    <!-- test: tests/behaviour/functions/test_torch_names.py -k refused;
+    tests/behaviour/functions/test_arguments.py -->
     """
     limit, order = checked_bound("max_norm", max_norm, infinite=True), checked_order(norm_type)
     listed = listed_parameters(parameters)
@@ -100,6 +104,8 @@ def clip_gradients_(tensors: TensorOrTensors, max_norm: float, norm_type: float 
 
     For the gradients of ``torch.func``, of ``torch.autograd.grad`` or of a hand-written formula.
     The same as `clip_grad_norm_`, applied to the tensors themselves instead of to their ``.grad``.
+    <!-- test: tests/behaviour/functions/test_torch_names.py -k plain;
+    tests/behaviour/functions/test_arguments.py -->
 
     Args:
         tensors: A tensor or an iterable of tensors, read once. A tensor that occurs twice counts
@@ -130,6 +136,7 @@ def clip_grad_value_(
 
     The name and signature of ``torch.nn.utils.clip_grad_value_``. A gradient without a larger
     element is not written; NaN stays NaN.
+    <!-- test: tests/behaviour/functions/test_torch_names.py; tests/models/test_differential.py -->
 
     Args:
         parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are
@@ -160,6 +167,8 @@ def get_total_norm(
 
     The name and signature of ``torch.nn.utils.get_total_norm``. Nothing is written. For DTensors
     the norm is that of the full tensors, and the call is collective.
+    <!-- test: tests/behaviour/functions/test_torch_names.py; tests/ranks/test_functions.py
+    -k norms -->
 
     Args:
         tensors: A tensor or an iterable of tensors, read once. A tensor that occurs twice counts
@@ -195,6 +204,7 @@ def clip_grads_with_norm_(
 
     The name and signature of ``torch.nn.utils.clip_grads_with_norm_``. If the norm is NaN or
     infinite, the gradients stay unchanged.
+    <!-- test: tests/behaviour/functions/test_torch_names.py; tests/models/test_differential.py -->
 
     Args:
         parameters: A tensor or an iterable of tensors, read once. Tensors without a gradient are

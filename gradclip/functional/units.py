@@ -33,11 +33,13 @@ def clip_grad_units_(
     (Brock, De, Smith and Simonyan, "High-performance large-scale image recognition without
     normalization", 2021, https://arxiv.org/abs/2102.06171). The paper does not clip the last
     linear layer: pass the parameters of all other layers.
+    <!-- test: tests/behaviour/functions/test_units.py -k weights -->
 
     A unit whose norm is NaN or infinite stays unchanged. No host sync on a CUDA device, unless
     gradients lie on several devices. For DTensors the call is collective. To clip and log at every
     step of an optimizer, give `GradientClipper` the scope "unit" and
     `gradclip.thresholds.RelativeToWeights`.
+    <!-- test: tests/behaviour/functions/test_units.py; tests/ranks/test_functions.py -k units -->
 
     Examples:
         >>> import torch, gradclip

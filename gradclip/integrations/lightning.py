@@ -75,28 +75,34 @@ class GradClipCallback(_Callback):
     manual optimization, accumulated batches, mixed precision, and any strategy whose gradients
     gradclip can measure. The clippers attach when a fit starts and close when it ends, also by an
     exception; outside of ``fit`` the callback does nothing.
+    <!-- test: tests/integrations/test_lightning_fits.py -->
 
     Several optimizers, which Lightning allows under manual optimization alone, get a clipper each,
     with a norm, a threshold, counters and curves of its own: mostly they have losses of their own
     and step one after the other, as those of a GAN do, so that at no moment there are all
     gradients of one norm. ``joint=True`` is for optimizers that share one model and one loss.
+    <!-- test: tests/integrations/test_lightning.py -k optimizers -->
 
     A checkpoint holds the states of the clippers: a run that is resumed from it makes the same
     decisions and continues its curves. So does a second ``fit`` of the same trainer. For another
     trainer the callback begins anew, and so does a copy of it. The index of a step is that of
     ``trainer.global_step`` for one optimizer, and the number of its own steps for each of several;
     a step that ``GradScaler`` skips for its overflow counts in ``global_step`` alone.
+    <!-- test: tests/integrations/test_lightning_fits.py -k resumed -->
 
     The loss of a step is that of its backward pass, under automatic optimization the mean over
     accumulated batches, on this rank. Under manual optimization it is that of the last backward
     pass, if there is one clipper; of several, assign ``callback.clippers[i].loss`` in
     ``training_step`` after the backward pass.
+    <!-- test: tests/integrations/test_lightning.py -k loss -->
 
     If optimizers are replaced during a fit, clippers of the new ones continue the old ones from
     the next batch on.
+    <!-- test: tests/integrations/test_lightning_fits.py -k replaced -->
 
     ``LearningRateFinder`` and ``BatchSizeFinder`` put all callbacks aside for the steps that they
     try at the start of a fit: those are neither clipped nor counted.
+    <!-- test: tests/integrations/test_lightning_fits.py -k tuners -->
 
     Examples:
         >>> from gradclip.integrations.lightning import GradClipCallback
@@ -133,6 +139,8 @@ class GradClipCallback(_Callback):
             before each step, also without a ``gradient_clip_val``; under manual optimization the
             module writes to its gradients before the first step, as ``self.clip_gradients()``
             does; an optimizer was replaced by one that the state of its clipper does not fit.
+
+    <!-- test: tests/integrations/test_lightning.py -k 'refusals or module_that' -->
     """
 
     def __init__(
@@ -186,6 +194,7 @@ class GradClipCallback(_Callback):
 
         Only now: after ``on_fit_start`` of this callback, that of another one may have given the
         optimizers the parameter groups of a checkpoint, as that of ``BaseFinetuning`` does.
+        <!-- test: tests/integrations/test_lightning_fits.py -k groups_that_a_callback -->
         """
         refuse_own_clipping(trainer)  # another callback may have set it since
         if self._loaded is not None:
@@ -297,6 +306,7 @@ class GradClipCallback(_Callback):
         """Return the states of the clippers for a checkpoint; empty if there are none. Host sync.
 
         It loads with ``weights_only=True``.
+        <!-- test: tests/integrations/test_lightning_fits.py -k resumed -->
         """
         if self._loaded is not None:
             return {STATE: self._loaded}
@@ -306,6 +316,8 @@ class GradClipCallback(_Callback):
         """Load a state that `state_dict` returned; before a fit it waits for the clippers.
 
         The state of a checkpoint that is only evaluated is ignored.
+        <!-- test: tests/integrations/test_lightning_fits.py -k evaluation;
+        tests/integrations/test_lightning.py -k invalid_states -->
 
         Raises:
             StateError: It is not such a state, or one of other clippers.

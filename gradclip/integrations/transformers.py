@@ -57,17 +57,20 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     The Trainer's own clipping has to be off, ``TrainingArguments(max_grad_norm=0)``. It measures
     the norm all the same and logs it as ``grad_norm``, in the precision of the gradients.
+    <!-- test: tests/integrations/test_transformers.py -k trainer_clips -->
 
     At each step that the Trainer logs, ``trainer.state.log_history`` has the norm before and after,
     the threshold, the clip rate and the counts of non-finite and of skipped steps, as
     ``grad_norm/pre`` and so on, and so has whatever the Trainer reports to. With ``log`` all steps
     are logged there instead. The loss of a step, ``grad_norm/loss``, is the sum of those that the
     Trainer adds up over its accumulated batches, on this rank and not averaged over steps.
+    <!-- test: tests/integrations/test_transformers.py -k 'history or loss or log' -->
 
     A checkpoint holds the clipper's counters and what its rule has learned, and
     ``train(resume_from_checkpoint=...)`` continues exactly. Any other ``train()`` begins anew. The
     clipper attaches when training begins and detaches when it ends; after an error, the next
     training or `close` detaches it.
+    <!-- test: tests/integrations/test_transformers.py -k 'resumed or second or after_an_error' -->
 
     Args:
         max_norm: As for `GradientClipper`. Each training gets a copy of a rule.
@@ -126,6 +129,8 @@ class GradClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         Raises:
             ArgumentError: The Trainer clips by itself.
             AttachError: The optimizer cannot be clipped.
+
+        <!-- test: tests/integrations/test_transformers.py -k 'trainer_clips or stand_in' -->
         """
         self.close()
         _refuse_own_clipping(args.max_grad_norm)

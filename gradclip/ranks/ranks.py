@@ -21,10 +21,13 @@ class Ranks:
     For parameters that are spread over processes in another way: the stages of a pipeline, shards
     as those of Megatron-LM, the flat parameters of ``FullyShardedDataParallel``. DTensors need
     none, nor does DistributedDataParallel, whose gradients are whole on every rank.
+    <!-- test: tests/ranks/test_ranks.py; tests/ranks/test_pipeline.py;
+    tests/ranks/test_wrappers.py -->
 
     A clipper is attached on all ranks at once, with the same options, and all of them step
     together, those without a gradient or a parameter as well. Parameters are matched across ranks
     by name: those of one name are parts of one parameter, except for copies.
+    <!-- test: tests/ranks/test_agreement.py -->
 
     Examples:
         >>> import gradclip
@@ -71,6 +74,8 @@ class Ranks:
 
         Raises:
             AttachError: There is no process group.
+
+        <!-- test: tests/ranks/test_agreement.py -k without_a_process_group -->
         """
         if not in_process_group():
             raise AttachError(

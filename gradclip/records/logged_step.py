@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 
 class LoggedStep(NamedTuple):
-    """One step as a sink gets it: plain numbers, totals over all norms, counts since the start."""
+    """One step as a sink gets it: plain numbers, totals over all norms, counts since the start.
+
+    <!-- test: tests/contracts/sinks/test_contract.py; tests/logging/test_jsonl.py
+    -k all_numbers -->
+    """
 
     step: int
     """Index of the step, from 0."""

@@ -24,6 +24,8 @@ class ClipRecord:
     properties are what a user reads: 0-d tensors if there is one norm, else tensors of shape (k,)
     in the order of `GradientClipper.labels`. All are computed when they are read. Nothing here
     waits for the device, except the repr.
+    <!-- test: tests/logging/test_records.py; tests/behaviour/clipper/test_usual_step.py -k reader;
+    tests/behaviour/devices/test_waiting.py -k says_that -->
     """
 
     step: int
@@ -135,6 +137,8 @@ class ClipRecord:
 
         Across ranks, the mean over those that gave one; on a device, where the host does not know
         whether any did, minus infinity if none did.
+        <!-- test: tests/ranks/test_losses.py -k mean; tests/behaviour/clipper/test_loss.py
+        -k replays_without -->
         """
         loss = self.given_loss
         if isinstance(loss, Tensor):

@@ -37,6 +37,7 @@ class Scope:
     """Which gradients share a norm.
 
     A scope gives every parameter a label; gradients with the same label share a norm.
+    <!-- test: tests/behaviour/scopes/test_scopes.py -->
 
     Examples:
         >>> import gradclip
@@ -57,6 +58,8 @@ class Scope:
 
     Raises:
         ArgumentError: ``kind`` or ``exclude`` is none of these.
+
+    <!-- test: tests/behaviour/scopes/test_scopes.py -k invalid_scope -->
     """
 
     def __init__(self, kind: str | Labelling = "global", *, exclude: ParameterChoice = ()) -> None:
@@ -88,6 +91,8 @@ class Scope:
 
         Raises:
             ArgumentError: A function returned an invalid label.
+
+        <!-- test: tests/behaviour/scopes/test_scopes.py -k 'labels_are_names or need_the_rows' -->
         """
         if self.exclude.answer(name, parameter):
             return None

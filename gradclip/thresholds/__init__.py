@@ -76,6 +76,8 @@ def threshold_from(max_norm: object) -> Threshold:
 
     Raises:
         ArgumentError: It is not a number, a function, a `Threshold`, "auto" or None.
+
+    <!-- test: tests/behaviour/thresholds/test_given.py -->
     """
     if isinstance(max_norm, Threshold):
         return max_norm

@@ -33,9 +33,12 @@ class AdaptiveThreshold(Rule):
     - A norm enters the state only if it and its clipped norm are finite and it has a gradient.
     - Labels that are added start fresh; the others go on bit for bit.
     - A skipped step is observed as if it had been scaled instead.
+    <!-- test: tests/contracts/rules/test_contract.py; tests/logging/test_replays.py
+    -k own_threshold -->
 
     A rule that is passed from a detached clipper to another one with the same labels keeps what it
     has learned.
+    <!-- test: tests/behaviour/thresholds/test_pairs.py -k 'one_clipper or passed_on' -->
 
     Args:
         cap: The threshold is never above it; None for no cap.
@@ -75,6 +78,8 @@ class AdaptiveThreshold(Rule):
         Returns:
             By name, tensors of shape (k, ...): floating-point ones of ``dtype``, or int64 counts.
             Not negative and finite, as every later state.
+
+        <!-- test: tests/contracts/rules/test_contract.py -k size -->
         """
 
     @abstractmethod
@@ -85,6 +90,8 @@ class AdaptiveThreshold(Rule):
             norms: Shape (k,), as measured; 0 where not observed.
             clipped_norms: Shape (k,), after scaling; 0 where not observed.
             observed: Shape (k,), bool: True where the state may change; None for everywhere.
+
+        <!-- test: tests/contracts/rules/test_contract.py -k unusable -->
         """
 
     def put(self, observed: Tensor | None, **learned: Tensor | float) -> None:
@@ -93,6 +100,8 @@ class AdaptiveThreshold(Rule):
         Args:
             observed: The argument of `learn`.
             learned: Values by their names in `state`, of the same shapes (k,), or one number.
+
+        <!-- test: tests/contracts/rules/test_contract.py -k unusable -->
         """
         for name, values in learned.items():
             kept = self.state[name]
@@ -111,6 +120,8 @@ class AdaptiveThreshold(Rule):
         Args:
             observed: The argument of `learn`.
             counts: The counts, or the one as a number.
+
+        <!-- test: tests/contracts/rules/test_contract.py -k unusable -->
         """
         if isinstance(counts, Tensor):
             counts.add_(1 if observed is None else observed)

@@ -38,12 +38,14 @@ class Auto(AdaptiveThreshold):
     belong to an explosion or to noise with heavy tails: there the level itself is the threshold,
     and it is slow to rise, so that what explodes does not lift it. Between the two the factor falls
     linearly. It begins as if norms jumped, since an explosion may begin with the training.
+    <!-- test: tests/behaviour/thresholds/test_auto.py -k 'stay_close or jump' -->
 
     It knows norms alone. Where a learning rate is so high that even steps of the first norm are too
     long, only a lower rate or threshold helps; where norms are noise from first to last, a lower
     threshold than their level is a little better; and an explosion as smooth and slow as a healthy
     rise, by 4 % a step or less, is followed. A first norm that is a spike hides others until the
     level has come down.
+    <!-- test: make bench-without-tuning -->
 
     In formulas, with n the norm, p the one before, T the threshold and all means exponential with
     the weight 0.04 for a new value:
@@ -57,8 +59,10 @@ class Auto(AdaptiveThreshold):
     The first norm sets it and is not limited. It observes norms as measured; a norm of 0 is not
     observed. The constants were chosen on eight trainings and tried on others, see
     ``benchmarks/results/without_tuning.md``.
+    <!-- test: tests/behaviour/thresholds/test_auto.py -k 'lift or decades or zero' -->
 
     Memory: ``3 k`` norms.
+    <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
         cap: The threshold is never above it; None for no cap.

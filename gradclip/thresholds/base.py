@@ -44,7 +44,11 @@ from .numbers import clamped
 
 @dataclass(slots=True)  # frozen would take a microsecond of every step
 class StepContext:
-    """What a threshold may know of a step besides the norms."""
+    """What a threshold may know of a step besides the norms.
+
+    <!-- test: tests/behaviour/clipper/test_own_thresholds.py; tests/behaviour/clipper/test_loss.py
+    -k rule_sees -->
+    """
 
     step: int
     """Index of the step, from 0."""
@@ -71,6 +75,8 @@ class Threshold(ABC):
 
     Its state belongs in tensors, so that it stays on the device and loads with
     ``weights_only=True``. No method may wait for a CUDA device.
+    <!-- test: tests/contracts/rules/test_contract.py; tests/behaviour/devices/test_waiting.py
+    -k no_threshold -->
     """
 
     needs_weights: bool = False
@@ -93,6 +99,7 @@ class Threshold(ABC):
 
         Called when the clipper is attached, and again when labels are added: these come last and
         start fresh, the others go on as they are.
+        <!-- test: tests/contracts/rules/test_contract.py -k added_labels -->
 
         Args:
             labels: The k labels, in the order of the norms.
@@ -112,12 +119,15 @@ class Threshold(ABC):
             Shape (k,), 0 or more, infinity for no limit, of the norms' device and dtype. The
             record of the step keeps this tensor: return another one at the next step instead of
             changing it.
+
+        <!-- test: tests/behaviour/clipper/test_own_thresholds.py -->
         """
 
     def observe(self, norms: Tensor, clipped_norms: Tensor, context: StepContext) -> None:  # noqa: B027
         """Learn from a step, called after it was taken (or skipped, see ``observes_skipped``).
 
         May do nothing. Only norms that are finite and in ``context.present`` may enter a state.
+        <!-- test: tests/contracts/rules/test_contract.py -k unusable -->
 
         Args:
             norms: Shape (k,), as measured.
@@ -134,6 +144,8 @@ class Threshold(ABC):
 
         Raises:
             StateError: It does not belong to this rule; nothing was changed.
+
+        <!-- test: tests/contracts/rules/test_contract.py -k rule_without_state -->
         """
         if not isinstance(state, Mapping) or state:
             raise StateError(

@@ -15,6 +15,7 @@ class Fixed(Rule):
     """The same threshold at every step: Pascanu, Mikolov and Bengio (2013).
 
     It learns nothing and keeps no state.
+    <!-- test: tests/contracts/rules/test_contract.py -k without_state -->
 
     Args:
         max_norm: Largest norm allowed, 0 or more; None for no limit.
@@ -23,6 +24,8 @@ class Fixed(Rule):
 
     Raises:
         ArgumentError: ``max_norm`` is negative, NaN, infinite or not a number.
+
+    <!-- test: tests/behaviour/thresholds/test_given.py -->
     """
 
     def __init__(

@@ -17,9 +17,12 @@ class GrowthLimit(AdaptiveThreshold):
     ``threshold = factor previous clipped norm``: the norm-growth limiter of Chen and others,
     "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?" (2024),
     arXiv:2410.01623.
+    <!-- test: tests/contracts/rules/test_papers.py -k growth;
+    tests/contracts/rules/test_contract.py -->
 
     It observes clipped norms. There is no limit before the first one, and no other warm-up. A norm
     that is 0 after clipping is not observed: no multiple of 0 leads away from it.
+    <!-- test: tests/contracts/rules/test_papers.py -k clipped_to_zero -->
 
     Memory: ``k`` norms.
 

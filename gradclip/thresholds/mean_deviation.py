@@ -23,11 +23,14 @@ class MeanDeviation(AdaptiveThreshold):
     ``threshold = mean + factor std`` of the last norms, without the current one, with the sample
     deviation (n - 1): the rule by which OLMo-core skips steps (6 deviations over 128 norms, with
     ``exceed="skip"``), levanter's update clipping and PyPI's StandardClip.
+    <!-- test: tests/contracts/rules/test_papers.py -k deviations_are;
+    tests/contracts/rules/test_contract.py -->
 
     It observes norms as measured, those of skipped steps too, as OLMo-core does: a level that rises
     for good is followed. One spike raises the limit for as long as the window holds it;
     `MedianDeviation` does not have this weakness. There is no limit before norm number ``warmup``,
     the current one counted, and never one before the third, since a deviation needs two.
+    <!-- test: tests/behaviour/thresholds/test_pairs.py -k 'blinds or rise_for_good' -->
 
     With ``loss=True`` it is OLMo-core's whole rule: the same limit holds for the losses, and at a
     step whose loss is above it all thresholds are 0, whatever the floor. ``exceed="skip"`` then
@@ -35,8 +38,11 @@ class MeanDeviation(AdaptiveThreshold):
     the gradients to 0. A loss that is NaN or infinite is above every limit, from the first step on,
     and is not remembered; losses of skipped steps are. Every step needs a loss, assigned as
     ``clipper.loss`` or returned by the closure. Across ranks their mean decides.
+    <!-- test: tests/contracts/rules/test_losses.py; tests/behaviour/thresholds/test_loss_rule.py;
+    tests/ranks/test_losses.py -->
 
     Memory: ``k window`` norms and ``k`` counts; with ``loss=True`` another ``window`` losses.
+    <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
         factor: How many standard deviations above the mean a norm may be, above 0.

@@ -22,16 +22,21 @@ class MedianDeviation(AdaptiveThreshold):
     deviation of normally distributed norms. The median of an even number of norms is the mean of
     the two in the middle. Medians as the robust form of `MeanDeviation`: Hampel, "The Influence
     Curve and Its Role in Robust Estimation" (1974).
+    <!-- test: tests/contracts/rules/test_papers.py -k deviations_are;
+    tests/contracts/rules/test_contract.py -->
 
     It observes norms as measured, those of skipped steps too: a level that rises for good is
     followed once it fills half the window, and a spike of any size moves a median by one rank.
     Where the median is 0, as of units that are mostly idle, there is no limit: a limit of 0 would
     erase the gradients that such units learn from.
+    <!-- test: tests/behaviour/thresholds/test_pairs.py -k 'blinds or rise_for_good or median' -->
 
     There is no limit before norm number ``warmup``, the current one counted, and never one before
     the third.
+    <!-- test: tests/behaviour/thresholds/test_pairs.py -k first_steps -->
 
     Memory: ``k window`` norms and ``k`` counts.
+    <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
         factor: How many median deviations above the median a norm may be, above 0.

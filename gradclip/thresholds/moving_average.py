@@ -20,17 +20,22 @@ class MovingAverage(AdaptiveThreshold):
     ``threshold = factor average`` and ``average = decay average + (1 - decay) clipped norm``:
     Wang and others, "AdaGC: Improving Training Stability for Large Language Model Pretraining"
     (2025), arXiv:2502.11034, which has the scope "parameter".
+    <!-- test: tests/contracts/rules/test_papers.py -k adagc;
+    tests/contracts/rules/test_contract.py -->
 
     It observes clipped norms. A label is in its warm-up until ``warmup`` of its norms were
     observed. Until then ``threshold = warmup_norm norm / total`` where the total, the norm of all
     labels together in the norms' own order, exceeds ``warmup_norm``, and the average is the
     smallest clipped norm so far. A step that is taken inside ``backward()`` knows no norm but its
     own, which is then the total.
+    <!-- test: tests/contracts/rules/test_papers.py -k warm_up -->
 
     A norm that is 0 after clipping is not observed: an average of 0 would erase its label
     forever.
+    <!-- test: tests/contracts/rules/test_papers.py -k clipped_to_zero -->
 
     Memory: ``k`` norms and ``k`` counts.
+    <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
         factor: Largest norm as a multiple of the average, above 0.

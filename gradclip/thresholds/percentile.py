@@ -25,15 +25,20 @@ class Percentile(AdaptiveThreshold):
     drift, the tenth percentile clips about 90 % of the steps; a factor above 1 lets the usual ones
     pass. bitsandbytes' percentile clipping is ``Percentile(5, window=100)`` with the scope
     "parameter".
+    <!-- test: tests/contracts/rules/test_papers.py -k percentile_is;
+    tests/contracts/rules/test_contract.py; tests/behaviour/thresholds/test_pairs.py -k autoclip -->
 
     It observes norms as measured. There is no warm-up: the first norm is its own percentile, and
     is not clipped, unless the factor is below 1. A current norm that is not finite, or without a
     gradient, is ignored; without any norm there is no limit.
+    <!-- test: tests/contracts/rules/test_papers.py -k percentile -->
 
     Norms of 0 count, as in the paper: where more of them than the percentile are 0, as in units
     that are mostly idle, the threshold is 0 and erases the others. ``floor=`` prevents it.
+    <!-- test: tests/behaviour/thresholds/test_pairs.py -k idle -->
 
     Memory: ``k (2 window + 1)`` norms and ``k`` counts.
+    <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
         percentile: From 0 to 100.

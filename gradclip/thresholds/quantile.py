@@ -22,18 +22,24 @@ class Quantile(AdaptiveThreshold):
     "Differentially Private Learning with Adaptive Clipping" (2021), arXiv:1905.03871, without its
     noise. There ``below`` is the share of about a hundred norms of a round, and the rate is 0.2; of
     one norm a step it is noisier, hence the smaller rate here.
+    <!-- test: tests/contracts/rules/test_papers.py -k quantile_is;
+    tests/contracts/rules/test_contract.py -->
 
     The level rises by at most ``exp(rate p)`` a step and falls by at most ``exp(-rate (1 - p))``,
     whatever the norms are: with the defaults ten times as high in 93 steps, one tenth in 93. Over
     many steps the share of norms at or below it is p, unless the level itself rises or falls
     without end. A window, as in `Percentile`, is exact and forgets at once what leaves it; this
     rule needs one number in its place.
+    <!-- test: tests/behaviour/thresholds/test_pairs.py -k at_most_its_rate;
+    tests/contracts/rules/test_papers.py -k 'share_below or extreme or percentile_of_a_window' -->
 
     It observes norms as measured. The first norm sets the level, and is not limited; there is no
     other warm-up. A norm of 0 is not observed: where units are mostly idle, the level would fall to
     0, from which no multiple leads away.
+    <!-- test: tests/contracts/rules/test_papers.py -k norms_of_0 -->
 
     Memory: ``k`` norms.
+    <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
         percentile: From 0, where the level never rises, to 100, where it never falls.

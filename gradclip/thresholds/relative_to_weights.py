@@ -18,8 +18,11 @@ class RelativeToWeights(Rule):
     Large-Scale Image Recognition Without Normalization" (2021), arXiv:2102.06171, which has the
     scope "unit" and excludes the last layer. Without eps, weights that start at 0 would stay
     there forever.
+    <!-- test: tests/contracts/rules/test_papers.py -k agc;
+    tests/contracts/rules/test_contract.py -->
 
     It learns nothing, has no warm-up and keeps no state; it reads the parameters at every step.
+    <!-- test: tests/behaviour/thresholds/test_relative_to_weights.py -->
 
     Args:
         factor: Largest norm of a gradient as a multiple of its weights' norm, above 0.

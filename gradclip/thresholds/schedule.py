@@ -15,6 +15,7 @@ class Schedule(Rule):
     """A threshold given by a function of the step, for a warm-up or a decay of the threshold.
 
     It learns nothing and keeps no state.
+    <!-- test: tests/behaviour/thresholds/test_given.py -->
 
     Args:
         function: Called once a step with the index of the step, from 0; returns the largest

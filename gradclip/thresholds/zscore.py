@@ -31,15 +31,20 @@ class ZScore(AdaptiveThreshold):
     ``threshold = mean + z^2 std / z_score``, which falls as the norm rises; elsewhere there is no
     limit: Kumar and others, "ZClip: Adaptive Spike Mitigation for LLM
     Pre-Training" (2025), arXiv:2504.02507. The authors' code also has a cap of 1: ``cap=1.0``.
+    <!-- test: tests/contracts/rules/test_papers.py -k zscore_is;
+    tests/contracts/rules/test_contract.py -->
 
     It observes norms clipped by its own limit, before cap and floor:
     ``mean = decay mean + (1 - decay) x``, ``var = decay var + (1 - decay) (x - mean)^2`` with the
     new mean. During the warm-up, which sets no limit, it takes the mean and the population
     variance of the norms as measured.
+    <!-- test: tests/contracts/rules/test_papers.py -k zscore -->
 
     There is no limit while the mean is 0: a threshold of 0 would keep the mean at 0 forever.
+    <!-- test: tests/contracts/rules/test_papers.py -k zscore -->
 
     Memory: ``2 k`` norms and ``k`` counts.
+    <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
         z: Z-score above which a norm is limited, above 0.

@@ -36,6 +36,7 @@ def show(*sources: Source, height: int = HEIGHT) -> Path | None:
 
     In Jupyter, VS Code and Colab the page is the output of the cell, and stays in the notebook when
     it is saved. Elsewhere it is written to a temporary file, which the browser opens.
+    <!-- test: tests/page/test_show.py -->
 
     Examples:
         ```python

@@ -2,7 +2,9 @@
 
 import re
 import shlex
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from docs.evidence import evidence_page
 from tests.support.claims import EVIDENCE, all_claims, claims_in, claims_of_docstring, commands_in
 from tests.support.collection import collected_by
 from tests.support.docs import PROSE, ROOT, sections_of
+from tests.support.public_names import documented
 
 COMMANDS = sorted({command for claim in all_claims() for command in claim.commands})
 OPTIONAL = {
@@ -17,6 +20,7 @@ OPTIONAL = {
     "tests/release": ("lief",),
 }
 """Folders of tests that are collected only where these packages are installed."""
+OBJECTS = {each.path: each for each in documented()}
 
 
 def pointer_in(command: str) -> str | None:
@@ -25,12 +29,21 @@ def pointer_in(command: str) -> str | None:
     return arguments if arguments.startswith("tests") else None
 
 
+@cache
+def names_below(path: Path) -> str:
+    """Return the text of a file of tests, or of those in a folder, with their paths."""
+    files = path.rglob("test_*.py") if path.is_dir() else [path]
+    tests = [file for file in files if file.is_file() and file.name.startswith("test_")]
+    return "\n".join(f"{file}\n{file.read_text()}" for file in tests)
+
+
 def missing_part(command: str) -> str | None:
     """Return the part of a command that does not exist; None if all of it does."""
     match shlex.split(pointer_in(command) or command):
         case [path] | [path, "-k", _] if path.startswith("tests"):
-            is_there = (ROOT / path).is_dir() or (ROOT / path).name.startswith("test_")
-            return None if is_there and (ROOT / path).exists() else f"test in {path}"
+            names = names_below(ROOT / path)
+            words = {*re.findall(r"\w+", command.partition(" -k ")[2])} - {"and", "or", "not"}
+            return None if names and all(w in names for w in words) else f"test in {path}"
         case ["python", "-m", module, *_]:
             file = ROOT / f"{module.replace('.', '/')}.py"
             return None if file.exists() and "__main__" in file.read_text() else f"module {module}"
@@ -40,6 +53,16 @@ def missing_part(command: str) -> str | None:
         case ["python", script, *_] | [script]:
             return None if (ROOT / script).is_file() else f"script {script}"
     return "command"
+
+
+def promises(name: str) -> bool:
+    """Return whether a docstring needs evidence.
+
+    Each class and function does, and each method and property with more than a first line, unless
+    it only refers to the method that it overrides.
+    """
+    _, docstring, is_member = OBJECTS[name]
+    return not is_member or ("\n" in docstring and not docstring.startswith("See `"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -71,7 +94,12 @@ def test_tests_are_counted_as_pytest_selects_them():
 
 
 def test_a_wrong_command_is_found():
-    for wrong in ("tests/nowhere", "tests/conftest.py", "tests/docs/test_claims.py -m slow"):
+    for wrong in (
+        "tests/docs -k nothing_" + "such",
+        "tests/nowhere",
+        "tests/conftest.py",
+        "tests/docs/test_claims.py -m slow",
+    ):
         assert missing_part(wrong)
     for wrong in ("python -m benchmarks.common.shapes", "make no", ".ci/no"):
         assert missing_part(wrong)
@@ -86,6 +114,13 @@ def test_every_section_and_bullet_has_evidence(page):
     assert [bullet for bullet in bullets if not commands_in(bullet)] == []
     # A comment in another spelling would be checked by nobody.
     assert PROSE[page].count("<!--") == len(EVIDENCE.findall(PROSE[page]))
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTS if promises(name)])
+def test_a_public_docstring_has_evidence(name):
+    docstring = OBJECTS[name].docstring
+    assert commands_in(docstring)
+    assert docstring.count("<!--") == len(EVIDENCE.findall(docstring))
 
 
 def test_a_claim_is_the_text_before_its_comment():

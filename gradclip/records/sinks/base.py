@@ -20,6 +20,7 @@ class Sink(ABC):
     completes a batch waits for the sink, so a slow sink should hand its work on. A sink that raises
     is reported once, as a warning, and never stops training: it misses that batch and gets the
     next one. One sink serves one clipper.
+    <!-- test: tests/faults/test_sinks.py -->
 
     Examples:
         >>> import gradclip

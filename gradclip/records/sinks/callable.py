@@ -16,6 +16,7 @@ class CallableSink(CadencedSink):
     The names are those of the curves in TensorBoard. Batches arrive after their steps were taken,
     and some loggers, such as Weights & Biases, drop points that are older than their newest step.
     For them the dict also has the index of the step, ``grad_norm/step``.
+    <!-- test: tests/logging/test_callable.py -->
 
     Examples:
         >>> import gradclip, torch
@@ -49,6 +50,8 @@ class CallableSink(CadencedSink):
 
     Raises:
         ArgumentError: ``log`` is not callable, or a number is not positive.
+
+    <!-- test: tests/contracts/sinks/test_contract.py -->
     """
 
     def __init__(

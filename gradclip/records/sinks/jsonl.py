@@ -33,6 +33,7 @@ class JsonlSink(CadencedSink):
     alternate, and `gradclip report` takes a file for one run. A run that continues appends to its
     file; if a step comes again, the later line counts. A line that a crash or a full disk has cut
     off is ended before the next one begins.
+    <!-- test: tests/logging/test_jsonl.py -->
 
     Args:
         path: The file; its directory is made when the first batch is written.
@@ -48,6 +49,9 @@ class JsonlSink(CadencedSink):
 
     Raises:
         ArgumentError: ``path`` is not the path of a file, or a number is not positive.
+
+    <!-- test: tests/contracts/sinks/test_contract.py; tests/logging/test_log_option.py
+    -k invalid -->
     """
 
     def __init__(

@@ -20,6 +20,7 @@ class MemorySink(CadencedSink):
     """Keep the steps in a list.
 
     Steps arrive in batches: `GradientClipper.flush` brings those that are still on their way.
+    <!-- test: tests/logging/test_memory.py -->
 
     Examples:
         >>> import gradclip, torch
@@ -44,6 +45,8 @@ class MemorySink(CadencedSink):
 
     Raises:
         ArgumentError: A number is not positive.
+
+    <!-- test: tests/contracts/sinks/test_contract.py -->
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class MemorySink(CadencedSink):
 
         What is known of each parameter has columns of its own, ``parameter_norm/<name>``,
         ``weight_norm/<name>`` and ``update_ratio/<name>``, NaN at steps without it.
+        <!-- test: tests/logging/test_memory.py -k table -->
 
         Raises:
             ImportError: pandas is not installed.
@@ -88,6 +92,8 @@ class MemorySink(CadencedSink):
 
         The figure has a canvas of its own and pyplot does not know it: no window opens, and nothing
         has to be closed.
+        <!-- test: tests/logging/test_memory.py -k picture;
+        tests/behaviour/command_line/test_demo.py -k global_state -->
 
         Args:
             path: A file to write the picture to, too; it ends with .png or .svg.

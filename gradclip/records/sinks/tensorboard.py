@@ -30,6 +30,7 @@ class TensorBoardSink(CadencedSink):
     single one), ``grad_norm/clip_rate``, ``grad_norm/nonfinite_steps``,
     ``grad_norm/skipped_steps`` and ``grad_norm/loss`` (if losses are given). While this sink is
     open, another one on the same directory or writer writes ``grad_norm_2/...``, and so on.
+    <!-- test: tests/logging/test_tensorboard.py -->
 
     Under "Custom Scalars", one chart overlays the norm before and after with the threshold; others
     show the clip rate, the steps that were not finite or skipped, and the loss, if the first batch
@@ -40,16 +41,21 @@ class TensorBoardSink(CadencedSink):
     or above the mean of the last 128 losses plus six standard deviations. With ``per_parameter``,
     parameter norms are in ``parameter_norm/<name>``; with ``weights_every``, norms of weights and
     the shares by which they change are in ``weight_norm/<name>`` and ``update_ratio/<name>``.
+    <!-- test: tests/logging/test_browser.py; tests/logging/test_incidents.py;
+    tests/logging/test_losses.py -->
 
     A directory shows one run. A resumed run continues its curves, and a run that begins again at
     step 0 replaces them: from its first step on, TensorBoard no longer shows the curves that an
     earlier run wrote under these tags. The old points stay in the files; texts, other tags and
     curves of parameters that are not written again stay visible. The directory and its event file
     are made when the first batch is written.
+    <!-- test: tests/logging/test_server.py; tests/logging/test_repeated_runs.py -->
 
     If you have a ``SummaryWriter`` of your own, give the writer and not its directory: without its
     data server, TensorBoard updates only one file per directory. Give such a sink to only one of
     several processes; with a directory as ``log=``, only the first process writes.
+    <!-- test: tests/logging/test_tensorboard.py -k 'writer or data_server';
+    tests/ranks/test_ranks.py -k log_of_one -->
 
     Args:
         where: A local directory, or a ``SummaryWriter``, which stays open.

@@ -221,6 +221,13 @@ def test_a_factor_above_the_spread_of_the_norms_leaves_only_spikes_to_clip(rule)
     assert clipped[-1] == pytest.approx(1.5 * min(ORDINARY), rel=0.15)
 
 
+def test_a_rule_that_is_passed_on_keeps_what_it_has_learned():
+    rule = Percentile(50)
+    first, _ = feed(rule, [1.0] * 20)
+    first.detach()
+    assert feed(rule, [9.0])[1] == [1.0]
+
+
 def test_a_quantile_follows_by_at_most_its_rate():
     """Ten times as high or as low after 93 steps, with the defaults."""
     for count, reached in ((91, False), (93, True)):

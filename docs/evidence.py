@@ -33,7 +33,7 @@ def evidence_page(address_in_site: Callable[[str], str], repository: str) -> str
             address = address_in_site(place)
         else:
             owner = next(name for name in shown_on if f"{place}.".startswith(f"{name}."))
-            address = f"{address_in_site(shown_on[owner])}#{place}"
+            address = f"{address_in_site(shown_on[owner])}#{owner}"
             title = f"`{place}`"
         lines.append(f"\n## [{title}]({address})\n")
         for section, members in groupby(claims, lambda claim: claim.section):

@@ -16,7 +16,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types workflows bench bench-cuda bench-thresholds \
     bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-without-tuning bench-micro-batches bench-temporal-order \
-    bench-learning-rates pictures mutants wheels \
+    bench-learning-rates pictures notebook mutants wheels \
     trials versions docs clean
 
 demo: $(READY)
@@ -127,6 +127,10 @@ bench-distributed: $(READY)
 # Those of the README that come from a demo run; wants chromium and chromedriver.
 pictures: $(READY)
 	$(BIN)/python -m docs.pictures
+
+# The notebook of the examples, executed; its pictures alone are kept.
+notebook: $(READY)
+	$(BIN)/python -m docs.notebook
 
 # Mutants of the core that the tests do not catch, each of which has to be explained. Processes of
 # one thread, as they are forked from one that has run the tests.

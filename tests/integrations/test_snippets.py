@@ -45,7 +45,8 @@ def test_the_snippet_runs(framework, snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = snippet_names(framework)
     exec(snippet, names)
-    clippers = names["callback"].clippers if "callback" in names else [names.get("clipper")]
-    for clipper in filter(None, clippers):
+    owner = names.get("callback")
+    clippers = owner.clippers if hasattr(owner, "clippers") else [getattr(owner, "clipper", None)]
+    for clipper in filter(None, [*clippers, names.get("clipper")]):
         clipper.close()
         assert clipper.steps > 0

@@ -17,6 +17,7 @@ from gradclip.engines.base import INTEGERS
 from gradclip.engines.native.loading import BEST
 from gradclip.engines.operators import host
 from tests.support.device import DeviceEngine
+from tests.support.own_classes import own_classes
 
 ORDERS = [1.0, 2.0, math.inf, 0.5, 3.0]
 LEVELS = {"native": BEST, "native with AVX2": 1, "native for any processor": 0}
@@ -27,6 +28,8 @@ ON_CUDA, OFF_CPU = " on cuda", " off the cpu"
 """Of torch operators off the CPU there is also the code alone, on tensors of the CPU."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process tests the Triton kernels, on the CPU, and nothing else."""
+OWN = {engine.name: engine() for engine in own_classes("GRADCLIP_ENGINE").values()}
+"""An engine of the reader's own, which is then the only one."""
 SMALL, CHUNK = 600, 8 * host.PIECE
 """Sizes inside the operators engine, lowered by `engine` so that small tensors pass them."""
 
@@ -81,6 +84,8 @@ def denormals_flushed(flush: bool = True) -> Iterator[None]:
 
 
 def _engines():
+    if OWN:
+        return [*OWN]
     if INTERPRETED:
         return [pytest.param("triton", marks=pytest.mark.interpreted)]
     return [
@@ -111,7 +116,7 @@ def engine(request, monkeypatch):
         else:
             if request.param.endswith(ON_CUDA):
                 request.getfixturevalue("on_cuda")
-            yield REGISTRY[name]
+            yield {**REGISTRY, **OWN}[name]
 
 
 @pytest.fixture(params=["native", "operators"], scope="module")

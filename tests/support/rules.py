@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gradclip import thresholds
 from gradclip.thresholds import AdaptiveThreshold, StepContext, Threshold, is_foreign
+from tests.support.own_classes import own_classes
 
 RULES: dict[str, Callable[..., Threshold]] = {
     "Fixed": partial(thresholds.Fixed, 0.5),
@@ -25,6 +26,7 @@ RULES: dict[str, Callable[..., Threshold]] = {
     "MeanDeviation": partial(thresholds.MeanDeviation, 0.5, window=5, warmup=2),
     "MedianDeviation": partial(thresholds.MedianDeviation, 1.0, window=5, warmup=2),
     "GrowthLimit": partial(thresholds.GrowthLimit, 0.9),
+    **own_classes("GRADCLIP_RULE"),
 }
 """Every rule, so that it clips within a few steps. Called with cap= and floor= where wanted."""
 ADAPTIVE = [name for name, make in RULES.items() if isinstance(make(), AdaptiveThreshold)]

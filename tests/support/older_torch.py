@@ -16,7 +16,7 @@ LIMITS = {
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
     report = yield
-    if report.failed and torch.__version__ < "2.9":
+    if report.failed and torch.__version__ < "2.10":
         for text, reason in LIMITS.items():
             if text in report.longreprtext:
                 report.outcome = "skipped"

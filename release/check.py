@@ -114,8 +114,11 @@ def faults_of_wheel(wheel: Path) -> Iterator[str]:
         files = {entry: archive.read(entry) for entry in archive.namelist()}
     if wheel.stat().st_size > MOST_BYTES:
         yield f"{wheel.stat().st_size} bytes, and {MOST_BYTES} are the most"
-    if f"Tag: {tag}\n" not in files[f"{information}/WHEEL"].decode():
+    about = files[f"{information}/WHEEL"].decode()
+    if re.findall(r"^Tag: (.*)$", about, re.MULTILINE) != [tag]:
         yield f"WHEEL has other tags than {tag}"
+    if ("Root-Is-Purelib: true\n" in about) != tag.endswith("-any"):
+        yield "WHEEL is wrong about a library in it"
     rows = [row.split(",") for row in files[f"{information}/RECORD"].decode().splitlines()]
     for entry, *expected in rows:
         content = files.get(entry, b"")

@@ -95,7 +95,8 @@ def write_wheel(folder: Path, files: Mapping[str, bytes], platform: str = "any")
     """
     [information] = {name.partition("/")[0] for name in files if ".dist-info/" in name}
     tag, record = f"py3-none-{platform}", f"{information}/RECORD"
-    lines = ("Wheel-Version: 1.0", "Generator: gradclip", "Root-Is-Purelib: false", f"Tag: {tag}")
+    pure = f"Root-Is-Purelib: {str(platform == 'any').lower()}"
+    lines = ("Wheel-Version: 1.0", "Generator: gradclip", pure, f"Tag: {tag}")
     contents = {**files, f"{information}/WHEEL": ("\n".join(lines) + "\n").encode()}
     contents.pop(record, None)
     rows = [f"{name},{digest(contents[name])},{len(contents[name])}" for name in sorted(contents)]

@@ -11,14 +11,15 @@ Imports: errors.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import torch
 
 from ..errors import ArgumentError, EngineUnavailableError
 from .base import Engine, norm_dtype
+from .native import loading
 from .native.engine import NativeEngine
-from .native.loading import load
 from .operators.engine import OPERATORS
 from .reference import ReferenceEngine
 
@@ -112,10 +113,17 @@ def _load_triton() -> str | None:
 
 @cache
 def _load_native() -> str | None:
-    """Add the native engine; return why this installation lacks it, or None."""
+    """Add the native engine; return why this installation lacks it, or None.
+
+    A library that is there and does not fit is a fault, of which this warns; an installation may
+    well go without one.
+    """
     try:
-        _ENGINES["native"] = _BEST["cpu"] = NativeEngine(load())
+        _ENGINES["native"] = _BEST["cpu"] = NativeEngine(loading.load())
     except EngineUnavailableError as error:
+        if loading.LIBRARY.exists():
+            message = f"Torch operators serve the CPU, since {error}"
+            warnings.warn(message, UserWarning, stacklevel=2)
         return str(error)
     return None
 

@@ -79,6 +79,11 @@ def test_an_sdist_depends_on_its_files_alone(tmp_path):
         ("tests/test_all.py", b"", "tests/test_all.py does not belong"),
         (wheels.LIBRARY_PATH, b"", "it has the libraries"),
         ("gradclip-1.0.dist-info/WHEEL", b"Tag: py3-none-win32\n", "WHEEL has other tags"),
+        (
+            *("gradclip-1.0.dist-info/WHEEL", b"Tag: py3-none-any\nTag: py3-none-win32\n"),
+            "WHEEL has other tags",
+        ),
+        ("gradclip-1.0.dist-info/WHEEL", b"Tag: py3-none-any\n", "wrong about a library"),
     ],
 )
 def test_a_fault_of_a_wheel_is_found(tmp_path, name, content, fault):

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradclip import EngineUnavailableError
+from gradclip import EngineUnavailableError, engines
 from gradclip.engines.base import INTEGERS
 from gradclip.engines.native import engine as native
 from gradclip.engines.native import loading
@@ -307,6 +307,16 @@ def test_a_missing_library_or_one_of_another_version_is_told(monkeypatch, tmp_pa
     monkeypatch.setattr(loading, "ABI", loading.ABI + 1)
     with pytest.raises(EngineUnavailableError, match="of another version"):
         loading.load()
+
+
+def test_a_library_that_does_not_fit_is_warned_of_and_a_missing_one_is_not(monkeypatch, tmp_path):
+    library = tmp_path / "_native.so"
+    library.write_bytes(b"no library")
+    monkeypatch.setattr(loading, "LIBRARY", library)
+    with pytest.warns(UserWarning, match="^Torch operators serve the CPU, .* cannot be loaded"):
+        assert "cannot be loaded" in engines._load_native.__wrapped__()
+    library.unlink()
+    assert "without its library" in engines._load_native.__wrapped__()
 
 
 # Threads

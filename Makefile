@@ -17,7 +17,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider
 .PHONY: demo test test-slow test-integrations test-cuda test-cuda-memory device-check lint types workflows bench bench-cuda bench-thresholds \
     bench-logging bench-page bench-weights bench-distributed bench-peers bench-spikes bench-without-tuning bench-micro-batches bench-temporal-order \
     bench-learning-rates pictures notebook mutants wheels \
-    trials versions docs clean
+    trials versions site docs clean
 
 demo: $(READY)
 	$(BIN)/python -m gradclip demo
@@ -155,10 +155,13 @@ trials: $(RELEASE)
 versions: $(RELEASE)
 	$(BIN)/python -m release.versions dist --save
 
-# The site, in build/site, and the tests of what it says.
-docs: $(READY) $(SITE)
+# The site, in build/site, without a warning.
+site: $(READY) $(SITE)
 	$(BIN)/python -m docs.site
 	$(BIN)/zensical build --clean --strict
+
+# The site, and the tests of what it says.
+docs: site
 	$(BIN)/python -m pytest -q tests/docs
 
 # Written last, so that an interrupted install is begun again.

@@ -28,8 +28,8 @@ class TwiceTheAverage(AdaptiveThreshold):
     def learn(self, norms, clipped_norms, observed):
         """Move the average towards the clipped norm, all the way at the first step."""
         average = self.state["average"]
-        moved = torch.where(average > 0, 0.95 * average + 0.05 * clipped_norms, clipped_norms)
-        self.put(observed, average=moved)
+        moved = 0.95 * average + 0.05 * clipped_norms
+        self.put(observed, average=torch.where(average > 0, moved, clipped_norms))
 
 
 def main(logs: str = "runs/own_threshold") -> None:

@@ -54,7 +54,7 @@ def test_the_style_is_there(link):
     assert link in places().values()
 
 
-def test_make_docs_builds_strictly():
+def test_the_site_is_built_strictly():
     """A name or a link that leads nowhere fails the build."""
-    recipe = (ROOT / "Makefile").read_text().partition("\ndocs:")[2].partition("\n\n")[0]
+    recipe = (ROOT / "Makefile").read_text().partition("\nsite:")[2].partition("\n\n")[0]
     assert "zensical build --clean --strict" in recipe

@@ -124,7 +124,7 @@ bench-page: $(READY)
 bench-distributed: $(READY)
 	$(BIN)/python -m benchmarks.cost.distributed --save benchmarks/results/distributed.md
 
-# Those of the README that come from a demo run; wants chromium and chromedriver.
+# Those in docs/; wants chromium and chromedriver.
 pictures: $(READY)
 	$(BIN)/python -m docs.pictures
 

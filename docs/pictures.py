@@ -1,22 +1,36 @@
-"""The README's pictures, made from a run of the demo: ``make pictures``."""
+"""The pictures in docs/, made from runs of the demo and of an example: ``make pictures``."""
 
 from __future__ import annotations
 
+import base64
+import shutil
 import tempfile
 import time
 from contextlib import chdir
 from pathlib import Path
 
 from PIL import Image
-from selenium.webdriver import Chrome
+from selenium.webdriver import Chrome, Keys
 
 from gradclip.cli.main import main
 from tests.support import browser
 from tests.support import tensorboard as server
-from tests.support.page import Page
+from tests.support.docs import run_example
+from tests.support.page import Page, page_file
 
 DOCS = Path(__file__).resolve().parent
 STEPS = 100
+"""Steps of the runs that charts overlay: with more their curves would hide each other."""
+TRIED = "20"
+"""The threshold that is tried in a picture."""
+_PANELS = """
+const panels = [...document.querySelectorAll(".panel")];
+const [first] = panels.filter((panel) => panel.querySelector(".trial"));
+const [last] = panels.filter((panel) => panel.querySelector(".incident"));
+const top = first.getBoundingClientRect().top - 12;
+const height = last.getBoundingClientRect().bottom + 12 - top;
+return { x: 0, y: top + scrollY, width: innerWidth, height };
+"""
 OVERLAY = "norm before and after, threshold"
 
 
@@ -43,13 +57,53 @@ def tensorboard(logs: Path, path: Path) -> None:
 
 def page(logs: Path, path: Path) -> None:
     """Save the upper part of the interactive page of both runs."""
-    file = logs / "page.html"
-    end(main(["report", str(logs / "unclipped"), str(logs / "clipped"), "--html", str(file)]))
     with browser.chromium() as chrome:
         sharpen(chrome, 1100, 1250, 1.5)
-        chrome.get(file.absolute().as_uri())
-        Page(chrome).settled()
+        opened(chrome, logs / "unclipped", logs / "clipped")
         chrome.save_screenshot(str(path))
+    make_small(path, 256)
+
+
+def threshold(logs: Path, path: Path) -> None:
+    """Save the panels of the page of a run where a threshold is tried, its advice and incidents."""
+    with browser.chromium() as chrome:
+        sharpen(chrome, 1100, 1000, 1.5)
+        shown = opened(chrome, logs)
+        [field] = shown.all(".trial input[type=text]")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(TRIED, Keys.TAB)
+        shown.settled()
+        clip = chrome.execute_script(_PANELS)
+        options = {"captureBeyondViewport": True, "clip": {**clip, "scale": 1}}
+        picture = chrome.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
+    path.write_bytes(base64.b64decode(picture))
+    make_small(path, 256)
+
+
+def opened(chrome: Chrome, *runs: Path) -> Page:
+    """Open the page of some runs, once it is drawn."""
+    file = page_file(runs, runs[0].parent)
+    chrome.get(file.absolute().as_uri())
+    shown = Page(chrome)
+    shown.settled()
+    return shown
+
+
+def tab(logs: Path, path: Path) -> None:
+    """Save a screenshot of TensorBoard's tab "Gradients"."""
+    with (
+        server.tensorboard(logs, logs / "messages") as served,
+        browser.chromium() as chrome,
+    ):
+        sharpen(chrome, 1200, 900, 1.5)
+        chrome.get(f"{served.address}#gradients")
+        [frame] = server.eventually(lambda: chrome.find_elements("css selector", "iframe"))
+        chrome.switch_to.frame(frame)
+        server.eventually(lambda: chrome.execute_script("return 'gradclipPage' in window"))
+        Page(chrome).settled()
+        chrome.switch_to.default_content()
+        chrome.save_screenshot(str(path))
+    make_small(path, 256)
 
 
 def sharpen(chrome: Chrome, width: int, height: int, scale: float) -> None:
@@ -79,13 +133,20 @@ def end(code: int) -> None:
 
 
 def make() -> None:
-    """Run the demo for as many steps as its curves stay distinct, and make every picture."""
-    logs = Path("demo")
+    """Run the demo as it is, and for fewer steps, and make every picture."""
+    whole, logs, minimal = Path("whole"), Path("demo"), Path("runs/minimal")
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        end(main(["demo", "--out", str(whole)]))
+        shutil.copy(whole / "demo.png", DOCS)
+        make_small(DOCS / "demo.png", 64)
+        run_example("minimal.py", str(minimal), cwd=Path(folder))
+        threshold(minimal, DOCS / "threshold.png")
         end(main(["demo", "--steps", str(STEPS), "--out", str(logs)]))
         tensorboard(logs, DOCS / "tensorboard.png")
         report(logs, DOCS / "report.png")
         page(logs, DOCS / "page.png")
+        tab(logs, DOCS / "tab.png")
+        run_example("explosion.py", "--out", str(DOCS / "explosion.png"))
 
 
 if __name__ == "__main__":

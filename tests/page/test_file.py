@@ -433,6 +433,14 @@ def test_a_run_under_the_pointer_stands_out(opened, tmp_path):
     assert canvas.screenshot_as_png == before
 
 
+def test_steps_not_finite_or_skipped_are_marked_and_counted(opened, tmp_path):
+    norms = [*[1.0] * 50, math.nan, *[1.0] * 50, math.inf]
+    log_run(tmp_path / "run", *norms, nonfinite="skip")
+    legend = opened(tmp_path / "run").texts(".legend li")
+    assert any(text.endswith("not finite (2)") for text in legend)
+    assert any(text.endswith("skipped (2)") for text in legend)
+
+
 def test_panels_without_numbers_are_not_there(opened, tmp_path):
     """Of a run of norms alone the page has neither losses nor parameters."""
     page = opened(log_norms(tmp_path / "run.jsonl", quiet(300)))

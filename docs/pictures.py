@@ -60,8 +60,7 @@ def page(logs: Path, path: Path) -> None:
     with browser.chromium() as chrome:
         sharpen(chrome, 1100, 1250, 1.5)
         opened(chrome, logs / "unclipped", logs / "clipped")
-        chrome.save_screenshot(str(path))
-    make_small(path, 256)
+        chrome.save_screenshot(str(path))  # in all colours: few would not do for the map
 
 
 def threshold(logs: Path, path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 ARTEFACTS = Path(__file__).parents[2] / "build" / "artefacts"
 HOSTILE = "<img src=x onerror=alert(1)>"
 STEPS = 300
+PATIENCE = 5.0
+"""Seconds between two looks of the page at runs that may grow."""
 
 
 @pytest.fixture
@@ -115,6 +118,26 @@ def test_a_running_training_is_followed(open_tab, tmp_path, training):
             shutil.rmtree(logs / "b")
             sentence_in(page, "b is gone: its last numbers are shown.")
             assert runs_of(page) == ["a", "b"]
+
+
+def test_a_hidden_tab_asks_for_nothing(open_tab, browser, tmp_path, training):
+    """Once it is seen again it shows what was logged meanwhile."""
+    logs, run = tmp_path / "logs", training()
+    with GradientClipper(run.optimizer, 2.0, log=TensorBoardSink(logs / "a")) as clipper:
+        run.take(*some_norms(50))
+        clipper.flush()
+        with open_tab(logs) as page:
+            hidden = (
+                "Object.defineProperty(document, 'hidden', { get: () => %s, configurable: true })"
+            )
+            browser.execute_script(hidden % "true")
+            run.take(*some_norms(30))
+            clipper.flush()
+            requests_of(browser)
+            time.sleep(1.5 * PATIENCE)
+            assert [each for each in requests_of(browser) if "data/plugin" in each] == []
+            browser.execute_script(hidden % "false")
+            eventually(lambda: page.drawn()["range"]["last"] == 79.5)
 
 
 def test_several_folders_below_a_prefix_that_is_read_only(open_tab, tmp_path):

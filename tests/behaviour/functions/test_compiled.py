@@ -219,6 +219,34 @@ def test_invalid_arguments_are_refused_in_the_same_words():
             torch.compile(call, backend="eager")(learned())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipping_out_of_place_is_compiled_with_what_calls_it(backend):
+    """As torch's own operators, whose sums a compiler may order anew."""
+    gradients = [torch.randn(3, 4), torch.randn(5)]
+
+    def clip(gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        return gradclip.clip_gradients(gradients, 1.0)
+
+    found, needed = in_one_graph(clip, backend)(gradients), clip(gradients)
+    torch.testing.assert_close(found, needed)
+
+
+# torch itself, where it looks at the tensor at which the graph breaks:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipping_on_the_way_back_needs_no_whole_graph(backend):
+    """It breaks the graph, and clips as outside."""
+
+    def run(x: Tensor) -> Tensor:
+        return (gradclip.clip_backward(3 * x, 0.5) * 4).sum()
+
+    ours, theirs = (torch.ones(4, requires_grad=True) for _ in range(2))
+    torch.compile(run, backend=backend)(ours).backward()
+    run(theirs).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad.norm().item() == pytest.approx(1.5)
+
+
 def mixed_gradients() -> list[Tensor]:
     return [torch.randn(3, 4), torch.randn(5).to(torch.bfloat16), torch.randn(2, 3).t()]
 

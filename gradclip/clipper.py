@@ -74,8 +74,8 @@ class GradientClipper:
     are collective.
     <!-- test: tests/behaviour/devices/test_waiting.py; tests/ranks/test_ranks.py -->
 
-    Optimizers may also step inside ``backward()``, with the scopes "parameter", "unit", and "group"
-    where each holds whole groups: the record is that of the whole backward pass.
+    Optimizers may also step inside ``backward()``, with the scopes "parameter" and "unit", or
+    "group" if each optimizer holds whole groups. One record covers the whole backward pass.
     <!-- test: tests/behaviour/training_loops/test_steps_in_backward.py -->
 
     A CUDA graph can capture steps, after a few eager ones. The training loop then calls `flush`
@@ -93,10 +93,10 @@ class GradientClipper:
         (50.01, 1.0)
 
     Args:
-        optimizer: The optimizer whose steps are clipped. A list of several optimizers: the
-            gradients of one backward pass share their norms. A wrapper: the optimizer inside. A
-            parameter group with the key ``max_norm``, read once, has a norm and a threshold of its
-            own; with ``max_norm=None`` the group is never clipped and belongs to no norm.
+        optimizer: The optimizer whose steps are clipped. Several optimizers in a list share the
+            norms of one backward pass. Of a wrapper the optimizer inside is clipped. A parameter
+            group with the key ``max_norm``, read once, has a norm and a threshold of its own; with
+            ``max_norm=None`` the group is never clipped and belongs to no norm.
         max_norm: The threshold, a finite number >= 0; a function that takes the index of the step
             and returns the threshold; a `Threshold`; "auto" for `thresholds.Auto`, which needs no
             number; or None to measure without clipping.
@@ -120,10 +120,12 @@ class GradientClipper:
             are numbered.
         log: Where records are written: a directory for TensorBoard, written by the first of
             several processes; a ``SummaryWriter``; a `Sink`; or a list of these.
-        ranks: The ranks over which parameters are spread that are not DTensors.
-        grad_scaler: The ``GradScaler``, needed with several optimizers, whose gradients are then
-            all unscaled at the first step, and with ``ranks``, which then share its overflows.
-        engine: The engine that measures and scales; "auto" chooses one for each device.
+        ranks: A `Ranks`, if parameters that are not DTensors are spread over processes.
+        grad_scaler: The ``GradScaler``. Several optimizers need it, so that all gradients are
+            unscaled at the first step; so does ``ranks``, so that all ranks skip the same steps.
+        engine: The engine that measures and scales: "native" (C, for the CPU), "triton" (CUDA),
+            "operators" (torch, any device) or "reference" (float64, slow); "auto" chooses one for
+            each device.
 
     Raises:
         ArgumentError: An invalid option.
@@ -350,13 +352,13 @@ class GradientClipper:
             optimizer.step()
             ```
 
-        Nothing is learned from a micro-batch: a rule is asked for the threshold of a step whose
-        micro-batches are all like this one. If it reads the loss, assign `loss` within the context,
-        not divided by ``of``. The policies hold for it alone: with "zero" the
-        gradients of a norm that is not finite become 0 before they are added, with "skip" the
-        micro-batch is left out, with "raise" it is left out and raises, with "observe" or
-        "propagate" it is added as it is. Under a ``GradScaler``, given as ``grad_scaler=``, the
-        threshold is scaled as the gradients are, and an overflow is left for the scaler to find.
+        A rule does not learn from a micro-batch. It gives the threshold for a step whose
+        micro-batches are all like this one. For a rule that reads the loss, assign `loss` within
+        the context, not divided by ``of``. The policies apply to the micro-batch alone: "zero" sets
+        the gradients of a non-finite norm to 0 before they are added, "skip" leaves the micro-batch
+        out, "raise" leaves it out and raises, "observe" and "propagate" add it unchanged. Under a
+        ``GradScaler``, given as ``grad_scaler=``, the threshold is scaled like the gradients, and
+        the scaler finds overflows itself.
         <!-- test: tests/behaviour/training_loops/test_micro_batches.py -k 'rules_learn or
         loss_of_a_micro or policies or scale' -->
 
@@ -370,8 +372,8 @@ class GradientClipper:
 
         Raises:
             ArgumentError: ``of`` is not a whole number >= 1.
-            AttachError: In the context: gradients that cannot be clipped by themselves, as of
-                FSDP1, within another micro-batch or in a captured CUDA graph.
+            AttachError: In the context: gradients that cannot be clipped by themselves, as those of
+                FSDP1; a micro-batch inside another one; a captured CUDA graph.
             NonFiniteGradientError: In the context: a norm is not finite and ``nonfinite`` is
                 "raise". After every error the gradients are those from before the context.
 
@@ -397,14 +399,14 @@ class GradientClipper:
 
     @property
     def loss(self) -> float | Tensor | None:
-        """The loss of the step to come; None if none was given, and again after the step.
+        """The loss of the next step; None if none was assigned, and again after the step.
 
         Assign it before ``optimizer.step()``, a number or a tensor of one element on any device:
         the record of the step has it as `ClipRecord.loss`, the logs as ``grad_norm/loss``, and a
         rule as `StepContext.loss`. It is detached and copied; no host sync on CUDA. If batches are
-        accumulated, the last value assigned before the step counts, and so does that of the last
-        evaluation of a closure. What a closure returns counts by itself, unless a loss is assigned.
-        A step that GradScaler skips has no record: the loss stays for the next step.
+        accumulated, the last value before the step counts; of a closure, the value of its last
+        evaluation. The loss that a closure returns counts if none is assigned. A step that
+        GradScaler skips has no record: the loss stays for the next step.
         <!-- test: tests/behaviour/clipper/test_loss.py; tests/logging/test_losses.py
         -k every_sink -->
 

@@ -78,30 +78,29 @@ class GradClipCallback(_Callback):
     <!-- test: tests/integrations/test_lightning_fits.py -->
 
     Several optimizers, which Lightning allows under manual optimization alone, get a clipper each,
-    with a norm, a threshold, counters and curves of its own: mostly they have losses of their own
-    and step one after the other, as those of a GAN do, so that at no moment there are all
-    gradients of one norm. ``joint=True`` is for optimizers that share one model and one loss.
+    with a norm, a threshold, counters and curves of its own. Most of them have a loss of their own
+    and step one after the other, as in a GAN, so that the gradients of a joint norm never exist
+    together. ``joint=True`` is for optimizers that share one model and one loss.
     <!-- test: tests/integrations/test_lightning.py -k optimizers -->
 
     A checkpoint holds the states of the clippers: a run that is resumed from it makes the same
-    decisions and continues its curves. So does a second ``fit`` of the same trainer. For another
-    trainer the callback begins anew, and so does a copy of it. The index of a step is that of
+    decisions and continues its curves. So does a second ``fit`` of the same trainer. With another
+    trainer the callback starts afresh, and so does a copy of it. The index of a step is that of
     ``trainer.global_step`` for one optimizer, and the number of its own steps for each of several;
     a step that ``GradScaler`` skips for its overflow counts in ``global_step`` alone.
     <!-- test: tests/integrations/test_lightning_fits.py -k resumed -->
 
-    The loss of a step is that of its backward pass, under automatic optimization the mean over
-    accumulated batches, on this rank. Under manual optimization it is that of the last backward
-    pass, if there is one clipper; of several, assign ``callback.clippers[i].loss`` in
-    ``training_step`` after the backward pass.
+    Under automatic optimization the loss of a step is the mean over its accumulated batches, on
+    this rank. Under manual optimization with one clipper it is the loss of the last backward pass;
+    with several, assign ``callback.clippers[i].loss`` in ``training_step`` after the backward pass.
     <!-- test: tests/integrations/test_lightning.py -k loss -->
 
     If optimizers are replaced during a fit, clippers of the new ones continue the old ones from
     the next batch on.
     <!-- test: tests/integrations/test_lightning_fits.py -k replaced -->
 
-    ``LearningRateFinder`` and ``BatchSizeFinder`` put all callbacks aside for the steps that they
-    try at the start of a fit: those are neither clipped nor counted.
+    ``LearningRateFinder`` and ``BatchSizeFinder`` put all callbacks aside during their trial steps
+    at the start of a fit: these steps are neither clipped nor counted.
     <!-- test: tests/integrations/test_lightning_fits.py -k tuners -->
 
     Examples:

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """The ranks that one norm spans, where parameters on other ranks are not DTensors.
+    """The ranks that one norm spans, for parameters that are spread without DTensors.
 
-    For parameters that are spread over processes in another way: the stages of a pipeline, shards
-    as those of Megatron-LM, the flat parameters of ``FullyShardedDataParallel``. DTensors need
-    none, nor does DistributedDataParallel, whose gradients are whole on every rank.
+    Examples are the stages of a pipeline, the shards of Megatron-LM, and the flat parameters of
+    ``FullyShardedDataParallel``. DTensors need no `Ranks`, nor does DistributedDataParallel, whose
+    gradients are whole on every rank.
     <!-- test: tests/ranks/test_ranks.py; tests/ranks/test_pipeline.py;
     tests/ranks/test_wrappers.py -->
 
-    A clipper is attached on all ranks at once, with the same options, and all of them step
-    together, those without a gradient or a parameter as well. Parameters are matched across ranks
-    by name: those of one name are parts of one parameter, except for copies.
+    All ranks attach a clipper with the same options, and all step together, also a rank without a
+    gradient or a parameter. Parameters are matched across ranks by name: equal names are parts of
+    one parameter, except for copies.
     <!-- test: tests/ranks/test_agreement.py -->
 
     Examples:
@@ -39,11 +39,11 @@ class Ranks:
             all ranks.
         replicated: Parameters whose gradient is the same on several ranks and counts once, such as
             tied embeddings of the first and the last stage, or layer norms under sequence
-            parallelism: names, in which ``*`` and ``?`` stand for any letters and any letter; or a
-            function of name and parameter that returns True for them. Copies have the same name
-            on all their ranks, or the function returns one for them, a string. Each rank has the
-            whole gradient of a copy when the optimizer steps. Of shards that are copied, each
-            shard has a name of its own.
+            parallelism. Give names, in which ``*`` and ``?`` stand for any letters and any letter;
+            or a function of name and parameter that returns True for them. Copies have the same
+            name on all their ranks, or the function returns one string for them. Each rank has the
+            whole gradient of a copy when the optimizer steps. If shards are copied, each shard has
+            a name of its own.
 
     Raises:
         ArgumentError: ``group`` or ``replicated`` is none of these.

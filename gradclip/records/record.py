@@ -20,10 +20,10 @@ _set = object.__setattr__
 class ClipRecord:
     """The norms, thresholds and coefficients of one step, on the device.
 
-    ``norms``, ``thresholds`` and ``coefficients`` are vectors with one entry per label. The other
-    properties are what a user reads: 0-d tensors if there is one norm, else tensors of shape (k,)
-    in the order of `GradientClipper.labels`. All are computed when they are read. Nothing here
-    waits for the device, except the repr.
+    ``norms``, ``thresholds`` and ``coefficients`` are vectors with one entry per label. ``norm``,
+    ``threshold`` and the like are 0-d tensors if there is one norm, else tensors of shape (k,) in
+    the order of `GradientClipper.labels`. All are computed when they are read. Only the repr waits
+    for the device.
     <!-- test: tests/logging/test_records.py; tests/behaviour/clipper/test_usual_step.py -k reader;
     tests/behaviour/devices/test_waiting.py -k says_that -->
     """
@@ -128,15 +128,15 @@ class ClipRecord:
 
     @property
     def nonfinite(self) -> Tensor:
-        """Whether the norm was NaN or infinite, bool."""
+        """True where the norm was NaN or infinite, bool."""
         return ~self.norm.isfinite()
 
     @property
     def loss(self) -> Tensor | None:
         """Loss of the step, 0-d; None if none was given.
 
-        Across ranks, the mean over those that gave one; on a device, where the host does not know
-        whether any did, minus infinity if none did.
+        Across ranks, the mean over the ranks that gave one. On a device it is minus infinity if no
+        rank gave one, because the host does not know.
         <!-- test: tests/ranks/test_losses.py -k mean; tests/behaviour/clipper/test_loss.py
         -k replays_without -->
         """

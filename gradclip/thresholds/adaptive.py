@@ -52,11 +52,11 @@ class AdaptiveThreshold(Rule):
     observes_clipped: bool = True
     """False for a rule that learns from norms as measured and reads no clipped norms."""
     settles_after: int | None = None
-    """How many norms of a label the rule must have observed before its count decides nothing more;
-    None for never. The state then has ``counts``."""
+    """Number of observed norms that end the warm-up of a label, which the state's ``counts`` count;
+    None for a rule without a warm-up."""
     settled: bool = False
-    """True if the host knows that all labels have as many: the rule then needs no choice between
-    its warm-up and the rest. Always False for one norm that is a number."""
+    """True once the host knows that the warm-up of all labels is over. Always False for one norm
+    that is a number."""
     state: Mapping[str, Tensor] = {}  # shared by all rules before `start`, which replaces it
     """What was learned, by name; the tensors come from `fresh`."""
     _labels: tuple[str, ...] = ()

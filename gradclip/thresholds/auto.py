@@ -33,18 +33,18 @@ OFFSET = 1 - SLOPE * SCATTERED
 class Auto(AdaptiveThreshold):
     """A threshold that nobody has to choose: ``max_norm="auto"``.
 
-    Norms that follow each other closely, a ratio of 2 or less, belong to a training that goes well:
-    three times their level then clips next to none of them, only spikes. Norms that jump by more
-    belong to an explosion or to noise with heavy tails: there the level itself is the threshold,
-    and it is slow to rise, so that what explodes does not lift it. Between the two the factor falls
-    linearly. It begins as if norms jumped, since an explosion may begin with the training.
+    Successive norms with a ratio of 2 or less belong to a training that goes well: the threshold is
+    three times their level, and clips hardly anything but spikes. Norms that jump by more belong to
+    an explosion or to noise with heavy tails: the threshold is the level itself, which rises
+    slowly, so that an explosion does not lift it. In between the factor falls linearly. The rule
+    begins as if norms jumped, since an explosion may begin with the training.
     <!-- test: tests/behaviour/thresholds/test_auto.py -k 'stay_close or jump' -->
 
-    It knows norms alone. Where a learning rate is so high that even steps of the first norm are too
-    long, only a lower rate or threshold helps; where norms are noise from first to last, a lower
-    threshold than their level is a little better; and an explosion as smooth and slow as a healthy
-    rise, by 4 % a step or less, is followed. A first norm that is a spike hides others until the
-    level has come down.
+    The rule sees norms alone, and so it has limits. If the learning rate is so high that even steps
+    of the first norm are too long, only a lower rate or threshold helps. If norms are noise from
+    first to last, a threshold below their level is a little better. The rule follows an explosion
+    that is as smooth and slow as a healthy rise, by 4 % a step or less. A spike at the first step
+    hides others until the level has come down.
     <!-- test: make bench-without-tuning -->
 
     In formulas, with n the norm, p the one before, T the threshold and all means exponential with

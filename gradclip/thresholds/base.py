@@ -44,7 +44,7 @@ from .numbers import clamped
 
 @dataclass(slots=True)  # frozen would take a microsecond of every step
 class StepContext:
-    """What a threshold may know of a step besides the norms.
+    """The facts of a step that a rule gets besides the norms.
 
     <!-- test: tests/behaviour/clipper/test_own_thresholds.py; tests/behaviour/clipper/test_loss.py
     -k rule_sees -->
@@ -80,7 +80,7 @@ class Threshold(ABC):
     """
 
     needs_weights: bool = False
-    """True to get ``context.weight_norms``, which costs a reading of the parameters."""
+    """True to get ``context.weight_norms``: the parameters are then read at every step."""
     needs_skip: bool = False
     """True for a rule that answers with a threshold of 0 where a step is to be skipped: it is
     refused with ``exceed="scale"``, which would set the gradients to 0."""

@@ -55,7 +55,7 @@ def show(*sources: Source, height: int = HEIGHT) -> Path | None:
         The file; None in a notebook.
 
     Raises:
-        ArgumentError: Nothing was given, or something else, or it holds no run.
+        ArgumentError: No source, an invalid one, or one without a run.
     """
     if not sources:
         raise ArgumentError(f"show() has nothing to show: {_NEEDED}.")

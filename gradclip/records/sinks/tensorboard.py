@@ -61,13 +61,13 @@ class TensorBoardSink(CadencedSink):
         where: A local directory, or a ``SummaryWriter``, which stays open.
         every: Write each step whose index is a multiple of this.
         flush_every: Steps per batch: how many a crash may lose.
-        per_parameter: How many parameter norms a step is written with, before clipping: the largest
-            of the step; "all" for all of them.
+        per_parameter: How many parameter norms are written with a step: the largest ones, before
+            clipping; "all" for all of them.
         per_parameter_every: Parameter norms are written at each step whose index is a multiple of
             this, and at steps with an incident.
-        weights_every: The norms of the parameters before the step, and of their changes in it as
-            shares of these, are written at each step whose index is a multiple of this; 0 for
-            never. The optimizer's step then needs memory for a copy of the parameters.
+        weights_every: Weight norms and update ratios (norm of a parameter's change, divided by its
+            norm before the step) are written at each step whose index is a multiple of this; 0 for
+            never. They need memory for a copy of the parameters.
 
     Raises:
         ArgumentError: ``where`` is no local directory or writer, or a number is not positive.

@@ -34,7 +34,11 @@ def keep_pictures(notebook: NotebookNode) -> None:
     """Remove all outputs but pictures, the counts of executions, and the versions of the kernel."""
     notebook.metadata = nbformat.from_dict(
         {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "kernelspec": {
+                "display_name": "Python 3 (ipykernel)",
+                "language": "python",
+                "name": "python3",
+            },
             "language_info": {"name": "python"},
         }
     )

@@ -85,8 +85,8 @@ def test_tests_are_counted_as_pytest_selects_them():
     counts = {
         here: len([name for name in globals() if name.startswith("test_")]),
         f"{here} -k nothing_of_the_kind": 0,
-        f"{here} -k 'counted and not claims'": 0,
-        f"{here} -k 'counted or nothing_of_the_kind'": 1,
+        f"{here} -k 'selects_them and not claims'": 0,
+        f"{here} -k 'selects_them or nothing_of_the_kind'": 1,
     }
     found = collected_by([*counts])
     assert found.pop(here) >= counts.pop(here)

@@ -135,15 +135,16 @@ def test_a_claim_is_the_text_before_its_comment():
 | g | h |
 |---|---|
 | i | j |
+| k | l |
 
-<!-- test: k -->
+<!-- test: m -->
 """
     assert claims_in(text) == [
         ("One, two.", ["a", "b", "c"]),
         ("Three:", ["d"]),
         ("Four.", ["e"]),
         ("Five.", ["f"]),
-        ("Table: g, h", ["k"]),
+        ("Table: i, k", ["m"]),
     ]
 
 

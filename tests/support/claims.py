@@ -45,11 +45,11 @@ def spoken(text: str) -> str:
 
 
 def table_or_row(text: str) -> str:
-    """Return the header of a whole table, or the cells of the row at the end."""
-    lines = text.split("\n")
-    is_whole = text.endswith("|")
-    cells = [cell.strip() for cell in lines[0 if is_whole else -1].strip("|").split("|")]
-    return ("Table: " if is_whole else "") + ", ".join(filter(None, cells))
+    """Return the first column of a whole table, or the cells of the row at the end."""
+    rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in text.split("\n")]
+    if text.endswith("|"):
+        return "Table: " + ", ".join(row[0].strip() for row in rows[2:])
+    return ", ".join(filter(None, map(str.strip, rows[-1])))
 
 
 def claims_in(text: str) -> list[tuple[str, list[str]]]:

@@ -75,6 +75,7 @@ class Ranks:
         Raises:
             AttachError: There is no process group.
 
+        <!-- test: tests/ranks/test_agreement.py -k groups -->
         <!-- test: tests/ranks/test_agreement.py -k without_a_process_group -->
         """
         if not in_process_group():

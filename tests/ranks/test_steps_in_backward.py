@@ -8,7 +8,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradclip import AttachError, GradientClipper, Ranks
-from tests.support.dtensors import mesh_of, norms_by_label, whole
+from tests.support.dtensors import mesh_of, norms_by_label, recorded, whole
 from tests.support.processes import on_ranks
 
 LIMIT = 0.05
@@ -30,7 +30,9 @@ def released_training(scope: str, *, inside: bool, alone: bool) -> Any:
     clipper = GradientClipper([*optimizers.values()], LIMIT, scope=scope, model=net)
 
     def step(parameter: nn.Parameter) -> None:
-        optimizers[parameter].step()
+        with recorded() as collectives:
+            optimizers[parameter].step()
+        assert collectives == ([] if alone else ["allreduce"])
         optimizers[parameter].zero_grad()
 
     for parameter in net.parameters() if inside else ():
@@ -54,7 +56,7 @@ def released_training(scope: str, *, inside: bool, alone: bool) -> Any:
 @pytest.mark.parametrize("scope", ["parameter", "unit"])
 @on_ranks("two_ranks")
 def test_sharded_parameters(scope):
-    """Step as soon as their gradients are reduced, clipped by the norms of the whole."""
+    """Step as soon as their gradients are reduced, by the norms of the whole, in one collective."""
     needed = released_training(scope, inside=False, alone=True)
     torch.testing.assert_close(released_training(scope, inside=True, alone=False), needed)
 

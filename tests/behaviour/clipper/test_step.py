@@ -29,6 +29,18 @@ def test_gradients_are_scaled_to_the_threshold():
     assert clipper.labels == ("global",)
 
 
+def test_other_parameters_of_the_model_do_not_count():
+    """Those that the optimizer does not hold: their gradients are in no norm and stay."""
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    model.bias.grad = torch.tensor([12.0])
+    clipper = GradientClipper(torch.optim.SGD([model.weight], lr=0.1), 1.0, model=model)
+    clipper.step()
+    assert clipper.last.norm.item() == 5.0
+    assert gradient_norm([model.weight]) == pytest.approx(1.0, rel=1e-6)
+    assert model.bias.grad.tolist() == [12.0]
+
+
 OBSERVED = [
     (gradient, 1.0, {"exceed": "observe", "nonfinite": nonfinite, "max_value": 2.0})
     for nonfinite in ("zero", "skip", "raise", "propagate")

@@ -450,6 +450,14 @@ def test_several_optimizers_share_the_norm_of_a_micro_batch():
     assert run.clipper.steps == 1
 
 
+def test_gradients_of_a_micro_batch_that_is_left_out(route):
+    """Are None as before; they are 0 where only the device knows of it."""
+    run = Accumulation(exceed="skip")
+    run.take([WILD])
+    zeros = {name: torch.zeros(shape, dtype=run.dtype) for name, shape in SHAPES.items()}
+    torch.testing.assert_close(run.sums, zeros if route == "device" else {})
+
+
 def test_parameters_without_a_gradient_now_and_then():
     """None stays None until the first gradient; a gradient of before stays as it is."""
     run = Accumulation()

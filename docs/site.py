@@ -21,6 +21,8 @@ REPOSITORY = "https://github.com/gradclip/gradclip/blob/main"
 KINDS = {".md", ".png", ".svg", ".css"}
 FOLDERS = {"docs": ".", "benchmarks/results": "results"}
 """The places of folders in the site."""
+BADGE = re.compile(r"^\[!\[.+\]\(https://.+\n", re.MULTILINE)
+"""A picture that a browser would fetch from elsewhere."""
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -36,7 +38,7 @@ def places() -> dict[str, str]:
 
 
 def rendered(source: str, place: str, where: dict[str, str]) -> str:
-    """Return a page without its evidence, its links leading to where their targets are."""
+    """Return a page without evidence and badges, its links leading to where their targets are."""
 
     def followed(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link[1]))
@@ -45,7 +47,8 @@ def rendered(source: str, place: str, where: dict[str, str]) -> str:
             address = posixpath.relpath(where[path], posixpath.dirname(place) or ".")
         return f"]({address}{link[2] or ''})"
 
-    return LINK.sub(followed, EVIDENCE.sub("", (ROOT / source).read_text()))
+    shown = BADGE.sub("", EVIDENCE.sub("", (ROOT / source).read_text()))
+    return LINK.sub(followed, shown)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from docs.site import places
+from docs.site import places, rendered
 from gradclip.cli import main
 from tests.support.docs import DIRECTIVE, PAGES, ROOT
 from tests.support.public_names import public_paths
@@ -52,6 +52,12 @@ def test_the_command_line_is_described(command, capsys):
 @pytest.mark.parametrize("link", re.findall(r'extra_css = \["(.+)"\]', CONFIGURATION))
 def test_the_style_is_there(link):
     assert link in places().values()
+
+
+def test_no_picture_is_fetched_from_elsewhere():
+    where = places()
+    pages = [rendered(*page, where) for page in where.items() if page[0].endswith(".md")]
+    assert [page for page in pages if re.search(r"!\[[^]]*\]\(http|<img", page)] == []
 
 
 def test_the_site_is_built_strictly():

@@ -1,15 +1,21 @@
-"""Links of README and docs/ lead to files and headings that exist."""
+"""Links of the pages and of the other texts lead to files and headings that exist."""
 
 import re
 
 import pytest
 
-from tests.support.docs import PAGES, PROSE, ROOT, anchors_of
+from tests.support.docs import FENCE, PAGES, PROSE, ROOT, anchors_of
+
+OTHERS = {
+    name: FENCE.sub("", (ROOT / name).read_text())
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+}
+TEXTS = {**PROSE, **OTHERS}
 
 
-@pytest.mark.parametrize("page", PROSE)
+@pytest.mark.parametrize("page", TEXTS)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)]+)\)", PROSE[page]):
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
         if not link.startswith("https://"):
             file, _, anchor = link.partition("#")
             target = (ROOT / page).parent.joinpath(file) if file else ROOT / page

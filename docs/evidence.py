@@ -10,12 +10,18 @@ from itertools import groupby
 from tests.support.claims import Claim, all_claims
 from tests.support.docs import DIRECTIVE, PAGES, ROOT
 
-BEGINNING = """# Evidence
+BEGINNING = """---
+search:
+  exclude: true
+---
+
+# Evidence
 
 Each promise of the docs has a test or a command that shows it. These are all of them, by page. A
 command such as `tests/behaviour/numerics -k bits` runs with `python -m pytest` before it, in a
 checkout of the repository.
 """
+"""The site's search leaves the page out: it would repeat each sentence that another page has."""
 
 
 def evidence_page(address_in_site: Callable[[str], str], repository: str) -> str:

@@ -96,16 +96,10 @@ def run_suite(python: Path, arguments: list[str], log: Path) -> bool:
     return done.returncode == 0
 
 
-def row(version: str, found: Counts, python: Path) -> str:
-    """Return the row of the table for a run that has just ended."""
-    asked = [str(python), "-c", "import platform; print(platform.python_version())"]
-    newest = ["git", "log", "-1", "--format=%h", "--", "gradclip", "tests"]
-    spoken, commit = (
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        for command in (asked, newest)
-    )
-    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return f"| {' | '.join((version, spoken, *found, commit, day))} |\n"
+def printed(*command: str) -> str:
+    """Return what a command prints."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def with_rows(page: str, rows: dict[str, str]) -> str:
@@ -127,6 +121,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help=f"write the table into {PAGE.name}")
     given, arguments = parser.parse_known_args()
     failed = []
+    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    commit = printed("git", "log", "-1", "--format=%h", "--", "gradclip", "tests")
     for version in given.versions:
         python, log = environment(version), ENVIRONMENTS / f"{version}.log"
         offline = ("--no-index", "--find-links", given.wheels)
@@ -134,7 +130,8 @@ def main() -> None:
         if not run_suite(python, arguments, log):
             failed.append(version)
         [*_, summary] = log.read_text().rstrip().split("\n")
-        line = row(version, counts(summary), python)
+        spoken = printed(str(python), "-c", "import platform; print(platform.python_version())")
+        line = f"| {' | '.join((version, spoken, *counts(summary), commit, day))} |\n"
         print(line, end="", flush=True)
         if given.save:
             PAGE.write_text(with_rows(PAGE.read_text(), {version: line}))

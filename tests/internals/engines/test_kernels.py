@@ -23,10 +23,7 @@ TYPES = {
 
 def compiled(kernel: str, capability: int = 90, **constants: object) -> list[str]:
     """Return the instructions of a kernel, and its labels."""
-    try:
-        import triton
-    except ImportError:
-        pytest.skip("there is no Triton")
+    triton = pytest.importorskip("triton", reason="there is no Triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -50,8 +47,7 @@ def compiled(kernel: str, capability: int = 90, **constants: object) -> list[str
 
 
 def power_sums(dtype: str, order: float, total=True, capability=90, *, each=False) -> list[str]:
-    import triton.language as tl
-
+    tl = pytest.importorskip("triton.language", reason="there is no Triton")
     each = each or not total
     constants = {"ORDER": order, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK}
     constants |= {"EACH": each, "TOTAL": total} | ({} if each else {"sums": None})
@@ -60,15 +56,13 @@ def power_sums(dtype: str, order: float, total=True, capability=90, *, each=Fals
 
 
 def change(dtype: str, limit: bool, shared: bool, capability: int = 90) -> list[str]:
-    import triton.language as tl
-
+    tl = pytest.importorskip("triton.language", reason="there is no Triton")
     constants = {"LIMIT": limit, "ELEMENT": tl.dtype(dtype), "BLOCK": BLOCK, "SHARED": shared}
     return compiled("change", capability, **constants)
 
 
 def clip_rows(dtype: str, weight: str, order: float, capability: int = 90) -> list[str]:
-    import triton.language as tl
-
+    tl = pytest.importorskip("triton.language", reason="there is no Triton")
     constants = {"FACTOR": 0.01, "EPS": 1e-3, "FLOOR": 0.0, "CAP": math.inf, "ERASE": True}
     constants |= {"WRITE": True, "ORDER": order, "BLOCK": BLOCK}
     constants |= {"ELEMENT": tl.dtype(dtype), "WEIGHT": tl.dtype(weight)}

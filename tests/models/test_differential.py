@@ -41,7 +41,7 @@ def real(dtype: torch.dtype) -> torch.dtype:
 # Where torch is no measure
 
 
-OLDEST, NEWEST = (2, 9), (2, 14)
+OLDEST, NEWEST = (2, 9), (2, 13)
 """The torch versions between which every proof holds."""
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 

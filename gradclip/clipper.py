@@ -168,7 +168,8 @@ class GradientClipper:
             optimizers, scope_from(scope), model, None if ranks is None else ranks.original_of
         )
         order = self._settings.norm_type
-        self._recorder = Recorder(sinks_from(log), order, skip_limit)
+        observed = not self._settings.writes
+        self._recorder = Recorder(sinks_from(log), order, skip_limit, observed=observed)
         same = comparable_options(options, self._threshold, grad_scaler, optimizers)
         rank_layout = RankLayout(
             ranks,

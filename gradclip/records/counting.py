@@ -68,10 +68,12 @@ class StepCounter:
 
     Args:
         order: p of the norm, for the total over several norms.
+        observed: True if clipping is only observed.
     """
 
-    def __init__(self, order: float) -> None:
+    def __init__(self, order: float, *, observed: bool = False) -> None:
         self._order = order
+        self._observed = True if observed else None
         self.counters = Counters()
         self.overflowed = 0
         """Records of steps that GradScaler skipped: they are no steps, and the later ones move up
@@ -124,6 +126,7 @@ class StepCounter:
             *_micro_batch_columns(steps.micro_batches),
             weight_norms,
             [None if norms is None else norms.update_ratios for norms in weight_norms],
+            [self._observed] * len(losses),
         )
         return [LoggedStep(*row) for row in zip(*columns, strict=True)]
 

@@ -51,3 +51,6 @@ class LoggedStep(NamedTuple):
     update_ratios: Mapping[str, float] | None = None
     """Norm of each parameter's change in the step, divided by its norm before; without parameters
     whose norm was 0. None as ``weight_norms``."""
+    observed: bool | None = None
+    """True if clipping is only observed: the gradients stayed as they were, and the norm afterwards
+    is the one that clipping would have given. None if it is carried out."""

@@ -39,19 +39,27 @@ class Recorder:
         sinks: Destinations of the steps; may be empty.
         order: p of the norm, for the total over several norms.
         skip_limit: So many skipped steps in a row raise; None for no limit.
+        observed: True if clipping is only observed.
 
     Raises:
         ArgumentError: The ``flush_every`` of a sink is not a whole number >= 1, or its
             ``weights_every`` not one >= 0.
     """
 
-    def __init__(self, sinks: Sequence[Sink], order: float, skip_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        order: float,
+        skip_limit: int | None = None,
+        *,
+        observed: bool = False,
+    ) -> None:
         self.sinks = tuple(sinks)
         """The sinks, also after they were closed."""
         self._sinks = list(sinks)
         self.weights_every = frozenset(filter(None, map(_weights_every, self._sinks)))
         """The numbers of steps after which sinks ask for the norms of the parameters."""
-        self._counter = StepCounter(order)
+        self._counter = StepCounter(order, observed=observed)
         self._buffer = RecordBuffer(min(map(_flush_every, sinks), default=UNLOGGED_CAPACITY))
         self._replayed: ReplayedRecords | None = None
         self._skip_limit = skip_limit

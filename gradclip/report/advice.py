@@ -100,7 +100,12 @@ def _line(kind: str, max_norm: float | str | None) -> str:
 
 def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:
     warnings = []
-    if not np.isnan(run.thresholds).all():
+    if run.observed:
+        warnings.append(
+            f"Clipping was only observed: {summary.clip_rate:.2%} of the steps would have been "
+            "clipped, and no gradient was changed."
+        )
+    elif not np.isnan(run.thresholds).all():
         if summary.clip_rate == 0:
             warnings.append("The threshold of this run never clipped: it was at most a safeguard.")
         elif summary.clip_rate >= MOSTLY:

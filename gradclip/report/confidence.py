@@ -66,10 +66,10 @@ def _doubts(judgement: Judgement, run: Run) -> Iterator[tuple[str, str]]:
         smaller, larger = sorted(_of_halves(judgement))
         if larger > ALIKE * smaller:
             yield "low" if larger > APART * smaller else "medium", _comparison(judgement)
-    if math.isnan(run.clip_rate):
+    if math.isnan(run.changed):
         yield "medium", "The log does not say which steps were clipped."
-    elif run.clip_rate > SELDOM:
-        share = f"{run.clip_rate:.2%} of the steps"
+    elif run.changed > SELDOM:
+        share = f"{run.changed:.2%} of the steps"
         yield "medium", f"This run clipped {share}: without, its norms may differ."
 
 

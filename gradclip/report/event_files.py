@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from ..records.sinks.tfrecord import checksums_of, header_of
 from .run import Run, warn_unreadable
-from .tags import SAID, TaggedRuns
+from .tags import SAID, SETTINGS, TaggedRuns
 
 RECORDS_AT_ONCE = 512
 """Records whose checksums are computed together, in a tenth of the time."""
@@ -51,10 +51,16 @@ def add_event(runs: TaggedRuns, event: Event) -> None:
         if (number := _number(value)) is not None:
             numbers[value.tag] = number
         elif value.tag.endswith(SAID) and value.tensor.string_val:
-            sentences[value.tag] = value.tensor.string_val[0].decode(errors="replace")
+            sentences[value.tag] = _text(value)
+        elif value.tag.endswith(SETTINGS) and value.tensor.string_val:
+            runs.set(value.tag, _text(value))
     runs.add(event.step, numbers)
     if sentences:
         runs.say(event.step, sentences)
+
+
+def _text(value: Summary.Value) -> str:
+    return value.tensor.string_val[0].decode(errors="replace")  # type: ignore[no-any-return]
 
 
 def _number(value: Summary.Value) -> float | None:

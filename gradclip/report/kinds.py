@@ -46,7 +46,7 @@ class Judgement:
     @property
     def max_norm(self) -> float | Literal["auto"] | None:
         """What is advised: the threshold, or "auto" where following the norms is better."""
-        quiet_by_clipping = self.kind == "quiet" and self.summary.clip_rate > CLIPPED
+        quiet_by_clipping = self.kind == "quiet" and self.summary.changed > CLIPPED
         return "auto" if self.kind in FOLLOWED or quiet_by_clipping else self.threshold
 
 
@@ -130,13 +130,13 @@ def _reason_for_spikes(summary: Summary, threshold: float, share: float) -> str:
 def _reason_for_quiet(summary: Summary, threshold: float) -> str:
     usual = "the norms before it or the usual norm" if summary.spikes else "the norms before it"
     finding = f"Nothing needs clipping: no norm was far above {usual}."
-    if summary.clip_rate > 0:
+    if summary.changed > 0:
         finding = (
             f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
             "its steps; without clipping its norms may be larger."
         )
     number = f"{threshold:g} is"
-    if summary.clip_rate > CLIPPED:
+    if summary.changed > CLIPPED:
         finding += ' "auto" goes on limiting them, and needs no number.'
         number = f"The number that would do instead is {threshold:g},"
     return (

@@ -41,9 +41,10 @@ def print_report(runs: Sequence[Run], stream: TextIO, *, as_json: bool = False) 
 
 def _print_run(summary: Summary, advice: Advice, stream: TextIO) -> None:
     quantiles = {f"{percent:g} %": number(norm) for percent, norm in summary.quantiles.items()}
+    clipped = "would have been clipped" if summary.observed else "clipped"
     facts = {
         "steps": f"{summary.steps:,} ({summary.first_step:,} to {summary.last_step:,})",
-        "clipped": "not logged" if math.isnan(summary.clip_rate) else f"{summary.clip_rate:.2%}",
+        clipped: "not logged" if math.isnan(summary.clip_rate) else f"{summary.clip_rate:.2%}",
         **{f"norm, {percent}": norm for percent, norm in quantiles.items()},
         "largest norm": number(summary.largest),
         "spikes": f"{summary.spikes:,}",

@@ -124,9 +124,11 @@ def _add_lines(lines: Sequence[bytes], builder: RunBuilder) -> bool:
             for row, step in enumerate(steps)
             if (said := step.get("incident")) is not None
         }
+        observed = bool(steps[-1].get("observed"))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return False
     builder.add(rows, by_field, sentences)
+    builder.observed = observed
     return True
 
 

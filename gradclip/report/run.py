@@ -79,6 +79,8 @@ class Run:
     """What the clipper said of steps that stand out, by step."""
     scalars: Mapping[str, LoggedScalar] = dataclass_field(default_factory=dict)
     """Other numbers in the same files, by tag."""
+    observed: bool = False
+    """True if clipping was only observed: the clipped norms are those that it would have given."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -96,6 +98,7 @@ class Run:
             self.clipped_norms[index:],
             self.thresholds[index:],
             self.skipped[index:],
+            observed=self.observed,
         )
 
     @cached_property
@@ -115,20 +118,28 @@ class Run:
 
     @cached_property
     def clipped(self) -> NDArray[np.bool_]:
-        """True at steps whose norm was finite, and above its threshold or reduced."""
+        """True at steps whose norm was finite, and above its threshold or reduced.
+
+        Of a run that was only observed, at steps that would have been clipped.
+        """
         exceeded = self.norms > self.thresholds  # False where the threshold is NaN
         # With several thresholds none is logged: there only the reduced norm shows the clipping.
         return self.finite & (exceeded | (self.clipped_norms < self.norms))
 
     @property
     def clip_rate(self) -> float:
-        """Share of the finite norms that were clipped; 0 without a finite norm.
+        """Share of the finite norms that were clipped, as `clipped` says; 0 without a finite norm.
 
         NaN if it is not known: some trainers log the norms before clipping alone.
         """
         if len(self) and np.isnan(self.clipped_norms).all() and np.isnan(self.thresholds).all():
             return math.nan
         return float(self.clipped.sum()) / max(int(self.finite.sum()), 1)
+
+    @property
+    def changed(self) -> float:
+        """Share of the finite norms that clipping has changed; as `clip_rate`."""
+        return 0.0 if self.observed else self.clip_rate
 
 
 STEPS_AS_TUPLES = 1 << 14
@@ -152,6 +163,8 @@ class RunBuilder:
         self._single_rows: list[tuple[float, ...]] = []
         self._entries = {field: _Entries() for field in PARAMETER_TAGS}
         self._sentences: dict[int, str] = {}
+        self.observed = False
+        """True if clipping was only observed at the last step."""
 
     def __bool__(self) -> bool:
         return bool(self._packed_rows or self._single_rows)
@@ -225,6 +238,7 @@ class RunBuilder:
             by_field["weight_norms"],
             by_field["update_ratios"],
             sentences,
+            observed=self.observed,
         )
 
 
@@ -303,6 +317,7 @@ def run_of(steps: Iterable[LoggedStep], name: str) -> Run:
         fields = ((field, getattr(step, field)) for field in PARAMETER_TAGS)
         by_field = {field: numbers for field, numbers in fields if numbers}
         builder.add_step(row, by_field, step.incident)
+        builder.observed = bool(step.observed)
     return builder.run()
 
 

@@ -47,6 +47,9 @@ class Summary:
     first_step: int
     last_step: int
     clip_rate: float
+    """Share of the finite norms that were clipped, or that would have been if ``observed``."""
+    observed: bool
+    """True if clipping was only observed."""
     quantiles: dict[float, float]
     """Quantiles of the finite norms, by percent."""
     mean: float
@@ -63,6 +66,11 @@ class Summary:
     """Median of the last quarter of the norms divided by the median of the first quarter."""
     losses: LossSummary | None
     """The facts of the losses; None if none were logged."""
+
+    @property
+    def changed(self) -> float:
+        """Share of the finite norms that clipping has changed; NaN if it is not known."""
+        return 0.0 if self.observed else self.clip_rate
 
     @property
     def highest_spike(self) -> float:
@@ -85,6 +93,7 @@ def summarized(run: Run) -> Summary:
         first_step=int(run.steps[0]),
         last_step=int(run.steps[-1]),
         clip_rate=run.clip_rate,
+        observed=run.observed,
         quantiles=dict(zip(QUANTILES, map(float, levels), strict=True)),
         mean=mean(norms),
         largest=float(norms.max()) if len(norms) else math.nan,

@@ -24,6 +24,10 @@ from .run import LoggedScalar, Run, RunBuilder, as_logged_loss, not_replaced
 
 SAID = "/incidents"
 """End of the tag of a clipper's sentences about steps that stand out."""
+SETTINGS = "/settings"
+"""End of the tag of a clipper's options."""
+OBSERVES = "| exceed | observe |"
+"""The option of a clipper that only observes."""
 PLAIN = "plain"
 """The name of a norm that a trainer has logged, before it was clipped."""
 _TAG = re.compile(
@@ -81,8 +85,14 @@ class TaggedRuns:
         self._name = name
         self._runs: dict[str, _TaggedRun] = {}
         self._scalars: dict[str, _Scalar] = {}
+        self._observing: set[str] = set()
         self._newer: dict[str, None] = {}
         self._adders: dict[str, Callable[[int, float], object]] = {}
+
+    def set(self, tag: str, settings: str) -> None:
+        """Take the options of the clipper that writes from now on, a table."""
+        run = tag.removesuffix(SETTINGS)
+        (self._observing.add if OBSERVES in settings else self._observing.discard)(run)
 
     def say(self, step: int, sentences: Mapping[str, str]) -> None:
         """Add what clippers said of the step that was added last, by tag."""
@@ -123,9 +133,13 @@ class TaggedRuns:
 
     def runs(self) -> list[Run]:
         """Return the runs that have norms so far, sorted by their tags."""
-        builders = [run.so_far() for _, run in sorted(self._runs.items())]
+        builders = {tag: run.so_far() for tag, run in sorted(self._runs.items())}
         scalars = {tag: scalar.logged() for tag, scalar in sorted(self._scalars.items())}
-        return [replace(builder.run(), scalars=scalars) for builder in builders if builder]
+        return [
+            replace(builder.run(), scalars=scalars, observed=tag in self._observing)
+            for tag, builder in builders.items()
+            if builder
+        ]
 
 
 class _Scalar:

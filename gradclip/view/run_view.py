@@ -58,6 +58,7 @@ class RunView:
             "first": int(self.run.steps[0]),
             "last": int(self.run.steps[-1]),
             "sampled": self._sampled,
+            "observed": self.run.observed,
         }
 
     @cached_property

@@ -237,6 +237,14 @@ def test_the_advice_has_a_line_to_copy_and_its_number_is_marked(opened, tmp_path
     assert float(page.all(".trial input[type=text]")[0].get_property("value")) == threshold
 
 
+def test_an_observed_run_is_said_to_be_one(opened, tmp_path):
+    places = [tmp_path / name for name in ("observed", "clipped")]
+    for place, exceed in zip(places, ("observe", "scale"), strict=True):
+        log_run(place, *[4.0] * 20, exceed=exceed)
+    [note] = opened(*places).texts(".notes li")
+    assert note.startswith(f"{places[0]}: clipping was only observed.")
+
+
 def test_the_file_asks_for_nothing(opened, browser, tmp_path):
     """It opens from disk, and every address that is loaded is its own."""
     page = opened(log_norms(tmp_path / "run.jsonl", spiky()))

@@ -79,6 +79,10 @@ class Destination(ABC):
         if current is not None:
             self._current[curves] = current
 
+    def reopen(self, curves: str) -> None:
+        """Let the opening events come again before the next points of these curves."""
+        self._opened.discard(curves)
+
     @abstractmethod
     def close(self) -> None:
         """Release the file, if it is ours."""

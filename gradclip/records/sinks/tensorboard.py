@@ -91,6 +91,7 @@ class TensorBoardSink(CadencedSink):
         _open.add(self)
         self._settings: Mapping[str, str] = {}
         self._has_losses = False
+        self._is_new = True
 
     def __repr__(self) -> str:
         return f"TensorBoardSink({self._destination.directory!r})"
@@ -98,6 +99,7 @@ class TensorBoardSink(CadencedSink):
     def begin(self, settings: Mapping[str, str]) -> None:
         """See `Sink.begin`."""
         self._settings = {**settings}
+        self._is_new = True  # an earlier clipper on the same curves may have had others
 
     def follow(self, count_steps: Callable[[], int]) -> None:
         """See `Sink.follow`."""
@@ -114,6 +116,9 @@ class TensorBoardSink(CadencedSink):
         ]
         if points:
             self._has_losses = any(step.loss is not None for step in steps)
+            if self._is_new:
+                self._is_new = False
+                self._destination.reopen(prefix)
             self._destination.write(prefix, points, self._opening)
 
     def _opening(self, step: int, wall_time: float) -> list[Event]:

@@ -162,6 +162,12 @@ class Page {
     const sampled = shown
       .filter((run) => run.overview.sampled)
       .map((run) => `${run.name}: a sample of the logged steps is shown.`);
+    const observed = shown
+      .filter((run) => run.overview.observed)
+      .map(
+        (run) =>
+          `${run.name}: clipping was only observed. "After" is what it would have given; no gradient was changed.`,
+      );
     const kept = source.live
       ? "zoom in to see every step."
       : "this file keeps no more of a run this long.";
@@ -169,7 +175,7 @@ class Page {
       (size) =>
         `Curves show the smallest and the largest value of every ${whole(size)} logged steps; ${kept}`,
     );
-    const all = [...notes, ...sampled, ...extremes];
+    const all = [...notes, ...sampled, ...observed, ...extremes];
     const key = all.join("\n");
     if (key !== this._notes)
       refill(

@@ -2,7 +2,7 @@
 // return promises. RunView in run_view.py makes the answers, the same for all sources.
 //
 //   live                      true if runs may grow or vanish: the page then asks again
-//   runs()                    { format, runs: [{ id, name, steps, first, last, sampled }], notes: [sentence], reading }
+//   runs()                    { format, runs: [{ id, name, steps, first, last, sampled, observed }], notes: [sentence], reading }
 //                             id: names the run in the other questions; steps: number of logged steps;
 //                             notes: what the reader should know, such as "No run was found in ..."
 //                             reading: true if not all that is there was read yet

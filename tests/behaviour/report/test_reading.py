@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from gradclip import GradientClipper, JsonlSink
+from gradclip import GradientClipper, JsonlSink, MemorySink
 from gradclip.cli import main
 from tests.support.curves import framed, log_run
 from tests.support.report import log_line, reported
@@ -151,3 +151,27 @@ def test_few_or_no_finite_norms(summary):
     assert (one["mean"], one["largest"], one["spikes"], one["trend"]) == (3, 3, 0, None)
     assert (none["nonfinite_steps"], none["mean"]) == (2, None)
     assert {*none["quantiles"].values()} == {None}
+
+
+@pytest.mark.parametrize("exceed", ["observe", "scale"])
+def test_a_run_that_was_only_observed_is_told_from_one_that_was_clipped(tmp_path, capsys, exceed):
+    """No norm of an observed run is smaller because of clipping: its advice needs no doubt."""
+    norms, sink = [4.0, 5.0] * 150, MemorySink()
+    log_run([JsonlSink(tmp_path / "a.jsonl"), tmp_path / "a", sink], *norms, exceed=exceed)
+    observed = exceed == "observe"
+    assert {step.observed for step in sink.steps} == {True if observed else None}
+    for run in reported(tmp_path):
+        assert (run["observed"], run["clip_rate"]) == (observed, 1.0)
+        assert run["advice"]["max_norm"] == (10.0 if observed else "auto")
+        assert run["advice"]["confidence"]["level"] == ("high" if observed else "medium")
+        [note] = run["advice"]["warnings"]
+        assert ("100.00% of the steps would have been clipped" in note) == observed
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("would have been clipped") == 4 * observed
+
+
+def test_the_options_of_a_resumed_clipper_count(tmp_path):
+    log_run(tmp_path, 4.0, exceed="observe")
+    log_run(tmp_path, 4.0, first=1)
+    [run] = reported(tmp_path)
+    assert (run["steps"], run["observed"]) == (2, False)

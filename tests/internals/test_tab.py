@@ -80,6 +80,7 @@ def test_curves(tmp_path, make):
             "first": runs["a"]["first"],
             "last": 1499,
             "sampled": is_sample,
+            "observed": False,
         }
     }
     assert tab.answer("/overview", run="a")["summary"]["steps"] == count

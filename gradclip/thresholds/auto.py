@@ -47,18 +47,18 @@ class Auto(AdaptiveThreshold):
     hides others until the level has come down.
     <!-- test: make bench-without-tuning -->
 
-    In the formulas n is the norm, p the norm before and T the threshold. A mean is exponential: a new
-    value has the weight 0.04.
+    In the formulas n is the norm, p the norm before and T the threshold. A mean is exponential: a
+    new value has the weight 0.04.
 
     - ``closeness = mean of min(n / p, p / n, T / n)``, from 0 to 1;
     - ``factor = clamp(1 + 9 (closeness - 0.533), 1, 3)``, to be exact with the slope 2 / 0.223;
     - ``level = mean of min(n, 2 level)``, whose rises count ``factor / 3`` times;
     - ``T = factor level``.
 
-    The level rises by at most 4 % a step, or 1.3 % if norms are scattered, and falls by at most 4 %.
-    The first norm sets the level and is not limited. The rule learns from norms before clipping,
-    and not from a norm of 0. The constants were chosen on eight trainings and tried on others: see
-    ``benchmarks/results/without_tuning.md``.
+    The level rises by at most 4 % a step, or 1.3 % if norms are scattered, and falls by at most
+    4 %. The first norm sets the level and is not limited. The rule learns from norms before
+    clipping, and not from a norm of 0. The constants were chosen on eight trainings and tried
+    on others: see ``benchmarks/results/without_tuning.md``.
     <!-- test: tests/behaviour/thresholds/test_auto.py -k 'lift or decades or zero' -->
 
     Memory: ``3 k`` norms.

@@ -341,6 +341,15 @@ MISUSES = {
 }
 
 
+def test_a_skip_limit_counts_no_micro_batches(route):
+    """That are left out; it counts steps that are skipped."""
+    run = Accumulation(exceed="skip", skip_limit=1)
+    run.take([WILD, *CALM, WILD])
+    run.clipper.step()
+    run.clipper.flush()
+    assert (run.clipper.steps, run.clipper.skipped) == (1, 0)
+
+
 @pytest.mark.parametrize(("misuse", "text"), MISUSES.values(), ids=MISUSES)
 def test_misuses_are_refused(misuse, text):
     """The gradients and the parameters are as before."""

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from gradclip import AttachError, GradientClipper, MemorySink, Threshold
-from gradclip.thresholds import Percentile
+from gradclip.thresholds import MovingAverage, Percentile
 from tests.support.reference import INF, bits_in
 from tests.support.rules import RULES
 from tests.support.twins import PlannedError, assert_tensors_close
@@ -144,6 +144,29 @@ def test_rules_learn_once_from_each_backward_pass(name, scope):
     """Of MovingAverage, that has no total norm within a pass, without a limit in its warm-up."""
     options = {"warmup_norm": 1e9} if name == "MovingAverage" else {}
     check_as_after(max_norm=lambda: RULES[name](**options), scope=scope)
+
+
+def test_a_function_is_called_at_each_step_of_a_pass():
+    """And once more for the record."""
+    asked: list[int] = []
+
+    def limit(step: int) -> float:
+        asked.append(step)
+        return LIMIT
+
+    run = Released(limit)
+    run.take(range(1, 3))
+    calls = len(run.optimizers) + 1
+    assert asked == [0] * calls + [1] * calls
+
+
+def test_a_moving_average_limits_each_norm_in_its_warm_up():
+    """And not the total norm, which no step within a pass knows."""
+    run = Released(MovingAverage(1.05, warmup_norm=0.1))
+    run.take(range(1, 2))
+    norms = run.clipper.last.norms
+    assert (norms > 0.1).sum() > 1
+    torch.testing.assert_close(run.clipper.last.clipped_norm, norms.clamp(max=0.1))
 
 
 def test_groups_with_a_threshold_of_their_own():

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradclip
-from gradclip import clip_gradients_, get_total_norm
+from gradclip import clip_grad_norm_, clip_gradients_, get_total_norm
 from tests.support.engines import bits, denormals_flushed
+from tests.support.reference import parameter_with
 from tests.support.tolerances import NORM, ROUNDOFF, clipped_norm_error, element_error, smallest
 
 pytestmark = pytest.mark.usefixtures("cpu_engine")
@@ -299,3 +300,16 @@ def test_the_same_gradients_give_the_same_bits_whatever_the_number_of_threads(
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_where_torch_is_wrong():
+    """Many equal elements, and gradients whose squares are beyond the range of float32."""
+    gradient = torch.full((10_000_000,), 0.1)
+    exact = gradient[0].double().item() * math.sqrt(gradient.numel())
+    assert abs(nn.utils.get_total_norm([gradient]).item() / exact - 1) > 5e-3
+    assert get_total_norm([gradient]).item() == pytest.approx(exact, rel=NORM)
+    huge = [parameter_with(torch.full((4,), 1e19)) for _ in range(2)]
+    nn.utils.clip_grad_norm_(huge[:1], 1.0)
+    clip_grad_norm_(huge[1:], 1.0)
+    assert huge[0].grad.tolist() == [0.0] * 4
+    assert huge[1].grad.tolist() == pytest.approx([0.5] * 4)

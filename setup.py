@@ -4,6 +4,7 @@ The library is linked neither to Python nor to torch: one wheel serves every ver
 """
 
 import os
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -48,8 +49,8 @@ class PlatformWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         """Return the tags of interpreter, ABI and platform."""
-        built = self.get_finalized_command("build_ext").built
-        return "py3", "none", super().get_tag()[2] if built else "any"
+        build: Any = self.get_finalized_command("build_ext")  # a BuildLibrary
+        return "py3", "none", super().get_tag()[2] if build.built else "any"
 
 
 if __name__ == "__main__":  # release/wheels.py compiles what is named here for other platforms

@@ -32,7 +32,7 @@ TIME = (1980, 1, 1, 0, 0, 0)
 """Of every file in a wheel: the first that a zip archive can hold."""
 
 
-def zig(target: str, *arguments: str | Path, folder: Path = ROOT) -> None:
+def zig(target: str, *arguments: str | os.PathLike[str], folder: Path = ROOT) -> None:
     """Run zig's C compiler for a target, in a folder."""
     command = [sys.executable, "-m", "ziglang", "cc", "-target", target]
     subprocess.run([*command, *arguments], check=True, cwd=folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .averages import mean
-from .confidence import Confidence, confidence_in
+from .confidence import SELDOM, Confidence, confidence_in
 from .fitting import rounded_up
 from .kinds import judged
 from .run import Run
@@ -76,6 +76,8 @@ def advised(run: Run, summary: Summary) -> Advice:
         )
     usual = mean(norms[norms <= summary.spike_line])
     judgement = judged(run, summary)
+    if judgement.exploded and summary.changed > SELDOM:
+        warnings += (_warning_of_rate(summary),)
     candidates = {rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
     candidates |= {rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
     shares = {limit: float((norms > limit).mean()) for limit in sorted(candidates) if limit > 0}
@@ -96,6 +98,14 @@ def _line(kind: str, max_norm: float | str | None) -> str:
     argument = '"auto"' if max_norm == "auto" else f"{max_norm:g}"
     skip = ', nonfinite="skip"' if kind == "exploding" else ""
     return f"GradientClipper(optimizer, {argument}{skip})"
+
+
+def _warning_of_rate(summary: Summary) -> str:
+    """Return what to do about norms that rose for good while they were clipped."""
+    return (
+        f"Norms exploded though {summary.changed:.2%} of them were clipped: no threshold of this "
+        "size stops it. Lower the learning rate, or take a threshold far below the usual norms."
+    )
 
 
 def _warnings(run: Run, summary: Summary) -> tuple[str, ...]:

@@ -444,3 +444,11 @@ def test_a_training_with_the_advised_line_ends_better_than_without(tmp_path, kin
     assert len(clipped - {*bad}) < 12
     assert better < 1.1 * best
     assert better == loss if kind == "quiet" else not loss < 1.05 * better
+
+
+def test_an_explosion_of_clipped_norms_is_the_learning_rates(summary):
+    """The clipped norms of a training with a rate that is too high explode all the same."""
+    [note] = summary(EXPLODING, threshold=2.0)["advice"]["warnings"]
+    assert "Lower the learning rate" in note
+    assert "Lower the learning rate" not in str(summary(EXPLODING)["advice"]["warnings"])
+    assert "Lower the learning rate" not in str(summary(SPIKY, threshold=0.5)["advice"]["warnings"])

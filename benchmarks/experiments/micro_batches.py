@@ -12,6 +12,7 @@ import argparse
 import runpy
 import statistics
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def report(seeds: int) -> list[str]:
     return [
         "# Clipping by micro-batch, on noisy labels",
         "",
-        f"Written by `{command}`, torch {torch.__version__}.",
+        f"Written by `{command}` on {date.today()}, torch {torch.__version__}.",
         "",
         setting,
         "",

@@ -76,8 +76,8 @@ def advised(run: Run, summary: Summary) -> Advice:
         )
     usual = mean(norms[norms <= summary.spike_line])
     judgement = judged(run, summary)
-    if judgement.exploded and summary.changed > SELDOM:
-        warnings += (_warning_of_rate(summary),)
+    if judgement.exploded and run.changed > SELDOM:
+        warnings += (_warning_of_rate(run),)
     candidates = {rounded_up(usual * factor) for factor in (0.5, 1, 2, 5, 10)}
     candidates |= {rounded_up(summary.quantiles[percent]) for percent in (90.0, 99.0, 99.9)}
     shares = {limit: float((norms > limit).mean()) for limit in sorted(candidates) if limit > 0}
@@ -100,11 +100,11 @@ def _line(kind: str, max_norm: float | str | None) -> str:
     return f"GradientClipper(optimizer, {argument}{skip})"
 
 
-def _warning_of_rate(summary: Summary) -> str:
+def _warning_of_rate(run: Run) -> str:
     """Return what to do about norms that rose for good while they were clipped."""
     return (
-        f"Norms exploded though {summary.changed:.2%} of them were clipped: no threshold of this "
-        "size stops it. Lower the learning rate, or take a threshold far below the usual norms."
+        f"Norms exploded though {run.changed:.2%} of them were clipped: this threshold did "
+        "not stop it. Lower the learning rate, or take a threshold far below the usual norms."
     )
 
 

@@ -53,14 +53,15 @@ def add_event(runs: TaggedRuns, event: Event) -> None:
         elif value.tag.endswith(SAID) and value.tensor.string_val:
             sentences[value.tag] = _text(value)
         elif value.tag.endswith(SETTINGS) and value.tensor.string_val:
-            runs.set(value.tag, _text(value))
+            runs.configure(value.tag, _text(value))
     runs.add(event.step, numbers)
     if sentences:
         runs.say(event.step, sentences)
 
 
 def _text(value: Summary.Value) -> str:
-    return value.tensor.string_val[0].decode(errors="replace")  # type: ignore[no-any-return]
+    text: str = value.tensor.string_val[0].decode(errors="replace")
+    return text
 
 
 def _number(value: Summary.Value) -> float | None:

@@ -46,7 +46,7 @@ class Judgement:
     @property
     def max_norm(self) -> float | Literal["auto"] | None:
         """What is advised: the threshold, or "auto" where following the norms is better."""
-        quiet_by_clipping = self.kind == "quiet" and self.summary.changed > CLIPPED
+        quiet_by_clipping = self.kind == "quiet" and self.run.changed > CLIPPED
         return "auto" if self.kind in FOLLOWED or quiet_by_clipping else self.threshold
 
 
@@ -81,7 +81,7 @@ def _fitted(run: Run, summary: Summary) -> tuple[str, float, str]:
         share = float((norms > threshold).mean())
         return "spiky", threshold, _reason_for_spikes(summary, threshold, share)
     threshold = safeguard(norms)
-    return "quiet", threshold, _reason_for_quiet(summary, threshold)
+    return "quiet", threshold, _reason_for_quiet(summary, run.changed, threshold)
 
 
 def _warm_up(run: Run, settled: Run, threshold: float) -> str:
@@ -127,16 +127,16 @@ def _reason_for_spikes(summary: Summary, threshold: float, share: float) -> str:
     )
 
 
-def _reason_for_quiet(summary: Summary, threshold: float) -> str:
+def _reason_for_quiet(summary: Summary, changed: float, threshold: float) -> str:
     usual = "the norms before it or the usual norm" if summary.spikes else "the norms before it"
     finding = f"Nothing needs clipping: no norm was far above {usual}."
-    if summary.changed > 0:
+    if changed > 0:
         finding = (
-            f"No norm was far above {usual}. But this training clipped {summary.clip_rate:.2%} of "
-            "its steps; without clipping its norms may be larger."
+            f"No norm was far above {usual}. But this training clipped {changed:.2%} of its "
+            "steps; without clipping its norms may be larger."
         )
     number = f"{threshold:g} is"
-    if summary.changed > CLIPPED:
+    if changed > CLIPPED:
         finding += ' "auto" goes on limiting them, and needs no number.'
         number = f"The number that would do instead is {threshold:g},"
     return (

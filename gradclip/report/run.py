@@ -138,7 +138,7 @@ class Run:
 
     @property
     def changed(self) -> float:
-        """Share of the finite norms that clipping has changed; as `clip_rate`."""
+        """Share of the finite norms that clipping has changed; NaN if it is not known."""
         return 0.0 if self.observed else self.clip_rate
 
 

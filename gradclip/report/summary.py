@@ -68,11 +68,6 @@ class Summary:
     """The facts of the losses; None if none were logged."""
 
     @property
-    def changed(self) -> float:
-        """Share of the finite norms that clipping has changed; NaN if it is not known."""
-        return 0.0 if self.observed else self.clip_rate
-
-    @property
     def highest_spike(self) -> float:
         """Ratio of the highest spike to the median before it; NaN without a spike."""
         if not self.largest_spikes:

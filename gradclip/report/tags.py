@@ -86,13 +86,16 @@ class TaggedRuns:
         self._runs: dict[str, _TaggedRun] = {}
         self._scalars: dict[str, _Scalar] = {}
         self._observing: set[str] = set()
+        """The runs whose clipper only observes."""
         self._newer: dict[str, None] = {}
         self._adders: dict[str, Callable[[int, float], object]] = {}
 
-    def set(self, tag: str, settings: str) -> None:
-        """Take the options of the clipper that writes from now on, a table."""
+    def configure(self, tag: str, settings: str) -> None:
+        """Take the options of the clipper that writes a run from now on, as a table."""
         run = tag.removesuffix(SETTINGS)
-        (self._observing.add if OBSERVES in settings else self._observing.discard)(run)
+        self._observing.discard(run)
+        if OBSERVES in settings:
+            self._observing.add(run)
 
     def say(self, step: int, sentences: Mapping[str, str]) -> None:
         """Add what clippers said of the step that was added last, by tag."""

@@ -29,7 +29,7 @@ def sections_of(text: str) -> dict[str, str]:
 
 
 def anchor_of(heading: str) -> str:
-    """Return the fragment of an address that leads to a heading."""
+    """Return the fragment of an address that leads to a heading on GitHub."""
     return re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
 
 

@@ -1,8 +1,8 @@
-"""Lays out what the site is built from, in build/docs: the pages of docs/ and some from outside.
+"""The source of the site, in build/docs: the pages of docs/ and some from outside.
 
-``make docs`` calls it. Beside docs/ the site has the README as its first page, the changelog, the
-results of benchmarks, and the evidence. Links to other files of the repository lead to where they
-are hosted.
+``make site`` writes it. The README is the first page of the site; the changelog, the results of
+benchmarks and the evidence are pages as well. A link to another file of the repository leads to its
+place on GitHub.
 """
 
 from __future__ import annotations

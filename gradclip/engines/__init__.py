@@ -115,8 +115,8 @@ def _load_triton() -> str | None:
 def _load_native() -> str | None:
     """Add the native engine; return why this installation lacks it, or None.
 
-    A library that is there and does not fit is a fault, of which this warns; an installation may
-    well go without one.
+    A library that is there and does not fit is a fault and gets a warning; an installation without
+    a library is none.
     """
     try:
         _ENGINES["native"] = _BEST["cpu"] = NativeEngine(loading.load())

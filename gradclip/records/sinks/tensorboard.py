@@ -99,7 +99,7 @@ class TensorBoardSink(CadencedSink):
     def begin(self, settings: Mapping[str, str]) -> None:
         """See `Sink.begin`."""
         self._settings = {**settings}
-        self._is_new = True  # an earlier clipper on the same curves may have had others
+        self._is_new = True  # the settings of an earlier clipper on these curves are out of date
 
     def follow(self, count_steps: Callable[[], int]) -> None:
         """See `Sink.follow`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 Timer = Callable[[Callable[[], object], Callable[[], None]], float]
 """Returns the seconds that a call took, given the call and its preparation."""
@@ -38,24 +39,30 @@ def interleaved_medians(
     """Return the median time of each rival in seconds a call.
 
     Args:
-        rivals: Calls to time, by name. Each round calls all of them, in an order that rotates.
+        rivals: Calls to time, by name. Each round calls all of them once, in another order: a call
+            finds its code cold after some rivals and warm after others.
         prepare: Called before every timed call, outside the timed part.
         seconds: Duration of all rounds together; at least 5 rounds are made.
         calls: Calls whose mean is one measurement, for costs that occur once in many calls.
         timer: Times one call.
     """
-    names = list(rivals)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in rivals}
     end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 6 or time.perf_counter() < end:
-        first = rounds % len(names)
-        for name in names[first:] + names[:first]:
+    for done, names in enumerate(orders(rivals)):
+        if done >= 6 and time.perf_counter() >= end:
+            break
+        for name in names:
             taken = sum(timer(rivals[name], prepare) for _ in range(calls))
             times[name].append(taken / calls)
-        rounds += 1
     # The first round pays for one-time allocations.
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def orders(names: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the names in random orders without end, the same ones in every process."""
+    generator, names = random.Random(0), [*names]
+    while True:
+        yield generator.sample(names, len(names))
 
 
 @contextlib.contextmanager

@@ -38,17 +38,28 @@ from benchmarks.cost import instructions
 from benchmarks.cost.bandwidth import read_bandwidth
 from gradclip import engines
 from gradclip.engines import engine_for
+from gradclip.thresholds import (
+    MeanDeviation,
+    MedianDeviation,
+    MovingAverage,
+    Percentile,
+    ZScore,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REGIMES = {"under": 1e9, "clipping": 1.0}
 RIVALS = ("hook", "function", "operators", "foreach")
-RULES = {
-    "ZScore": gradclip.thresholds.ZScore,
-    "MovingAverage": gradclip.thresholds.MovingAverage,
-    "MeanDeviation(6)": gradclip.thresholds.MeanDeviation,
-    "MedianDeviation(10)": gradclip.thresholds.MedianDeviation,
-    "Percentile(10)": gradclip.thresholds.Percentile,
+RULES: dict[str, Callable[[], Any]] = {
+    "auto": lambda: "auto",
+    "ZScore": ZScore,
+    "MovingAverage": MovingAverage,
+    "MovingAverage(warmup_norm=1e9)": lambda: MovingAverage(warmup_norm=1e9),
+    "MeanDeviation(6)": MeanDeviation,
+    "MedianDeviation(10)": MedianDeviation,
+    "Percentile(10)": Percentile,
+    "Percentile(10, factor=2)": lambda: Percentile(factor=2),
 }
+"""Rules as they were published; those that clip here once more such that they clip nothing."""
 BUSY = {"60 of 4,096": [(4096,)] * 60, "16 of 65,536": [(65536,)] * 16}
 """Shapes that are measured beside a busy program, by name."""
 
@@ -177,20 +188,21 @@ def measure_logging(seconds: float) -> dict[str, float]:
     return {name: taken * 1e6 for name, taken in medians.items()}
 
 
-def measure_hooks(name: str, seconds: float) -> dict[str, float]:
-    """Return the cost of hooked steps with a log and with rules, as ratios to torch's function."""
+def measure_hooks(name: str, seconds: float) -> dict[str, tuple[float, float]]:
+    """Return the costs of hooked steps, as ratios to torch's function, and the shares clipped."""
     gradients = Gradients(SETS[name](), torch.float32)
     parameters = gradients.parameters
     rivals: dict[str, Callable[[], object]] = {
         "torch": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e9),
         "empty step": Still(parameters).step,
     }
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as clippers:
+    clippers = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
 
         def add(key: str, max_norm: Any, **options: Any) -> None:
             optimizer = Still(parameters)
-            clippers.enter_context(gradclip.GradientClipper(optimizer, max_norm, **options))
-            rivals[key] = optimizer.step
+            clipper = gradclip.GradientClipper(optimizer, max_norm, **options)
+            clippers[key], rivals[key] = stack.enter_context(clipper), optimizer.step
 
         for regime, max_norm in REGIMES.items():
             add(f"hook, {regime}", max_norm)
@@ -198,7 +210,12 @@ def measure_hooks(name: str, seconds: float) -> dict[str, float]:
         for key, rule in RULES.items():
             add(key, rule())
         medians = interleaved_medians(rivals, gradients.rewrite, seconds)
-    return {key: medians[key] / medians["torch"] for key in rivals if key != "torch"}
+        clipped = {key: clipper.clip_rate() for key, clipper in clippers.items()}
+    return {
+        key: (medians[key] / medians["torch"], clipped.get(key, 0.0))
+        for key in rivals
+        if key != "torch"
+    }
 
 
 @contextmanager
@@ -278,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Read bandwidth {bandwidth / 1e9:.1f} GB/s, by {reader}.",
         "Ratios to torch's default in the same run; lower is faster.",
         "",
-        *tables_of_hooks(hooks),
+        *table_of_hooks(hooks),
         "",
         *tables_of_sets(rows, logging),
         "",
@@ -307,11 +324,15 @@ def main(argv: list[str] | None = None) -> None:
     save(lines, options.save)
 
 
-def tables_of_hooks(hooks: dict[str, dict[str, float]]) -> list[str]:
-    """Return a Markdown table of hooked steps, a column for each set."""
-    names = list(next(iter(hooks.values())))
-    rows = [[name, *(f"{ratios[name]:.2f}" for ratios in hooks.values())] for name in names]
-    return table(["a whole step", *hooks], rows)
+def table_of_hooks(hooks: dict[str, dict[str, tuple[float, float]]]) -> list[str]:
+    """Return a Markdown table of hooked steps, two columns for each set."""
+    header, rows = ["a whole step"], [[name] for name in next(iter(hooks.values()))]
+    for name, measured in hooks.items():
+        header += [name, "steps clipped"]
+        for row in rows:
+            ratio, clipped = measured[row[0]]
+            row += [f"{ratio:.2f}", f"{clipped:.0%}"]
+    return table(header, rows)
 
 
 def tables_of_sets(rows: list[dict[str, Any]], logging: dict[str, float]) -> list[str]:

@@ -48,6 +48,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 import gradclip
 from benchmarks.common.gradients import Still, machine
 from benchmarks.common.markdown import save, table
+from benchmarks.common.timing import orders
 
 WIDTH, BLOCK = 64, 4
 REGIMES = {"under": 1e9, "clipping": 1e-3}
@@ -125,13 +126,13 @@ def fastest_tenths(
     """
     names = list(rivals)
     began, done = torch.zeros(2, len(names), rounds + 1, dtype=torch.float64)
-    for turn in range(rounds + 1):
-        for rotated in range(turn, turn + len(names)):
-            index = rotated % len(names)
+    for turn, order in zip(range(rounds + 1), orders(names), strict=False):
+        for name in order:
+            index = names.index(name)
             prepare()
             distributed.barrier()
             start = time.perf_counter()
-            rivals[names[index]]()
+            rivals[name]()
             began[index, turn], done[index, turn] = start, time.perf_counter()
     for times in (began, done):
         distributed.all_reduce(times, distributed.ReduceOp.MAX)

@@ -28,6 +28,7 @@ from benchmarks.common.shapes import SETS
 from benchmarks.common.timing import interleaved_medians
 from gradclip.thresholds import (
     Percentile,
+    Quantile,
     RelativeToWeights,
     StepContext,
     Threshold,
@@ -57,16 +58,22 @@ class Clipping:
         state: The object with the state dict; None without one.
         attach: Returns optimizers whose steps clip, given optimizers; None if the package has no
             such thing.
+        steps: True if `clip` is a whole step of the optimizer.
     """
 
     clip: Step
     clip_and_norm: Step | None = None
     state: Any = None
     attach: Callable[[Optimizers], Optimizers | None] = lambda optimizers: None
+    steps: bool = False
 
     def __call__(self) -> object:
         """Clip."""
         return self.clip()
+
+    def with_step_of(self, optimizer: Optimizer) -> Step:
+        """Return a call that clips and takes a step, of this optimizer if `clip` takes none."""
+        return self.clip if self.steps else lambda: (self.clip(), optimizer.step())
 
     def norm(self) -> float | None:
         """Clip and return the norm that the package reports; None without one."""
@@ -102,7 +109,7 @@ def zclip(parameters: list[nn.Parameter]) -> Clipping:
 
 
 def smartclip_autoclip(parameters: list[nn.Parameter]) -> Clipping:
-    """Return smartclip's percentile 10, over all parameters."""
+    """Return smartclip's percentile 10, tracked with one number, over all parameters."""
     return _smartclip(
         parameters,
         lambda core: core.AutoClip(mode="percentile", percentile=10.0, scope="global"),
@@ -240,14 +247,21 @@ def _stateful(clipper: Any) -> Any:
     return clipper if hasattr(clipper, "state_dict") else None
 
 
-LIKE_PEERS = {
-    "autoclip QuantileClip": ("global", Percentile),
-    "smartclip AutoClip": ("global", Percentile),
-    "zclip ZClip": ("global", ZScore),
-    "smartclip ZScoreClip": ("global", ZScore),
-    "timm adaptive_clip_grad": ("unit", RelativeToWeights),
+RULES: dict[str, tuple[str, Callable[[], Threshold]]] = {
+    "Percentile": ("global", Percentile),
+    "Quantile(10)": ("global", lambda: Quantile(10)),
+    "ZScore": ("global", ZScore),
+    "RelativeToWeights": ("unit", RelativeToWeights),
 }
-"""The scope and the rule that are nearest to each peer."""
+"""The scope and the maker of each rule of gradclip that is like one of a package."""
+LIKE_PEERS = {
+    "autoclip QuantileClip": "Percentile",
+    "smartclip AutoClip": "Quantile(10)",
+    "zclip ZClip": "ZScore",
+    "smartclip ZScoreClip": "ZScore",
+    "timm adaptive_clip_grad": "RelativeToWeights",
+}
+"""The rule that is nearest to each package's."""
 
 
 class Halving(Threshold):
@@ -261,7 +275,7 @@ class Halving(Threshold):
 
 
 def measure_peers(name: str, seconds: float) -> dict[str, dict[str, float]]:
-    """Return the times of each peer and of the nearest scope and rule, after some steps of both.
+    """Return the times of steps with each peer and with the nearest rule, after some of both.
 
     For AGC the gradients are so small that about half of the units are clipped.
     """
@@ -271,12 +285,12 @@ def measure_peers(name: str, seconds: float) -> dict[str, dict[str, float]]:
         theirs = peer(other, gradients.parameters)
         if theirs is None:
             continue
-        scope, rule = LIKE_PEERS[other]
-        optimizer = Still(gradients.parameters)
-        rivals = {"theirs": theirs, "hook": optimizer.step}
+        scope, rule = RULES[LIKE_PEERS[other]]
+        optimizer, bare = Still(gradients.parameters), Still(gradients.parameters)
+        rivals = {"theirs": theirs.with_step_of(bare), "hook": optimizer.step}
         if scope == "unit":
-            units = functools.partial(gradclip.clip_grad_units_, gradients.parameters)
-            rivals["clip_grad_units_"] = units
+            units = Clipping(functools.partial(gradclip.clip_grad_units_, gradients.parameters))
+            rivals["clip_grad_units_"] = units.with_step_of(bare)
         factor = 5e-4 if scope == "unit" else 1.0
 
         def prepare(gradients: Gradients = gradients, factor: float = factor) -> None:

@@ -5,10 +5,10 @@
 
 Measures the cost of a step, the error of the norm against float64, and the results in hazards (see
 `hazards.py`). A package that is not installed is shown as such. Calls are interleaved, each on
-newly rewritten gradients, and their times are ratios to torch's `clip_grad_norm_`. One thread
-computes, and the time is its CPU time: on a busy machine the wall time would count the work of
-others. "gradclip hook", "Percentile", "ZScore" and "RelativeToWeights" are whole steps of an
-optimizer that does nothing, records included; all others are calls of a function.
+newly rewritten gradients. Each is a whole step of an optimizer that does nothing: a hooked step,
+record included, or the call of a function and a step without hooks. Times are ratios to such a step
+with torch's `clip_grad_norm_`. One thread computes, and the time is its CPU time: on a busy machine
+the wall time would count the work of others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ REGIMES: dict[str, tuple[float, ...]] = {"under": (0.5,), "clipping": (5.0,)}
 """Norms of the gradients, whose threshold is 1."""
 VARIED = tuple(USUAL[0] + (USUAL[1] - USUAL[0]) * (index * 24 % 61) / 61 for index in range(61))
 """Norms for rules, never the same twice in a row."""
+LEARNED: dict[str, Callable[[], Iterator[float]]] = {
+    "varied": lambda: itertools.cycle(VARIED),
+    "falling": lambda: (USUAL[0] * 0.99999**step for step in itertools.count()),
+}
+"""Norms for rules by regime. Those that fall are below all that a rule has seen."""
 HALF_OF_UNITS = 5e-4
 """Size of the elements for which AGC clips about half of the units of `Gradients`."""
 COMPILE_SECONDS = 240.0
@@ -71,6 +76,7 @@ class Prepared:
     ) -> None:
         self.clippings: dict[str, Clipping] = {}
         self.missing: Cells = {}
+        self._bare = Still(gradients.parameters)
         for way in ways:
             if not way.installed:
                 self.missing[way.name] = "not installed"
@@ -85,8 +91,9 @@ class Prepared:
                 self.missing[way.name] = raised(error)
 
     def medians(self, prepare: Callable[[], None], seconds: float) -> Medians:
-        """Return the median time of each way in seconds."""
-        return interleaved_medians(self.clippings, prepare, seconds, timer=by_thread)
+        """Return the median time of a step with each way in seconds."""
+        steps = {name: each.with_step_of(self._bare) for name, each in self.clippings.items()}
+        return interleaved_medians(steps, prepare, seconds, timer=by_thread)
 
     def errors(self, prepare: Callable[[], None], norm: Callable[[], float]) -> Cells:
         """Return the error of the norm that each way reports."""
@@ -109,15 +116,15 @@ def error_of(norm: float, true: float) -> str:
     return f"{abs(norm / true - 1):.0e}"
 
 
-def scaled(gradients: Gradients, norms: Sequence[float]) -> Callable[[], None]:
+def scaled(gradients: Gradients, norms: Iterator[float]) -> Callable[[], None]:
     """Return a call that rewrites gradients with one norm after the other."""
     gradients.rewrite()
-    usual, following = gradients.norm(), itertools.cycle(norms)
+    usual = gradients.norm()
 
     def prepare() -> None:
         gradients.rewrite()
         tensors: list[Any] = [parameter.grad for parameter in gradients.parameters]
-        torch._foreach_mul_(tensors, next(following) / usual)
+        torch._foreach_mul_(tensors, next(norms) / usual)
 
     return prepare
 
@@ -149,17 +156,19 @@ def measure_set(
     prepared = Prepared(fixed, gradients, gradients.rewrite)
     rows: dict[str, Any] = {"missing": dict(prepared.missing)}
     for regime, norms in REGIMES.items():
-        rows[regime] = prepared.medians(scaled(gradients, norms), seconds)
+        rows[regime] = prepared.medians(scaled(gradients, itertools.cycle(norms)), seconds)
     rows["errors"] = prepared.errors(gradients.rewrite, gradients.norm)
     reference = [way for way in fixed if way.name == REFERENCE]
     size = gradients.bytes // torch.float32.itemsize
-    for kind, norms in {"adaptive": VARIED, "unit": (HALF_OF_UNITS * size**0.5,)}.items():
+    of_units = {"unit": lambda: itertools.repeat(HALF_OF_UNITS * size**0.5)}
+    for kind, regimes in {"adaptive": LEARNED, "unit": of_units}.items():
         ways = [way for way in adaptive if way.kind == kind]
-        prepare = scaled(gradients, norms)
-        rivals = Prepared([*reference, *ways], gradients, prepare)
+        first, *_ = regimes.values()
+        rivals = Prepared([*reference, *ways], gradients, scaled(gradients, first()))
         if kind == "adaptive":
             warm_up(rivals, gradients)
-        rows[kind] = rivals.medians(prepare, seconds)
+        for regime, norms in regimes.items():
+            rows[regime] = rivals.medians(scaled(gradients, norms()), seconds)
         rows["missing"].update(rivals.missing)
         rows["errors"].update(rivals.errors(gradients.rewrite, gradients.norm))
     return rows
@@ -243,14 +252,15 @@ def report(options: argparse.Namespace) -> list[str]:
         "",
         "## Cost of a step",
         "",
-        "CPU time of the computing thread, as ratios to torch's `clip_grad_norm_`.",
+        "CPU time of a whole step, as ratios to one with torch's `clip_grad_norm_`.",
         "With a given threshold, below it and above it:",
         "",
         *cost_table(measured, fixed, list(REGIMES)),
         "",
-        "With a threshold learned from earlier norms; gradclip's rules follow similar packages:",
+        "With a threshold learned from earlier norms; gradclip's rules follow similar packages. Of",
+        "norms that vary some rules clip most, of norms that fall no rule clips any:",
         "",
-        *cost_table(measured, rules, ["adaptive"]),
+        *cost_table(measured, rules, ["varied", "falling"]),
         "",
         "Unit by unit, with about half of the units clipped:",
         "",

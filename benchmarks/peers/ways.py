@@ -16,6 +16,7 @@ from benchmarks.peers.packages import (
     FIXED,
     LIKE_PEERS,
     PEERS,
+    RULES,
     Clipping,
     MakeFixed,
     parameters_of,
@@ -78,10 +79,11 @@ def fixed_ways(backend: str) -> list[Way]:
 def adaptive_ways() -> list[Way]:
     """Return the ways with rules, each of gradclip's after the similar ones."""
     ways = []
-    for scope, rule in dict.fromkeys(LIKE_PEERS.values()):
+    for rule in dict.fromkeys(LIKE_PEERS.values()):
+        scope, make = RULES[rule]
         kind = "unit" if scope == "unit" else "adaptive"
         for name in PEERS:
-            if LIKE_PEERS[name] == (scope, rule):
+            if LIKE_PEERS[name] == rule:
                 ways.append(Way(name, kind, _of_parameters(PEERS[name])))
         if scope == "unit":
             ways.append(
@@ -95,7 +97,7 @@ def adaptive_ways() -> list[Way]:
                     ),
                 )
             )
-        ways.append(Way(f"gradclip {rule.__name__}", kind, _hook(rule, scope)))
+        ways.append(Way(f"gradclip {rule}", kind, _hook(make, scope)))
     return ways
 
 
@@ -135,6 +137,7 @@ def _hook(rule: Callable[[], float | Threshold], scope: str) -> Make:
             last: Any = clipper.last
             return last.norm if last.norm.dim() == 0 else None
 
-        return Clipping(optimizers[0].step, step_and_norm, clipper, lambda optimizers: optimizers)
+        step = optimizers[0].step
+        return Clipping(step, step_and_norm, clipper, lambda attached: attached, steps=True)
 
     return make

@@ -147,12 +147,10 @@ class SharedHostGradients(HostGradients):
         # Laid out as by `measure_across_ranks`, which serves the ranks without gradients.
         losses = host_loss_numbers(self.loss, order)
         rest = [1.0, *losses] if self._needs_present else losses
+        here = [total, NO_LOSS if rest == [0.0, 0.0] else total.new_tensor(rest)]
         if names:
-            of_parameters = sums_by_norm(sums, order, self._parameter_indices, len(names))
-            here = torch.cat((total, of_parameters, total.new_tensor(rest)))
-        else:
-            here = total.new_tensor([total.item(), *rest])
-        vector = self._parts.group.reduced_(here, order)
+            here.insert(1, sums_by_norm(sums, order, self._parameter_indices, len(names)))
+        vector = self._parts.group.reduced_(torch.cat(here), order)
         numbers = vector.tolist()
         self.loss = host_mean_loss(numbers[-len(losses) :], order)
         norm = host_root(numbers[0], order)
@@ -196,5 +194,7 @@ def _sums_and_total(engine: Engine, parts: Parts, order: float) -> tuple[Tensor,
     return sums, sums.amax(0, keepdim=True) if order == INFINITY else sums.sum(0, keepdim=True)
 
 
+NO_LOSS = torch.zeros(2, dtype=torch.float64, device="cpu")
+"""What a rank without a loss sends beside its power sum; made once, as it is sent at every step."""
 UNCHANGED = Decision(False, 1.0, 1.0)
 """The decision for a norm that is at most its threshold."""

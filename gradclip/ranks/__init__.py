@@ -1,6 +1,6 @@
 """Ranks: the norm of a gradient whose parts lie on several processes.
 
-Each rank measures the power sums of what it holds; one all-reduce a step for each group of ranks
+Each rank measures the power sums of what it holds; one collective a step for each group of ranks
 adds them up (of the infinity norm it takes the largest), and only then the root is taken. A
 gradient is on several ranks in one of two ways: as a DTensor, which knows its shard
 (``shards.py``), or by the ``ranks=`` option, which says so (``ranks.py``). When clippers attach,

@@ -99,19 +99,19 @@ class ZScore(AdaptiveThreshold):
         asked, limits = self._asked
         # Cap and floor are no part of what it observes.
         clipped = smaller(norm, limits if asked is norms else self._limits(norms))
+        weight, factor = 1 - self.decay, (1 - self.decay) * self.decay
         warm = not self.settled and count < self.warmup
-        weight = 1 - self.decay
         if warm is not False:
-            weight = where(warm, 1 / (as_floats(count, norm) + 1.0), weight)
-        before = clipped - mean
-        mean = mean + weight * before
-        after = clipped - mean
-        # Welford's recurrence: with a weight of 1 / count these are the mean and the population
-        # variance of all norms so far, without a buffer.
-        factor = after if warm is False else where(warm, before, after)
-        variance = (1 - weight) * variance + weight * (factor * after)
-        # The square of a norm can be infinite, which would end all limits.
-        variance = clamped(variance, high=torch.finfo(self.state["variance"].dtype).max)
+            # Welford's recurrence: the mean and the population variance of all norms so far.
+            share = 1 / (as_floats(count, norm) + 1.0)
+            weight, factor = where(warm, share, weight), where(warm, share, factor)
+        deviation = clipped - mean
+        mean = mean + weight * deviation
+        # The deviation from the new mean is 1 - weight of that from the old one. The square of a
+        # norm can be infinite, which would end all limits.
+        most = torch.finfo(self.state["variance"].dtype).max
+        variance = clamped(variance + factor * deviation * deviation, high=most)
+        variance = (1 - weight) * variance
         self.put(observed, mean=mean, variance=variance)
         self.count(observed, count)
 

@@ -71,12 +71,12 @@ INLINE void KERNEL(write_float32)(float *x, const f32v *one, const f32v *other)
     memcpy(x + LANES, other, sizeof *other);
 }
 
+/* The upper half of each result is the bfloat16. A NaN comes from a bfloat16, as no product with a
+ * coefficient makes one: its lower half is 0, which rounds down, so that it stays a NaN. */
 INLINE void KERNEL(round_bfloat16)(const f32v *values, u32v *out)
 {
     u32v bits = (u32v)*values;
-    u32v nan = ABOVE(bits & 0x7fffffff, 0x7f800000);
-    u32v rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    *out = ((nan & (bits | 0x400000)) | (~nan & rounded)) & 0xffff0000u;
+    *out = bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 INLINE void KERNEL(write_bfloat16)(uint16_t *x, const f32v *one, const f32v *other)
@@ -84,7 +84,7 @@ INLINE void KERNEL(write_bfloat16)(uint16_t *x, const f32v *one, const f32v *oth
     u32v lower, upper;
     KERNEL(round_bfloat16)(one, &lower);
     KERNEL(round_bfloat16)(other, &upper);
-    upper |= lower >> 16;
+    upper = (upper & 0xffff0000u) | (lower >> 16);
     memcpy(x, &upper, sizeof upper);
 }
 

@@ -49,9 +49,8 @@ class RankGroup:
         """
         device, group = self._device(values.device), self._united_group()
         total = values if device == values.device else values.to(device)
-        if len(self.ranks) < total.numel() <= FEW and device.type == "cpu":
-            if group._get_backend(CPU).name() == "gloo":
-                return _sum_of_gathered(group, total, len(self.ranks), order).to(values.device)
+        if len(self.ranks) < total.numel() <= FEW and device == CPU and _is_gloo(group):
+            return _sum_of_gathered(group, total, len(self.ranks), order).to(values.device)
         if order == INFINITY:
             # Of NaN and a number, a backend may take either for the maximum: NaN travels apart.
             total = torch.cat([total.nan_to_num(nan=INFINITY, posinf=INFINITY), total.isnan()])
@@ -185,6 +184,11 @@ def in_process_group() -> bool:
 def world_size() -> int:
     """Return the number of all ranks; 1 without a process group."""
     return distributed.get_world_size() if in_process_group() else 1
+
+
+def _is_gloo(group: ProcessGroup) -> bool:
+    """Return whether gloo serves the tensors on the CPU of a group that serves such tensors."""
+    return group._get_backend(CPU).name() == "gloo"
 
 
 def _sum_of_gathered(group: ProcessGroup, values: Tensor, ranks: int, order: float) -> Tensor:

@@ -13,6 +13,7 @@ from .base import StepContext
 from .numbers import (
     NumberOrTensor,
     clamped,
+    larger,
     numbers_or_tensors,
     or_infinity,
     quotient,
@@ -28,6 +29,12 @@ SCATTERED, CLOSE, WIDEST = 0.533, 0.756, 3.0
 """Closeness up to which the threshold is the level, and from which it is ``WIDEST`` times that."""
 SLOPE = (WIDEST - 1) / (CLOSE - SCATTERED)
 OFFSET = 1 - SLOPE * SCATTERED
+QUICK = 0.08
+"""Weight of a norm in the alternation, which has to be seen soon."""
+UNRELATED, ALTERNATING = 1.1, 1.2
+"""The same two bounds for the alternation, which is 1 where norms have no order."""
+STEEP = (WIDEST - 1) / (ALTERNATING - UNRELATED)
+BELOW = 1 - STEEP * UNRELATED
 
 
 class Auto(AdaptiveThreshold):
@@ -37,8 +44,10 @@ class Auto(AdaptiveThreshold):
     three times their level, and clips hardly anything but spikes. Norms that jump by more belong to
     an explosion or to noise with heavy tails: the threshold is the level itself, which rises
     slowly, so that an explosion does not lift it. In between the factor falls linearly. The rule
-    begins as if norms jumped, since an explosion may begin with the training.
-    <!-- test: tests/behaviour/thresholds/test_auto.py -k 'stay_close or jump' -->
+    begins as if norms jumped, since an explosion may begin with the training. Norms that rise and
+    fall by turns, each near to the last but one, belong to steps that bounce between the sides of a
+    valley, which longer steps leave sooner: the threshold is again three times the level.
+    <!-- test: tests/behaviour/thresholds/test_auto.py -k 'stay_close or jump or turns' -->
 
     The rule sees norms alone, and so it has limits. If the learning rate is so high that even steps
     of the first norm are too long, only a lower rate or threshold helps. If norms are noise from
@@ -47,11 +56,13 @@ class Auto(AdaptiveThreshold):
     hides others until the level has come down.
     <!-- test: make bench-without-tuning -->
 
-    In the formulas n is the norm, p the norm before and T the threshold. A mean is exponential: a
-    new value has the weight 0.04.
+    In the formulas n is the norm, p the last one, b the one before and T the threshold. A mean is
+    exponential: a new value has the weight 0.04, in the alternation 0.08.
 
     - ``closeness = mean of min(n / p, p / n, T / n)``, from 0 to 1;
-    - ``factor = clamp(1 + 9 (closeness - 0.533), 1, 3)``, to be exact with the slope 2 / 0.223;
+    - ``alternation = mean of 1 + min(n / b, b / n) - min(n / p, p / n)``, from 0 to 2;
+    - ``factor = clamp(1 + max(9 (closeness - 0.533), 20 (alternation - 1.1)), 1, 3)``, to be exact
+      with the slope 2 / 0.223 instead of 9;
     - ``level = mean of min(n, 2 level)``, whose rises count ``factor / 3`` times;
     - ``T = factor level``.
 
@@ -61,7 +72,7 @@ class Auto(AdaptiveThreshold):
     on others: see ``benchmarks/results/without_tuning.md``.
     <!-- test: tests/behaviour/thresholds/test_auto.py -k 'lift or decades or zero' -->
 
-    Memory: ``3 k`` norms.
+    Memory: ``5 k`` norms.
     <!-- test: tests/contracts/rules/test_contract.py -k size -->
 
     Args:
@@ -82,10 +93,10 @@ class Auto(AdaptiveThreshold):
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`: a level and a norm of 0 stand for no norm yet."""
+        starts = {"level": 0, "last": 0, "before": 0, "closeness": START, "alternation": 1}
         return {
-            "level": torch.zeros(count, device=device, dtype=dtype),
-            "previous": torch.zeros(count, device=device, dtype=dtype),
-            "closeness": torch.full((count,), START, device=device, dtype=dtype),
+            name: torch.full((count,), start, device=device, dtype=dtype)
+            for name, start in starts.items()
         }
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
@@ -96,29 +107,31 @@ class Auto(AdaptiveThreshold):
         self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
     ) -> None:
         """See `AdaptiveThreshold.learn`."""
-        norm, level, previous, closeness = self._numbers(norms)
+        norm, level, last, before, closeness, alternation = self._numbers(norms)
         asked, factor, limit = self._asked
         if asked is not norms:
             factor, limit = self._limits(norms)
-        # T is not below the level, so T / n needs no comparison of its own with n / p.
-        close = smaller(quotient(norm, previous), smaller(previous, limit) / norm)
-        closeness = closeness + WEIGHT * (close - closeness)
+        near = smaller(quotient(norm, last), last / norm)
+        nearer = smaller(quotient(norm, before), before / norm)
+        closeness = closeness + WEIGHT * (smaller(near, limit / norm) - closeness)
+        alternation = alternation + QUICK * (1 + nearer - near - alternation)
         # Before the first norm there is no level, and the norm becomes it.
         level = where(level > 0, level, norm)
         change = smaller(norm - level, level)  # no norm counts as more than twice the level
         level = level + smaller(WEIGHT / WIDEST * factor * change, WEIGHT * change)
         # A denormal level would round each of its changes away.
         level = clamped(level, low=torch.finfo(self.state["level"].dtype).tiny)
-        self.put(observed, level=level, previous=norm, closeness=closeness)
+        self.put(observed, before=last)
+        self.put(observed, level=level, last=norm, closeness=closeness, alternation=alternation)
 
     def _numbers(self, norms: Any) -> Sequence[Any]:
-        """Return norm, level, previous norm and closeness."""
-        state = self.state
-        return numbers_or_tensors(norms, state["level"], state["previous"], state["closeness"])
+        """Return the norm, then level, last norm, the one before, closeness and alternation."""
+        return numbers_or_tensors(norms, *self.state.values())
 
     def _limits(self, norms: Any) -> tuple[Any, Any]:
-        _, level, _, closeness = self._numbers(norms)
-        factor = clamped(SLOPE * closeness + OFFSET, low=1.0, high=WIDEST)
+        _, level, _, _, closeness, alternation = self._numbers(norms)
+        factor = larger(SLOPE * closeness + OFFSET, STEEP * alternation + BELOW)
+        factor = clamped(factor, low=1.0, high=WIDEST)
         limit = factor * or_infinity(level)
         self._asked = norms, factor, limit
         return factor, limit

@@ -55,6 +55,13 @@ def smaller(one: Any, other: Any) -> Any:
     return one if one < other else other
 
 
+def larger(one: Any, other: Any) -> Any:
+    """Return the larger of two; any of them if one is NaN."""
+    if isinstance(one, Tensor):
+        return torch.maximum(one, other)
+    return one if one > other else other
+
+
 def plus_quotient(summand: Any, dividend: Any, divisor: Any) -> Any:
     """Return ``summand + dividend / divisor``; any number where the divisor is 0."""
     if isinstance(divisor, Tensor):

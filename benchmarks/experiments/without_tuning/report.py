@@ -22,6 +22,7 @@ TITLES = {
     "design": "Tasks on which the rule was designed",
     "held out": "Tasks held out",
     "written last": "Tasks written after the rule was frozen",
+    "second round": "Tasks written after the rule was frozen for the second time",
 }
 Results = Mapping[str, Mapping[str, Result]]
 """By task and arm."""

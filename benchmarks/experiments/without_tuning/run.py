@@ -1,8 +1,8 @@
 """Every way to clip on trainings that differ in what matters, without tuning anything for a task.
 
     python -m benchmarks.experiments.without_tuning.run [--seeds 5] [--processes 2]
-        [--sets design "held out" "written last"] [--outcomes build/without_tuning.jsonl]
-        [--save benchmarks/results/without_tuning.md]
+        [--sets design "held out" "written last" "second round"]
+        [--outcomes build/without_tuning.jsonl] [--save benchmarks/results/without_tuning.md]
 
 For each seed all ways to clip start from the same weights and see the same data. Fixed thresholds
 of a grid over four decades show what a threshold that somebody tuned would reach: the regret of a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,8 +87,8 @@ class Auto(AdaptiveThreshold):
 
     def __init__(self, *, cap: float | None = None, floor: float | None = None) -> None:
         super().__init__(cap=cap, floor=floor)
-        self._asked: tuple[Any, Any, Any] = None, None, None
-        """The norms of the present step, their factors, and their limits without cap and floor."""
+        self._asked: tuple[Any, ...] = (None,)
+        """What `_limits` returned for the norms of the present step."""
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`: a level and a norm of 0 stand for no norm yet."""
@@ -101,16 +100,14 @@ class Auto(AdaptiveThreshold):
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
-        return self._limits(norms)[1]  # type: ignore[no-any-return]
+        return self._limits(norms)[-1]  # type: ignore[no-any-return]
 
     def learn(
         self, norms: NumberOrTensor, clipped_norms: NumberOrTensor, observed: Tensor | None
     ) -> None:
         """See `AdaptiveThreshold.learn`."""
-        norm, level, last, before, closeness, alternation = self._numbers(norms)
-        asked, factor, limit = self._asked
-        if asked is not norms:
-            factor, limit = self._limits(norms)
+        asked = self._asked if self._asked[0] is norms else self._limits(norms)
+        norm, level, last, before, closeness, alternation, factor, limit = asked
         near = smaller(quotient(norm, last), last / norm)
         nearer = smaller(quotient(norm, before), before / norm)
         closeness = closeness + WEIGHT * (smaller(near, limit / norm) - closeness)
@@ -121,17 +118,22 @@ class Auto(AdaptiveThreshold):
         level = level + smaller(WEIGHT / WIDEST * factor * change, WEIGHT * change)
         # A denormal level would round each of its changes away.
         level = clamped(level, low=torch.finfo(self.state["level"].dtype).tiny)
-        self.put(observed, before=last)
+        self.put(observed, before=last)  # first: a tensor is overwritten
         self.put(observed, level=level, last=norm, closeness=closeness, alternation=alternation)
+        self._asked = (None,)
 
-    def _numbers(self, norms: Any) -> Sequence[Any]:
-        """Return the norm, then level, last norm, the one before, closeness and alternation."""
-        return numbers_or_tensors(norms, *self.state.values())
+    def rebuild(self) -> None:
+        """See `AdaptiveThreshold.rebuild`."""
+        self._asked = (None,)
 
-    def _limits(self, norms: Any) -> tuple[Any, Any]:
-        _, level, _, _, closeness, alternation = self._numbers(norms)
+    def _limits(self, norms: Any) -> tuple[Any, ...]:
+        """Return norms and state, as numbers for one number, and then factors and limits.
+
+        Without cap and floor, which are no part of what the rule learns from.
+        """
+        numbers = numbers_or_tensors(norms, *self.state.values())
+        _, level, _, _, closeness, alternation = numbers
         factor = larger(SLOPE * closeness + OFFSET, STEEP * alternation + BELOW)
         factor = clamped(factor, low=1.0, high=WIDEST)
-        limit = factor * or_infinity(level)
-        self._asked = norms, factor, limit
-        return factor, limit
+        self._asked = (*numbers, factor, factor * or_infinity(level))
+        return self._asked

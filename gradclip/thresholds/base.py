@@ -17,7 +17,7 @@ rule                 threshold                              memory for k norms
 `MedianDeviation`    median + factor * absolute deviation   k * window norms, k counts
 `Percentile`         factor * percentile of recent norms    k * (2 window + 1) norms, k counts
 `Quantile`           factor * percentile of all norms       k norms
-`Auto`               1 to 3 times the level of the norms    3 k norms
+`Auto`               1 to 3 times the level of the norms    5 k norms
 ===================  =====================================  ====================================
 
 (1) and window losses, with ``loss=True``.

@@ -109,26 +109,29 @@ class Quantile(Rule):
 
 
 class Auto(Rule):
-    fresh = (0.0, 0.0, 0.57)  # level, norm before, closeness
-    slope = 2 / (0.756 - 0.533)
+    fresh = (0.0, 0.0, 0.0, 0.57, 1.0)  # level, last norm, the one before, closeness, alternation
+    slope, steep = 2 / (0.756 - 0.533), 2 / (1.2 - 1.1)
 
-    def factor(self, closeness: float) -> float:
-        return min(max(self.slope * closeness + (1 - self.slope * 0.533), 1.0), 3.0)
+    def factor(self, closeness: float, alternation: float) -> float:
+        close = self.slope * closeness + (1 - self.slope * 0.533)
+        return min(max(close, self.steep * alternation + (1 - self.steep * 1.1), 1.0), 3.0)
 
     def threshold(self, state: Any, norm: float) -> float:
-        level, _, closeness = state
-        return self.factor(closeness) * level if level else INF
+        level, *_, closeness, alternation = state
+        return self.factor(closeness, alternation) * level if level else INF
 
     def learned(self, state: Any, norm: float, clipped: float) -> Any:
-        level, before, closeness = state
+        level, last, before, closeness, alternation = state
         if not norm or not clipped:
             return state
-        close = min(norm / before, min(before, self.threshold(state, norm)) / norm) if before else 0
+        near, nearer = (min(norm / one, one / norm) if one else 0.0 for one in (last, before))
+        close = min(near, self.threshold(state, norm) / norm)
         change = min(norm - level, level)
-        moved = level + min(0.04 / 3 * self.factor(closeness) * change, 0.04 * change)
-        moved = moved if before else norm
-        level = max(moved, torch.finfo(torch.float64).tiny)
-        return level, norm, closeness + 0.04 * (close - closeness)
+        factor = self.factor(closeness, alternation)
+        moved = level + min(0.04 / 3 * factor * change, 0.04 * change)
+        level = max(moved if last else norm, torch.finfo(torch.float64).tiny)
+        closeness += 0.04 * (close - closeness)
+        return level, norm, last, closeness, alternation + 0.08 * (1 + nearer - near - alternation)
 
 
 class GrowthLimit(Rule):

@@ -1,4 +1,8 @@
-"""All tasks: those the rule was designed on, those held out, and those written after it."""
+"""All tasks, in the order in which the rule met them.
+
+It was designed on the first set, frozen, and run on the second and third. After those results it
+got its second form, which was frozen and run on the fourth.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ DESIGN = (
         explosive=True,
     ),
 )
-"""Tasks whose results were seen while the rule was made."""
+"""Tasks whose results were seen while the first form of the rule was made."""
 
 HELD_OUT = (
     recurrent("relu", 0.03, explosive=False),
@@ -80,7 +84,7 @@ HELD_OUT = (
         score="- steps",
     ),
 )
-"""Tasks on which the rule ran once, when it was frozen."""
+"""Tasks held out from the first form of the rule."""
 
 LATER = (
     Task(
@@ -106,7 +110,7 @@ LATER = (
         CHANCE_OF_TEN,
     ),
 )
-"""Tasks that were written after the rule was frozen."""
+"""Tasks that were written after its first form was frozen."""
 
 NEWEST = (
     Task(
@@ -148,7 +152,9 @@ NEWEST = (
         CHANCE_OF_EIGHT,
     ),
 )
-"""Tasks that were written after the rule was frozen for the second time."""
+"""Tasks that were written after its second form was frozen, and calibrated without any rule."""
 
 SETS = {"design": DESIGN, "held out": HELD_OUT, "written last": LATER, "second round": NEWEST}
+UNSEEN = NEWEST
+"""Tasks that the rule in its present form had not seen."""
 TASKS = {task.name: task for tasks in SETS.values() for task in tasks}

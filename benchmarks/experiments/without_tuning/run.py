@@ -1,6 +1,6 @@
 """Every way to clip on trainings that differ in what matters, without tuning anything for a task.
 
-    python -m benchmarks.experiments.without_tuning.run [--seeds 5] [--processes 2]
+    python -m benchmarks.experiments.without_tuning.run [--seeds 10] [--processes 2]
         [--sets design "held out" "written last" "second round"]
         [--outcomes build/without_tuning.jsonl] [--save benchmarks/results/without_tuning.md]
 
@@ -74,7 +74,7 @@ def completed(jobs: Iterable[Job], path: Path, processes: int) -> list[Outcome]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all trainings and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--outcomes", type=Path, default=Path("build/without_tuning.jsonl"))

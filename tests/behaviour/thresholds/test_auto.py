@@ -1,6 +1,8 @@
 """``max_norm="auto"``: what the rule without a number does with norms of each kind."""
 
 import math
+import random
+import statistics
 
 import pytest
 import torch
@@ -51,9 +53,21 @@ def test_a_spike_moves_the_threshold_by_little_whatever_its_height(spike):
     assert max(thresholds_of(norms)[1:]) < 3.5
 
 
+def without_order(*norms: float, steps: int) -> list[float]:
+    """Return so many of these norms, drawn at random."""
+    return random.Random(1).choices(norms, k=steps)
+
+
 def test_norms_that_jump_are_clipped_to_the_level_of_the_small_ones():
-    thresholds = thresholds_of([(1.0, 10.0, 1.2, 40.0)[step % 4] for step in range(400)])
-    assert 1.0 < thresholds[-1] < 5.0
+    thresholds = thresholds_of(without_order(1.0, 10.0, 1.2, 40.0, steps=400))
+    assert 1.0 < statistics.median(thresholds[-100:]) < 5.0
+
+
+def test_norms_that_rise_and_fall_by_turns_are_clipped_to_three_times_their_level():
+    """Each is far from the last, and near to the last but one; without order they are not."""
+    by_turns = thresholds_of([1.0, 8.0] * 50)
+    assert min(by_turns[10:]) > 3.0
+    assert 1.0 < statistics.median(thresholds_of(without_order(1.0, 8.0, steps=100))[10:]) < 2.0
 
 
 @pytest.mark.parametrize("rate", [0.005, -0.005, -0.01])

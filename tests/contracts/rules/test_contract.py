@@ -17,7 +17,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 MEMORY = {  # elements for each label, as the table of gradclip/thresholds/base.py has it
     "Percentile": 2 * 5 + 1 + 1,
     "Quantile": 1,
-    "Auto": 3,
+    "Auto": 5,
     "ZScore": 2 + 1,
     "MovingAverage": 1 + 1,
     "MeanDeviation": 5 + 1,

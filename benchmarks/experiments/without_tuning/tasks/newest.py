@@ -1,4 +1,4 @@
-"""Five tasks that were written after the rule was frozen for the second time."""
+"""Five tasks that were written after the second form of the rule was frozen."""
 
 from __future__ import annotations
 

@@ -24,6 +24,8 @@ TITLES = {
     "written last": "Tasks written after its first form was frozen",
     "second round": "Tasks written after its second form was frozen",
 }
+NEAR = 0.03
+"""Regret up to which a way counts as near the best fixed threshold."""
 Results = Mapping[str, Mapping[str, Result]]
 """By task and arm."""
 
@@ -93,29 +95,29 @@ def _version(name: str) -> str:
 def _summary(tasks: Sequence[Task], results: Results, arms: Sequence[str]) -> list[str]:
     unseen, calm = [t for t in tasks if t in UNSEEN], [t for t in tasks if not t.explosive]
     groups = {"": unseen, " of all": tasks} if unseen else {"": tasks}
-    names = ("mean", "worst", "failed")
-    head = ["arm", *(name + group for group in groups for name in names), "worse than none"]
+    within = f"within {NEAR:.0%}"
+    head = ["arm", *(name + group for group in groups for name in (within, "failed"))]
     rows = []
     for arm in arms:
         cells = [arm]
         for group in groups.values():
             of_arm = [results[task.name][arm] for task in group]
-            regrets = [each.regret for each in of_arm]
-            cells += [_percent(sum(regrets) / len(regrets)), _percent(max(regrets))]
-            cells.append(f"{sum(each.failed for each in of_arm)} of {len(group)}")
-        beside = max(
+            near = sum(each.regret <= NEAR and not each.failed for each in of_arm)
+            failed = sum(each.failed for each in of_arm)
+            cells += [f"{count} of {len(group)}" for count in (near, failed)]
+        beside = [
             results[task.name][arm].mean / abs(results[task.name][NONE].mean)
             - math.copysign(1, results[task.name][NONE].mean)
             for task in calm
-        )
-        rows.append([*cells, _percent(beside)])
-    which = f"the {len(unseen)} tasks that the rule had not seen and on " if unseen else ""
+        ]
+        rows.append([*cells, _percent(max(beside)) if beside else ""])
+    which = f"the {len(unseen)} tasks that the rule had not seen, and of " if unseen else ""
     meaning = (
-        f"Regret in percent, in the mean and at worst, on {which}all {len(tasks)}. The last column "
-        f"compares with no clipping, at worst on the {len(calm)} tasks where no explosion was "
-        "expected."
+        f"The number of {which}all {len(tasks)} on which the regret is at most {NEAR:.0%}, and on "
+        "which the arm failed. The last column compares with no clipping in percent, at worst on "
+        f"the {len(calm)} tasks where no explosion was expected."
     )
-    return [meaning, "", *table(head, rows)]
+    return [meaning, "", *table([*head, "worse than none"], rows)]
 
 
 def _regrets(tasks: Sequence[Task], results: Results, arms: Sequence[str]) -> list[str]:

@@ -75,7 +75,7 @@ workflows: $(STAMP)
 
 # Counts instructions too, where valgrind is there.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.cost.clip --instructions --save benchmarks/results/cost.md
+	$(BIN)/python -m benchmarks.cost.clip --runs 5 --seconds 2 --instructions --save benchmarks/results/cost.md
 
 # Beside the frameworks, not among them: where they find timm they want its torchvision, of which
 # its one file for AGC needs nothing.

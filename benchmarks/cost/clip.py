@@ -1,7 +1,7 @@
 """Cost of clipping beside torch's clip_grad_norm_, and the error of the norm.
 
-    python -m benchmarks.cost.clip [--sets small lstm] [--seconds 5] [--instructions] [--json]
-        [--save benchmarks/results/cost.md]
+    python -m benchmarks.cost.clip [--sets small lstm] [--seconds 5] [--runs 5] [--instructions]
+        [--json] [--save benchmarks/results/cost.md]
 
 Times are printed as ratios to torch's default in the same run: on a shared machine only ratios have
 a meaning. Gradients are rewritten from a pool before every timed call. "hook" is a whole step of an
@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -252,6 +253,46 @@ def measure_busy(seconds: float) -> dict[str, tuple[float, float]]:
     return ratios
 
 
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that the options ask for."""
+    seconds, sets = options.seconds, options.sets
+    bandwidth, reader = read_bandwidth(min(seconds, 2.0))
+    return {
+        "machine": machine(),
+        "bandwidth": (bandwidth, reader),
+        "hooks": {name: measure_hooks(name, seconds) for name in sets[:2]},
+        "rows": [
+            row
+            for name in sets
+            for dtype in options.dtypes
+            for row in measure_set(name, dtype, seconds, bandwidth)
+        ],
+        "orders": measure_orders(sets[-1], seconds),
+        "training_ms": measure_training(seconds),
+        "logging_us": measure_logging(seconds),
+        "busy": measure_busy(seconds),
+    }
+
+
+def measured_elsewhere(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a new process: where its memory lies makes large gradients faster or slower."""
+    lists = ["--sets", *options.sets, "--dtypes", *options.dtypes]
+    seconds = ["--seconds", str(options.seconds)]
+    command = [sys.executable, "-m", "benchmarks.cost.clip", *lists, *seconds, "--json"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(found.stdout)  # type: ignore[no-any-return]
+
+
+def median_of(found: list[Any]) -> Any:
+    """Return structures of one form as one, with the median of each number."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {key: median_of([each[key] for each in found]) for key in first}
+    if isinstance(first, list):
+        return [median_of([*each]) for each in zip(*found, strict=True)]
+    return statistics.median(found) if isinstance(first, float) else first
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -261,39 +302,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--instructions", action="store_true", help="count them, with valgrind")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", type=Path, help="a Markdown file for the tables")
+    parser.add_argument("--runs", type=int, default=1, help="processes whose medians are shown")
     options = parser.parse_args(argv)
-    bandwidth, reader = read_bandwidth(min(options.seconds, 2.0))
-    hooks = {name: measure_hooks(name, options.seconds) for name in options.sets[:2]}
-    rows = [
-        row
-        for name in options.sets
-        for dtype in options.dtypes
-        for row in measure_set(name, dtype, options.seconds, bandwidth)
-    ]
-    orders = measure_orders(options.sets[-1], options.seconds)
-    training = measure_training(options.seconds)
-    logging = measure_logging(options.seconds)
-    busy = measure_busy(options.seconds)
+    if options.runs > 1:
+        measured = median_of([measured_elsewhere(options) for _ in range(options.runs)])
+    else:
+        measured = measure(options)
     counted = instructions.count() if options.instructions and instructions.available() else {}
     if options.json:
-        measured = {
-            "machine": machine(),
-            "hooks": hooks,
-            "rows": rows,
-            "orders": orders,
-            "training_ms": training,
-            "logging_us": logging,
-            "busy": busy,
-        }
         print(json.dumps({**measured, "instructions": counted}))
         return
+    hooks, rows, training = measured["hooks"], measured["rows"], measured["training_ms"]
+    orders, logging, busy = measured["orders"], measured["logging_us"], measured["busy"]
+    bandwidth, reader = measured["bandwidth"]
     versions = ", ".join(f"{key} {value}" for key, value in machine().items())
     lines = [
         "# Cost of clipping",
         "",
         f"Written by `make bench` on {date.today()}: {versions}.",
         f"Read bandwidth {bandwidth / 1e9:.1f} GB/s, by {reader}.",
-        "Ratios to torch's default in the same run; lower is faster.",
+        "Ratios to torch's default in the same run; lower is faster. "
+        + f"Medians of {options.runs} runs, each in a process of its own." * (options.runs > 1),
         "",
         *table_of_hooks(hooks),
         "",

@@ -44,7 +44,7 @@ LEARNED: dict[str, Callable[[], Iterator[float]]] = {
     "varied": lambda: itertools.cycle(VARIED),
     "falling": lambda: (USUAL[0] * 0.99999**step for step in itertools.count()),
 }
-"""Norms for rules by regime. Those that fall are below all that a rule has seen."""
+"""Norms for rules by regime. Each that falls is below all that a rule has seen."""
 HALF_OF_UNITS = 5e-4
 """Size of the elements for which AGC clips about half of the units of `Gradients`."""
 COMPILE_SECONDS = 240.0
@@ -258,7 +258,7 @@ def report(options: argparse.Namespace) -> list[str]:
         *cost_table(measured, fixed, list(REGIMES)),
         "",
         "With a threshold learned from earlier norms; gradclip's rules follow similar packages. Of",
-        "norms that vary some rules clip most, of norms that fall no rule clips any:",
+        "norms that vary, and slowly fall, some rules clip most and others none:",
         "",
         *cost_table(measured, rules, ["varied", "falling"]),
         "",

@@ -71,6 +71,19 @@ def test_clip(printed_by, tmp_path):
     assert "| 60 of 4,096 |" in printed
 
 
+@pytest.mark.slow
+def test_clip_in_several_processes(printed_by):
+    printed = printed_by(clip, "--sets small --dtypes float32 --seconds 0.05 --runs 2")
+    assert "Medians of 2 runs" in printed
+    assert len(re.findall(r"^\| small \| float32 \| \w+ \| \d+ \|", printed, re.MULTILINE)) == 2
+
+
+def test_medians_of_runs():
+    """Of each number; all else is that of the first run."""
+    runs = [{"name": "a", "rows": [{"ratio": ratio}, [1.0, "b"]]} for ratio in (3.0, 1.0, 2.0)]
+    assert clip.median_of(runs) == {"name": "a", "rows": [{"ratio": 2.0}, [1.0, "b"]]}
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells memory")
 def test_weights(printed_by):
     """The memory of a copy of the weights, within a few pages."""

@@ -1,6 +1,7 @@
 """The sums of what all ranks hold, in one collective of few numbers or of many."""
 
 import math
+from contextlib import closing
 
 import pytest
 import torch
@@ -8,9 +9,15 @@ from torch import distributed
 
 from gradclip.ranks.groups import FEW, RankGroup
 from tests.support.dtensors import recorded
-from tests.support.processes import on_ranks
+from tests.support.processes import Pool, on_ranks
 
 RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    with closing(Pool(RANKS)) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("order", [2.0, math.inf])

@@ -16,8 +16,8 @@ from ..errors import AttachError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-FEW = 1000
-"""Most numbers that a rank sends to all others; more are added up on the way."""
+FEW = 4000
+"""Most numbers of all ranks together that every rank gets; more are added up on the way."""
 
 
 # Compared by identity: a group is part of the key of a bucket, at every step.
@@ -49,8 +49,9 @@ class RankGroup:
         """
         device, group = self._device(values.device), self._united_group()
         total = values if device == values.device else values.to(device)
-        if len(self.ranks) < total.numel() <= FEW and device == CPU and _is_gloo(group):
-            return _sum_of_gathered(group, total, len(self.ranks), order).to(values.device)
+        ranks = len(self.ranks)
+        if ranks < total.numel() <= FEW // ranks and device == CPU and _is_gloo(group):
+            return _sum_of_gathered(group, total, ranks, order).to(values.device)
         if order == INFINITY:
             # Of NaN and a number, a backend may take either for the maximum: NaN travels apart.
             total = torch.cat([total.nan_to_num(nan=INFINITY, posinf=INFINITY), total.isnan()])

@@ -22,7 +22,7 @@ def four_ranks():
 
 @pytest.mark.parametrize("order", [2.0, math.inf])
 @pytest.mark.parametrize("special", [0.0, math.inf, math.nan], ids=str)
-@pytest.mark.parametrize("count", [1, RANKS, RANKS + 1, FEW, FEW + 1])
+@pytest.mark.parametrize("count", [1, RANKS, RANKS + 1, FEW // RANKS, FEW])
 @on_ranks("four_ranks")
 def test_all_ranks_get_the_same_sums_in_one_collective(count, special, order):
     """A special number of one rank, zero, infinity or NaN, is in its sum."""

@@ -39,7 +39,7 @@ def interleaved_medians(
     """Return the median time of each rival in seconds a call.
 
     Args:
-        rivals: Calls to time, by name. Each round calls all of them once, in another order: a call
+        rivals: Calls to time, by name. Each round calls all of them in a random order, since a call
             finds its code cold after some rivals and warm after others.
         prepare: Called before every timed call, outside the timed part.
         seconds: Duration of all rounds together; at least 5 rounds are made.

@@ -59,6 +59,12 @@ def test_ratios_to_torch(page, small):
                 assert shown == ratios[SETS[name], "float32", regime][ways[way]]
 
 
+def test_times_with_a_log():
+    _, *measured = table_with((RESULTS / "cost.md").read_text(), "us", "ratio")
+    _, *shown = table_with(PAGES["docs/cost.md"], "us", "of torch's time")
+    assert [row[1:] for row in shown] == [row[1:] for row in measured]
+
+
 def test_ratios_to_torch_on_ranks():
     _, *measured = table_with((RESULTS / "distributed.md").read_text(), "ranks", "regime")
     ratios = {tuple(row[:3]): [float(cell) for cell in row[4:6]] for row in measured}

@@ -51,9 +51,10 @@ class Auto(AdaptiveThreshold):
     The rule sees norms alone, and so it has limits. If the learning rate is so high that even steps
     of the first norm are too long, only a lower rate or threshold helps. If norms are noise from
     first to last, a threshold below their level is better. The rule follows an explosion that is as
-    smooth and slow as a healthy rise, by 4 % a step or less. A spike at the first step hides others
-    until the level has come down.
-    <!-- test: make bench-without-tuning -->
+    smooth and slow as a healthy rise, by 4 % a step or less, and one that rises and falls by turns
+    lifts the threshold by as much. A spike at the first step hides others until the level has come
+    down.
+    <!-- test: tests/behaviour/thresholds/test_auto.py -k 'by_turns_lifts or decades' -->
 
     In the formulas n is the norm, p the last one, b the one before and T the threshold. A mean is
     exponential: a new value has the weight 0.04, in the alternation 0.08.

@@ -93,6 +93,12 @@ def test_an_explosion_that_rises_step_by_step_does_not_lift_it(growth):
         assert thresholds_of(norms)[-1] < 60.0
 
 
+def test_an_explosion_that_rises_and_falls_by_turns_lifts_it_by_four_percent_a_step():
+    """It cannot be told from steps that bounce between the sides of a valley."""
+    exploding = [1.5**step * (1.0, 8.0)[step % 2] for step in range(100)]
+    assert 30.0 < thresholds_of(ORDINARY + exploding)[-1] < 3.0 * 1.04**100
+
+
 def test_norms_of_zero_and_nan_are_as_if_they_were_not_there():
     """Wherever they come, the first included."""
     mixed = [0.0, math.nan]

@@ -28,7 +28,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 5 }; /* increase it with every change of a function that Python calls */
+enum { ABI = 6 }; /* increase it with every change of a function that Python calls */
 enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2, LOW_ADDRESS = -3 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 

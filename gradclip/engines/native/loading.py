@@ -20,11 +20,17 @@ from torch import Tensor, nn
 
 from ...errors import EngineUnavailableError
 
-ABI = 5
+ABI = 6
 """The version of the library's functions that Python calls."""
 LIBRARY = Path(__file__).with_name("_native.so")
-LLVM = ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
-"""What an OpenMP runtime without GOMP_parallel starts threads with."""
+THREAD_NUMBER = "omp_get_thread_num"
+GNU = ("GOMP_parallel", THREAD_NUMBER)
+"""What GNU's OpenMP runtime starts threads and numbers them with."""
+LLVM = (
+    *("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num"),
+    THREAD_NUMBER,
+)
+"""The same for a runtime without GOMP_parallel, as torch has on Windows."""
 WINDOWS_RUNTIME = "libiomp5md.dll"
 ELF_HEADER = Struct("<40xQ10x2H2x")
 """Of 64 bits: where the table of sections begins, and the size and number of its entries."""
@@ -134,14 +140,13 @@ def _give_threads(library: ctypes.CDLL) -> None:
     Looked up in the libraries that torch has loaded already: another runtime would start threads
     of its own, which compete with torch's for the cores.
     """
-    library.gradclip_use_threads_of(None)
+    library.gradclip_use_threads_of(None, None)
     with suppress(OSError, AttributeError):
         runtime = _runtime_of_torch()
-        if hasattr(runtime, "GOMP_parallel"):
-            library.gradclip_use_threads_of(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
-        else:
-            functions = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in LLVM]
-            library.gradclip_use_llvm_threads(*functions)
+        gnu = hasattr(runtime, GNU[0])
+        functions = [getattr(runtime, name) for name in (GNU if gnu else LLVM)]
+        use = library.gradclip_use_threads_of if gnu else library.gradclip_use_llvm_threads
+        use(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
 
 
 def _runtime_of_torch() -> ctypes.CDLL:

@@ -226,27 +226,38 @@ static void check_rows(int dtype, int64_t n, int64_t shift, int threads)
     free(copy);
 }
 
-/* As GOMP_parallel, without what it keeps. */
+/* As GOMP_parallel, without what it keeps, and omp_get_thread_num. */
 
 struct call {
     void (*function)(void *);
     void *data;
+    int number;
 };
+
+static _Thread_local int own_number;
+
+static int number_of(void)
+{
+    return own_number;
+}
 
 static void *call(void *given)
 {
     struct call *call = given;
+    own_number = call->number;
     call->function(call->data);
     return NULL;
 }
 
 static void run_in_threads(void (*function)(void *), void *data, unsigned count, unsigned flags)
 {
-    struct call given = {function, data};
+    struct call given[8];
     pthread_t threads[8];
     (void)flags;
-    for (unsigned thread = 1; thread < count; thread++)
-        pthread_create(threads + thread, NULL, call, &given);
+    for (unsigned thread = 1; thread < count; thread++) {
+        given[thread] = (struct call){function, data, (int)thread};
+        pthread_create(threads + thread, NULL, call, given + thread);
+    }
     function(data);
     for (unsigned thread = 1; thread < count; thread++)
         pthread_join(threads[thread], NULL);
@@ -264,7 +275,8 @@ static void load(int count, char **paths)
     void *runtime = LOAD(paths[1]);
     demand(runtime != NULL, "the runtime was not loaded", 0, 0, 0);
     gradclip_use_llvm_threads(FIND(runtime, "__kmpc_fork_call"), FIND(runtime, "__kmpc_push_num_threads"),
-                              FIND(runtime, "__kmpc_global_thread_num"));
+                              FIND(runtime, "__kmpc_global_thread_num"),
+                              FIND(runtime, "omp_get_thread_num"));
 }
 #endif
 
@@ -274,13 +286,15 @@ int main(int count, char **arguments)
     int64_t longest = count > 1 ? atoll(arguments[1]) : INT64_MAX;
     uint64_t first = 0;
     void (*entry)(void (*)(void *), void *, unsigned, unsigned) = run_in_threads;
-    void *pointer;
+    int (*numbering)(void) = number_of;
+    void *pointer, *numbers;
     memcpy(&pointer, &entry, sizeof pointer);
+    memcpy(&numbers, &numbering, sizeof numbers);
 #ifdef SHIPPED
     load(count - 2, arguments + 2);
     if (count < 4)
 #endif
-        gradclip_use_threads_of(pointer);
+        gradclip_use_threads_of(pointer, numbers);
     for (int level = 0; level <= 2; level++)
         for (int threads = 1; threads <= 3; threads += 2) {
             if (gradclip_choose(level) != level)

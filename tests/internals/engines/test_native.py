@@ -344,7 +344,7 @@ assert found == (0, 0, 2, 2, 1), found
     "without a runtime one does it all": """
 torch.set_num_threads(3)
 needed = c_engine.norm([large], 2.0)
-c_engine._library.gradclip_use_threads_of(ctypes.c_void_p(None))
+c_engine._library.gradclip_use_threads_of(None, None)
 assert torch.equal(c_engine.norm([large], 2.0), needed)
 """,
     "a forked child does not wait for those that it lacks": """
@@ -383,7 +383,10 @@ def test_threads_that_have_to_wait_are_seldom_asked(c_engine, seconds, calls):
     torch.set_num_threads(2)
     large = torch.randn(2_000_000)
     needed = c_engine.norm([large], 2.0)
-    library.gradclip_use_threads_of(ctypes.cast(parallel, ctypes.c_void_p))
+    number = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+    library.gradclip_use_threads_of(
+        *(ctypes.cast(entry, ctypes.c_void_p) for entry in (parallel, number))
+    )
     try:
         norms = [c_engine.norm([large], 2.0) for _ in range(20)]
     finally:
@@ -404,12 +407,14 @@ class OtherRuntime:
 
         def fork(place, count, task, function, data):
             assert count == 2
-            for _thread in range(self.asked[-1][1]):  # one after the other
+            for thread in range(self.asked[-1][1]):  # one after the other
+                self.thread = thread
                 task_type(task)(None, None, function, data)
 
         functions = {
             "__kmpc_fork_call": (None, fork, pointer, number, pointer, pointer, pointer),
             "__kmpc_global_thread_num": (number, lambda place: 7, pointer),
+            "omp_get_thread_num": (number, lambda: self.thread),
             "__kmpc_push_num_threads": (
                 *(None, lambda place, thread, count: self.asked.append((thread, count))),
                 *(pointer, number, number),

@@ -38,7 +38,7 @@ from ..gradients.held import distinct
 from ..gradients.host_step import clip_parts_
 from ..gradients.norms import norms_of
 from ..ranks.groups import NormRanks, RankGroup
-from ..ranks.shards import groups_of, parts_in
+from ..ranks.shards import LOCAL_TYPES, groups_of, parts_in
 from .arguments import (
     TensorOrTensors,
     listed_gradients,
@@ -342,5 +342,7 @@ def _across(tensors: Sequence[Tensor]) -> dict[str, Sequence[RankGroup]]:
 
     The schema of an operator has no such argument: compiled code takes no DTensors here.
     """
-    groups = () if torch.compiler.is_compiling() else groups_of(tensors)
+    if {*map(type, tensors)} <= LOCAL_TYPES or torch.compiler.is_compiling():
+        return {}
+    groups = groups_of(tensors)
     return {"groups": groups} if groups else {}

@@ -3,7 +3,8 @@
  * Plain C, loaded by loading.py through ctypes and linked neither to Python nor to torch. The loops
  * over elements are in _native_kernels.h, the division of a call among threads in _native_work.h,
  * the clipping of rows in _native_rows.h, and the reading of a list of tensors in _native_walk.h.
- * Functions return OK, or an error before they have written anything.
+ * Functions return OK, CHANGED if that says what they wrote, or an error before they have written
+ * anything.
  */
 
 #include <math.h>
@@ -28,8 +29,8 @@
 #define EXPORTED __attribute__((visibility("default")))
 #endif
 
-enum { ABI = 6 }; /* increase it with every change of a function that Python calls */
-enum { OK = 0, NO_MEMORY = -1, NO_ADDRESS = -2, LOW_ADDRESS = -3 };
+enum { ABI = 7 }; /* increase it with every change of a function that Python calls */
+enum { OK = 0, CHANGED = 1, NO_MEMORY = -1, NO_ADDRESS = -2, LOW_ADDRESS = -3 };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 enum {
@@ -284,11 +285,16 @@ EXPORTED int gradclip_norm(const struct request *request, double *norm, double *
 
 /* Writing. ------------------------------------------------------------------------------------- */
 
+/* Whether a product rounds to the gradient itself; those of float64 have 53 bits. */
+static int changes_nothing(const struct kernels *kernels, double coefficient)
+{
+    return coefficient >= (kernels->size == 8 ? 1 : 1 - 0x1p-25);
+}
+
 static double scale_piece(const struct job *job, void *piece, int64_t length, int64_t row)
 {
     double coefficient = ((const double *)job->numbers)[job->one_number ? 0 : row];
-    /* The product would round to the gradient itself; those of float64 have 53 bits. */
-    if (coefficient >= (job->kernels->size == 8 ? 1 : 1 - 0x1p-25))
+    if (changes_nothing(job->kernels, coefficient))
         return 0;
     if (coefficient == 0) /* also over NaN and infinity, whose product with 0 is NaN */
         memset(piece, 0, (size_t)(length * job->kernels->size));
@@ -322,16 +328,26 @@ static int written_by(
 }
 
 /* Multiply each tensor, or each row, by its coefficient in [0, 1]. A coefficient that rounds to 1
- * writes nothing, and 0 writes zeros over any element. Sets `written` for each tensor written. */
+ * writes nothing, and 0 writes zeros over any element. Sets `written` for each tensor written, unless
+ * it is NULL. */
 EXPORTED int gradclip_scale(
     const struct request *request, const double *coefficients, int64_t count, char *written)
 {
     return written_by(request, scale_piece, coefficients, count, written);
 }
 
+/* Multiply all tensors by one coefficient in [0, 1], as gradclip_scale. CHANGED unless it rounds
+ * to 1. */
+EXPORTED int gradclip_scale_all(const struct request *request, double coefficient)
+{
+    if (changes_nothing(&chosen[request->dtype], coefficient))
+        return OK;
+    int status = gradclip_scale(request, &coefficient, 1, NULL);
+    return status == OK ? CHANGED : status;
+}
+
 /* The norm of all tensors together, then their scaling to a threshold if a finite norm is above. */
-EXPORTED int gradclip_clip(
-    const struct request *request, double threshold, double *norm, char *written)
+EXPORTED int gradclip_clip(const struct request *request, double threshold, double *norm)
 {
     int status = gradclip_norm(request, norm, NULL);
     if (status != OK || !(*norm > threshold && *norm < INFINITY))
@@ -340,7 +356,7 @@ EXPORTED int gradclip_clip(
     SET_CONTROL(USUAL); /* a program that flushes denormals would make a small quotient 0 */
     double coefficient = threshold / *norm;
     SET_CONTROL(before);
-    return gradclip_scale(request, &coefficient, 1, written);
+    return gradclip_scale_all(request, coefficient);
 }
 
 /* Clamp each tensor, or each row, to magnitudes whose bits are at most those of its bound. NaN

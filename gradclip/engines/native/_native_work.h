@@ -30,7 +30,7 @@ struct job {
     double *sums;        /* one for each row; NULL if the call writes */
     const void *numbers; /* coefficients, or the bits of bounds */
     int one_number;      /* the first serves all rows */
-    char *written;       /* one flag for each tensor */
+    char *written;       /* one flag for each tensor, or NULL */
 
     /* Large jobs only: */
     int64_t *first_unit; /* of each tensor, then their number */
@@ -66,7 +66,7 @@ static void keep(struct job *job, int64_t tensor, int64_t row, double found)
 {
     if (job->sums)
         job->sums[row] = found;
-    else if (found != 0) /* several threads may set the same flag */
+    else if (found != 0 && job->written) /* several threads may set the same flag */
         __atomic_store_n(&job->written[tensor], 1, __ATOMIC_RELAXED);
 }
 

@@ -23,7 +23,7 @@ from ..operators.engine import OPERATORS
 from .loading import walker
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-OK, NO_MEMORY, LOW_ADDRESS = 0, -1, -3
+OK, CHANGED, NO_MEMORY, LOW_ADDRESS = 0, 1, -1, -3
 HEADER = 5
 """Numbers of a request before its table of addresses and lengths."""
 SPARE = 32
@@ -31,8 +31,8 @@ SPARE = 32
 
 _FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")
 """A prototype: ``new_empty`` is faster than ``torch.empty`` with a dtype and a device."""
-_SPARE: tuple[list[Tensor], list[Tensor]] = [], []
-"""Tensors for one norm that are not in use yet: of shape (1,), and 0-d."""
+_SPARE: tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]] = [], []
+"""Tensors for one norm that are not in use yet, with their addresses: of shape (1,), and 0-d."""
 
 
 class NativeEngine(Engine):
@@ -70,8 +70,8 @@ class NativeEngine(Engine):
         """See `Engine.norm`."""
         request, _stored = _request(tensors, False, flat, order)
         if request:
-            norm = _new_number(scalar)
-            if _done(self._library.gradclip_norm(request, _address(norm), None)):
+            norm, address = _new_number(scalar)
+            if _done(self._library.gradclip_norm(request, address, None)):
                 return norm
         return OPERATORS.norm(tensors, order, scalar=scalar)
 
@@ -79,8 +79,8 @@ class NativeEngine(Engine):
         """See `Engine.norm_and_sums`."""
         request, _stored = _request(tensors, False, flat, order)
         if request:
-            norm, sums = _new_number(False), _FLOAT64.new_empty(len(tensors))
-            addresses = _address(norm), _address(sums)
+            (norm, address), sums = _new_number(False), _FLOAT64.new_empty(len(tensors))
+            addresses = address, _address(sums)
             if all(addresses) and _done(self._library.gradclip_norm(request, *addresses)):
                 return norm, sums
         return OPERATORS.norm_and_sums(tensors, order)
@@ -115,20 +115,20 @@ class NativeEngine(Engine):
 
     def host_scale_(self, tensors: TensorList, coefficient: float) -> None:
         """See `Engine.host_scale_`."""
-        flags = (ctypes.c_char * len(tensors))()
-        factor = ctypes.byref(ctypes.c_double(coefficient))
         # Needs no memory, and all tensors have an address: it cannot fail.
-        self._library.gradclip_scale(tensors.note, factor, 1, flags)
-        _mark_written(tensors, flags.raw)
+        if self._library.gradclip_scale_all(tensors.note, coefficient) == CHANGED:
+            increment_version(tensors)
 
     def host_clip_(self, tensors: TensorList, threshold: float, order: float) -> Tensor:
         """See `Engine.host_clip_`."""
-        norm, flags = _new_number(scalar=True), (ctypes.c_char * len(tensors))()
-        address = _address(norm)
+        norm, address = _new_number(scalar=True)
         if not address:
             return super().host_clip_(tensors, threshold, order)
-        _done(self._library.gradclip_clip(tensors.note, threshold, address, flags))
-        _mark_written(tensors, flags.raw)
+        status = self._library.gradclip_clip(tensors.note, threshold, address)
+        if status == CHANGED:
+            increment_version(tensors)
+        elif status != OK:
+            _done(status)  # raises: no memory is left
         return norm
 
     def prepare_rows(
@@ -216,8 +216,8 @@ def _mark_written(tensors: Sequence[Tensor], flags: bytes) -> None:
         increment_version([*compress(tensors, flags)])
 
 
-def _new_number(scalar: bool) -> Tensor:
-    """Return an unused tensor for one number.
+def _new_number(scalar: bool) -> tuple[Tensor, int]:
+    """Return an unused tensor for one number, and its address as `_address` does.
 
     Made many at a time: one costs 2 us in a loop, but inside a training step, with cold caches,
     several times what measuring a few small gradients costs.
@@ -226,11 +226,12 @@ def _new_number(scalar: bool) -> Tensor:
         return _SPARE[scalar].pop()
     except IndexError:
         made = [_FLOAT64.new_empty(() if scalar else (1,)) for _ in range(SPARE)]
-        number = made.pop()
+        located = [(number, _address(number)) for number in made]
+        number, address = located.pop()
         # Tensors made in inference mode, or inside torch.func, cannot be used outside.
-        if _address(number) and not number.is_inference():
-            _SPARE[scalar].extend(made)
-        return number
+        if address and not number.is_inference():
+            _SPARE[scalar].extend(located)
+        return number, address
 
 
 def _address(numbers: Tensor) -> int:

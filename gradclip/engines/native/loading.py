@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import EngineUnavailableError
 
-ABI = 6
+ABI = 7
 """The version of the library's functions that Python calls."""
 LIBRARY = Path(__file__).with_name("_native.so")
 THREAD_NUMBER = "omp_get_thread_num"
@@ -60,7 +60,8 @@ def load() -> ctypes.CDLL:
     library.gradclip_norm.argtypes = (request, numbers, numbers)
     library.gradclip_apart.argtypes = (request,)
     library.gradclip_scale.argtypes = (request, numbers, ctypes.c_int64, ctypes.c_char_p)
-    library.gradclip_clip.argtypes = (request, ctypes.c_double, numbers, ctypes.c_char_p)
+    library.gradclip_scale_all.argtypes = (request, ctypes.c_double)
+    library.gradclip_clip.argtypes = (request, ctypes.c_double, numbers)
     library.gradclip_rows.argtypes = (request, request)
     library.gradclip_rows.restype = ctypes.c_int64
     switches = ctypes.c_int, ctypes.c_int

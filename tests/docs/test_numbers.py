@@ -28,6 +28,7 @@ ARMS = {
     "nothing": "none",
     "zclip's ZClip, with its cap of 1": "zclip ZClip",
     "smartclip's AutoClip": "smartclip AutoClip",
+    "autoclip's QuantileClip": "autoclip QuantileClip",
 }
 
 

@@ -23,6 +23,7 @@ TITLES = {
     "held out": "Tasks held out from its first form",
     "written last": "Tasks written after its first form was frozen",
     "second round": "Tasks written after its second form was frozen",
+    "third round": "More tasks written after its second form was frozen",
 }
 NEAR = 0.03
 """Regret up to which a way counts as near the best fixed threshold."""
@@ -68,7 +69,7 @@ def _preface(seeds: int) -> list[str]:
     method = (
         f"{seeds} seeds. The rule auto was designed on the first set of tasks with other seeds, "
         "frozen, and run on the next two. After their results it got its second form, which was "
-        "frozen and run on the last set: of these tasks nothing was known. Regret: how much worse "
+        "frozen and run on the last two: of these tasks nothing was known. Regret: how much worse "
         f"than the best of {len(GRID)} fixed thresholds from {GRID[0]:g} to {GRID[-1]:g} the mean "
         "score is, in percent of it. The best is the smallest of so many means, so that even a "
         "perfect rule has some regret. failed: a seed diverged, that is it ended worse than a "

@@ -1,7 +1,7 @@
 """Every way to clip on trainings that differ in what matters, without tuning anything for a task.
 
     python -m benchmarks.experiments.without_tuning.run [--seeds 10] [--processes 2]
-        [--sets design "held out" "written last" "second round"]
+        [--sets design "held out" "written last" "second round" "third round"]
         [--outcomes build/without_tuning.jsonl] [--save benchmarks/results/without_tuning.md]
 
 For each seed all ways to clip start from the same weights and see the same data. Fixed thresholds

@@ -79,6 +79,12 @@ def test_a_level_that_rises_or_falls_by_decades_is_followed_and_not_clipped(rate
     assert pairs[-1][1] < 4.5 * pairs[-1][0]
 
 
+def test_a_spike_at_the_first_step_hides_others_until_the_level_has_come_down():
+    thresholds = thresholds_of([1000.0, *ORDINARY, *ORDINARY])
+    assert thresholds[1] >= 1000.0
+    assert 0.9 < thresholds[-1] < 3.5
+
+
 def test_a_level_that_changes_at_once_is_found_again():
     for ratio, steps in ((100.0, 450), (0.01, 170)):
         thresholds = thresholds_of([*ORDINARY, *[ratio * norm for norm in ORDINARY * 5][:steps]])
@@ -91,6 +97,12 @@ def test_an_explosion_that_rises_step_by_step_does_not_lift_it(growth):
     exploding = [growth**step for step in range(100)]
     for norms in (exploding, ORDINARY + exploding):
         assert thresholds_of(norms)[-1] < 60.0
+
+
+@pytest.mark.parametrize("growth", [1.03, 1.05, 1.06])
+def test_a_slow_explosion_lifts_it_by_four_percent_a_step_and_no_more(growth):
+    exploding = [growth**step for step in range(200)]
+    assert 10.0 < thresholds_of(ORDINARY + exploding)[-1] < 3.0 * 1.04**200
 
 
 def test_an_explosion_that_rises_and_falls_by_turns_lifts_it_by_four_percent_a_step():

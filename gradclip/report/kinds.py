@@ -40,13 +40,15 @@ class Judgement:
     """The steps that were judged: those after a warm-up, or all."""
     summary: Summary
     """The facts of these steps."""
+    changed: float
+    """Share of the norms of the whole run that clipping changed; NaN if it is not known."""
     exploded: bool = False
     """True if norms rose for good, False if only single ones were enormous or NaN."""
 
     @property
     def max_norm(self) -> float | Literal["auto"] | None:
         """What is advised: the threshold, or "auto" where following the norms is better."""
-        quiet_by_clipping = self.kind == "quiet" and self.run.changed > CLIPPED
+        quiet_by_clipping = self.kind == "quiet" and self.changed > CLIPPED
         return "auto" if self.kind in FOLLOWED or quiet_by_clipping else self.threshold
 
 
@@ -56,32 +58,32 @@ def judged(run: Run, summary: Summary) -> Judgement:
     level = median(calm)
     if summary.nonfinite_steps or exploded or summary.largest > ENORMOUS * level:
         threshold, reason = against_explosion(calm, summary, exploded=exploded)
-        return Judgement("exploding", threshold, reason, run, summary, exploded)
+        return Judgement("exploding", threshold, reason, run, summary, run.changed, exploded)
     few = len(calm) < FEW_STEPS
     if few and not summary.highest_spike >= HIGH:
         threshold = rounded_up(HIGH * level)
         reason = _reason_for_few(len(calm), summary, threshold)
-        return Judgement("short", threshold, reason, run, summary)
+        return Judgement("short", threshold, reason, run, summary, run.changed)
     if few or 1 / DRIFTED < summary.trend < DRIFTED:
-        return Judgement(*_fitted(run, summary), run, summary)
+        return Judgement(*_fitted(run, summary, run.changed), run, summary, run.changed)
     settled = after_warm_up(run)
     if settled is None:
-        return Judgement("drifting", None, _reason_for_drift(summary), run, summary)
+        return Judgement("drifting", None, _reason_for_drift(summary), run, summary, run.changed)
     settled_summary = summarized(settled)
-    kind, threshold, reason = _fitted(settled, settled_summary)
+    kind, threshold, reason = _fitted(settled, settled_summary, run.changed)
     reason = f"{_warm_up(run, settled, threshold)} {reason}"
-    return Judgement(kind, threshold, reason, settled, settled_summary)
+    return Judgement(kind, threshold, reason, settled, settled_summary, run.changed)
 
 
-def _fitted(run: Run, summary: Summary) -> tuple[str, float, str]:
-    """Return the kind of a run at one level, the threshold and the reason."""
+def _fitted(run: Run, summary: Summary, changed: float) -> tuple[str, float, str]:
+    """Return the kind of steps at one level, the threshold and the reason."""
     norms = run.norms[run.finite]
     threshold = spike_threshold(norms)
     if summary.spikes and summary.largest > threshold:
         share = float((norms > threshold).mean())
         return "spiky", threshold, _reason_for_spikes(summary, threshold, share)
     threshold = safeguard(norms)
-    return "quiet", threshold, _reason_for_quiet(summary, run.changed, threshold)
+    return "quiet", threshold, _reason_for_quiet(summary, changed, threshold)
 
 
 def _warm_up(run: Run, settled: Run, threshold: float) -> str:

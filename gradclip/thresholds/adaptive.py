@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,12 +51,13 @@ class AdaptiveThreshold(Rule):
     hold at 0 forever."""
     observes_clipped: bool = True
     """False for a rule that learns from norms as measured and reads no clipped norms."""
-    settles_after: int | None = None
-    """Number of observed norms that end the warm-up of a label, which the state's ``counts`` count;
-    None for a rule without a warm-up."""
+    settles_after: float | None = None
+    """What `seen` of a label is at least once its warm-up is over; None for a rule without one."""
     settled: bool = False
     """True once the host knows that the warm-up of all labels is over. Always False for one norm
     that is a number."""
+    signed: Collection[str] = ()
+    """Names in the state of tensors whose numbers may be negative."""
     state: Mapping[str, Tensor] = {}  # shared by all rules before `start`, which replaces it
     """What was learned, by name; the tensors come from `fresh`."""
     _labels: tuple[str, ...] = ()
@@ -77,7 +78,7 @@ class AdaptiveThreshold(Rule):
 
         Returns:
             By name, tensors of shape (k, ...): floating-point ones of ``dtype``, or int64 counts.
-            Not negative and finite, as every later state.
+            Finite and, but for `signed` ones, not negative, as every later state.
 
         <!-- test: tests/contracts/rules/test_contract.py -k size -->
         """
@@ -134,6 +135,11 @@ class AdaptiveThreshold(Rule):
             return torch.where(limited, limits, self._infinity)
         return limits if limited else math.inf
 
+    @property
+    def seen(self) -> Tensor:
+        """How many norms of each label were observed, shape (k,); see `settles_after`."""
+        return self.state["counts"]
+
     def rebuild(self) -> None:
         """Update what is derived from the state; called after `start` and `load_state_dict`."""
 
@@ -155,7 +161,7 @@ class AdaptiveThreshold(Rule):
     def thresholds(self, norms: Any, context: StepContext) -> Any:
         """See `Rule.thresholds`."""
         if self._warm_up is not None and isinstance(norms, Tensor):
-            self.settled = self._warm_up.is_over(self.state["counts"])
+            self.settled = self._warm_up.is_over(self.seen)
         limits: Any = super().thresholds(norms, context)
         if isinstance(limits, float):
             return limits
@@ -183,10 +189,11 @@ class AdaptiveThreshold(Rule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Threshold.load_state_dict`. Host sync."""
         # Everything is checked before anything is written.
-        for name, loaded in checked_state(type(self).__name__, self.state, state).items():
+        rule = type(self).__name__
+        for name, loaded in checked_state(rule, self.state, state, signed=self.signed).items():
             self.state[name].copy_(loaded)
         if self._warm_up is not None:
-            self._warm_up.read(self.state["counts"])
+            self._warm_up.read(self.seen)
         self.rebuild()
 
     def _observed(
@@ -196,7 +203,7 @@ class AdaptiveThreshold(Rule):
         if observed is None:
             observed = context.present & self._usable(norms, clipped_norms)
         elif not self.observes_zeros:
-            observed = observed & (clipped_norms > 0)
+            observed = observed.logical_and(clipped_norms)
         # None spares `put` a torch.where for each tensor; elsewhere the host does not know.
         return None if host_may_read(observed) and bool(observed.all()) else observed
 
@@ -215,7 +222,7 @@ _COUNT_LIMIT = 2**53
 
 
 def checked_state(
-    rule: str, needed: Mapping[str, Tensor], state: object, *, signed: str = ""
+    rule: str, needed: Mapping[str, Tensor], state: object, *, signed: Collection[str] = ()
 ) -> dict[str, Tensor]:
     """Return the tensors of a saved state, on the device and of the dtype of the present ones.
 
@@ -225,7 +232,7 @@ def checked_state(
         rule: Name of the rule's class.
         needed: The present state of the rule.
         state: The state that the user gave.
-        signed: The name of a tensor whose numbers may be negative.
+        signed: Names of the tensors whose numbers may be negative.
 
     Raises:
         StateError: It is not what ``state_dict`` of such a rule returned.
@@ -239,7 +246,7 @@ def checked_state(
         names = [sorted(map(str, each)) for each in (state, keys)]
         raise _refusal(f"The state of {rule} has the keys {names[0]} and needs {names[1]}")
     return {
-        name: _checked(f"{rule}'s {name!r}", like, state[name], signed=name == signed)
+        name: _checked(f"{rule}'s {name!r}", like, state[name], signed=name in signed)
         for name, like in needed.items()
     }
 
@@ -261,7 +268,10 @@ def _checked(name: str, like: Tensor, value: object, *, signed: bool) -> Tensor:
         raise _refusal(f"{name} holds numbers that are negative, not finite or endless counts")
     converted = value.detach().to(like)
     # From float64 to float32 a large norm became infinity, which would end the rule's limits.
-    return converted if counts else converted.clamp(max=torch.finfo(like.dtype).max)
+    if counts:
+        return converted
+    largest = torch.finfo(like.dtype).max
+    return converted.clamp(-largest, largest)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,28 +13,28 @@ from .base import StepContext
 from .numbers import (
     NumberOrTensor,
     clamped,
+    closeness,
     larger,
-    numbers_or_tensors,
     or_infinity,
-    quotient,
     smaller,
-    where,
 )
 
-WEIGHT = 0.04
-"""Weight of a norm in the level and in the closeness, which follow the last 25 norms or so."""
-START = 0.57
-"""Closeness before the first norm: the first thresholds are little above the level."""
-SCATTERED, CLOSE, WIDEST = 0.533, 0.756, 3.0
-"""Closeness up to which the threshold is the level, and from which it is ``WIDEST`` times that."""
-SLOPE = (WIDEST - 1) / (CLOSE - SCATTERED)
-OFFSET = 1 - SLOPE * SCATTERED
-QUICK = 0.08
-"""Weight of a norm in the alternation, which has to be seen soon."""
-UNRELATED, ALTERNATING = 1.1, 1.2
-"""The same two bounds for the alternation, which is 1 where norms have no order."""
-STEEP = (WIDEST - 1) / (ALTERNATING - UNRELATED)
-BELOW = 1 - STEEP * UNRELATED
+WEIGHT, QUICK = 0.04, 0.08
+"""Weight of a norm in the level and in ``calm``, which follow the last 25 norms or so, and in
+``turns``, which has to be seen soon."""
+WIDEST = 3.0
+"""The largest factor of the level, of norms that stay close."""
+TINY = torch.finfo(torch.float64).tiny
+"""Added to a level at each step: 0 is none, and a denormal one would round its changes away."""
+ROWS = {  # name: start, keep, gain, bias; a value moves a row to keep * row + (gain * value + bias)
+    "calm": (1.33, 1 - WEIGHT, WEIGHT * 9, WEIGHT * -3.8),
+    "turns": (-1.0, 1 - QUICK, QUICK * 20, QUICK * -1),
+    "level": (0.0, 1.0, WEIGHT / WIDEST, TINY),
+    "last": (0.0, 0.0, 1.0, 0.0),
+    "before": (0.0, 0.0, 1.0, 0.0),
+}
+"""The state: two factors that the norms suggest, the level, and the last two norms."""
+MOVES, LEVEL = ROWS.values(), [*ROWS].index("level")
 
 
 class Auto(AdaptiveThreshold):
@@ -57,12 +58,11 @@ class Auto(AdaptiveThreshold):
     <!-- test: tests/behaviour/thresholds/test_auto.py -k 'lifts or decades or first_step' -->
 
     In the formulas n is the norm, p the last one, b the one before and T the threshold. A mean is
-    exponential: a new value has the weight 0.04, in the alternation 0.08.
+    exponential: a new value has the weight 0.04, in ``turns`` 0.08.
 
-    - ``closeness = mean of min(n / p, p / n, T / n)``, from 0 to 1;
-    - ``alternation = mean of 1 + min(n / b, b / n) - min(n / p, p / n)``, from 0 to 2;
-    - ``factor = clamp(1 + max(9 (closeness - 0.533), 20 (alternation - 1.1)), 1, 3)``, to be exact
-      with the slope 2 / 0.223 instead of 9;
+    - ``calm = mean of 9 min(n / p, p / n, T / n) - 3.8``, from -3.8 to 5.2;
+    - ``turns = mean of 20 (min(n / b, b / n) - min(n / p, p / n)) - 1``, from -21 to 19;
+    - ``factor = clamp(max(calm, turns), 1, 3)``;
     - ``level = mean of min(n, 2 level)``, whose rises count ``factor / 3`` times;
     - ``T = factor level``.
 
@@ -85,6 +85,8 @@ class Auto(AdaptiveThreshold):
 
     observes_clipped = False
     observes_zeros = False
+    settles_after = TINY
+    signed = ("calm", "turns")
 
     def __init__(self, *, cap: float | None = None, floor: float | None = None) -> None:
         super().__init__(cap=cap, floor=floor)
@@ -93,11 +95,25 @@ class Auto(AdaptiveThreshold):
 
     def fresh(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `AdaptiveThreshold.fresh`: a level and a norm of 0 stand for no norm yet."""
-        starts = {"level": 0, "last": 0, "before": 0, "closeness": START, "alternation": 1}
         return {
             name: torch.full((count,), start, device=device, dtype=dtype)
-            for name, start in starts.items()
+            for name, (start, *_) in ROWS.items()
         }
+
+    def start(self, labels: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        """See `Threshold.start`. The state becomes rows of one tensor, moved by few operators."""
+        super().start(labels, device, dtype)
+        self._rows = torch.stack([*self.state.values()])
+        self._recent, self._numbers = self._rows[3:], self._rows.view(-1)
+        self.state = dict(zip(ROWS, self._rows.unbind(), strict=True))
+        columns = torch.tensor([*MOVES], dtype=dtype, device=device).T.unsqueeze(2)
+        _, self._keep, self._gain, self._bias = columns.contiguous()
+        self._bias[LEVEL] = torch.finfo(dtype).tiny  # of float32, where the norms are
+
+    @property
+    def seen(self) -> Tensor:
+        """See `AdaptiveThreshold.seen`: a level is above 0 from the first norm on."""
+        return self.state["level"]
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:
         """See `Rule.limits`."""
@@ -108,19 +124,20 @@ class Auto(AdaptiveThreshold):
     ) -> None:
         """See `AdaptiveThreshold.learn`."""
         asked = self._asked if self._asked[0] is norms else self._limits(norms)
-        norm, level, last, before, closeness, alternation, factor, limit = asked
-        near = smaller(quotient(norm, last), last / norm)
-        nearer = smaller(quotient(norm, before), before / norm)
-        closeness = closeness + WEIGHT * (smaller(near, limit / norm) - closeness)
-        alternation = alternation + QUICK * (1 + nearer - near - alternation)
-        # Before the first norm there is no level, and the norm becomes it.
-        level = where(level > 0, level, norm)
+        norm, rows, factor, limit = asked
+        _, _, level, last, before = rows
+        recent = self._recent if isinstance(norm, Tensor) else (last, before)
+        near, nearer = closeness(norm, recent)
         change = smaller(norm - level, level)  # no norm counts as more than twice the level
-        level = level + smaller(WEIGHT / WIDEST * factor * change, WEIGHT * change)
-        # A denormal level would round each of its changes away.
-        level = clamped(level, low=torch.finfo(self.state["level"].dtype).tiny)
-        self.put(observed, before=last)  # first: a tensor is overwritten
-        self.put(observed, level=level, last=norm, closeness=closeness, alternation=alternation)
+        rise = smaller(factor * change, WIDEST * change)
+        values = (smaller(near, limit / norm), nearer - near, rise, norm, last)
+        moved = self._moved(rows, values)
+        if isinstance(norm, float):
+            self._numbers.numpy()[:] = moved
+        elif observed is None:
+            self._rows.copy_(moved)
+        else:
+            torch.where(observed, moved, self._rows, out=self._rows)
         self._asked = (None,)
 
     def rebuild(self) -> None:
@@ -128,13 +145,28 @@ class Auto(AdaptiveThreshold):
         self._asked = (None,)
 
     def _limits(self, norms: Any) -> tuple[Any, ...]:
-        """Return norms and state, as numbers for one number, and then factors and limits.
+        """Return norms, rows of the state, factors and limits; all numbers for one number.
 
         Without cap and floor, which are no part of what the rule learns from.
         """
-        numbers = numbers_or_tensors(norms, *self.state.values())
-        _, level, _, _, closeness, alternation = numbers
-        factor = larger(SLOPE * closeness + OFFSET, STEEP * alternation + BELOW)
-        factor = clamped(factor, low=1.0, high=WIDEST)
-        self._asked = (*numbers, factor, factor * or_infinity(level))
+        rows = self._numbers.tolist() if isinstance(norms, float) else [*self.state.values()]
+        calm, turns, level, *_ = rows
+        factor = clamped(larger(calm, turns), low=1.0, high=WIDEST)
+        limits = factor * (level if self.settled else or_infinity(level))
+        self._asked = (norms, rows, factor, limits)
         return self._asked
+
+    def _moved(self, rows: Sequence[Any], values: Sequence[Any]) -> Any:
+        """Return the rows after a step, as a tensor or as numbers; a first norm is the level."""
+        level, norm = rows[LEVEL], values[-2]
+        if isinstance(norm, float):
+            moves = zip(rows, values, MOVES, strict=True)
+            moved = [
+                keep * row + (gain * value + bias) for row, value, (_, keep, gain, bias) in moves
+            ]
+            moved[LEVEL] = moved[LEVEL] if level else norm
+            return moved
+        moved = self._keep * self._rows + (self._gain * torch.stack([*values]) + self._bias)
+        if not self.settled:
+            torch.where(level > 0, moved[LEVEL], norm, out=moved[LEVEL])
+        return moved

@@ -91,7 +91,7 @@ class LossWindow:
         if not given:
             return {}
         needed = {key: self._state[name] for key, name in NAMES.items()}
-        return checked_state(rule, needed, {RULE: rule, **given}, signed="losses")
+        return checked_state(rule, needed, {RULE: rule, **given}, signed=("losses",))
 
     def load(self, checked: Mapping[str, Tensor]) -> None:
         """Load what `checked` returned; nothing begins anew. Host sync."""

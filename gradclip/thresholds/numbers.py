@@ -69,11 +69,18 @@ def plus_quotient(summand: Any, dividend: Any, divisor: Any) -> Any:
     return summand + dividend / divisor if divisor else math.inf
 
 
-def quotient(dividend: Any, divisor: Any) -> Any:
-    """Return ``dividend / divisor``; infinity where the divisor is 0 and the dividend above it."""
-    if isinstance(divisor, Tensor):
-        return dividend / divisor
-    return dividend / divisor if divisor else math.inf
+def closeness(one: Any, others: Any) -> Any:
+    """Return ``min(one / other, other / one)`` for each other: 1 if equal, 0 if the other is 0.
+
+    Args:
+        one: A number above 0, or a tensor.
+        others: As many numbers as are wanted, or the rows of a tensor.
+    """
+    if isinstance(one, Tensor):
+        ratios = one / others
+        return torch.minimum(ratios, ratios.reciprocal()).unbind()
+    ratios = [one / other if other else math.inf for other in others]
+    return [ratio if ratio < 1 else 1 / ratio for ratio in ratios]
 
 
 def as_floats(counts: Any, norms: Any) -> Any:

@@ -29,7 +29,7 @@ class WarmUp:
         length: How many norms of each label it lasts.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: float) -> None:
         self._length = length
         self._over = False
         self._answer: Answer | None = None

@@ -124,14 +124,14 @@ def with_value(state, way, value):
     return changed
 
 
-def fits(value, odd):
-    """Return whether a rule may hold one tensor in place of another."""
+def fits(value, odd, signed):
+    """Return whether a rule may hold one tensor in place of another, negative numbers if signed."""
     if not all(isinstance(tensor, torch.Tensor) for tensor in (value, odd)):
         return False
     if odd.is_meta or odd.layout is not torch.strided or odd.is_complex():
         return False
     alike = value.shape == odd.shape and value.is_floating_point() == odd.is_floating_point()
-    return alike and bool(((odd >= 0) & (odd < math.inf)).all())
+    return alike and bool((((odd >= 0) | signed) & (odd.abs() < math.inf)).all())
 
 
 @cache
@@ -143,12 +143,13 @@ def state_of(name):
 def test_states_that_do_not_fit_are_refused(name):
     """Odd values, missing and surplus keys anywhere, and states of other rules."""
     run, state = SavedRun(name), state_of(name)
+    signed = getattr(RULES[name](), "signed", ())
     for way, value in ways_into(state):
         for odd in (*ODD, *with_other_keys(value)):
             wrong = with_value(state, way, odd)
             if bits_in(wrong) == bits_in(state):  # an empty dict for a rule without a state
                 continue
-            if fits(value, odd):
+            if fits(value, odd, signed=bool(way) and way[-1] in signed):
                 run.clipper.load_state_dict(wrong)
                 run.clipper.load_state_dict(state)
             else:

@@ -31,6 +31,13 @@ def test_the_table_has_every_rule():
     assert counted == {rule.__name__ for rule in thresholds.RULES} - {"RelativeToWeights"}
 
 
+def test_the_rule_without_a_number_issues_no_more_than_that_with_one():
+    needed = {(rule, scope): (int(warm), int(usual)) for rule, scope, warm, usual in TABLE}
+    for scope in ("global", "parameter"):
+        for mine, other in zip(needed["Auto()", scope], needed["ZScore()", scope], strict=True):
+            assert mine <= other
+
+
 @pytest.mark.parametrize("norm", [1e-3, 1e3], ids=["under", "clipping"])
 @pytest.mark.parametrize(
     ("rule", "scope", "warm", "settled"), TABLE, ids=[f"{row[0]} {row[1]}" for row in TABLE]

@@ -109,29 +109,28 @@ class Quantile(Rule):
 
 
 class Auto(Rule):
-    fresh = (0.0, 0.0, 0.0, 0.57, 1.0)  # level, last norm, the one before, closeness, alternation
-    slope, steep = 2 / (0.756 - 0.533), 2 / (1.2 - 1.1)
-
-    def factor(self, closeness: float, alternation: float) -> float:
-        close = self.slope * closeness + (1 - self.slope * 0.533)
-        return min(max(close, self.steep * alternation + (1 - self.steep * 1.1), 1.0), 3.0)
+    fresh = (1.33, -1.0, 0.0, 0.0, 0.0)  # calm, turns, level, last norm, the one before
 
     def threshold(self, state: Any, norm: float) -> float:
-        level, *_, closeness, alternation = state
-        return self.factor(closeness, alternation) * level if level else INF
+        calm, turns, level, *_ = state
+        return min(max(calm, turns, 1.0), 3.0) * level if level else INF
 
     def learned(self, state: Any, norm: float, clipped: float) -> Any:
-        level, last, before, closeness, alternation = state
+        calm, turns, level, last, before = state
         if not norm or not clipped:
             return state
-        near, nearer = (min(norm / one, one / norm) if one else 0.0 for one in (last, before))
+        near, nearer = (min(norm / one, 1 / (norm / one)) if one else 0.0 for one in (last, before))
         close = min(near, self.threshold(state, norm) / norm)
         change = min(norm - level, level)
-        factor = self.factor(closeness, alternation)
-        moved = level + min(0.04 / 3 * factor * change, 0.04 * change)
-        level = max(moved if last else norm, torch.finfo(torch.float64).tiny)
-        closeness += 0.04 * (close - closeness)
-        return level, norm, last, closeness, alternation + 0.08 * (1 + nearer - near - alternation)
+        rise = min(min(max(calm, turns, 1.0), 3.0) * change, 3.0 * change)
+        smallest = torch.finfo(torch.float64).tiny
+        return (
+            0.96 * calm + (0.04 * 9 * close - 0.04 * 3.8),
+            0.92 * turns + (0.08 * 20 * (nearer - near) - 0.08),
+            level + (0.04 / 3 * rise + smallest) if level else norm,
+            norm,
+            last,
+        )
 
 
 class GrowthLimit(Rule):

@@ -130,15 +130,21 @@ def captured(
 
 
 class CountedOperators(TorchDispatchMode):
-    """Counts the torch operators of a step, without those of the launches of `LikeCuda`."""
+    """Counts the torch operators of a step, without those of the launches of `LikeCuda`.
+
+    Views and allocations launch nothing, and are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace != "profiler":  # of torch's own wrapper of every step
-            self.names.append(str(function))
+        name, views = str(function), [one.alias_info for one in function._schema.arguments]
+        is_view = any(view is not None and not view.is_write for view in views)
+        # The profiler's are of torch's own wrapper of every step.
+        if function.namespace != "profiler" and not is_view and not name.startswith("aten.empty"):
+            self.names.append(name)
         return function(*args, **(kwargs or {}))
 
 

@@ -69,11 +69,12 @@ def _preface(seeds: int) -> list[str]:
     method = (
         f"{seeds} seeds. The rule auto was designed on the first set of tasks with other seeds, "
         "frozen, and run on the next two. After their results it got its second form, which was "
-        "frozen and run on the last two: of these tasks nothing was known. Regret: how much worse "
-        f"than the best of {len(GRID)} fixed thresholds from {GRID[0]:g} to {GRID[-1]:g} the mean "
-        "score is, in percent of it. The best is the smallest of so many means, so that even a "
-        "perfect rule has some regret. failed: a seed diverged, that is it ended worse than a "
-        "model that learned nothing, or more than half of what clipping gained was lost, where "
+        "frozen and run on the last two: of these tasks nothing was known. Later its constants "
+        f"were rounded. Regret: how much worse than the best of {len(GRID)} fixed thresholds from "
+        f"{GRID[0]:g} to {GRID[-1]:g} the mean score is, in percent of it. The best is the "
+        "smallest of so many means, so that even a perfect rule has some regret. "
+        "failed: a seed diverged, that is it ended worse than a model that learned nothing, or "
+        "more than half of what clipping gained was lost, where "
         f"that was more than {GAIN:.0%}. advised: the line that `gradclip report` advises after "
         f"one run with seed {OBSERVED_SEED} that was only measured, or clipped by auto."
     )

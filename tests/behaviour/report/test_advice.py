@@ -242,6 +242,15 @@ def test_a_warm_up_is_no_drift(advice, fall, later, kind):
         assert later_clipped[count:].sum() == (norms[count:] > 10).sum()
 
 
+def test_a_warm_up_that_was_clipped_is_not_given_a_looser_threshold(advice):
+    """Though the level part, which the advice is for, was not clipped."""
+    norms = QUIET * WARM_UPS["at once"]
+    found = advice(norms, 3.5)
+    assert (found["kind"], found["line"]) == ("quiet", 'GradientClipper(optimizer, "auto")')
+    assert f"this training clipped {(norms > 3.5).mean():.2%} of its steps" in found["reason"]
+    assert advice(norms, 3.5)["threshold"] == advice(norms)["threshold"]
+
+
 @pytest.mark.parametrize(
     "fall",
     [

@@ -161,12 +161,13 @@ class Auto(AdaptiveThreshold):
         level, norm = rows[LEVEL], values[-2]
         if isinstance(norm, float):
             moves = zip(rows, values, MOVES, strict=True)
-            moved = [
+            numbers = [
                 keep * row + (gain * value + bias) for row, value, (_, keep, gain, bias) in moves
             ]
-            moved[LEVEL] = moved[LEVEL] if level else norm
-            return moved
-        moved = self._keep * self._rows + (self._gain * torch.stack([*values]) + self._bias)
+            numbers[LEVEL] = numbers[LEVEL] if level else norm
+            return numbers
+        moved = torch.stack([*values]).mul_(self._gain).add_(self._bias)
+        moved.add_(self._keep * self._rows)
         if not self.settled:
             torch.where(level > 0, moved[LEVEL], norm, out=moved[LEVEL])
         return moved

@@ -11,6 +11,7 @@ from gradclip import GradientClipper, MemorySink
 from gradclip.errors import ArgumentError
 from gradclip.thresholds import Auto
 from tests.support.curves import Training, log_run
+from tests.support.rules import Driver
 
 ORDINARY = [1.0 + 0.1 * math.sin(step) for step in range(200)]
 
@@ -109,6 +110,34 @@ def test_an_explosion_that_rises_and_falls_by_turns_lifts_it_by_four_percent_a_s
     """It cannot be told from steps that bounce between the sides of a valley."""
     exploding = [1.5**step * (1.0, 8.0)[step % 2] for step in range(100)]
     assert 30.0 < thresholds_of(ORDINARY + exploding)[-1] < 3.0 * 1.04**100
+
+
+@pytest.mark.parametrize("norms", [[1.0, 3.0] * 40, [1.0, 1.3] * 40, [1.0, 1.7, 2.0, 5.0] * 20])
+@pytest.mark.parametrize("noise", [0.05, 0.3])
+def test_it_follows_the_formulas_of_its_docstring(norms, noise):
+    chance = random.Random(1)
+    norms = [norm * math.exp(chance.gauss(0, noise)) for norm in norms]
+    calm, turns, level, last, before = 1.33, -1.0, 0.0, 0.0, 0.0
+    for norm, threshold in zip(norms, thresholds_of(norms), strict=True):
+        factor = min(max(calm, turns, 1), 3)
+        assert threshold == pytest.approx(factor * level if level else math.inf, rel=1e-5)
+        near, nearer = (min(norm / one, one / norm) if one else 0 for one in (last, before))
+        calm += 0.04 * (9 * min(near, threshold / norm) - 3.8 - calm)
+        turns += 0.08 * (20 * (nearer - near) - 1 - turns)
+        change = 0.04 * (min(norm, 2 * level) - level)
+        level = level + min(change, factor / 3 * change) if level else norm
+        last, before = norm, last
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_level_that_became_denormal_moves_on(count, dtype):
+    """A change of a few parts in a hundred would be rounded away."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    run = Driver(Auto(), count, dtype)
+    levels = [run.step([smallest] * count)[0].item() for _ in range(300)][-1:]
+    levels += [run.step([1.0] * count)[0].item() for _ in range(300)][-1:]
+    assert levels[1] > 40 * levels[0] >= 40 * torch.finfo(dtype).tiny
 
 
 def test_norms_of_zero_and_nan_are_as_if_they_were_not_there():

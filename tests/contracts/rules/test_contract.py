@@ -243,6 +243,9 @@ def test_a_state_loads_on_a_device_without_float64_and_back(make):
     [floating] = [name for name in state if name != "rule" and name != "counts"][:1]
     narrow.rule.load_state_dict({**state, floating: torch.full_like(state[floating], 1e300)})
     assert bool((narrow.rule.state[floating] == torch.finfo(torch.float32).max).all())
+    for signed in whole.rule.signed:
+        narrow.rule.load_state_dict({**state, signed: torch.full_like(state[signed], -1e300)})
+        assert bool((narrow.rule.state[signed] == torch.finfo(torch.float32).min).all())
 
 
 @every

@@ -52,7 +52,7 @@ class AdaptiveThreshold(Rule):
     observes_clipped: bool = True
     """False for a rule that learns from norms as measured and reads no clipped norms."""
     settles_after: float | None = None
-    """What `seen` of a label is at least once its warm-up is over; None for a rule without one."""
+    """What ``seen`` of a label is at least once its warm-up is over; None for a rule without one."""
     settled: bool = False
     """True once the host knows that the warm-up of all labels is over. Always False for one norm
     that is a number."""
@@ -78,7 +78,7 @@ class AdaptiveThreshold(Rule):
 
         Returns:
             By name, tensors of shape (k, ...): floating-point ones of ``dtype``, or int64 counts.
-            Finite and, but for `signed` ones, not negative, as every later state.
+            Finite and, but for ``signed`` ones, not negative, as every later state.
 
         <!-- test: tests/contracts/rules/test_contract.py -k size -->
         """

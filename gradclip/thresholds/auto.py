@@ -112,7 +112,7 @@ class Auto(AdaptiveThreshold):
 
     @property
     def seen(self) -> Tensor:
-        """See `AdaptiveThreshold.seen`: a level is above 0 from the first norm on."""
+        """The levels of the labels: a level is above 0 from the first norm on."""
         return self.state["level"]
 
     def limits(self, norms: NumberOrTensor, context: StepContext) -> NumberOrTensor:

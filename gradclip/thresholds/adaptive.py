@@ -52,7 +52,7 @@ class AdaptiveThreshold(Rule):
     observes_clipped: bool = True
     """False for a rule that learns from norms as measured and reads no clipped norms."""
     settles_after: float | None = None
-    """What ``seen`` of a label is at least once its warm-up is over; None for a rule without one."""
+    """What ``seen`` of a label is at least, once its warm-up is over; None for no warm-up."""
     settled: bool = False
     """True once the host knows that the warm-up of all labels is over. Always False for one norm
     that is a number."""

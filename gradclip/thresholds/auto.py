@@ -29,7 +29,7 @@ TINY = torch.finfo(torch.float64).tiny
 ROWS = {  # name: start, keep, gain, bias; a value moves a row to keep * row + (gain * value + bias)
     "calm": (1.33, 1 - WEIGHT, WEIGHT * 9, WEIGHT * -3.8),
     "turns": (-1.0, 1 - QUICK, QUICK * 20, QUICK * -1),
-    "level": (0.0, 1.0, WEIGHT / WIDEST, TINY),
+    "level": (0.0, 1.0, WEIGHT, TINY),
     "last": (0.0, 0.0, 1.0, 0.0),
     "before": (0.0, 0.0, 1.0, 0.0),
 }
@@ -129,7 +129,7 @@ class Auto(AdaptiveThreshold):
         recent = self._recent if isinstance(norm, Tensor) else (last, before)
         near, nearer = closeness(norm, recent)
         change = smaller(norm - level, level)  # no norm counts as more than twice the level
-        rise = smaller(factor * change, WIDEST * change)
+        rise = smaller(1 / WIDEST * factor * change, change)  # three times it may be infinite
         values = (smaller(near, limit / norm), nearer - near, rise, norm, last)
         moved = self._moved(rows, values)
         if isinstance(norm, float):

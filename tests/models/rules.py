@@ -122,12 +122,12 @@ class Auto(Rule):
         near, nearer = (min(norm / one, 1 / (norm / one)) if one else 0.0 for one in (last, before))
         close = min(near, self.threshold(state, norm) / norm)
         change = min(norm - level, level)
-        rise = min(min(max(calm, turns, 1.0), 3.0) * change, 3.0 * change)
+        rise = min(1 / 3 * min(max(calm, turns, 1.0), 3.0) * change, change)
         smallest = torch.finfo(torch.float64).tiny
         return (
             0.96 * calm + (0.04 * 9 * close - 0.04 * 3.8),
             0.92 * turns + (0.08 * 20 * (nearer - near) - 0.08),
-            level + (0.04 / 3 * rise + smallest) if level else norm,
+            level + (0.04 * rise + smallest) if level else norm,
             norm,
             last,
         )

@@ -131,6 +131,17 @@ def test_it_follows_the_formulas_of_its_docstring(norms, noise):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_largest_norms_leave_a_finite_level(count, dtype):
+    largest = torch.finfo(dtype).max
+    run = Driver(Auto(), count, dtype)
+    for share in (0.9, 0.3, 1e-300, *[0.45] * 30, 1.0, 1e-300):
+        run.step([share * largest] * count)
+        assert all(bool(tensor.isfinite().all()) for tensor in run.rule.state.values())
+        assert bool((run.rule.state["level"] > 0).all())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_level_that_became_denormal_moves_on(count, dtype):
     """A change of a few parts in a hundred would be rounded away."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

@@ -51,8 +51,10 @@ class AdaptiveThreshold(Rule):
     hold at 0 forever."""
     observes_clipped: bool = True
     """False for a rule that learns from norms as measured and reads no clipped norms."""
-    settles_after: float | None = None
-    """What ``seen`` of a label is at least, once its warm-up is over; None for no warm-up."""
+    settles_after: int | None = None
+    """Number of observed norms that end the warm-up of a label; None for a rule without one."""
+    settled_from: float | None = None
+    """What ``seen`` of a label is at least then; None for the number itself."""
     settled: bool = False
     """True once the host knows that the warm-up of all labels is over. Always False for one norm
     that is a number."""
@@ -137,7 +139,7 @@ class AdaptiveThreshold(Rule):
 
     @property
     def seen(self) -> Tensor:
-        """How many norms of each label were observed, shape (k,); see `settles_after`."""
+        """What tells whether a warm-up is over, shape (k,): the numbers of observed norms."""
         return self.state["counts"]
 
     def rebuild(self) -> None:
@@ -155,7 +157,7 @@ class AdaptiveThreshold(Rule):
         self._infinity = torch.full((1,), math.inf, dtype=dtype, device=device)
         self._warm_up, self.settled = None, False
         if self.settles_after is not None and dtype is torch.float64:  # as numbers are rounded
-            self._warm_up = WarmUp(self.settles_after)
+            self._warm_up = WarmUp(self.settles_after, self.settled_from)
         self.rebuild()
 
     def thresholds(self, norms: Any, context: StepContext) -> Any:

@@ -27,10 +27,12 @@ class WarmUp:
 
     Args:
         length: How many norms of each label it lasts.
+        least: What a count is at least once it is over; None for the length.
     """
 
-    def __init__(self, length: float) -> None:
+    def __init__(self, length: int, least: float | None = None) -> None:
         self._length = length
+        self._least = length if least is None else least
         self._over = False
         self._answer: Answer | None = None
         """The answer of the device while it is on its way."""
@@ -41,7 +43,7 @@ class WarmUp:
         """Return whether it is over; called once a step. No host sync.
 
         Args:
-            counts: How many norms of each label were observed; shape (k,).
+            counts: How many norms of each label were observed, or what tells it; shape (k,).
         """
         if capturing():
             return False
@@ -67,7 +69,7 @@ class WarmUp:
             self._answer = Answer(self._past(counts))
 
     def _past(self, counts: Tensor) -> Tensor:
-        return (counts >= self._length).all()
+        return (counts >= self._least).all()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copied rule needs: an event of CUDA cannot be copied."""
